@@ -1,0 +1,1 @@
+"""Ray and where things are kept. Imports nothing else of this project."""

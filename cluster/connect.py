@@ -1,0 +1,62 @@
+"""Join a running Ray cluster, or start a lean one on this machine."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Read by Ray when it is imported or started, so set before either. Each may be overridden from
+# outside.
+ENVIRONMENT = {
+    # Unset, a local Ray turns token auth on while the job and Serve clients send no token.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Workers report once an epoch; a shorter poll than the default 2 s ends a run sooner.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+# Starting one worker per core ahead of need takes the cores from the work itself.
+LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
+
+
+def prepare_environment() -> None:
+    """Set Ray's environment variables that are not set already."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
+
+    Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
+    num_cpus: what the local Ray offers; the machine's count when None. Ignored when joining.
+    """
+    prepare_environment()
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **options)
+        return
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=dashboard,
+        _node_ip_address="127.0.0.1",
+        _system_config=LEAN_RAYLET,
+        **options,
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; a local Ray that `connect` started stops with it."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

@@ -1,0 +1,39 @@
+"""What can go wrong by the user's hand, and how a command says so."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """The user's input is wrong.
+
+    The message is one line: what came, what is accepted, what to do.
+    """
+
+
+def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
+    """Run a command and leave the process by the contract of all commands.
+
+    What `main` returns is the last line on stdout, as one JSON object. Exit 0 done, 2 the
+    user's input is wrong (one line on stderr, no traceback), 1 it failed.
+    """
+    try:
+        result = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_FAILED)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+    sys.exit(0)

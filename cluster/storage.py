@@ -1,0 +1,110 @@
+"""Where runs, bundles and the model registry are kept: a local path or any fsspec URL."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+DEFAULT_PATH = "runs"
+# A job submitted to Ray runs in a copy of the working directory that goes when the job ends.
+JOB_COPY_MARK = "/runtime_resources/working_dir_files/"
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def resolve(path: str) -> str:
+    """Return `path` as a URL unchanged, or as an absolute local path.
+
+    A relative path starts at the current directory; inside a submitted Ray job, whose current
+    directory does not outlive it, at the home directory.
+    """
+    if is_url(path):
+        return path.rstrip("/")
+    base = Path.home() if JOB_COPY_MARK in str(Path.cwd()) else Path.cwd()
+    return str((base / Path(path).expanduser()).resolve())
+
+
+def join(root: str, *parts: str) -> str:
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
+    """Return the fsspec file system of `path` and the path inside it.
+
+    Raises UserError when the URL's kind is unknown or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be opened: {error}") from error
+
+
+@contextmanager
+def written_whole(target: str, last: str) -> Iterator[Path]:
+    """Yield a folder to write in; when the block ends well it becomes `target`, else it goes.
+
+    last: the file whose presence tells a reader that the rest is there. If `target` has appeared
+    meanwhile, that one stays: equal names mean equal content.
+    """
+    parent = None if is_url(target) else Path(target).parent
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix="part-", dir=parent, ignore_cleanup_errors=True
+    ) as name:
+        aside = Path(name)
+        aside.chmod(0o755)
+        yield aside
+        assert (aside / last).exists(), f"{last} was not written"
+        if is_url(target):
+            fs, path = filesystem(target)
+            rest = [file for file in aside.rglob("*") if file.is_file() and file.name != last]
+            for file in (*rest, aside / last):
+                fs.put_file(str(file), join(path, file.relative_to(aside).as_posix()))
+        else:
+            try:
+                aside.rename(target)
+            except OSError:
+                if not (Path(target) / last).exists():
+                    raise
+
+
+def fetch(source: str, last: str) -> Path:
+    """Return a local directory with the content of `source`.
+
+    A local path is returned as it is; a URL is copied to a temporary directory once.
+    """
+    if not is_url(source):
+        return Path(source)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:20]
+    target = Path(tempfile.gettempdir()) / "halyard" / digest
+    if not (target / last).exists():
+        fs, source_path = filesystem(source)
+        with written_whole(str(target), last) as aside:
+            fs.get(f"{source_path}/", f"{aside}/", recursive=True)
+    return target
+
+
+def tracking_uri(root: str) -> str:
+    """MLflow's tracking URI: MLFLOW_TRACKING_URI, or SQLite under a local storage root."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if is_url(root):
+        raise UserError(
+            f"storage.path is '{root}' and MLFLOW_TRACKING_URI is not set; "
+            "the embedded registry needs a local path. Set MLFLOW_TRACKING_URI to a server."
+        )
+    Path(root).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{root}/mlflow.db"

@@ -1,0 +1,124 @@
+"""The description of the HTTP interface, with an example of the served model's own inputs."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train.bundle.manifest import Manifest, Tensor
+
+# The page's parts come from the server itself: it works without the internet.
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Halyard</title>
+<link rel="stylesheet" href="/docs/assets/swagger-ui.css">
+</head>
+<body>
+<div id="ui"></div>
+<script src="/docs/assets/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1})</script>
+</body>
+</html>
+"""
+
+
+def document(manifest: Manifest) -> dict[str, Any]:
+    """Return the OpenAPI 3.0 document for one model."""
+    name = manifest.name
+    model = f"/v2/models/{name}"
+    return {
+        "openapi": "3.0.3",
+        "info": {
+            "title": f"Halyard: {name}",
+            "version": manifest.created,
+            "description": "Open Inference Protocol v2 and KServe V1.",
+        },
+        "paths": {
+            f"{model}/infer": _post(
+                "Predict by tensors (Open Inference Protocol v2)", _v2(manifest)
+            ),
+            f"/v1/models/{name}:predict": _post("Predict by records (KServe V1)", _v1(manifest)),
+            model: _get("Inputs, outputs and versions of the model"),
+            f"{model}/ready": _get("Whether the model answers"),
+            "/v2": _get("Name and extensions of the server"),
+            "/v2/health/live": _get("Whether the server lives"),
+            "/v2/health/ready": _get("Whether the server answers"),
+        },
+        "components": {
+            "schemas": {
+                "Error": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {"error": {"type": "string"}},
+                }
+            }
+        },
+    }
+
+
+def _get(summary: str) -> dict[str, Any]:
+    return {"get": {"summary": summary, "responses": {"200": {"description": "Yes."}}}}
+
+
+def _post(summary: str, example: dict[str, Any]) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    reasons = {
+        "400": "The request is wrong.",
+        "404": "No such model or version.",
+        "413": "The body is too large.",
+        "503": "Too many requests wait; see Retry-After.",
+        "504": "No answer in time.",
+    }
+    return {
+        "post": {
+            "summary": summary,
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"type": "object"}, "example": example}},
+            },
+            "responses": {
+                "200": {
+                    "description": "Predictions.",
+                    "content": {"application/json": {"schema": {"type": "object"}}},
+                },
+                **{
+                    code: {"description": reason, "content": error}
+                    for code, reason in reasons.items()
+                },
+            },
+        }
+    }
+
+
+def _v2(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "inputs": [
+            {
+                "name": tensor.name,
+                "shape": [1],
+                "datatype": "BYTES",
+                "parameters": {"content_type": "base64"},
+                "data": [_png(tensor)],
+            }
+            for tensor in manifest.inputs
+        ]
+    }
+
+
+def _v1(manifest: Manifest) -> dict[str, Any]:
+    return {"instances": [{tensor.name: {"b64": _png(tensor)} for tensor in manifest.inputs}]}
+
+
+def _png(tensor: Tensor) -> str:
+    """A grey slope in the input's size, as a base64 PNG."""
+    _, height, width, channels = tensor.shape
+    slope_HW = np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
+    image = Image.fromarray(slope_HW).convert("L" if channels == 1 else "RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,136 @@
+"""Open Inference Protocol v2, REST: request body → records, predictions → response body."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serve.errors import BadRequest
+from serve.protocol import tensors
+from train.bundle.manifest import Manifest
+from train.tasks import Arrays, Record
+
+HEADER_LENGTH = "inference-header-content-length"
+EXTENSIONS = ["binary_tensor_data"]
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """id: the client's, given back. outputs: name → whether as binary; all as `binary` if empty."""
+
+    id: str | None
+    records: list[Record]
+    outputs: dict[str, bool]
+    binary: bool
+
+
+def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferRequest:
+    """Raises BadRequest for whatever is not an infer request of this model."""
+    view = memoryview(body)
+    split = len(body)
+    if header_length is not None:
+        if not header_length.isdecimal() or int(header_length) > len(body):
+            raise BadRequest(
+                f"{HEADER_LENGTH} is '{header_length[:40]}'; the body has {len(body)} bytes."
+            )
+        split = int(header_length)
+    request = parse_json(view[:split])
+    inputs = request.get("inputs")
+    if not isinstance(inputs, list) or not inputs:
+        raise BadRequest("'inputs' is missing or is not a list with at least one tensor.")
+    arrays, rest = {}, view[split:]
+    for tensor in inputs:
+        raw, rest = _take_raw(tensor, rest)
+        name, array = tensors.decode(tensor, raw)
+        arrays[name] = array
+    if len(rest):
+        raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
+    return InferRequest(
+        id=_optional(request, "id", str),
+        records=_records(arrays, manifest),
+        outputs=_requested(request.get("outputs"), manifest),
+        binary=bool(_parameters(request).get("binary_data_output")),
+    )
+
+
+def encode(
+    request: InferRequest, predictions: Arrays, manifest: Manifest, version: str
+) -> tuple[bytes, int | None]:
+    """Return the body and, when binary data follows its JSON, the JSON's length."""
+    outputs, raws = [], []
+    for name in request.outputs or predictions:
+        if request.outputs.get(name, request.binary):
+            output, raw = tensors.encode_raw(name, predictions[name])
+            raws.append(raw)
+        else:
+            output = tensors.encode_json(name, predictions[name])
+        outputs.append(output)
+    response: dict[str, Any] = {"model_name": manifest.name, "model_version": version}
+    if request.id is not None:
+        response["id"] = request.id
+    response["outputs"] = outputs
+    header = orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
+    return (b"".join([header, *raws]), len(header)) if raws else (header, None)
+
+
+def parse_json(body: bytes | memoryview) -> dict[str, Any]:
+    """Raises BadRequest unless the body is a JSON object."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRequest("the body must be a JSON object.")
+    return value
+
+
+def _take_raw(tensor: Any, rest: memoryview) -> tuple[memoryview | None, memoryview]:
+    size = _parameters(tensor).get("binary_data_size") if isinstance(tensor, dict) else None
+    if size is None:
+        return None, rest
+    if type(size) is not int or not 0 <= size <= len(rest):
+        raise BadRequest(
+            f"binary_data_size is {str(size)[:40]}; {len(rest)} bytes of binary data are left."
+        )
+    return rest[:size], rest[size:]
+
+
+def _parameters(value: Mapping[str, Any]) -> dict[str, Any]:
+    return _optional(value, "parameters", dict) or {}
+
+
+def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
+    found = value.get(key)
+    if found is not None and not isinstance(found, kind):
+        raise BadRequest(f"'{key}' is not a {'string' if kind is str else 'JSON object'}.")
+    return found
+
+
+def _records(arrays: dict[str, np.ndarray], manifest: Manifest) -> list[Record]:
+    """Row i of every tensor makes record i."""
+    expected = [tensor.name for tensor in manifest.inputs]
+    if set(arrays) != set(expected):
+        raise BadRequest(
+            f"inputs are {', '.join(arrays)[:200]}; '{manifest.name}' takes {', '.join(expected)}."
+        )
+    counts = {len(array) for array in arrays.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise BadRequest("inputs must have the same number of rows, at least one.")
+    return [{name: array[row] for name, array in arrays.items()} for row in range(counts.pop())]
+
+
+def _requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:
+    if outputs is None:
+        return {}
+    known = [tensor.name for tensor in manifest.outputs]
+    if not isinstance(outputs, list) or not all(isinstance(item, dict) for item in outputs):
+        raise BadRequest("'outputs' is not a list of JSON objects.")
+    for item in outputs:
+        if item.get("name") not in known:
+            raise BadRequest(
+                f"output '{str(item.get('name'))[:100]}' is unknown; "
+                f"'{manifest.name}' gives {', '.join(known)}."
+            )
+    return {item["name"]: bool(_parameters(item).get("binary_data")) for item in outputs}

@@ -1,0 +1,1 @@
+"""Training: tasks, data, nets, the loop, compression, and the bundle they end in."""

@@ -1,0 +1,148 @@
+"""Writing and reading the bundle directory."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from cluster import storage
+from train.bundle import manifest as manifests
+from train.bundle.manifest import Manifest
+from train.tasks import Arrays, Task
+
+GOLDEN = "golden.npz"
+FEATURES = "features.json"
+BASELINE = "baseline.json"
+
+
+class CorruptBundle(Exception):
+    """A bundle that is incomplete, altered or of an unknown format. The message names the file."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class BundleWriter:
+    """Collects a bundle's files in a directory aside; `commit` makes it appear, whole.
+
+    Used by `Bundle.create`.
+    """
+
+    def __init__(self, aside: Path) -> None:
+        self.path = aside
+
+    def file(self, name: str) -> Path:
+        """Return the path at which to write the file `name`, its folder made."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def json(self, name: str, value: Any) -> None:
+        self.file(name).write_text(json.dumps(value, indent=1) + "\n")
+
+    def golden(self, inputs: Arrays, outputs: dict[str, Arrays]) -> None:
+        """Keep inputs and, for each variant, the outputs that a loaded bundle must give again."""
+        arrays = {f"inputs/{name}": array for name, array in inputs.items()}
+        for variant, tensors in outputs.items():
+            arrays |= {f"outputs/{variant}/{name}": array for name, array in tensors.items()}
+        np.savez_compressed(self.file(GOLDEN), allow_pickle=False, **arrays)
+
+    def files(self) -> dict[str, manifests.File]:
+        """Digest and size of every file written so far, by relative name."""
+        paths = sorted(path for path in self.path.rglob("*") if path.is_file())
+        return {
+            path.relative_to(self.path).as_posix(): manifests.File(
+                sha256=sha256(path), size_bytes=path.stat().st_size
+            )
+            for path in paths
+        }
+
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, which ends the bundle."""
+        # Manifest last: readers take its presence as "complete".
+        path = self.file(manifests.FILENAME)
+        with path.open("w") as file:
+            file.write(manifest.model_dump_json(indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A complete bundle on disk whose digests have been checked."""
+
+    location: str
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    @contextmanager
+    def create(cls, location: str) -> Iterator[BundleWriter]:
+        """Write a bundle that appears at `location`, a path or URL, when the block ends well."""
+        with storage.written_whole(location, last=manifests.FILENAME) as aside:
+            yield BundleWriter(aside)
+
+    @classmethod
+    def load(cls, location: str) -> "Bundle":
+        """Read the bundle at `location`, a path or URL; check every file against its digest.
+
+        Raises CorruptBundle, naming the file.
+        """
+        path = storage.fetch(location, last=manifests.FILENAME)
+        try:
+            manifest = Manifest.model_validate_json((path / manifests.FILENAME).read_bytes())
+        except OSError as error:
+            raise CorruptBundle(
+                f"'{path}' has no readable {manifests.FILENAME}; it is no complete bundle. "
+                "Train the model again or name another version."
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CorruptBundle(
+                f"{path / manifests.FILENAME}: {where or 'content'}: {first['msg']}. "
+                "Train the model again or name another version."
+            ) from error
+        if manifest.format_version != manifests.FORMAT_VERSION:
+            raise CorruptBundle(
+                f"'{path}' has format {manifest.format_version}; "
+                f"this version reads {manifests.FORMAT_VERSION}."
+            )
+        for name, expected in manifest.files.items():
+            file = path / name
+            if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+                raise CorruptBundle(f"'{file}' is missing; the bundle is damaged. {_REMEDY}")
+            if file.stat().st_size != expected.size_bytes or sha256(file) != expected.sha256:
+                raise CorruptBundle(
+                    f"'{file}' differs from its digest in {manifests.FILENAME}. {_REMEDY}"
+                )
+        return cls(location, path, manifest)
+
+    @property
+    def task(self) -> Task:
+        return Task.from_dict(json.loads((self.path / FEATURES).read_text()))
+
+    def golden(self, variant: str) -> tuple[Arrays, Arrays]:
+        """Return the golden inputs and the variant's expected outputs."""
+        with np.load(io.BytesIO((self.path / GOLDEN).read_bytes()), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return (_below(arrays, "inputs/"), _below(arrays, f"outputs/{variant}/"))
+
+
+_REMEDY = "Copy the bundle again, or name another version."
+
+
+def _below(arrays: Arrays, prefix: str) -> Arrays:
+    return {
+        key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
+    }

@@ -1,0 +1,69 @@
+"""Export: torch → ONNX, checked against torch."""
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from train.bundle.engines import OnnxRuntimeEngine
+from train.tasks import Arrays, TensorSpec
+
+# Largest difference between torch and ONNX Runtime in fp32, relative to the largest output.
+PARITY = 1e-3
+
+
+class ExportError(RuntimeError):
+    """The net cannot be exported, or answers differently once it is."""
+
+
+def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path: Path) -> None:
+    """Write `net` to `path` with a free batch dimension and the output "logits" [N, K].
+
+    sample: a batch of encoded inputs, at least two rows, on which both must agree.
+    Raises ExportError when the answers differ by more than PARITY.
+    """
+    net = net.eval().cpu()
+    tensors = tuple(torch.from_numpy(sample[spec.name]) for spec in specs)
+    batch = torch.export.Dim("batch", min=1, max=65_536)
+    with _quiet():
+        torch.onnx.export(
+            net,
+            tensors,
+            str(path),
+            input_names=[spec.name for spec in specs],
+            output_names=["logits"],
+            dynamic_shapes=tuple({0: batch} for _ in specs),
+            dynamo=True,
+            external_data=False,
+        )
+    with torch.no_grad():
+        expected = net(*tensors).numpy()
+    inputs = {spec.name: sample[spec.name] for spec in specs}
+    logits = OnnxRuntimeEngine.load(path, num_threads=1).run(inputs)["logits"]
+    difference = float(np.max(np.abs(logits - expected)))
+    if not difference <= PARITY * max(1.0, float(np.max(np.abs(expected)))):
+        raise ExportError(
+            f"the exported net differs from torch by {difference:.3g} on {len(logits)} records; "
+            "an operator of the net is exported wrongly."
+        )
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """The exporter prints its progress and logs what it skips."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,219 @@
+"""Every knob of a training run: bounded, documented, strict."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from cluster.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "digits.yaml"
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Part):
+    train: str = Field(description="Training records: a path or URL to Parquet, or sklearn:digits.")
+    valid: str | None = Field(
+        None, description="Validation records; split off the training records when not given."
+    )
+    test: str | None = Field(
+        None, description="Test records; split off the training records when not given."
+    )
+    valid_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="Share of the training records held out to choose by."
+    )
+    test_fraction: float = Field(
+        0.2, gt=0, lt=0.5, description="Share split off for the test when data.test is not given."
+    )
+    split_seed: int = Field(
+        0, ge=0, description="Seed of the splits; the same whatever the run's own seed."
+    )
+
+
+class Image(Part):
+    column: str = Field("image", description="Column with the image.")
+    size: tuple[int, int] | None = Field(
+        None, description="Height and width to bring images to; the first image's by default."
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="1 for grey, 3 for colour; as the first image by default."
+    )
+
+
+class Net(Part):
+    widths: list[int] = Field(
+        [64, 128, 128], min_length=1, description="Channels of each block, which halves the image."
+    )
+    whiten: bool = Field(
+        True, description="Start with a fixed convolution that whitens 2×2 patches."
+    )
+
+
+class Optim(Part):
+    name: Literal["muon", "sgd", "adamw"] = Field(
+        "muon", description="Muon turns convolutions and matrices; the rest follows by SGD."
+    )
+    lr: float = Field(0.24, gt=0, le=10, description="Peak learning rate, after warm-up.")
+    vector_lr: float = Field(
+        0.05, gt=0, le=10, description="Peak rate of biases and norms, with muon."
+    )
+    head_lr: float = Field(0.6, gt=0, le=10, description="Peak rate of the last layer, with muon.")
+    momentum: float = Field(0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="For weights, not biases or norms.")
+    epochs: int = Field(8, ge=1, le=10_000, description="Passes over the training records.")
+    batch_size: int = Field(
+        500, ge=1, le=65_536, description="Samples per step in all, whatever the workers."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the rate falls after warm-up."
+    )
+    warmup_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of all steps in which the rate rises from 0."
+    )
+    label_smoothing: float = Field(
+        0.2, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+    )
+
+
+class Augment(Part):
+    flip: bool = Field(False, description="Mirror left and right, alternating by epoch.")
+    translate: int = Field(0, ge=0, le=64, description="Shift by up to this many pixels.")
+
+
+class Workers(Part):
+    num: int = Field(2, ge=1, le=4096, description="Training workers, one process each.")
+    gpu: bool = Field(False, description="One GPU for each worker.")
+    cpus: float = Field(1, gt=0, le=1024, description="Cores for each worker.")
+
+
+class Compress(Part):
+    variants: list[Literal["int8_static"]] = Field(
+        ["int8_static"], description="Variants to make besides fp32."
+    )
+    max_accuracy_drop: float = Field(
+        0.005, ge=0, le=1, description="Largest accepted loss of a variant on held-out records."
+    )
+    calibration_records: int = Field(
+        512, ge=1, le=100_000, description="Training records to measure activation ranges on."
+    )
+
+
+class Registry(Part):
+    enabled: bool = Field(True, description="Register the bundle as a model version in MLflow.")
+    metric: str = Field(
+        "valid_accuracy", description="What a version must not be worse in to become production."
+    )
+
+
+class Storage(Part):
+    path: str = Field("runs", description="Directory or URL for runs, data shards and registry.")
+
+
+class Config(Part):
+    """One training run."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="The model's name in the registry."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation.")
+    target: str = Field("label", description="The column to predict.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto is bf16 where the processor computes in it, else fp32."
+    )
+    data: Data
+    image: Image = Image()
+    net: Net = Net()
+    optim: Optim = Optim()
+    augment: Augment = Augment()
+    workers: Workers = Workers()
+    compress: Compress = Compress()
+    registry: Registry = Registry()
+    storage: Storage = Storage()
+
+
+class _Command(BaseSettings, Config):
+    """Train a model, compress it, and register it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python train/main.py", cli_avoid_json=True)
+
+    config: Path = Field(
+        DEFAULT_CONFIG.relative_to(CONFIGS.parents[1]), description="YAML file with options."
+    )
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
+
+    Raises UserError with one line that names the field.
+    """
+    try:
+        options = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
+    except SettingsError as error:
+        problem = str(error).removeprefix("error parsing CLI: ")
+        raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
+    file = options.pop("config", None)
+    return validate(_merge(load_yaml(Path(file or DEFAULT_CONFIG)), options))
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Raises UserError for the first field that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe(error, Config)) from error
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one line which field is wrong, what came and what is accepted."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown option '{where}'; accepted are {', '.join(_fields(model, path[:-1]))}."
+    if first["type"] == "missing":
+        return f"option '{where}' is missing; give --{where} VALUE or add it to the config file."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"option '{where}' is {first['input']!r}; {message}."
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Raises UserError if the file is missing or is no YAML mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"config file '{path}': {error.strerror}; give the path of a YAML file, "
+            f"such as train/configs/{DEFAULT_CONFIG.name}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config file '{path}' is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file '{path}' holds no options; expected 'name: VALUE' lines.")
+    return values
+
+
+def _fields(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = _merge(inner, value) if both else value
+    return merged

@@ -1,0 +1,80 @@
+"""Optimizers, and which parameters each of them turns."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from train.config import Optim
+
+
+class Muon(Optimizer):
+    """Nesterov momentum whose step for a matrix is made orthogonal.
+
+    After Keller Jordan, https://kellerjordan.github.io/posts/muon. A convolution counts as the
+    matrix [out, in·kh·kw]. Each weight is kept at the norm √out, so that the rate is the angle by
+    which a step turns it and needs no weight decay.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
+                nesterov = weight.grad.add(momentum, alpha=group["momentum"])
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                turn = orthogonal(nesterov.reshape(len(weight), -1)).view_as(weight)
+                weight.add_(turn, alpha=-group["lr"])
+
+
+def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
+    """Return nearly the closest semi-orthogonal matrix: singular values within about 0.3 of 1.
+
+    Newton-Schulz iteration of fifth order with the coefficients of the Muon post.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x_RC = matrix_RC / (matrix_RC.norm() + 1e-7)
+    transposed = x_RC.shape[0] > x_RC.shape[1]
+    if transposed:
+        x_RC = x_RC.T
+    for _ in range(num_iterations):
+        gram_RR = x_RC @ x_RC.T
+        x_RC = a * x_RC + (b * gram_RR + c * gram_RR @ gram_RR) @ x_RC
+    return x_RC.T if transposed else x_RC
+
+
+def build(config: Optim, net: nn.Module) -> list[Optimizer]:
+    """Return the optimizers of a run; every trainable parameter is in exactly one group.
+
+    Weight decay is for weights of two and more dimensions only.
+    """
+    params = [param for param in net.parameters() if param.requires_grad]
+    matrices = [param for param in params if param.ndim >= 2]
+    vectors = [param for param in params if param.ndim < 2]
+    groups = [
+        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
+    ]
+    if config.name == "sgd":
+        return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)]
+    if config.name == "adamw":
+        return [torch.optim.AdamW(groups)]
+    # Convolutions turn; the last layer and the vectors, where a turn means nothing, go by Adam.
+    heads = [param for param in matrices if param.ndim == 2]
+    rest = [
+        {"params": heads, "lr": config.head_lr, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},
+    ]
+    return [
+        Muon([param for param in matrices if param.ndim > 2], config.lr, config.momentum),
+        torch.optim.AdamW(rest, betas=(0.8, 0.95)),
+    ]

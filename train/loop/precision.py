@@ -1,0 +1,27 @@
+"""Number formats of a training step."""
+
+import torch
+
+from cluster.errors import UserError
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context a forward pass runs in.
+
+    auto is bf16 where the device computes in it natively, else fp32. Raises UserError for bf16
+    on a GPU that has none.
+    """
+    native = _has_bf16(device)
+    if precision == "bf16" and device.type == "cuda" and not native:
+        raise UserError(
+            f"precision is bf16, which {torch.cuda.get_device_name(device)} has not; use fp32."
+        )
+    enabled = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

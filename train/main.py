@@ -1,0 +1,30 @@
+"""python train/main.py [--config FILE] [--dotted.option VALUE …]"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Python puts this file's folder first, where its modules would hide packages of the same name;
+# Ray forwards that entry to its workers.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster import storage
+from cluster.errors import run_command
+from train import config as configs
+from train.bundle import registry
+from train.fit import fit
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    config = configs.parse(argv)
+    bundle = fit(config)
+    summary = registry.summary(bundle)
+    if config.registry.enabled:
+        root = storage.resolve(config.storage.path)
+        summary |= registry.publish(bundle, root, config.registry.metric)
+    return summary
+
+
+if __name__ == "__main__":
+    run_command(main)

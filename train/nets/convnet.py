@@ -1,0 +1,152 @@
+"""A compact convolutional net for images.
+
+After airbench94 by Keller Jordan (https://github.com/KellerJordan/cifar10-airbench): a frozen
+stem that whitens 2×2 patches, blocks of two convolutions that start as the identity, batch
+normalisation without a learned scale, global max pooling. ReLU in place of GELU, because it fuses
+into the convolution before it and quantizes to int8 without loss.
+
+Shapes: B batch, H height, W width, C channels, K outputs, P patches, D values in a patch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PATCH = 2
+
+
+class Block(nn.Module):
+    """Convolution, halving max pool, norm, ReLU; convolution, norm, ReLU."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(channels_in, channels)
+        self.norm1 = _norm(channels)
+        self.conv2 = _convolution(channels, channels)
+        self.norm2 = _norm(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # The pool comes before the norm so that the norm works on a quarter of the values.
+        x_BCHW = F.relu(self.norm1(F.max_pool2d(self.conv1(x_BCHW), 2)))
+        return F.relu(self.norm2(self.conv2(x_BCHW)))
+
+
+class ConvNet(nn.Module):
+    """uint8 images [B, H, W, C] → logits [B, K]."""
+
+    def __init__(
+        self, shape_HWC: tuple[int, int, int], num_outputs: int, widths: list[int], whiten: bool
+    ) -> None:
+        """Raises ValueError if the image is too small to be halved once by each block."""
+        super().__init__()
+        height, width, channels = shape_HWC
+        if min(height, width) - PATCH + 1 < 2 ** len(widths):
+            raise ValueError(
+                f"images of {height}×{width} are too small for net.widths {widths}; "
+                f"give at most {(min(height, width) - PATCH + 1).bit_length() - 1} widths"
+            )
+        # Each principal direction of the patches comes with both signs, as ReLU drops one.
+        directions = PATCH * PATCH * channels
+        self.stem = nn.Conv2d(channels, 2 * directions, PATCH)
+        self.stem.requires_grad_(not whiten)
+        self.whiten = whiten
+        widths_in = [2 * directions, *widths[:-1]]
+        self.blocks = nn.Sequential(*map(Block, widths_in, widths))
+        self.head = nn.Linear(widths[-1], num_outputs)
+        nn.init.normal_(self.head.weight, std=1 / widths[-1])
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    @torch.no_grad()
+    def fit_inputs(self, images_BHWC: Tensor) -> None:
+        """Set normalisation, and the whitening stem, from a sample of training images."""
+        images_BHWC = images_BHWC.float() / 255
+        self.mean.copy_(images_BHWC.mean(dim=(0, 1, 2)))
+        # A constant channel stays as it is.
+        self.std.copy_(images_BHWC.std(dim=(0, 1, 2)).clamp_min(1e-3))
+        if self.whiten:
+            normal_BCHW = ((images_BHWC - self.mean) / self.std).permute(0, 3, 1, 2)
+            patches_PD = F.unfold(normal_BCHW, PATCH).transpose(1, 2).flatten(0, 1)
+            values_D, vectors_DD = torch.linalg.eigh(patches_PD.T @ patches_PD / len(patches_PD))
+            whitening_DD = (vectors_DD / torch.sqrt(values_D.clamp_min(0) + 5e-4)).T.flip(0)
+            filters = whitening_DD.view(-1, *self.stem.weight.shape[1:])
+            self.stem.weight.copy_(torch.cat([filters, -filters]))
+            assert self.stem.bias is not None
+            self.stem.bias.zero_()
+
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        # Permuted uint8 [B, H, W, C] is already what channels_last wants in memory.
+        x_BCHW = ((images_BHWC / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        x_BCHW = self.blocks(F.relu(self.stem(x_BCHW)))
+        return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
+
+    @torch.no_grad()
+    def folded(self) -> "FoldedConvNet":
+        """Return the same function as convolutions alone, for inference.
+
+        Input normalisation goes into the stem, which has no padding, and each norm into the
+        convolution before it. Norm and ReLU keep order (the norm's scale is positive), so they
+        may pass through a max pool.
+        """
+        net = FoldedConvNet(self.stem, self.blocks, self.head)
+        net.stem.weight.div_(255 * self.std[None, :, None, None])
+        assert net.stem.bias is not None
+        shift = self.stem.weight * (self.mean / self.std)[None, :, None, None]
+        net.stem.bias.sub_(shift.sum(dim=(1, 2, 3)))
+        return net.eval()
+
+
+class FoldedConvNet(nn.Module):
+    """A trained ConvNet in its inference form."""
+
+    def __init__(self, stem: nn.Conv2d, blocks: nn.Sequential, head: nn.Linear) -> None:
+        super().__init__()
+        self.stem = _copy(stem, stem.weight, stem.bias)
+        pairs = [(b.conv1, b.norm1, b.conv2, b.norm2) for b in blocks if isinstance(b, Block)]
+        self.first = nn.ModuleList([_fold(conv, norm) for conv, norm, _, _ in pairs])
+        self.second = nn.ModuleList([_fold(conv, norm) for _, _, conv, norm in pairs])
+        self.head = nn.Linear(head.in_features, head.out_features)
+        self.head.load_state_dict(head.state_dict())
+
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        x_BCHW = F.relu(self.stem(images_BHWC.float().permute(0, 3, 1, 2)))
+        for first, second in zip(self.first, self.second, strict=True):
+            x_BCHW = F.relu(second(F.max_pool2d(F.relu(first(x_BCHW)), 2)))
+        return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
+
+
+def _convolution(channels_in: int, channels: int) -> nn.Conv2d:
+    """A 3×3 convolution that starts as the identity as far as its channels reach."""
+    conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[: min(channels_in, channels)])
+    return conv
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Fold a batch norm in inference mode into the convolution before it."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    assert bool((scale > 0).all())
+    return _copy(
+        conv, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    )
+
+
+def _copy(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    copy = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        padding=conv.padding,  # type: ignore[arg-type]
+    )
+    assert bias is not None
+    copy.load_state_dict({"weight": weight, "bias": bias})
+    return copy
