@@ -23,6 +23,9 @@ ENVIRONMENT = {
 LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
+_local = False
+
+
 def prepare_environment() -> None:
     """Set Ray's environment variables that are not set already."""
     for name, value in ENVIRONMENT.items():
@@ -44,19 +47,44 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **options)
         return
+    from ray._private import ray_constants
+
+    global _local
+    _local = True
+    # Ray then takes the loopback address for its node, as it does on macOS and Windows. It reads
+    # the variable on import, which may have been before this.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",
         num_cpus=num_cpus,
         include_dashboard=dashboard,
-        _node_ip_address="127.0.0.1",
         _system_config=LEAN_RAYLET,
         **options,
     )
+
+
+def is_local() -> bool:
+    """Whether `connect` started the Ray that this process is connected to."""
+    return _local
+
+
+def join_running() -> bool:
+    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any."""
+    prepare_environment()
+    import ray
+
+    try:
+        ray.init(address="auto", logging_level=logging.WARNING)
+    except ConnectionError:
+        return False
+    return True
 
 
 def disconnect() -> None:
     """Leave the cluster; a local Ray that `connect` started stops with it."""
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    global _local
+    _local = False
+    ray.shutdown()

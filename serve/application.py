@@ -10,7 +10,7 @@ import ray
 from ray import serve
 from starlette.applications import Starlette
 
-from cluster import storage
+from cluster import connect, storage
 from cluster.errors import EXIT_USER_ERROR, UserError
 from serve import config as configs
 from serve.config import ServeConfig
@@ -47,6 +47,9 @@ def app(arguments: dict[str, str]) -> serve.Application:
         _check_port()
     except (UserError, CorruptBundle) as error:
         _refuse(error)
+    if not ray.is_initialized() and not connect.join_running():
+        # `serve run` would start Ray too, with a dashboard and workers ahead of need.
+        connect.connect()
     deployment = Model.options(
         name=bundle.manifest.name,
         num_replicas=config.replicas,

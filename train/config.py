@@ -60,11 +60,11 @@ class Optim(Part):
     name: Literal["muon", "sgd", "adamw"] = Field(
         "muon", description="Muon turns convolutions and matrices; the rest follows by SGD."
     )
-    lr: float = Field(0.24, gt=0, le=10, description="Peak learning rate, after warm-up.")
+    lr: float = Field(0.1, gt=0, le=10, description="Peak learning rate, after warm-up.")
     vector_lr: float = Field(
-        0.05, gt=0, le=10, description="Peak rate of biases and norms, with muon."
+        0.02, gt=0, le=10, description="Peak rate of biases and norms, with muon."
     )
-    head_lr: float = Field(0.6, gt=0, le=10, description="Peak rate of the last layer, with muon.")
+    head_lr: float = Field(0.01, gt=0, le=10, description="Peak rate of the last layer, with muon.")
     momentum: float = Field(0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="For weights, not biases or norms.")
     epochs: int = Field(8, ge=1, le=10_000, description="Passes over the training records.")
@@ -78,7 +78,7 @@ class Optim(Part):
         0.0, ge=0, lt=1, description="Share of all steps in which the rate rises from 0."
     )
     label_smoothing: float = Field(
-        0.2, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+        0.1, ge=0, lt=1, description="Share of the target spread evenly over all classes."
     )
 
 

@@ -25,6 +25,7 @@ from train.data import shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
 from train.loop import worker
+from train.loop.loop import build_net
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -38,7 +39,7 @@ def fit(config: Config) -> Bundle:
     root = storage.resolve(config.storage.path)
     data = shards.prepare(config, root)
     try:
-        worker.build_net(config, data.task)
+        build_net(config, data.task)
     except ValueError as error:
         raise UserError(str(error)) from error
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -56,8 +57,11 @@ def _train(config: Config, data: Shards, runs: str, name: str) -> Path:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from train.loop.trainer import LocalTorchTrainer
+
+    trainer_class = LocalTorchTrainer if connect.is_local() else TorchTrainer
     job = worker.Job(config.model_dump(mode="json"), data.url, data.summary)
-    trainer = TorchTrainer(
+    trainer = trainer_class(
         worker.run,
         train_loop_config=asdict(job),
         scaling_config=ScalingConfig(
@@ -78,7 +82,7 @@ def _write(
     """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
     task = data.task
     history: list[dict[str, float]] = json.loads((checkpoint / worker.HISTORY).read_text())
-    net = worker.build_net(config, task)
+    net = build_net(config, task)
     net.load_state_dict(safetensors.torch.load_file(checkpoint / worker.WEIGHTS))
     safetensors.torch.save_file(net.state_dict(), writer.file(worker.WEIGHTS))
     writer.json(FEATURES, task.to_dict())

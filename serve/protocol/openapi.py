@@ -21,7 +21,9 @@ PAGE = """<!doctype html>
 <body>
 <div id="ui"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1})</script>
+<script>
+SwaggerUIBundle({url: "/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1})
+</script>
 </body>
 </html>
 """

@@ -1,0 +1,97 @@
+"""What tests share: data small enough to train on in seconds, and one bundle made of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from cluster import connect
+from tests.server import REPOSITORY
+from train.bundle import Bundle
+from train.config import Config, validate
+from train.data import shards
+from train.data.shards import Shards
+from train.tasks import Record
+
+connect.prepare_environment()
+
+CONFIG: dict[str, Any] = {
+    "name": "digits",
+    "data": {"train": "sklearn:digits"},
+    "net": {"widths": [16, 32]},
+    "optim": {"epochs": 2, "batch_size": 64},
+    "precision": "fp32",
+}
+
+
+def make_config(**changes: Any) -> Config:
+    """A small run on digits, with top-level fields changed."""
+    return validate({**CONFIG, **changes})
+
+
+@pytest.fixture(scope="session")
+def storage_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def config(storage_path: Path) -> Config:
+    return make_config(storage={"path": str(storage_path)})
+
+
+@pytest.fixture(scope="session")
+def digits(config: Config) -> Shards:
+    return shards.prepare(config, config.storage.path)
+
+
+@pytest.fixture(scope="session")
+def trained(storage_path: Path) -> dict[str, Any]:
+    """What `python train/main.py` printed: digits, two workers, registered as production."""
+    done = run_main(
+        ["--storage.path", str(storage_path), "--optim.epochs", "8", "--net.widths", "[32,64]"]
+    )
+    assert done.returncode == 0, done.stderr
+    import json
+
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="session")
+def bundle(trained: dict[str, Any]) -> Bundle:
+    return Bundle.load(trained["bundle"])
+
+
+def run_main(arguments: Sequence[str], script: str = "train/main.py") -> Any:
+    """Run a command as a user does, from the repository."""
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Callable[[Sequence[Record], str], str]:
+    """Write records to a Parquet file and return its path."""
+
+    def write(records: Sequence[Record], name: str = "data.parquet") -> str:
+        path = tmp_path / name
+        pyarrow.parquet.write_table(pa.Table.from_pylist([dict(row) for row in records]), path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,60 @@
+"""Start `serve run serve.app` as a user would, wait until it answers, and stop it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+URL = "http://127.0.0.1:8000"
+READY_S = 120
+STOP_S = 60
+
+
+def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start the server; its output goes to `log`. Returns once it is ready.
+
+    Raises RuntimeError with the end of the log if it stops or is not ready in time.
+    """
+    command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app", *arguments]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{URL}/v2/health/ready").status_code == 200:
+                return process
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    stop(process)
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    raise RuntimeError(f"the server was not ready within {READY_S} s; its log ends:\n{end}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop the server and the Ray that it started."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def running(*arguments: str, log: Path) -> Iterator[str]:
+    """Yield the server's URL; it stops when the block ends."""
+    process = start(*arguments, log=log)
+    try:
+        yield URL
+    finally:
+        stop(process)

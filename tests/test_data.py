@@ -1,0 +1,188 @@
+"""Sample order, augmentation, splits and encoded shards."""
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import UserError
+from tests.conftest import make_config
+from tests.test_tasks import image_bytes
+from train.config import Augment
+from train.data import order, shards, splits
+from train.data.augment import Augmentation
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 64), (63, 64), (1000, 64), (97, 10)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_is_seen_once_per_epoch(num_samples, batch_size, world_size):
+    seen = [
+        sample
+        for batch in order.epoch_batches(7, 3, num_samples, batch_size)
+        for rank in range(world_size)
+        for sample in order.share(batch, rank, world_size)
+    ]
+    assert sorted(seen) == list(range(num_samples))
+
+
+def test_batches_differ_by_at_most_one_sample():
+    sizes = {len(batch) for batch in order.epoch_batches(0, 0, 1290, 64)}
+    assert max(sizes) - min(sizes) <= 1
+    assert abs(max(sizes) - 64) <= 1
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def first(seed, epoch):
+        return order.epoch_batches(seed, epoch, 100, 10)[0].tolist()
+
+    assert first(1, 2) == first(1, 2)
+    assert first(1, 2) != first(1, 3)
+    assert first(1, 2) != first(2, 2)
+
+
+def shifted(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """A shift with numpy's own reflection."""
+    reach = max(abs(dy), abs(dx), 1)
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    height, width = image.shape[:2]
+    return padded[reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+
+def test_shift_and_flip_agree_with_numpy(rng):
+    images = rng.integers(0, 256, (20, 7, 6, 3), dtype=np.uint8)
+    augmentation = Augmentation(Augment(flip=True, translate=2), seed=5, num_samples=20)
+    augmentation.start_epoch(0)
+    ids = np.arange(20)
+    varied = augmentation.apply(torch.from_numpy(images), ids).numpy()
+    candidates = {
+        (dy, dx, mirrored): np.stack(
+            [shifted(image[:, ::-1] if mirrored else image, dy, dx) for image in images]
+        )
+        for dy in range(-2, 3)
+        for dx in range(-2, 3)
+        for mirrored in (False, True)
+    }
+    kinds = [
+        {key for key, images_ in candidates.items() if np.array_equal(images_[i], varied[i])}
+        for i in range(20)
+    ]
+    assert all(kinds), "each image is one of the 50 possible variations of itself"
+    assert len(set.union(*kinds)) > 10
+
+
+def test_two_epochs_show_both_sides_of_every_image(rng):
+    images = torch.from_numpy(rng.integers(0, 256, (20, 4, 4, 1), dtype=np.uint8))
+    augmentation = Augmentation(Augment(flip=True), seed=5, num_samples=20)
+    ids = np.arange(20)
+    sides = []
+    for epoch in (0, 1):
+        augmentation.start_epoch(epoch)
+        sides.append(augmentation.apply(images, ids))
+    np.testing.assert_array_equal(sides[0].numpy(), sides[1].numpy()[:, :, ::-1])
+
+
+def test_a_variation_does_not_depend_on_the_batch(rng):
+    images = torch.from_numpy(rng.integers(0, 256, (20, 6, 6, 3), dtype=np.uint8))
+    augmentation = Augmentation(Augment(flip=True, translate=2), seed=5, num_samples=20)
+    augmentation.start_epoch(4)
+    whole = augmentation.apply(images, np.arange(20))
+    some = np.array([3, 17, 5])
+    torch.testing.assert_close(augmentation.apply(images[some], some), whole[some])
+
+
+def test_splits_never_overlap_and_leave_nothing_out():
+    parts = splits.split(make_config().data, ["image", "label"])
+    rows = np.concatenate([part.rows for part in parts.values()])
+    assert sorted(rows) == list(range(1797))
+    assert {name: len(part.rows) for name, part in parts.items()} == {
+        "train": 1258,
+        "test": 359,
+        "valid": 180,
+    }
+
+
+def test_shards_hold_what_the_task_encodes(digits):
+    parts = splits.split(make_config().data, ["image", "label"])
+    for name, part in parts.items():
+        inputs, targets = digits.open(name)
+        assert len(targets) == len(part.records)
+        for index in (0, len(targets) - 1):
+            arrays, target = digits.task.encode(part.records[index])
+            np.testing.assert_array_equal(inputs["image"][index], arrays["image"])
+            assert targets[index] == target
+
+
+def test_shards_are_written_once(config, digits, monkeypatch):
+    monkeypatch.setattr(shards, "_write", lambda *_: pytest.fail("written again"))
+    assert shards.prepare(config, config.storage.path) == digits
+
+
+def images(count: int, rng: np.random.Generator) -> list[bytes]:
+    return [image_bytes(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
+    records = [
+        {"img": {"bytes": data, "path": None}, "label": name}
+        for data, name in zip(images(30, rng), ["cat", "dog", "emu"] * 10, strict=True)
+    ]
+    url = write_parquet(records)
+    config = make_config(data={"train": url}, image={"column": "img"})
+    prepared = shards.prepare(config, str(tmp_path))
+    assert prepared.task.target.to_dict()["classes"] == ["cat", "dog", "emu"]
+    assert {name: split["num_records"] for name, split in prepared.summary["splits"].items()} == {
+        "train": 21,
+        "test": 6,
+        "valid": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([], ["no records"]),
+        ([{"image": b"", "other": 1}], ["no column 'label'", "image, other"]),
+        ("one class", ["only the value ['0']"]),
+        ("damaged", ["row 17", "no PNG or JPEG"]),
+        ("unlabelled", ["missing"]),
+    ],
+)
+def test_bad_data_is_named_by_source_and_row(write_parquet, rng, tmp_path, records, words):
+    if isinstance(records, str):
+        rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
+        if records == "one class":
+            rows = [{**row, "label": 0} for row in rows]
+        elif records == "damaged":
+            rows[17]["image"] = b"no image"
+        else:
+            rows = [{**row, "label": None} for row in rows]
+        records = rows
+    url = write_parquet(records)
+    with pytest.raises(UserError) as caught:
+        shards.prepare(make_config(data={"train": url}), str(tmp_path / "runs"))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (url, *words):
+        assert word in message
+    written = tmp_path / "runs" / "data"
+    assert not written.exists() or not any(written.iterdir()), "nothing half-written is left"
+
+
+def test_a_class_that_training_never_saw_is_named(write_parquet, rng, tmp_path):
+    rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
+    test = write_parquet([*rows[:4], {**rows[4], "label": 7}], "test.parquet")
+    config = make_config(data={"train": write_parquet(rows), "test": test})
+    with pytest.raises(UserError, match=r"test\.parquet', row 4: .*'7'.*known are 0, 1"):
+        shards.prepare(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing.parquet", "nosuch://bucket/data.parquet"])
+def test_a_missing_source_is_named(name, tmp_path):
+    with pytest.raises(UserError, match=name.split(":")[0]):
+        shards.prepare(make_config(data={"train": name}), str(tmp_path))
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
+    path = tmp_path / "data.parquet"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"data\.parquet' is not a Parquet file"):
+        shards.prepare(make_config(data={"train": str(path)}), str(tmp_path))

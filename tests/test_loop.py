@@ -1,0 +1,181 @@
+"""The net, the optimizers, the schedules and the loop, against numpy, torch and themselves."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import make_config
+from train.config import Optim
+from train.loop import evaluate, optimizers, schedule
+from train.loop.loop import Worker, build_net, train
+from train.nets import ConvNet
+
+ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def net(rng):
+    torch.manual_seed(0)
+    net = ConvNet((9, 10, 3), num_outputs=4, widths=[8, 6], whiten=True)
+    images = torch.from_numpy(rng.integers(0, 256, (64, 9, 10, 3), dtype=np.uint8))
+    net.fit_inputs(images)
+    net.train()
+    for _ in range(3):  # fill the running statistics of the norms
+        net(images)
+    with torch.no_grad():
+        for block in net.blocks:
+            block.norm1.bias.normal_()
+    return net.eval()
+
+
+def test_the_stem_whitens_patches(net, rng):
+    images = torch.from_numpy(rng.integers(0, 256, (500, 9, 10, 3), dtype=np.uint8))
+    net.fit_inputs(images)
+    with torch.no_grad():
+        normal = ((images / 255 - net.mean) / net.std).permute(0, 3, 1, 2)
+        answers = net.stem(normal).permute(0, 2, 3, 1).reshape(-1, 24)[:, :12].numpy()
+    np.testing.assert_allclose(np.cov(answers.T, bias=True), np.eye(12), atol=0.02)
+
+
+def test_the_folded_net_gives_the_same_logits(net, rng):
+    images = torch.from_numpy(rng.integers(0, 256, (16, 9, 10, 3), dtype=np.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(net.folded()(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_net_too_deep_for_its_images_is_refused():
+    with pytest.raises(ValueError, match=r"8×8 are too small .* at most 2 widths"):
+        ConvNet((8, 8, 1), 10, [8, 8, 8], whiten=True)
+
+
+def schedule_reference(name, warmup_steps, total_steps):
+    """The factors of a whole run, in numpy."""
+    warmup = np.linspace(0, 1, warmup_steps + 2)[1:-1]
+    progress = np.linspace(0, 1, total_steps - warmup_steps + 1)[:-1]
+    falls = {
+        "constant": np.ones_like(progress),
+        "linear": 1 - progress,
+        "cosine": (1 + np.cos(np.pi * progress)) / 2,
+    }
+    return np.concatenate([warmup, falls[name]])
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.25])
+def test_schedules_agree_with_numpy(name, warmup_fraction):
+    optim = Optim(schedule=name, warmup_fraction=warmup_fraction)
+    factors = [schedule.factor(optim, step, 40) for step in range(40)]
+    np.testing.assert_allclose(
+        factors, schedule_reference(name, round(40 * warmup_fraction), 40), atol=1e-12
+    )
+
+
+def muon_reference(weight, gradients, lr, momentum):
+    """Muon's steps on one weight, in float64 numpy."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    state = np.zeros_like(weight)
+    for gradient in gradients:
+        state = momentum * state + gradient
+        update = gradient + momentum * state
+        matrix = update.reshape(len(update), -1)
+        matrix = matrix / np.linalg.norm(matrix)
+        tall = matrix.shape[0] > matrix.shape[1]
+        if tall:
+            matrix = matrix.T
+        for _ in range(3):
+            gram = matrix @ matrix.T
+            matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
+        if tall:
+            matrix = matrix.T
+        weight = weight * math.sqrt(len(weight)) / np.linalg.norm(weight)
+        weight = weight - lr * matrix.reshape(weight.shape)
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (5, 7)])
+def test_muon_agrees_with_numpy(shape, rng):
+    weight = torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)))
+    gradients = [rng.normal(size=shape) for _ in range(4)]
+    expected = muon_reference(weight.detach().numpy().copy(), gradients, lr=0.1, momentum=0.6)
+    muon = optimizers.Muon([weight], lr=0.1, momentum=0.6)
+    for gradient in gradients:
+        weight.grad = torch.from_numpy(gradient)
+        muon.step()
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-6)
+
+
+def test_muon_steps_are_nearly_orthogonal(rng):
+    turn = optimizers.orthogonal(torch.from_numpy(rng.normal(size=(16, 60))), num_iterations=5)
+    values = np.linalg.svd(turn.numpy(), compute_uv=False)
+    assert 0.5 < values.min() <= values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", ["muon", "sgd", "adamw"])
+def test_each_trainable_weight_is_in_one_group_and_vectors_do_not_decay(net, name):
+    built = optimizers.build(Optim(name=name, weight_decay=0.1), net)
+    groups = [group for each in built for group in each.param_groups]
+    ids = [id(param) for group in groups for param in group["params"]]
+    assert sorted(ids) == sorted(id(param) for param in net.parameters() if param.requires_grad)
+    for group in groups:
+        if any(param.ndim < 2 for param in group["params"]):
+            assert group["weight_decay"] == 0
+
+
+def test_training_is_a_function_of_its_config(config, digits):
+    runs = [train(config, digits, ALONE, lambda row: None) for _ in range(2)]
+    assert runs[0] is not None
+    assert runs[1] is not None
+    for name, value in runs[0].weights.items():
+        torch.testing.assert_close(value, runs[1].weights[name], rtol=0, atol=0)
+    assert runs[0].history[-1]["valid_accuracy"] > 0.9
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch(config, digits):
+    trained = train(config, digits, ALONE, lambda row: None)
+    assert trained is not None
+    net = build_net(config, digits.task)
+    net.load_state_dict(trained.weights)
+    inputs, targets = digits.open("valid")
+    outputs = evaluate.outputs(net.eval(), inputs, ALONE.device, 0, 1)
+    assert outputs is not None
+    best = max(row["valid_accuracy"] for row in trained.history)
+    assert digits.task.metrics(outputs, targets, "valid")["valid_accuracy"] == best
+
+
+def test_evaluation_returns_every_sample_in_order(digits):
+    inputs, _ = digits.open("train")
+    outputs = evaluate.outputs(
+        lambda images: images.float().mean(dim=(1, 2)), inputs, ALONE.device, 0, 1
+    )
+    assert outputs is not None
+    np.testing.assert_allclose(outputs["logits"], inputs["image"].mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(digits, storage_path):
+    config = make_config(
+        optim={"name": "sgd", "lr": 10, "momentum": 0.99, "epochs": 3},
+        storage={"path": str(storage_path)},
+    )
+    with pytest.raises(FloatingPointError, match=r"after step \d+ of \d+; lower optim.lr, now 10"):
+        train(config, digits, ALONE, lambda row: None)
+
+
+def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits):
+    """One step's reported loss is that of the initial net on the first batch."""
+    one_step = make_config(
+        optim={"epochs": 1, "batch_size": 65_536}, storage={"path": config.storage.path}
+    )
+    trained = train(one_step, digits, ALONE, lambda row: None)
+    assert trained is not None
+    torch.manual_seed(one_step.seed)
+    net = build_net(one_step, digits.task)
+    inputs, targets = digits.open("train")
+    images = torch.from_numpy(np.array(inputs["image"]))
+    net.fit_inputs(images)
+    expected = F.cross_entropy(
+        net.train()(images), torch.from_numpy(np.array(targets)), label_smoothing=0.1
+    )
+    assert trained.history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-4)
