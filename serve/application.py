@@ -21,7 +21,6 @@ from train.bundle import Bundle, CorruptBundle, Predictor, registry
 HOST, PORT = "127.0.0.1", 8000
 
 
-@serve.deployment
 @serve.ingress()
 class Model:
     """One replica of a model. Ready once its golden self-test has passed."""
@@ -50,7 +49,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     if not ray.is_initialized() and not connect.join_running():
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
         connect.connect()
-    deployment = Model.options(
+    deployment = serve.deployment(Model).options(
         name=bundle.manifest.name,
         num_replicas=config.replicas,
         # The data plane's own queue decides what waits and what is refused.

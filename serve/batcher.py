@@ -44,21 +44,24 @@ class Batcher:
         Raises Overloaded at once when too many rows are waiting.
         """
         count = num_rows(rows)
-        if count > self._max_batch_rows:
-            size = self._max_batch_rows
-            parts = [
-                self.submit({name: array[start : start + size] for name, array in rows.items()})
-                for start in range(0, count, size)
-            ]
-            return concatenate(await asyncio.gather(*parts))
         if self._queue and self._queued_rows + count > self._max_queue_rows:
             raise Overloaded(f"{self._queued_rows} rows are waiting already; try again later.")
-        answer = asyncio.get_running_loop().create_future()
+        if count <= self._max_batch_rows:
+            return await self._enqueue(rows, count)
+        parts = []
+        for start in range(0, count, self._max_batch_rows):
+            end = min(start + self._max_batch_rows, count)
+            part = {name: array[start:end] for name, array in rows.items()}
+            parts.append(self._enqueue(part, end - start))
+        return concatenate(await asyncio.gather(*parts))
+
+    def _enqueue(self, rows: Arrays, count: int) -> asyncio.Future[Arrays]:
+        answer: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
         self._queue.append(Waiting(rows, count, answer))
         self._queued_rows += count
         if not self._busy:
             self._start_batch()
-        return await answer
+        return answer
 
     def _start_batch(self) -> None:
         batch = self._take_batch()

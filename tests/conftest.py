@@ -1,5 +1,6 @@
 """What tests share: data small enough to train on in seconds, and one bundle made of it."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -53,12 +54,16 @@ def digits(config: Config) -> Shards:
 @pytest.fixture(scope="session")
 def trained(storage_path: Path) -> dict[str, Any]:
     """What `python train/main.py` printed: digits, two workers, registered as production."""
-    done = run_main(
-        ["--storage.path", str(storage_path), "--optim.epochs", "8", "--net.widths", "[32,64]"]
-    )
+    small = [
+        "--optim.epochs",
+        "8",
+        "--net.widths",
+        "[32,64]",
+        "--compress.max_accuracy_drop",
+        "0.02",
+    ]
+    done = run_main(["--storage.path", str(storage_path), *small])
     assert done.returncode == 0, done.stderr
-    import json
-
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

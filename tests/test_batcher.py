@@ -57,7 +57,7 @@ def test_requests_that_wait_for_the_engine_share_its_next_batch():
 
 def test_a_batch_is_never_larger_than_allowed():
     async def scenario():
-        engine, batcher = make()
+        engine, batcher = make(max_queue_rows=20)
         engine.free.release(10)
         first = asyncio.create_task(batcher.submit(rows(0)))
         others = [asyncio.create_task(batcher.submit(rows(i, i))) for i in range(1, 4)]

@@ -156,7 +156,7 @@ def test_evaluation_returns_every_sample_in_order(digits):
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits, storage_path):
     config = make_config(
-        optim={"name": "sgd", "lr": 10, "momentum": 0.99, "epochs": 3},
+        optim={"name": "sgd", "lr": 10, "weight_decay": 1, "batch_size": 16},
         storage={"path": str(storage_path)},
     )
     with pytest.raises(FloatingPointError, match=r"after step \d+ of \d+; lower optim.lr, now 10"):

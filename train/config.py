@@ -94,7 +94,7 @@ class Workers(Part):
 
 
 class Compress(Part):
-    variants: list[Literal["int8_static"]] = Field(
+    variants: Sequence[Literal["int8_static"]] = Field(
         ["int8_static"], description="Variants to make besides fp32."
     )
     max_accuracy_drop: float = Field(
@@ -214,6 +214,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        merged[key] = _merge(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _merge(inner, value)
+        merged[key] = value
     return merged

@@ -53,7 +53,7 @@ def confusion(
         axes.set_xticks(ticks, classes, rotation=45, ha="right")
         axes.set_yticks(ticks, classes)
         for (row, column), share in np.ndenumerate(shares_KK):
-            if share >= 0.005:
+            if share >= 0.01:
                 colour = "white" if share > 0.5 else "black"
                 text = f"{share * 100:.0f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
@@ -68,6 +68,10 @@ def tradeoff(variants: Mapping[str, Variant], metric: str, default: str, path: P
     for name, variant in variants.items():
         _mark(axes, name, variant, metric, largest, chosen=name == default)
     axes.margins(0.3)
+    # Without a least span, the smallest difference would fill the picture.
+    low, high = axes.get_ylim()
+    middle, reach = (low + high) / 2, max((high - low) / 2, 0.02)
+    axes.set_ylim(middle - reach, middle + reach)
     axes.set(
         xlabel="records/s, one thread, batch 32", ylabel=metric, title="Variants (area: bytes)"
     )

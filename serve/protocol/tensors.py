@@ -70,7 +70,7 @@ def header(name: str, array: np.ndarray) -> dict[str, Any]:
 def _field(tensor: Any, key: str, kind: type, where: str) -> Any:
     value = tensor.get(key) if isinstance(tensor, dict) else None
     if not isinstance(value, kind):
-        words = {str: "a string", list: "a list"}[kind]
+        words = "a list" if kind is list else "a string"
         raise BadRequest(f"{where}: '{key}' is missing or is not {words}.")
     return value
 

@@ -22,7 +22,7 @@ def decode(body: bytes, manifest: Manifest) -> list[Record]:
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
     names = [tensor.name for tensor in manifest.inputs]
-    records = []
+    records: list[Record] = []
     for index, instance in enumerate(instances):
         if len(names) == 1 and not (isinstance(instance, dict) and names[0] in instance):
             instance = {names[0]: instance}

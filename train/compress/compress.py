@@ -1,6 +1,7 @@
 """Make the variants of a net, measure them, and let the gate decide."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -33,11 +34,11 @@ def make_variants(
     splits = {name: shards.open(name) for name in ("valid", "test")}
     calibration = _sample(train_inputs, config.compress.calibration_records, config.seed)
 
-    paths = {"fp32": writer.file("variants/fp32/model.onnx")}
+    paths: dict[str, Path] = {"fp32": writer.file("variants/fp32/model.onnx")}
     export.to_onnx(net, task.features.inputs, _first(calibration, 32), paths["fp32"])
-    for name in config.compress.variants:
-        paths[name] = writer.file(f"variants/{name}/model.onnx")
-        quantize.int8_static(paths["fp32"], paths[name], calibration)
+    for variant in config.compress.variants:
+        paths[variant] = writer.file(f"variants/{variant}/model.onnx")
+        quantize.int8_static(paths["fp32"], paths[variant], calibration)
 
     num_threads = os.cpu_count() or 1
     fast = {
@@ -55,7 +56,7 @@ def make_variants(
     metrics = {name: _metrics(task, splits, outputs, name) for name in paths}
     metric = f"valid_{task.metric}"
     speeds = measure.speeds(single, golden_inputs)
-    variants = {}
+    variants: dict[str, Variant] = {}
     for name, path in paths.items():
         verdict = gate.judge(
             metric,

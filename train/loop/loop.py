@@ -174,7 +174,8 @@ class Loop:
         permutation = order.generator(self._config.seed, 0, "fit").permutation(self.num_samples)
         ids = np.sort(permutation[:FIT_SAMPLES])
         net.fit_inputs(*_to_device(self._inputs, ids, torch.device("cpu")))
-        return net.to(self._worker.device, memory_format=torch.channels_last)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net.to(self._worker.device)
 
 
 def _to_device(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:

@@ -34,6 +34,9 @@ class Block(nn.Module):
 class ConvNet(nn.Module):
     """uint8 images [B, H, W, C] → logits [B, K]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, shape_HWC: tuple[int, int, int], num_outputs: int, widths: list[int], whiten: bool
     ) -> None:
@@ -141,12 +144,9 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _copy(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    copy = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        padding=conv.padding,  # type: ignore[arg-type]
-    )
+    """A convolution of the same shape with other weights."""
+    height, width = conv.kernel_size
+    copy = nn.Conv2d(conv.in_channels, conv.out_channels, (height, width), padding=conv.padding[0])
     assert bias is not None
     copy.load_state_dict({"weight": weight, "bias": bias})
     return copy

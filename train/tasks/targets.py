@@ -12,7 +12,8 @@ from train.tasks.records import Arrays, InvalidRecord, TensorSpec
 class Target(Protocol):
     """How the column to predict is learned and how outputs are read back."""
 
-    column: str
+    @property
+    def column(self) -> str: ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
