@@ -54,6 +54,8 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     # Ray then takes the loopback address for its node, as it does on macOS and Windows. It reads
     # the variable on import, which may have been before this.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # This machine is not taken away with notice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,20 +18,31 @@ READY_S = 120
 STOP_S = 60
 
 
-def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start the server; its output goes to `log`. Returns once it is ready.
+def start(
+    *arguments: str,
+    log: Path,
+    app: str = "serve.app",
+    environment: Mapping[str, str] | None = None,
+    ready: str = "/v2/health/ready",
+) -> subprocess.Popen[bytes]:
+    """Start the server; its output goes to `log`. Returns once the path `ready` answers 200.
 
     Raises RuntimeError with the end of the log if it stops or is not ready in time.
     """
-    command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app", *arguments]
+    command = [str(Path(sys.executable).with_name("serve")), "run", app, *arguments]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{URL}/v2/health/ready").status_code == 200:
+            if httpx.get(f"{URL}{ready}").status_code == 200:
                 return process
         except httpx.TransportError:
             pass
@@ -51,9 +63,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def running(*arguments: str, log: Path) -> Iterator[str]:
-    """Yield the server's URL; it stops when the block ends."""
-    process = start(*arguments, log=log)
+def running(*arguments: str, **options: Any) -> Iterator[str]:
+    """Yield the server's URL; it stops when the block ends. For the options see `start`."""
+    process = start(*arguments, **options)
     try:
         yield URL
     finally:

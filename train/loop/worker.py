@@ -1,6 +1,7 @@
 """What every Ray Train worker runs: the loop, its progress on stderr, its result as checkpoint."""
 
 import json
+import logging
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Job:
 
 def run(job: dict[str, Any]) -> None:
     """Train, and report weights and history as the checkpoint of rank 0."""
+    # Ray Train records each of its own steps; the terminal is for the run's progress.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     config = Config.model_validate(job["config"])
     context = ray.train.get_context()
     worker = Worker(

@@ -1,0 +1,12 @@
+"""An empty handler on Ray Serve with its default settings: what its ingress alone can carry."""
+
+from ray import serve
+
+
+@serve.deployment(max_ongoing_requests=100)
+class Empty:
+    async def __call__(self, request: object) -> bytes:
+        return b""
+
+
+app = Empty.bind()
