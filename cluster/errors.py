@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class Failed(Exception):
+    """It failed, for a reason that one line tells as well as a traceback would."""
+
+
 def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     """Run a command and leave the process by the contract of all commands.
 
@@ -28,6 +32,9 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(EXIT_FAILED)

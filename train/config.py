@@ -2,16 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from cluster.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
+
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+
+
+def _span(value: Any) -> Any:
+    """Take one count as least and most alike."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return sorted(value) if all(type(item) is int for item in value) else value
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return [value, value]
 
 
 class Part(BaseModel):
@@ -71,11 +83,25 @@ class Optim(Part):
     batch_size: int = Field(
         500, ge=1, le=65_536, description="Samples per step in all, whatever the workers."
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most samples a worker computes at once; a larger share is accumulated.",
+    )
+    schedule: Literal["linear", "cosine", "one_cycle", "constant"] = Field(
         "linear", description="How the rate falls after warm-up."
     )
     warmup_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of all steps in which the rate rises from 0."
+        0.0, ge=0, lt=1, description="Share of all steps in which the rate rises."
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Largest norm of the whole gradient; larger ones are scaled down."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep and use an exponential moving average of the weights, by step.",
     )
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="Share of the target spread evenly over all classes."
@@ -85,12 +111,63 @@ class Optim(Part):
 class Augment(Part):
     flip: bool = Field(False, description="Mirror left and right, alternating by epoch.")
     translate: int = Field(0, ge=0, le=64, description="Shift by up to this many pixels.")
+    crop_area: float | None = Field(
+        None, gt=0, le=1, description="Zoom into a random crop of at least this share of the area."
+    )
+    cutout: int = Field(0, ge=0, le=256, description="Grey out a square of this many pixels.")
+    mixup: float = Field(
+        0, ge=0, le=10, description="Blend pairs of images; the alpha of the share's Beta."
+    )
+    cutmix: float = Field(
+        0, ge=0, le=10, description="Paste boxes between pairs; the alpha of the share's Beta."
+    )
+
+
+class Stop(Part):
+    metric: str | None = Field(
+        None, description="End the run early when this metric of an epoch no longer gets better."
+    )
+    patience: int = Field(3, ge=1, le=10_000, description="Epochs without a better value.")
 
 
 class Workers(Part):
-    num: int = Field(2, ge=1, le=4096, description="Training workers, one process each.")
+    num: Annotated[tuple[Count, Count], BeforeValidator(_span)] = Field(
+        (2, 2),
+        description="Training workers, one process each; [least, most] grows and shrinks with "
+        "the cluster.",
+    )
     gpu: bool = Field(False, description="One GPU for each worker.")
     cpus: float = Field(1, gt=0, le=1024, description="Cores for each worker.")
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Parts that every global batch is divided into, so most workers that can "
+        "share it; fixed for the run. The most workers by default.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="A whole copy of the net in each worker, or (fsdp) a shard of it."
+    )
+    max_failures: int = Field(
+        3, ge=0, le=1000, description="Failures of workers after which the run gives up."
+    )
+
+    @property
+    def most(self) -> int:
+        return self.num[1]
+
+
+class Checkpoint(Part):
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints within an epoch; by time alone if none."
+    )
+    every_minutes: float = Field(
+        5, gt=0, le=1440, description="Minutes between checkpoints within an epoch."
+    )
+    keep: int = Field(2, ge=1, le=1000, description="Latest checkpoints to keep, besides the best.")
+    best: str | None = Field(
+        None, description="Metric whose best epoch becomes the model; the task's own by default."
+    )
 
 
 class Compress(Part):
@@ -124,15 +201,26 @@ class Config(Part):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation.")
     target: str = Field("label", description="The column to predict.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto is bf16 where the processor computes in it, else fp32."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto is bf16 where the device computes in it, else fp32."
+    )
+    compile: bool = Field(
+        False, description="Compile the net by torch.compile; needs a C compiler."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, to save memory."
+    )
+    resume: str | None = Field(
+        None, description="Name of a run under storage.path to continue where it stopped."
     )
     data: Data
     image: Image = Image()
     net: Net = Net()
     optim: Optim = Optim()
     augment: Augment = Augment()
+    stop: Stop = Stop()
     workers: Workers = Workers()
+    checkpoint: Checkpoint = Checkpoint()
     compress: Compress = Compress()
     registry: Registry = Registry()
     storage: Storage = Storage()

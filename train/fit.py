@@ -1,14 +1,12 @@
 """fit(config) -> Bundle: the one entry for training."""
 
-import json
 import math
 import os
 import secrets
+import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -24,8 +22,11 @@ from train.config import Config
 from train.data import shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
-from train.loop import worker
-from train.loop.loop import build_net
+from train.loop import progress, trainer
+from train.loop.events import Follower
+from train.loop.loop import build_net, trained
+from train.loop.run import Run
+from train.loop.worker import Job
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -33,58 +34,66 @@ PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 def fit(config: Config) -> Bundle:
     """Train, compress, and return the bundle, which is kept under `storage.path`.
 
-    Raises UserError when the data or the configuration do not allow it.
+    Raises UserError when the data or the configuration do not allow it, Failed when training
+    failed.
     """
     started = time.perf_counter()
     root = storage.resolve(config.storage.path)
     data = shards.prepare(config, root)
+    _check(config, data)
+    run = _run(config, storage.join(root, "train"))
+    needed = math.ceil(config.workers.most * config.workers.cpus)
+    connect.connect(num_cpus=max(os.cpu_count() or 1, needed))
+    with Follower(progress.show(config)) as follower:
+        trainer.train(
+            config,
+            run,
+            Job(
+                config.model_dump(mode="json"),
+                run.url,
+                run.num_lanes,
+                data.url,
+                data.summary,
+                follower.events,
+            ),
+        )
+    location = storage.join(root, "bundles", run.name)
+    with Bundle.create(location) as writer:
+        _write(writer, config, data, run, started)
+    return Bundle.load(location)
+
+
+def _check(config: Config, data: Shards) -> None:
+    """Raises UserError for what is only known once the data are."""
     try:
         build_net(config, data.task)
     except ValueError as error:
         raise UserError(str(error)) from error
+    known = [f"valid_{name}" for name in data.task.target.metric_names]
+    for option, metric in (
+        ("stop.metric", config.stop.metric),
+        ("checkpoint.best", config.checkpoint.best),
+    ):
+        if metric is not None and metric not in known:
+            raise UserError(f"{option} is '{metric}'; there are {', '.join(known)}.")
+
+
+def _run(config: Config, runs: str) -> Run:
+    """Return the run that `resume` names, or a new one, whose name goes to stderr."""
+    if config.resume is not None:
+        return Run.resume(storage.join(runs, config.resume), config)
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    checkpoint = _train(config, data, storage.join(root, "train"), name)
-    location = storage.join(root, "bundles", name)
-    with Bundle.create(location) as writer:
-        _write(writer, config, data, checkpoint, started)
-    return Bundle.load(location)
+    print(f"run {name}; if it stops, continue it with --resume {name}", file=sys.stderr)
+    return Run.start(storage.join(runs, name), config)
 
 
-def _train(config: Config, data: Shards, runs: str, name: str) -> Path:
-    """Run the loop on Ray Train; return a local directory with weights and history."""
-    needed = math.ceil(config.workers.num * config.workers.cpus)
-    connect.connect(num_cpus=max(os.cpu_count() or 1, needed))
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from train.loop.trainer import LocalTorchTrainer
-
-    trainer_class = LocalTorchTrainer if connect.is_local() else TorchTrainer
-    job = worker.Job(config.model_dump(mode="json"), data.url, data.summary)
-    trainer = trainer_class(
-        worker.run,
-        train_loop_config=asdict(job),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers.num,
-            use_gpu=config.workers.gpu,
-            resources_per_worker={"CPU": config.workers.cpus},
-        ),
-        run_config=RunConfig(name=name, storage_path=runs),
-    )
-    checkpoint = trainer.fit().checkpoint
-    assert checkpoint is not None, "the workers report one"
-    return Path(checkpoint.to_directory())
-
-
-def _write(
-    writer: BundleWriter, config: Config, data: Shards, checkpoint: Path, started: float
-) -> None:
+def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started: float) -> None:
     """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
     task = data.task
-    history: list[dict[str, float]] = json.loads((checkpoint / worker.HISTORY).read_text())
+    weights, history = trained(run.store(config.checkpoint.keep))
     net = build_net(config, task)
-    net.load_state_dict(safetensors.torch.load_file(checkpoint / worker.WEIGHTS))
-    safetensors.torch.save_file(net.state_dict(), writer.file(worker.WEIGHTS))
+    net.load_state_dict(weights)
+    safetensors.torch.save_file(net.state_dict(), writer.file("weights.safetensors"))
     writer.json(FEATURES, task.to_dict())
     writer.json(BASELINE, baseline(data))
     writer.json("report/history.json", history)

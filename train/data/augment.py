@@ -4,12 +4,28 @@ What happens to a sample depends on seed, epoch and sample id alone, never on it
 Shapes: B batch, H height, W width, C channels.
 """
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import Augment
 from train.data.order import generator
+
+GREY = 127
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Images of which `share` is of targets_B and the rest of others_B."""
+
+    images_BHWC: Tensor
+    targets_B: Tensor
+    others_B: Tensor
+    share: float
 
 
 class Augmentation:
@@ -24,26 +40,96 @@ class Augmentation:
         self._flip_even_N = generator(seed, 0, "flip").random(num_samples) < 0.5
 
     def start_epoch(self, epoch: int) -> None:
-        reach = self._config.translate
+        """Draw for every sample how it will look in this epoch."""
+        config, count = self._config, self._num_samples
+        reach = config.translate
         draws = generator(self._seed, epoch, "shift")
-        self._shift_N2 = draws.integers(-reach, reach + 1, (self._num_samples, 2))
-        self._flip_N = self._flip_even_N ^ bool(epoch % 2) if self._config.flip else None
+        self._shift_N2 = draws.integers(-reach, reach + 1, (count, 2))
+        self._flip_N = self._flip_even_N ^ bool(epoch % 2) if config.flip else None
+        self._cutout_N2 = generator(self._seed, epoch, "cutout").random((count, 2))
+        # Area, aspect ratio and place of crops, each from 0 to 1.
+        self._crop_N4 = generator(self._seed, epoch, "crop").random((count, 4))
 
     def apply(self, images_BHWC: Tensor, ids_B: np.ndarray) -> Tensor:
-        """Return the batch, mirrored and shifted; what a shift uncovers is filled by reflection."""
-        if not self._config.translate and self._flip_N is None:
-            return images_BHWC
+        """Return the batch varied, sample by sample. uint8, or float32 0..255 after a zoom."""
+        config = self._config
+        if config.crop_area is not None:
+            images_BHWC = _zoom(images_BHWC, self._crop_N4[ids_B], config.crop_area)
+        if config.translate or self._flip_N is not None:
+            images_BHWC = self._shift(images_BHWC, ids_B)
+        if config.cutout:
+            images_BHWC = _cut_out(images_BHWC, self._cutout_N2[ids_B], config.cutout)
+        return images_BHWC
+
+    def mix(self, images_BHWC: Tensor, targets_B: Tensor, key: int) -> Mixed:
+        """Mix the images of a batch in pairs; what is drawn depends on seed and `key` alone."""
+        config = self._config
+        if not config.mixup and not config.cutmix:
+            return Mixed(images_BHWC, targets_B, targets_B, 1.0)
+        draws = generator(self._seed, key, "mix")
+        order_B = torch.from_numpy(draws.permutation(len(targets_B))).to(targets_B.device)
+        others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
+        # With both configured, each is used half of the time.
+        if config.cutmix and (not config.mixup or draws.random() < 0.5):
+            rows, columns = _box(images_BHWC.shape[1:3], draws.beta(*[config.cutmix] * 2), draws)
+            mixed_BHWC = images_BHWC.clone()
+            mixed_BHWC[:, rows, columns] = others_BHWC[:, rows, columns]
+            height, width = images_BHWC.shape[1:3]
+            covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+            return Mixed(mixed_BHWC, targets_B, others_B, 1 - covered / (height * width))
+        share = float(draws.beta(config.mixup, config.mixup))
+        mixed_BHWC = share * images_BHWC.float() + (1 - share) * others_BHWC.float()
+        return Mixed(mixed_BHWC, targets_B, others_B, share)
+
+    def _shift(self, images_BHWC: Tensor, ids_B: np.ndarray) -> Tensor:
+        """Mirror and shift; what a shift uncovers is filled by reflection."""
         device = images_BHWC.device
         batch, height, width, _ = images_BHWC.shape
         shift_B2 = torch.from_numpy(self._shift_N2[ids_B]).to(device)
         rows_BH = _reflect(torch.arange(height, device=device) + shift_B2[:, :1], height)
-        columns_BW = torch.arange(width, device=device).expand(batch, width)
+        columns_BW = torch.arange(width, device=device) + shift_B2[:, 1:]
         if self._flip_N is not None:
             flip_B1 = torch.from_numpy(self._flip_N[ids_B]).to(device)[:, None]
             columns_BW = torch.where(flip_B1, width - 1 - columns_BW, columns_BW)
-        columns_BW = _reflect(columns_BW + shift_B2[:, 1:], width)
+        columns_BW = _reflect(columns_BW, width)
         samples_B = torch.arange(batch, device=device)
         return images_BHWC[samples_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+
+
+def _zoom(images_BHWC: Tensor, draws_B4: np.ndarray, least_area: float) -> Tensor:
+    """Fill the image with a random crop, of aspect ratio 3/4 to 4/3, by bilinear interpolation."""
+    area_B = least_area + (1 - least_area) * draws_B4[:, 0]
+    stretch_B = (3 / 4) ** (1 - 2 * draws_B4[:, 1])
+    sides_B2 = np.minimum(np.sqrt(area_B[:, None] * np.stack([stretch_B, 1 / stretch_B], 1)), 1)
+    centres_B2 = (1 - sides_B2) * (2 * draws_B4[:, 2:] - 1)
+    affine_B23 = np.zeros((len(draws_B4), 2, 3), np.float32)
+    affine_B23[:, 0, 0], affine_B23[:, 1, 1] = sides_B2.T
+    affine_B23[:, :, 2] = centres_B2
+    images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+    theta = torch.from_numpy(affine_B23).to(images_BHWC.device)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    zoomed_BCHW = F.grid_sample(images_BCHW, grid, padding_mode="reflection", align_corners=False)
+    return zoomed_BCHW.permute(0, 2, 3, 1)
+
+
+def _cut_out(images_BHWC: Tensor, draws_B2: np.ndarray, size: int) -> Tensor:
+    """Grey out a square at a random place, wholly inside where it fits."""
+    inside_B = torch.ones(len(draws_B2), 1, 1, dtype=torch.bool)
+    for axis, length in enumerate(images_BHWC.shape[1:3]):
+        start_B = np.floor(draws_B2[:, axis] * (max(length - size, 0) + 1))
+        distance_BL = torch.arange(length) - torch.from_numpy(start_B)[:, None]
+        within_BL = (distance_BL >= 0) & (distance_BL < size)
+        inside_B = inside_B & (within_BL[:, :, None] if axis == 0 else within_BL[:, None, :])
+    return images_BHWC.masked_fill(inside_B[..., None].to(images_BHWC.device), GREY)
+
+
+def _box(shape: tuple[int, ...], share: float, draws: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a box of about 1 − share of the area around a random centre."""
+    slices = []
+    for length in shape:
+        centre, half = draws.integers(length), length * math.sqrt(1 - share) / 2
+        slices.append(slice(max(round(centre - half), 0), min(round(centre + half), length)))
+    return slices[0], slices[1]
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -1,50 +1,53 @@
 """THE training loop. One for every task, any number of workers, any device.
 
-Shapes: B a worker's part of a global batch, N samples of a split, K outputs.
+What happens at a step is a function of the config and the step alone: sample order, augmentation,
+dropout, rate. With the state of a checkpoint, the rest of a run follows, wherever it continues.
+
+Shapes: B a lane's part of a global batch, N samples of a split, K outputs.
 """
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from train.config import Config
 from train.data import order
 from train.data.augment import Augmentation
 from train.data.shards import Shards
-from train.loop import evaluate, optimizers, schedule
-from train.loop.precision import autocast
+from train.loop import evaluate, optimizers, parallel, precision, schedule, state
+from train.loop.checkpoint import State, Store
+from train.loop.parallel import Buffers, Worker
 from train.nets import ConvNet
 from train.tasks import Arrays, Task
 
 # Samples on which a net fits its normalisation and its whitening stem.
 FIT_SAMPLES = 5000
 
-Weights = dict[str, Tensor]
-Row = dict[str, float]
+Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
+class Diverged(Exception):
+    """The loss is no longer a finite number. The message names step and rate."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The weights of the epoch that was best on the validation split, and a row per epoch."""
+@dataclass
+class Progress:
+    """Where a run stands, as its checkpoints keep it."""
 
-    weights: Weights
-    history: list[Row]
+    step: int = 0
+    num_samples: int = 0  # of this epoch so far, computed by this worker
+    seconds: float = 0.0  # of this epoch so far
+    best: float = -math.inf
+    best_step: int | None = None
+    stopped: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def build_net(config: Config, task: Task) -> ConvNet:
@@ -55,127 +58,263 @@ def build_net(config: Config, task: Task) -> ConvNet:
     )
 
 
-def train(
-    config: Config, shards: Shards, worker: Worker, on_epoch: Callable[[Row], None]
-) -> Trained | None:
-    """Train; every worker calls this, with the same arguments but its own rank.
-
-    on_epoch: called on rank 0 with the epoch's figures. Returns the result on rank 0.
-    Raises FloatingPointError when the loss is no longer finite.
-    """
-    loop = Loop(config, shards, worker)
-    history: list[Row] = []
-    best, best_weights = -np.inf, {}
-    for epoch in range(config.optim.epochs):
-        train_loss, seconds = loop.run_epoch(epoch)
-        metrics = loop.validate()
-        if worker.rank != 0:
-            continue
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": train_loss,
-            **metrics,
-            "samples_per_s": loop.num_samples / seconds,
-            "seconds": seconds,
-        }
-        history.append(row)
-        on_epoch(row)
-        # Of equal epochs the later one: it was taken at a lower rate.
-        if row[loop.metric] >= best:
-            best, best_weights = row[loop.metric], loop.weights()
-    return Trained(best_weights, history) if worker.rank == 0 else None
-
-
 class Loop:
-    """What lives through a run: data, net, optimizers, and the step they are at."""
+    """A run from where its checkpoints left it. Every worker has one, and calls the same methods.
 
-    def __init__(self, config: Config, shards: Shards, worker: Worker) -> None:
-        self._config = config
-        self._worker = worker
+    num_lanes: parts of a global batch, the same for the whole run; at least the world size.
+    observe: told of every epoch's figures on rank 0.
+    urgent: whether a checkpoint is wanted now, say because this machine will be taken away.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shards: Shards,
+        worker: Worker,
+        store: Store,
+        *,
+        num_lanes: int,
+        observe: Callable[[Event], None] = lambda event: None,
+        urgent: Callable[[], bool] = lambda: False,
+        build: Callable[[Config, Task], nn.Module] = build_net,
+    ) -> None:
+        assert worker.world_size <= num_lanes
+        self._config, self._worker, self._store = config, worker, store
+        self._num_lanes, self._observe, self._urgent = num_lanes, observe, urgent
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
         self._valid = shards.open("valid")
-        self.num_samples = len(self._targets_N)
-        self.metric = f"valid_{self._task.metric}"
+        self._metric = config.checkpoint.best or f"valid_{self._task.metric}"
 
+        optim, count = config.optim, len(self._targets_N)
+        self._steps_per_epoch = order.num_steps(count, optim.batch_size)
+        self._total_steps = self._steps_per_epoch * optim.epochs
+        self._augmentation = Augmentation(config.augment, config.seed, count)
+
+        precision.prepare(worker.device)
+        self._autocast = precision.autocast(config.precision, worker.device)
+        self._scaler = precision.scaler(config.precision, worker.device)
         torch.manual_seed(config.seed)
-        self._net = self._build_net()
-        self._forward: nn.Module = self._net
-        if worker.world_size > 1:
-            self._forward = DistributedDataParallel(self._net)
-        self._optimizers = optimizers.build(config.optim, self._net)
+        self._net = self._place(build(config, self._task))
+        self._ema = state.Average(self._net, optim.ema_decay) if optim.ema_decay else None
+        self._optimizers = optimizers.build(optim, self._net)
         self._groups = [
             (group, group["lr"]) for each in self._optimizers for group in each.param_groups
         ]
-        self._augmentation = Augmentation(config.augment, config.seed, self.num_samples)
-        self._autocast = autocast(config.precision, worker.device)
-        steps_per_epoch = order.num_steps(self.num_samples, config.optim.batch_size)
-        self._total_steps = steps_per_epoch * config.optim.epochs
-        self._step = 0
+        self._gradients = parallel.gradients(self._net, worker, config.workers.parallel)
+        self._buffers = Buffers(self._net, worker, num_lanes)
+        self._forward = self._gradients.forward
+        if config.compile:
+            self._forward = torch.compile(self._forward)  # type: ignore[assignment]
+        # On the device, so that reading it does not hold up every step.
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
+        self._check_every = 1 if worker.device.type == "cpu" else 10
+        self.progress = Progress()
+        self._saved_at = time.monotonic()
+        self._restore()
 
-    def run_epoch(self, epoch: int) -> tuple[float, float]:
-        """Return the mean loss over the epoch's samples, and the seconds its steps took."""
-        config, worker = self._config, self._worker
-        started = time.perf_counter()
-        self._augmentation.start_epoch(epoch)
-        self._forward.train()
-        sums = torch.zeros(2, dtype=torch.float64)  # of the loss, of samples
-        for batch in order.epoch_batches(
-            config.seed, epoch, self.num_samples, config.optim.batch_size
-        ):
-            ids_B = order.share(batch, worker.rank, worker.world_size)
-            sums += torch.tensor([self._run_step(ids_B, len(batch)) * len(ids_B), len(ids_B)])
-        if worker.world_size > 1:
-            dist.all_reduce(sums)
-        seconds = time.perf_counter() - started
-        if not sums.isfinite().all():
-            raise FloatingPointError(
-                f"the loss is not finite after step {self._step} of {self._total_steps}; "
-                f"lower optim.lr, now {config.optim.lr:g}."
+    def run(self) -> None:
+        """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
+        while self.progress.step < self._total_steps and not self.progress.stopped:
+            epoch, first = divmod(self.progress.step, self._steps_per_epoch)
+            self._augmentation.start_epoch(epoch)
+            batches = order.epoch_batches(
+                self._config.seed, epoch, len(self._targets_N), self._config.optim.batch_size
             )
-        return float(sums[0] / sums[1]), seconds
+            started = time.perf_counter() - self.progress.seconds
+            for batch in batches[first:]:
+                self._take_step(batch)
+                self.progress.seconds = time.perf_counter() - started
+                self._after_step()
+            self._end_epoch(epoch)
+        self._store.wait()
 
-    def _run_step(self, ids_B: np.ndarray, batch_size: int) -> float:
-        """Take one step on this worker's share of a global batch; return the share's loss."""
-        optim = self._config.optim
-        factor = schedule.factor(optim, self._step, self._total_steps)
+    def _take_step(self, batch: np.ndarray) -> None:
+        """Take a step on a global batch."""
+        self._net.train()
+        factor = schedule.factor(self._config.optim, self.progress.step, self._total_steps)
         for group, peak in self._groups:
             group["lr"] = peak * factor
-        images_BHWC, *others = _to_device(self._inputs, ids_B, self._worker.device)
-        targets_B = torch.from_numpy(self._targets_N[ids_B]).to(self._worker.device)
-        with self._autocast:
-            logits_BK = self._forward(self._augmentation.apply(images_BHWC, ids_B), *others)
-        loss = F.cross_entropy(logits_BK.float(), targets_B, label_smoothing=optim.label_smoothing)
-        # Gradients are averaged over workers; shares of a batch may differ by one sample.
-        (loss * (len(ids_B) * self._worker.world_size / batch_size)).backward()
+        parts = np.array_split(batch, self._num_lanes)
+        lanes = self._worker.lanes(self._num_lanes)
+        self._buffers.start()
+        for lane in lanes:
+            ids_B = parts[lane]
+            with self._gradients.lane(last=lane == lanes[-1]):
+                loss = self._loss(ids_B, lane)
+                self._buffers.collect()
+                self._scaler.scale(loss * (len(ids_B) / len(batch))).backward()
+            # Only now: recomputed activations run the norms a second time.
+            self._buffers.restore()
+            self._loss_sum += loss.detach() * len(ids_B)
+            self.progress.num_samples += len(ids_B)
+        self._buffers.finish()
+        self._gradients.finish()
         for each in self._optimizers:
-            each.step()
+            self._scaler.unscale_(each)
+        if self._config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._net.parameters(), self._config.optim.clip_norm)
+        for each in self._optimizers:
+            self._scaler.step(each)
             each.zero_grad(set_to_none=True)
-        self._step += 1
-        return loss.item()
+        self._scaler.update()
+        self.progress.step += 1
+        if self._ema is not None:
+            self._ema.update(self._net, self.progress.step)
 
-    def validate(self) -> Row:
+    def _loss(self, ids_B: np.ndarray, lane: int) -> Tensor:
+        """Return the mean loss of a lane's samples."""
+        config, device = self._config, self._worker.device
+        # Dropout and mixing depend on the step and the lane, not on the worker that computes it.
+        key = (self.progress.step * self._num_lanes + lane) % 2**31
+        torch.manual_seed(config.seed * 2**31 + key)
+        images_BHWC, *others = _to_device(self._inputs, ids_B, device)
+        targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
+        images_BHWC = self._augmentation.apply(images_BHWC, ids_B)
+        mixed = self._augmentation.mix(images_BHWC, targets_B, key)
+        with self._autocast:
+            logits_BK = self._forward(mixed.images_BHWC, *others).float()
+        smoothing = config.optim.label_smoothing
+        loss = F.cross_entropy(logits_BK, mixed.targets_B, label_smoothing=smoothing)
+        if mixed.share < 1:
+            other = F.cross_entropy(logits_BK, mixed.others_B, label_smoothing=smoothing)
+            loss = mixed.share * loss + (1 - mixed.share) * other
+        return loss
+
+    def _after_step(self) -> None:
+        """Stop together when the loss diverged anywhere; checkpoint when it is due."""
+        progress, config = self.progress, self._config
+        ends_epoch = progress.step % self._steps_per_epoch == 0
+        if progress.step % self._check_every != 0 and not ends_epoch:
+            return
+        every = config.checkpoint.every_steps
+        waited_s = time.monotonic() - self._saved_at
+        diverged, urgent, due = self._worker.any(
+            not math.isfinite(self._loss_sum.item()),
+            self._urgent(),
+            # Rank 0's clock decides for all.
+            self._worker.rank == 0 and waited_s > config.checkpoint.every_minutes * 60,
+        )
+        if diverged:
+            self._store.wait()
+            factor = schedule.factor(config.optim, progress.step - 1, self._total_steps)
+            raise Diverged(
+                f"the loss is no longer finite at step {progress.step} of {self._total_steps}, "
+                f"at rate {config.optim.lr * factor:.3g}; lower optim.lr, now {config.optim.lr:g}. "
+                f"The last checkpoint is kept."
+            )
+        due |= every is not None and progress.step % every < self._check_every
+        if (due or urgent) and not ends_epoch:
+            self._save()
+            if urgent:
+                self._store.wait()
+
+    def _end_epoch(self, epoch: int) -> None:
+        progress = self.progress
+        loss_sum, num_samples = self._sums()
+        metrics = self._validate()
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": loss_sum / num_samples,
+            **metrics,
+            "samples_per_s": num_samples / progress.seconds,
+            "seconds": progress.seconds,
+        }
+        self._loss_sum.zero_()
+        progress.num_samples, progress.seconds = 0, 0.0
+        if self._worker.rank == 0:
+            progress.history.append(row)
+            self._observe(row)
+            # Of equal epochs the later one: it was taken at a lower rate.
+            if (value := signed(row, self._metric)) >= progress.best:
+                progress.best, progress.best_step = value, progress.step
+            progress.stopped = self._is_stale()
+        (progress.stopped,) = self._worker.any(progress.stopped)
+        self._save()
+
+    def _sums(self) -> list[float]:
+        """The summed loss and the samples of this epoch so far, of all workers."""
+        return self._worker.sum([self._loss_sum.item(), self.progress.num_samples])
+
+    def _is_stale(self) -> bool:
+        """Whether the metric to stop by has not got better for the configured epochs."""
+        stop = self._config.stop
+        if stop.metric is None:
+            return False
+        values = [signed(row, stop.metric) for row in self.progress.history]
+        return len(values) - 1 - int(np.argmax(values)) >= stop.patience
+
+    def _validate(self) -> dict[str, float]:
         """Return the metrics of the validation split on rank 0; empty on the others."""
         inputs, targets_N = self._valid
         self._net.eval()
-        with self._autocast:
-            outputs = evaluate.outputs(
-                self._net, inputs, self._worker.device, self._worker.rank, self._worker.world_size
-            )
+        with state.averaged(self._net, self._ema), self._autocast:
+            outputs = evaluate.outputs(self._net, inputs, self._worker)
         return {} if outputs is None else self._task.metrics(outputs, targets_N, "valid")
 
-    def weights(self) -> Weights:
-        """Return a copy of the net's state, on the processor."""
-        state = self._net.state_dict()
-        return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    def _save(self) -> None:
+        """Hand a copy of the state to the store."""
+        progress = self.progress
+        loss_sum, num_samples = self._sums()
+        tensors = state.collect(self._net, self._ema, self._optimizers)
+        self._saved_at = time.monotonic()
+        if self._worker.rank != 0:
+            return
+        values = {
+            **vars(progress),
+            "loss_sum": loss_sum,
+            "num_samples": int(num_samples),
+            "scaler": self._scaler.state_dict(),
+        }
+        self._store.save(State(tensors, values), progress.best_step)
 
-    def _build_net(self) -> ConvNet:
-        net = build_net(self._config, self._task)
-        permutation = order.generator(self._config.seed, 0, "fit").permutation(self.num_samples)
-        ids = np.sort(permutation[:FIT_SAMPLES])
-        net.fit_inputs(*_to_device(self._inputs, ids, torch.device("cpu")))
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return net.to(self._worker.device)
+    def _restore(self) -> None:
+        """Continue from the last whole checkpoint, if there is one; all workers from the same."""
+        latest = self._store.latest() if self._worker.rank == 0 else None
+        # Rank 0 says which; the others add nothing.
+        (step,) = self._worker.sum([latest.values["step"] + 1 if latest is not None else 0])
+        if step == 0:
+            return
+        found = latest or self._store.load(int(step) - 1)
+        state.restore(self._net, self._ema, self._optimizers, found.tensors)
+        values = dict(found.values)
+        self._scaler.load_state_dict(values.pop("scaler"))
+        loss_sum = values.pop("loss_sum")
+        self.progress = Progress(**values)
+        if self._worker.rank == 0:
+            self._loss_sum += loss_sum
+        else:  # the saved sums are those of all workers
+            self.progress.num_samples = 0
+
+    def _place(self, net: nn.Module) -> nn.Module:
+        """Fit the net's inputs and bring it to the device, whole or in shards."""
+        if isinstance(net, ConvNet):
+            draws = order.generator(self._config.seed, 0, "fit").permutation(len(self._targets_N))
+            ids = np.sort(draws[:FIT_SAMPLES])
+            net.fit_inputs(*_to_device(self._inputs, ids, torch.device("cpu")))
+        sharded = self._config.workers.parallel == "fsdp"
+        if not sharded:  # FSDP takes contiguous weights only
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = net.to(self._worker.device)
+        if self._config.activation_checkpointing:
+            parallel.checkpoint_activations(net)
+        if sharded:
+            parallel.shard(net, self._worker)
+        return net
+
+
+def signed(row: dict[str, float], metric: str) -> float:
+    """The metric with the sign that makes more of it better."""
+    return -row[metric] if metric.endswith("loss") else row[metric]
+
+
+def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Return the weights of a finished run's best epoch, and its figures by epoch."""
+    last = store.latest()
+    assert last is not None, "a finished run has a checkpoint"
+    best = last.values["best_step"]
+    found = last if best == last.values["step"] else store.load(best)
+    return state.weights(found.tensors), last.values["history"]
 
 
 def _to_device(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:

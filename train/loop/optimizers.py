@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train.config import Optim
+from train.loop.parallel import part_of, whole
 
 
 class Muon(Optimizer):
@@ -32,8 +33,9 @@ class Muon(Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad.add(momentum, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                turn = orthogonal(nesterov.reshape(len(weight), -1)).view_as(weight)
-                weight.add_(turn, alpha=-group["lr"])
+                matrix = whole(nesterov).reshape(len(weight), -1)
+                turn = orthogonal(matrix).view(weight.shape)
+                weight.add_(part_of(weight, turn), alpha=-group["lr"])
 
 
 def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
@@ -55,7 +57,8 @@ def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
 def build(config: Optim, net: nn.Module) -> list[Optimizer]:
     """Return the optimizers of a run; every trainable parameter is in exactly one group.
 
-    Weight decay is for weights of two and more dimensions only.
+    Weight decay is for weights of two and more dimensions only. The net's last layer is the
+    submodule `head`.
     """
     params = [param for param in net.parameters() if param.requires_grad]
     matrices = [param for param in params if param.ndim >= 2]
@@ -64,17 +67,21 @@ def build(config: Optim, net: nn.Module) -> list[Optimizer]:
         {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
     ]
+    fused = any(param.is_cuda for param in params)
     if config.name == "sgd":
-        return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)]
+        nesterov = config.momentum > 0
+        return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused)]
     if config.name == "adamw":
-        return [torch.optim.AdamW(groups)]
-    # Convolutions turn; the last layer and the vectors, where a turn means nothing, go by Adam.
-    heads = [param for param in matrices if param.ndim == 2]
+        return [torch.optim.AdamW(groups, fused=fused)]
+    # Hidden layers turn; the last layer and the vectors, where a turn means nothing, go by Adam.
+    last = {id(param) for param in net.get_submodule("head").parameters()}
+    hidden = [param for param in matrices if id(param) not in last]
+    heads = [param for param in matrices if id(param) in last]
     rest = [
         {"params": heads, "lr": config.head_lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},
     ]
     return [
-        Muon([param for param in matrices if param.ndim > 2], config.lr, config.momentum),
-        torch.optim.AdamW(rest, betas=(0.8, 0.95)),
+        Muon(hidden, config.lr, config.momentum),
+        torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=fused),
     ]

@@ -5,19 +5,34 @@ import torch
 from cluster.errors import UserError
 
 
+def prepare(device: torch.device) -> None:
+    """Let a GPU use TF32 where fp32 is asked for, and choose its convolutions by trial."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the context a forward pass runs in.
 
     auto is bf16 where the device computes in it natively, else fp32. Raises UserError for bf16
     on a GPU that has none.
     """
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
     native = _has_bf16(device)
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UserError(
-            f"precision is bf16, which {torch.cuda.get_device_name(device)} has not; use fp32."
+            f"precision is bf16, which {torch.cuda.get_device_name(device)} has not; use fp16."
         )
     enabled = precision == "bf16" or (precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Return the gradient scaler that fp16 needs; with other formats it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -1,11 +1,82 @@
-"""Ray Train, with less of what a local Ray does not need."""
+"""Ray Train around the loop: start the workers, and start them again when some are lost."""
 
+import logging
+import sys
+import time
 from typing import Any
 
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster import connect
+from cluster.errors import Failed, UserError
+from train.config import Config, Workers
+from train.loop.run import Run
+from train.loop.worker import Job, work
+
+# How often an elastic run looks whether the cluster has grown or shrunk.
+RESIZE_EVERY_S = 10
+# How long a resize waits for the checkpoint that it asked for.
+CHECKPOINT_WAIT_S = 60
+
+
+def train(config: Config, run: Run, job: Job) -> None:
+    """Run the loop on Ray Train. Raises Failed with the reason, UserError if nothing fits."""
+    check_resources(config.workers)
+    least, most = config.workers.num
+    kind = LocalTorchTrainer if connect.is_local() else TorchTrainer
+    trainer = kind(
+        work,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            use_gpu=config.workers.gpu,
+            resources_per_worker={"CPU": config.workers.cpus},
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+        ),
+        run_config=RunConfig(
+            # The loop keeps its own checkpoints; what Ray keeps is of this attempt only.
+            name=f"ray-{time.time_ns():x}",
+            storage_path=run.url,
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            callbacks=[CheckpointBeforeResize(run)],
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise Failed(_reason(error, run)) from error
+    if reason := run.failure():
+        raise Failed(reason)
+
+
+def check_resources(workers: Workers) -> None:
+    """Raises UserError at once where the cluster could never hold the fewest workers."""
+    least = workers.num[0]
+    per_worker = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = sum(
+        min(int(node.get(name, 0) // amount) for name, amount in per_worker.items())
+        for node in nodes
+    )
+    words = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+    if fit < least:
+        has = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        raise UserError(
+            f"workers.num is {least}, each with {words}; the cluster has {has['CPU']:g} CPU and "
+            f"{has['GPU']:g} GPU on {len(nodes)} nodes, enough for {fit}. "
+            f"Give --workers.num {max(fit, 1)} or add nodes."
+        )
+    free = ray.available_resources()
+    if any(free.get(name, 0) < least * amount for name, amount in per_worker.items()):
+        shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in per_worker)
+        print(f"waiting for {least} workers, each with {words}; free now: {shown}", file=sys.stderr)
 
 
 class LocalTorchTrainer(TorchTrainer):
@@ -21,3 +92,38 @@ class LocalTorchTrainer(TorchTrainer):
             for callback in super()._create_default_callbacks()
             if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
+
+
+class CheckpointBeforeResize(ControllerCallback):
+    """Ray tears the workers down to resize; this asks them for a checkpoint first."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._running = False
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        # The first decision starts the workers: there is nothing to keep yet.
+        if not self._running:
+            self._running = True
+            return
+        steps = self._run.store(keep=1).steps()
+        self._run.want_checkpoint()
+        deadline = time.monotonic() + CHECKPOINT_WAIT_S
+        while time.monotonic() < deadline and self._run.store(keep=1).steps()[-1:] == steps[-1:]:
+            time.sleep(0.1)
+        self._run.checkpoint_wanted(forget=True)
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        # The workers are gone; the next decision starts them again.
+        self._running = False
+
+
+def _reason(error: TrainingFailedError, run: Run) -> str:
+    failures = getattr(error, "worker_failures", {})
+    first = next(iter(failures.values()), error)
+    logging.getLogger(__name__).debug("workers failed", exc_info=error)
+    lines = [line for line in str(first).splitlines() if line.strip()]
+    return (
+        f"training failed: {lines[-1] if lines else type(first).__name__}. Continue it with "
+        f"--resume {run.name}; Ray's logs are under /tmp/ray/session_latest/logs."
+    )

@@ -21,6 +21,11 @@ class Target(Protocol):
         ...
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What `metrics` returns; the first decides."""
+        ...
+
+    @property
     def num_outputs(self) -> int:
         """Width of the net's last layer."""
         ...
@@ -55,6 +60,10 @@ class ClassTarget:
             TensorSpec("label", "BYTES", ()),
             TensorSpec("probabilities", "FP32", (len(self.classes),)),
         )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("accuracy", "loss")
 
     @property
     def num_outputs(self) -> int:

@@ -1,0 +1,37 @@
+"""Run a function in several processes that reach each other by torch.distributed."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from train.loop.parallel import Worker
+
+
+def run_workers(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function(worker, *arguments)` in each worker; one worker runs in this process."""
+    if world_size == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            function(Worker(0, 1, torch.device("cpu")), *arguments)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_start, (world_size, str(Path(folder) / "store"), function, arguments), world_size)
+
+
+def _start(
+    rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple[Any]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        function(Worker(rank, world_size, torch.device("cpu")), *arguments)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,231 @@
+"""A run is a function of its config: stopped, continued, on other workers, it ends the same.
+
+The workers are processes joined by gloo, as under Ray Train, without Ray.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import make_config
+from tests.gloo import run_workers
+from train.data import order
+from train.loop import parallel
+from train.loop.checkpoint import Store
+from train.loop.loop import Loop, trained
+
+NUM_LANES = 2
+
+
+class Stop(Exception):
+    """Raised by a test to end a run as a crash would."""
+
+
+class Recorded(Loop):
+    """Notes the samples of every step; may stop at a step, right after a checkpoint of it."""
+
+    def __init__(self, *arguments, notes, stop_at=None, **options):
+        self._notes, self._stop_at = Path(notes), stop_at
+        super().__init__(*arguments, **options)
+
+    def _loss(self, ids_B, lane):
+        file = self._notes / f"{self._worker.world_size}-{self._worker.rank}.jsonl"
+        with file.open("a") as notes:
+            notes.write(json.dumps([self.progress.step, ids_B.tolist()]) + "\n")
+        return super()._loss(ids_B, lane)
+
+    def _after_step(self):
+        super()._after_step()
+        if self.progress.step == self._stop_at:
+            self._save()
+            self._store.wait()
+            raise Stop
+
+
+def loop(worker, config, shards, folder, notes, stop_at=None, num_lanes=NUM_LANES):
+    store = Store(str(folder), keep=2)
+    with contextlib.suppress(Stop):
+        Recorded(
+            config, shards, worker, store, num_lanes=num_lanes, notes=notes, stop_at=stop_at
+        ).run()
+
+
+def noted(notes):
+    """Sample ids by step."""
+    steps: dict[int, list[int]] = {}
+    for file in sorted(Path(notes).glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            step, ids = json.loads(line)
+            steps.setdefault(step, []).extend(ids)
+    return steps
+
+
+def assert_same(weights, others):
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, digits, tmp_path_factory):
+    """Weights and figures of a run on two workers that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_workers(2, loop, config, digits, folder / "run", folder)
+    return trained(Store(str(folder / "run"), keep=2))
+
+
+@pytest.mark.slow
+def test_two_workers_and_one_give_the_same_weights(config, digits, undisturbed, tmp_path):
+    run_workers(1, loop, config, digits, tmp_path / "run", tmp_path)
+    weights, history = trained(Store(str(tmp_path / "run"), keep=2))
+    assert_same(weights, undisturbed[0])
+    for row, other in zip(history, undisturbed[1], strict=True):
+        assert row["valid_loss"] == other["valid_loss"]
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_a_run_on_2_then_1_then_2_workers_sees_each_sample_once_and_ends_the_same(
+    config, digits, undisturbed, tmp_path
+):
+    count = len(digits.open("train")[1])
+    per_epoch = order.num_steps(count, config.optim.batch_size)
+    stops = (per_epoch // 3, per_epoch + per_epoch // 2, None)
+    for world_size, stop_at in zip((2, 1, 2), stops, strict=True):
+        run_workers(world_size, loop, config, digits, tmp_path / "run", tmp_path, stop_at)
+    steps = noted(tmp_path)
+    assert sorted(steps) == list(range(per_epoch * config.optim.epochs))
+    for epoch in range(config.optim.epochs):
+        seen = [
+            sample
+            for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            for sample in steps[step]
+        ]
+        assert sorted(seen) == list(range(count))
+    weights, history = trained(Store(str(tmp_path / "run"), keep=2))
+    assert_same(weights, undisturbed[0])
+    assert [row["valid_loss"] for row in history] == [row["valid_loss"] for row in undisturbed[1]]
+
+
+EVERYTHING = {
+    "optim": {
+        "name": "adamw",
+        "lr": 0.01,
+        "epochs": 2,
+        "batch_size": 128,
+        "ema_decay": 0.95,
+        "clip_norm": 1.0,
+        "warmup_fraction": 0.1,
+        "schedule": "cosine",
+    },
+    "augment": {
+        "translate": 1,
+        "flip": True,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "crop_area": 0.7,
+        "cutout": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("extra", [{}, {"precision": "bf16"}, {"precision": "fp16"}])
+def test_a_continued_run_with_everything_on_ends_the_same(extra, digits, tmp_path, config):
+    options = {**EVERYTHING, **extra, "storage": {"path": config.storage.path}}
+    full = make_config(**options)
+    run_workers(1, loop, full, digits, tmp_path / "whole", tmp_path)
+    for stop_at in (3, 12, None):
+        run_workers(1, loop, full, digits, tmp_path / "parts", tmp_path, stop_at)
+    whole, parts = (trained(Store(str(tmp_path / name), keep=2)) for name in ("whole", "parts"))
+    assert_same(parts[0], whole[0])
+    assert [row["valid_loss"] for row in parts[1]] == [row["valid_loss"] for row in whole[1]]
+
+
+class Plain(nn.Module):
+    """A net without statistics over the batch, so that lanes may be of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images_BHWC):
+        return self.head(self.blocks(images_BHWC.float().flatten(1) / 255))
+
+
+def plain_loop(worker, config, shards, folder, num_lanes):
+    Loop(
+        config,
+        shards,
+        worker,
+        Store(str(folder), keep=2),
+        num_lanes=num_lanes,
+        build=lambda config, task: Plain(),
+    ).run()
+
+
+def assert_close(weights, others, tolerance):
+    for name, value in weights.items():
+        scale = others[name].abs().max()
+        assert (value - others[name]).abs().max() <= tolerance * scale, name
+
+
+def test_four_lanes_of_32_equal_one_of_128(config, digits, tmp_path):
+    results = []
+    for num_lanes in (1, 4):
+        one_epoch = make_config(
+            optim={"epochs": 1, "batch_size": 128}, storage={"path": config.storage.path}
+        )
+        folder = tmp_path / str(num_lanes)
+        run_workers(1, plain_loop, one_epoch, digits, folder, num_lanes)
+        results.append(trained(Store(str(folder), keep=2))[0])
+    assert_close(results[0], results[1], 1e-6)
+
+
+@pytest.mark.slow
+def test_fsdp_equals_ddp_after_20_steps(config, digits, tmp_path):
+    results = {}
+    for kind in ("ddp", "fsdp"):
+        twenty = make_config(
+            optim={"epochs": 2, "batch_size": 126},
+            workers={"parallel": kind},
+            storage={"path": config.storage.path},
+        )
+        assert 2 * order.num_steps(len(digits.open("train")[1]), 126) == 20
+        folder = tmp_path / kind
+        run_workers(2, loop, twenty, digits, folder, tmp_path)
+        results[kind] = trained(Store(str(folder), keep=2))[0]
+    assert_close(results["fsdp"], results["ddp"], 1e-5)
+
+
+def gradients_of(worker, kind, folder):
+    torch.manual_seed(0)
+    net = Plain()
+    collect = {
+        "exact": parallel.ExactGradients,
+        "overlapped": parallel.OverlappedGradients,
+    }[kind](net, worker)
+    data = torch.from_numpy(np.random.default_rng(0).random((4, 8, 64), dtype=np.float32))
+    lanes = worker.lanes(4)
+    for lane in lanes:
+        with collect.lane(last=lane == lanes[-1]):
+            (collect.forward(data[lane]).square().mean() / 4).backward()
+    collect.finish()
+    if worker.rank == 0:
+        torch.save([param.grad for param in net.parameters()], folder / f"{kind}.pt")
+
+
+@pytest.mark.slow
+def test_overlapped_gradients_equal_exact_ones(tmp_path):
+    for kind in ("exact", "overlapped"):
+        run_workers(2, gradients_of, kind, tmp_path)
+    exact, overlapped = (
+        torch.load(tmp_path / f"{kind}.pt", weights_only=True) for kind in ("exact", "overlapped")
+    )
+    for one, other in zip(exact, overlapped, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,119 @@
+"""Checkpoints: the complete state of a run, whole or absent, verified by digest.
+
+A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.json`, and
+`digests.json`, which is written last. Nothing in it is a pickle.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from cluster import storage
+
+TENSORS = "state.safetensors"
+VALUES = "state.json"
+DIGESTS = "digests.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors and plain values by name; `values["step"]` is the number of steps taken."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that differs from its digests. The message names the file."""
+
+
+class Store:
+    """The checkpoints of one run, in a directory or at a URL. Only rank 0 writes."""
+
+    def __init__(self, url: str, keep: int) -> None:
+        self._url = url
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: State, best_step: int | None) -> None:
+        """Write a state in the background; the caller must not change its tensors afterwards.
+
+        Waits for the one before. Raises OSError when that one could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, state, best_step)
+
+    def wait(self) -> None:
+        """Return when all that was saved is on disk. Raises OSError when it is not."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def steps(self) -> list[int]:
+        """Steps at which there is a checkpoint, ascending. It may yet be damaged."""
+        fs, path = storage.filesystem(self._url)
+        if not fs.exists(path):
+            return []
+        fs.invalidate_cache()
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+        found = (name.removeprefix("step-") for name in names if name.startswith("step-"))
+        return sorted(int(name) for name in found if name.isdecimal())
+
+    def latest(self) -> State | None:
+        """The last checkpoint that is whole; says on stderr which ones it passes over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except (DamagedCheckpoint, OSError) as error:
+                print(f"{error}; using the checkpoint before it", file=sys.stderr)
+        return None
+
+    def load(self, step: int) -> State:
+        """Raises DamagedCheckpoint, naming the file."""
+        url = self._at(step)
+        folder = storage.fetch(url, last=DIGESTS)
+        try:
+            digests = json.loads((folder / DIGESTS).read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"'{folder / DIGESTS}' cannot be read") from error
+        for name in (TENSORS, VALUES):
+            file = folder / name
+            if not file.exists() or _digest(file) != digests.get(name):
+                raise DamagedCheckpoint(f"'{file}' differs from its digest")
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+        return State(tensors, json.loads((folder / VALUES).read_text()))
+
+    def _write(self, state: State, best_step: int | None) -> None:
+        step = state.values["step"]
+        with storage.written_whole(self._at(step), last=DIGESTS) as folder:
+            try:
+                safetensors.torch.save_file(state.tensors, folder / TENSORS)
+            except safetensors.SafetensorError as error:  # a full disk, among others
+                raise OSError(str(error)) from error
+            (folder / VALUES).write_text(json.dumps(state.values))
+            digests = {name: _digest(folder / name) for name in (TENSORS, VALUES)}
+            (folder / DIGESTS).write_text(json.dumps(digests))
+        for old in self._superfluous(best_step):
+            fs, path = storage.filesystem(self._at(old))
+            fs.rm(path, recursive=True)
+
+    def _superfluous(self, best_step: int | None) -> Iterator[int]:
+        return (step for step in self.steps()[: -self._keep] if step != best_step)
+
+    def _at(self, step: int) -> str:
+        return storage.join(self._url, f"step-{step:08d}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

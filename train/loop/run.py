@@ -1,0 +1,134 @@
+"""A run's directory: its config, its checkpoints, and notes between driver, controller, workers.
+
+`<storage>/train/<run>/run.json`, `checkpoints/`, `outcome.json`; while a resize waits for a
+checkpoint, `checkpoint-wanted`.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster import storage
+from cluster.errors import UserError
+from train.config import Config
+from train.loop.checkpoint import Store
+
+# What may differ when a run is resumed: none of it changes what is learned.
+MAY_CHANGE = (
+    "workers.num",
+    "workers.gpu",
+    "workers.max_failures",
+    "checkpoint",
+    "compress",
+    "registry",
+    "resume",
+    "storage",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run is kept, and what of it never changes."""
+
+    url: str
+    config: dict[str, Any]
+    num_lanes: int
+
+    @classmethod
+    def start(cls, url: str, config: Config) -> "Run":
+        """Write down a new run."""
+        lanes = config.workers.lanes or config.workers.most
+        micro_batch = config.optim.micro_batch_size
+        if micro_batch is not None:
+            lanes = max(lanes, -(-config.optim.batch_size // micro_batch))
+        run = cls(url, config.model_dump(mode="json"), lanes)
+        run._write("run.json", asdict(run))
+        return run
+
+    @classmethod
+    def resume(cls, url: str, config: Config) -> "Run":
+        """Read a run that stopped.
+
+        Raises UserError if it is not there, or names what differs in `config` and may not.
+        """
+        fs, path = storage.filesystem(storage.join(url, "run.json"))
+        if not fs.exists(path):
+            parent = storage.filesystem(url.rsplit("/", 1)[0])[1]
+            names = (
+                [entry.rsplit("/", 1)[-1] for entry in fs.ls(parent, detail=False)]
+                if (fs.exists(parent))
+                else []
+            )
+            raise UserError(
+                f"there is no run '{url.rsplit('/', 1)[-1]}' to resume; "
+                f"there are {', '.join(sorted(names)[-5:]) or 'none'}."
+            )
+        with fs.open(path) as file:
+            run = cls(**json.load(file))
+        old, new = _flat(run.config), _flat(config.model_dump(mode="json"))
+        differing = [
+            key
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+            and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        ]
+        if differing:
+            shown = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in differing)
+            raise UserError(
+                f"a resumed run keeps its config, but {shown}. "
+                f"Only {', '.join(MAY_CHANGE[:-2])} may change."
+            )
+        if config.workers.most > run.num_lanes:
+            raise UserError(
+                f"the run has {run.num_lanes} lanes, so at most as many workers; "
+                f"workers.num is {config.workers.most}."
+            )
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    def store(self, keep: int) -> Store:
+        return Store(storage.join(self.url, "checkpoints"), keep)
+
+    def fail(self, reason: str) -> None:
+        """Leave word that the run cannot go on, and why."""
+        self._write("outcome.json", {"failed": reason})
+
+    def failure(self) -> str | None:
+        """What `fail` was told; forgotten afterwards."""
+        fs, path = storage.filesystem(storage.join(self.url, "outcome.json"))
+        if not fs.exists(path):
+            return None
+        with fs.open(path) as file:
+            reason: str = json.load(file)["failed"]
+        fs.rm(path)
+        return reason
+
+    def want_checkpoint(self) -> None:
+        self._write("checkpoint-wanted", {})
+
+    def checkpoint_wanted(self, *, forget: bool = False) -> bool:
+        fs, path = storage.filesystem(storage.join(self.url, "checkpoint-wanted"))
+        wanted: bool = fs.exists(path)
+        if wanted and forget:
+            fs.rm(path)
+        return wanted
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        fs, path = storage.filesystem(storage.join(self.url, name))
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with fs.open(f"{path}.part", "w") as file:
+            json.dump(value, file)
+        fs.mv(f"{path}.part", path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+        flat |= inner
+    return flat
