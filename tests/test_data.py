@@ -89,6 +89,73 @@ def test_a_variation_does_not_depend_on_the_batch(rng):
     torch.testing.assert_close(augmentation.apply(images[some], some), whole[some])
 
 
+def varied(config, images, ids=None):
+    augmentation = Augmentation(config, seed=5, num_samples=len(images))
+    augmentation.start_epoch(1)
+    ids = np.arange(len(images)) if ids is None else ids
+    return augmentation.apply(torch.from_numpy(images)[ids], ids).numpy()
+
+
+def test_cutout_greys_one_square_of_each_image(rng):
+    images = rng.integers(200, 256, (30, 9, 8, 3), dtype=np.uint8)
+    places = set()
+    for before, after in zip(images, varied(Augment(cutout=3), images), strict=True):
+        changed = (before != after).any(axis=2)
+        rows, columns = np.nonzero(changed)
+        assert changed.sum() == 9
+        assert np.ptp(rows) == np.ptp(columns) == 2
+        assert set(after[changed].ravel()) == {127}
+        places.add((rows.min(), columns.min()))
+    assert len(places) > 5
+
+
+def test_a_zoom_shows_a_part_of_the_image():
+    """On a slope, bilinear zooming gives a slope again: the crop's edges can be read off it."""
+    slope = np.linspace(0, 255, 32).astype(np.uint8)
+    images = np.broadcast_to(slope[None, None, :, None], (40, 32, 32, 1)).copy()
+    zoomed = varied(Augment(crop_area=0.5), images)[..., 0]
+    spans = (zoomed[:, 16, -2] - zoomed[:, 16, 1]) / (slope[-2].astype(float) - slope[1])
+    assert spans.min() ** 2 * 4 / 3 > 0.5 * 3 / 4
+    assert spans.max() <= 1.02
+    assert spans.std() > 0.02
+    np.testing.assert_allclose(zoomed, np.broadcast_to(zoomed[:, :1], zoomed.shape), atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [Augment(crop_area=0.5), Augment(cutout=3)])
+def test_zoom_and_cutout_do_not_depend_on_the_batch(config, rng):
+    images = rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    some = np.array([3, 17, 5])
+    np.testing.assert_allclose(
+        varied(config, images, some), varied(config, images)[some], atol=1e-4
+    )
+
+
+def test_mixup_is_the_weighted_sum_of_its_pairs(rng):
+    images = torch.from_numpy(rng.integers(0, 256, (16, 4, 4, 1), dtype=np.uint8))
+    targets = torch.arange(16)
+    mixed = Augmentation(Augment(mixup=1.0), 5, 16).mix(images, targets, key=3)
+    assert 0 < mixed.share < 1
+    expected = mixed.share * images + (1 - mixed.share) * images[mixed.others_B]
+    torch.testing.assert_close(mixed.images_BHWC, expected)
+    assert sorted(mixed.others_B.tolist()) == list(range(16))
+
+
+def test_cutmix_pastes_a_box_of_the_other_image_and_counts_its_area(rng):
+    images = torch.arange(16, dtype=torch.uint8)[:, None, None, None].expand(16, 10, 12, 1).clone()
+    augmentation = Augmentation(Augment(cutmix=1.0), 5, 16)
+    shares = set()
+    for key in range(20):
+        mixed = augmentation.mix(images, torch.arange(16), key)
+        for image, target, other in zip(
+            mixed.images_BHWC, mixed.targets_B, mixed.others_B, strict=True
+        ):
+            if target != other:
+                assert float((image == target).float().mean()) == pytest.approx(mixed.share)
+                assert set(image.unique().tolist()) <= {int(target), int(other)}
+        shares.add(mixed.share)
+    assert len(shares) > 10
+
+
 def test_splits_never_overlap_and_leave_nothing_out():
     parts = splits.split(make_config().data, ["image", "label"])
     rows = np.concatenate([part.rows for part in parts.values()])

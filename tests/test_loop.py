@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from tests.conftest import make_config
 from train.config import Optim
 from train.loop import evaluate, optimizers, schedule
-from train.loop.loop import Worker, build_net, train
+from train.loop.checkpoint import State, Store
+from train.loop.loop import Diverged, Loop, build_net, trained
+from train.loop.parallel import Worker
+from train.loop.state import Average
 from train.nets import ConvNet
 
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
@@ -73,6 +76,21 @@ def test_schedules_agree_with_numpy(name, warmup_fraction):
     )
 
 
+def test_one_cycle_agrees_with_torch():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=50, pct_start=0.3, cycle_momentum=False
+    )
+    optim = Optim(schedule="one_cycle")
+    for step in range(50):
+        factor = schedule.factor(optim, step, 50)
+        assert factor == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-9)
+        optimizer.step()
+        if step < 49:
+            reference.step()
+
+
 def muon_reference(weight, gradients, lr, momentum):
     """Muon's steps on one weight, in float64 numpy."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -124,52 +142,53 @@ def test_each_trainable_weight_is_in_one_group_and_vectors_do_not_decay(net, nam
             assert group["weight_decay"] == 0
 
 
-def test_training_is_a_function_of_its_config(config, digits):
-    runs = [train(config, digits, ALONE, lambda row: None) for _ in range(2)]
-    assert runs[0] is not None
-    assert runs[1] is not None
-    for name, value in runs[0].weights.items():
-        torch.testing.assert_close(value, runs[1].weights[name], rtol=0, atol=0)
-    assert runs[0].history[-1]["valid_accuracy"] > 0.9
+def train(config, shards, folder):
+    """Run a whole loop in this process; return weights and figures by epoch."""
+    store = Store(str(folder), keep=2)
+    Loop(config, shards, ALONE, store, num_lanes=1).run()
+    return trained(store)
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch(config, digits):
-    trained = train(config, digits, ALONE, lambda row: None)
-    assert trained is not None
+def test_the_kept_weights_are_those_of_the_best_epoch(config, digits, tmp_path):
+    weights, history = train(config, digits, tmp_path)
     net = build_net(config, digits.task)
-    net.load_state_dict(trained.weights)
+    net.load_state_dict(weights)
     inputs, targets = digits.open("valid")
-    outputs = evaluate.outputs(net.eval(), inputs, ALONE.device, 0, 1)
+    outputs = evaluate.outputs(net.eval(), inputs, ALONE)
     assert outputs is not None
-    best = max(row["valid_accuracy"] for row in trained.history)
+    best = max(row["valid_accuracy"] for row in history)
+    assert best > 0.9
     assert digits.task.metrics(outputs, targets, "valid")["valid_accuracy"] == best
 
 
 def test_evaluation_returns_every_sample_in_order(digits):
     inputs, _ = digits.open("train")
-    outputs = evaluate.outputs(
-        lambda images: images.float().mean(dim=(1, 2)), inputs, ALONE.device, 0, 1
-    )
+    outputs = evaluate.outputs(lambda images: images.float().mean(dim=(1, 2)), inputs, ALONE)
     assert outputs is not None
     np.testing.assert_allclose(outputs["logits"], inputs["image"].mean(axis=(1, 2)), rtol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(digits, storage_path):
-    config = make_config(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(digits, config, tmp_path):
+    diverging = make_config(
         optim={"name": "sgd", "lr": 10, "weight_decay": 1, "batch_size": 16},
-        storage={"path": str(storage_path)},
+        checkpoint={"every_steps": 5},
+        storage={"path": config.storage.path},
     )
-    with pytest.raises(FloatingPointError, match=r"after step \d+ of \d+; lower optim.lr, now 10"):
-        train(config, digits, ALONE, lambda row: None)
+    with pytest.raises(
+        Diverged, match=r"at step \d+ of \d+, at rate [\d.]+; lower optim.lr, now 10"
+    ):
+        train(diverging, digits, tmp_path)
+    kept = Store(str(tmp_path), keep=2).latest()
+    assert kept is not None
+    assert all(bool(value.isfinite().all()) for value in kept.tensors.values())
 
 
-def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits):
+def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits, tmp_path):
     """One step's reported loss is that of the initial net on the first batch."""
     one_step = make_config(
         optim={"epochs": 1, "batch_size": 65_536}, storage={"path": config.storage.path}
     )
-    trained = train(one_step, digits, ALONE, lambda row: None)
-    assert trained is not None
+    _, history = train(one_step, digits, tmp_path)
     torch.manual_seed(one_step.seed)
     net = build_net(one_step, digits.task)
     inputs, targets = digits.open("train")
@@ -178,4 +197,103 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits):
     expected = F.cross_entropy(
         net.train()(images), torch.from_numpy(np.array(targets)), label_smoothing=0.1
     )
-    assert trained.history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_running_statistics_are_those_of_torch(config, digits, tmp_path):
+    """With one lane, the norms' buffers are what an ordinary forward pass leaves."""
+    one_step = make_config(
+        optim={"epochs": 1, "batch_size": 65_536, "lr": 1e-9, "vector_lr": 1e-9, "head_lr": 1e-9},
+        storage={"path": config.storage.path},
+    )
+    weights, _ = train(one_step, digits, tmp_path)
+    torch.manual_seed(one_step.seed)
+    net = build_net(one_step, digits.task)
+    images = torch.from_numpy(np.array(digits.open("train")[0]["image"]))
+    net.fit_inputs(images)
+    net.train()(images)
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(weights[name], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing(config, digits, tmp_path):
+    results = [
+        train(
+            make_config(
+                activation_checkpointing=on,
+                optim={"epochs": 1},
+                storage={"path": config.storage.path},
+            ),
+            digits,
+            tmp_path / str(on),
+        )[0]
+        for on in (False, True)
+    ]
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_stops_when_its_metric_no_longer_gets_better(config, digits, tmp_path):
+    stopping = make_config(
+        optim={"epochs": 30, "batch_size": 64},
+        stop={"metric": "valid_loss", "patience": 2},
+        storage={"path": config.storage.path},
+    )
+    _, history = train(stopping, digits, tmp_path)
+    losses = [row["valid_loss"] for row in history]
+    assert len(losses) < 30
+    assert int(np.argmin(losses)) == len(losses) - 3
+
+
+def test_the_average_of_weights_is_that_of_numpy(rng):
+    net = torch.nn.Linear(3, 2)
+    average = Average(net, decay=0.9)
+    expected = net.weight.detach().numpy().copy()
+    for step in range(1, 20):
+        with torch.no_grad():
+            net.weight.copy_(torch.from_numpy(rng.normal(size=(2, 3))))
+        average.update(net, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net.weight.detach().numpy()
+    np.testing.assert_allclose(average.values["weight"].numpy(), expected, rtol=1e-5)
+
+
+@pytest.fixture
+def state():
+    return State({"net.weight": torch.arange(6.0)}, {"step": 1})
+
+
+def at(state, step):
+    return State(state.tensors, {"step": step})
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept(state, tmp_path):
+    store = Store(str(tmp_path / "checkpoints"), keep=2)
+    for step in range(1, 6):
+        store.save(at(state, step), best_step=2)
+    store.wait()
+    assert store.steps() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    state, tmp_path, name, damage, capsys
+):
+    store = Store(str(tmp_path), keep=3)
+    for step in (1, 2):
+        store.save(at(state, step), None)
+    store.wait()
+    file = tmp_path / "step-00000002" / name
+    data = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    found = store.latest()
+    assert found is not None
+    assert found.values["step"] == 1
+    assert f"step-00000002/{name if name != 'digests.json' else ''}" in capsys.readouterr().err
