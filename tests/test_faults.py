@@ -1,35 +1,45 @@
 """Training that loses parts on its way ends as if it had not: real Ray, real signals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from ray.cluster_utils import Cluster
 
 from tests import server
+from tests.gloo import run_workers
 from tests.test_end_to_end import processes
+from train.config import parse
+from train.data import shards
 from train.loop.checkpoint import Store
+from train.loop.loop import Loop, trained
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
 
+EPOCHS = 6
 OPTIONS = [
-    *("--precision", "fp32", "--net.widths", "[16,32]", "--optim.epochs", "6"),
+    *("--precision", "fp32", "--net.widths", "[16,32]", "--optim.epochs", str(EPOCHS)),
     *("--checkpoint.every_steps", "4", "--registry.enabled", "false"),
 ]
 DEADLINE_S = 120
 
 
-def start(root, *options):
+def start(root, *options, address=None):
     """Start the training command in the background; its output goes to a file."""
+    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
     log = (Path(root) / "log").open("w")
     return subprocess.Popen(
         [sys.executable, "train/main.py", "--storage.path", str(root), *OPTIONS, *options],
         cwd=server.REPOSITORY,
+        env=environment,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -58,24 +68,30 @@ def mid_epoch(root, at_least):
     return steps[-1] if steps and steps[-1] >= at_least else None
 
 
-def weights(root):
-    (file,) = (Path(root) / "bundles").glob("*/weights.safetensors")
-    return safetensors.torch.load_file(file)
-
-
-def assert_same(root, other):
-    ours, theirs = weights(root), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, msg=name)
+def reference(worker, config, data, folder):
+    Loop(config, data, worker, Store(str(folder), keep=1), num_lanes=2).run()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    process = start(root)
-    assert process.wait(DEADLINE_S) == 0, (root / "log").read_text()
-    return root
+    """Weights of the same run in this process, without Ray and without a fault, by epochs."""
+
+    @cache
+    def run(epochs):
+        root = tmp_path_factory.mktemp("undisturbed")
+        config = parse([*OPTIONS, "--optim.epochs", str(epochs)])
+        run_workers(1, reference, config, shards.prepare(config, str(root)), root / "run")
+        return trained(Store(str(root / "run"), keep=1))[0]
+
+    return run
+
+
+def assert_same(root, expected):
+    (file,) = (Path(root) / "bundles").glob("*/weights.safetensors")
+    weights = safetensors.torch.load_file(file)
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 
 def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(undisturbed, tmp_path):
@@ -85,7 +101,7 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(undisturbed
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()
-    assert_same(tmp_path, undisturbed)
+    assert_same(tmp_path, undisturbed(EPOCHS))
 
 
 def test_a_killed_driver_continues_on_one_worker_and_ends_the_same(undisturbed, tmp_path):
@@ -98,8 +114,29 @@ def test_a_killed_driver_continues_on_one_worker_and_ends_the_same(undisturbed, 
     name = run_name(tmp_path)
     process = start(tmp_path, "--resume", name, "--workers.num", "1")
     assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()
-    assert_same(tmp_path, undisturbed)
+    assert_same(tmp_path, undisturbed(EPOCHS))
 
     process = start(tmp_path, "--resume", name, "--optim.lr", "0.05")
     assert process.wait(DEADLINE_S) == 2
     assert "optim.lr was 0.1, is 0.05" in (tmp_path / "log").read_text()
+
+
+def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturbed, tmp_path):
+    epochs = 60
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        options = ("--workers.num", "[1,2]", "--optim.epochs", str(epochs))
+        process = start(tmp_path, *options, address=cluster.address)
+        wait_for(lambda: mid_epoch(tmp_path, 50), process)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        lost_at = mid_epoch(tmp_path, 0)
+        wait_for(lambda: mid_epoch(tmp_path, lost_at + 20), process)
+        cluster.add_node(num_cpus=1)
+        assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()
+    finally:
+        cluster.shutdown()
+    assert_same(tmp_path, undisturbed(epochs))
+    log = (tmp_path / "log").read_text()
+    sizes = [int(size) for size in re.findall(r"training on (\d) worker", log)]
+    assert sizes == [2, 1, 2], log

@@ -115,6 +115,15 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
+        if self._worker.rank == 0:
+            self._observe(
+                {
+                    "event": "start",
+                    "workers": self._worker.world_size,
+                    "step": self.progress.step,
+                    "total_steps": self._total_steps,
+                }
+            )
         while self.progress.step < self._total_steps and not self.progress.stopped:
             epoch, first = divmod(self.progress.step, self._steps_per_epoch)
             self._augmentation.start_epoch(epoch)
@@ -224,7 +233,7 @@ class Loop:
         progress.num_samples, progress.seconds = 0, 0.0
         if self._worker.rank == 0:
             progress.history.append(row)
-            self._observe(row)
+            self._observe({"event": "epoch", **row})
             # Of equal epochs the later one: it was taken at a lower rate.
             if (value := signed(row, self._metric)) >= progress.best:
                 progress.best, progress.best_step = value, progress.step

@@ -8,9 +8,14 @@ from train.config import Config
 
 
 def show(config: Config) -> Callable[[dict[str, Any]], None]:
-    """Return what shows an epoch's figures."""
+    """Return what shows an event."""
 
     def line(row: dict[str, Any]) -> None:
+        if row["event"] == "start":
+            many = "worker" if row["workers"] == 1 else "workers"
+            at = f", from step {row['step']} of {row['total_steps']}" if row["step"] else ""
+            print(f"training on {row['workers']} {many}{at}", file=sys.stderr)
+            return
         rest = "  ".join(
             f"{name} {value:.4f}"
             for name, value in row.items()
