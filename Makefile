@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test chaos check clean
 
 setup: $(INSTALLED)
 
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests that lose nodes; minutes each.
+chaos: setup
+	$(BIN)/python -m pytest -m chaos
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,12 +1,11 @@
 """python -m cluster doctor [--storage.path PATH]"""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from cluster import connect, doctor, storage
-from cluster.errors import EXIT_FAILED, run_command
+from cluster.errors import Failed, run_command
 
 
 def main(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -16,10 +15,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     command.add_argument("--storage.path", dest="storage_path", default=storage.DEFAULT_PATH)
     arguments = parser.parse_args(argv)
     connect.prepare_environment()
-    healthy = doctor.report(doctor.examine(arguments.storage_path))
-    if not healthy:
-        sys.exit(EXIT_FAILED)
-    return {"healthy": healthy}
+    if not doctor.report(doctor.examine(arguments.storage_path)):
+        raise Failed("something that is needed is missing; the table says what to do.")
+    return {"healthy": True}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ ENVIRONMENT = {
 LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 _local = False
 
 
@@ -72,12 +74,19 @@ def is_local() -> bool:
 
 
 def join_running() -> bool:
-    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any."""
+    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any.
+
+    A Ray on loopback belongs to the command that started it and is left alone.
+    """
     prepare_environment()
     import ray
+    from ray._private.utils import read_ray_address
 
+    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if not address or address.split(":")[0] in LOOPBACK:
+        return False
     try:
-        ray.init(address="auto", logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING)
     except ConnectionError:
         return False
     return True

@@ -1,6 +1,7 @@
 """python -m cluster doctor: what works here, what is missing, what to do."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -69,6 +70,8 @@ def machine() -> Finding:
 
 
 def accelerators() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("GPU", "unknown without torch", "make setup")
     import torch
 
     if torch.cuda.is_available():
@@ -79,6 +82,8 @@ def accelerators() -> Finding:
 
 
 def number_formats() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("bf16 and int8", "unknown without torch", "make setup")
     import torch
 
     features = torch.cpu.get_capabilities()
@@ -98,8 +103,10 @@ def ray_cluster() -> Finding:
     import ray
 
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=2).close()
         connect.connect()
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return Finding("Ray", f"RAY_ADDRESS={address}: {error}", "start it, or unset RAY_ADDRESS")
     nodes = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()

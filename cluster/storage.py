@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 DEFAULT_PATH = "runs"
+REGISTRY = "mlflow.db"
 # A job submitted to Ray runs in a copy of the working directory that goes when the job ends.
 JOB_COPY_MARK = "/runtime_resources/working_dir_files/"
 
@@ -52,6 +53,17 @@ def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
 
 
 @contextmanager
+def writing(place: str) -> Iterator[None]:
+    """Turn what the file system says of a place that cannot be written into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"'{place}' cannot be written: {error.strerror or error}; give another --storage.path."
+        ) from error
+
+
+@contextmanager
 def written_whole(target: str, last: str) -> Iterator[Path]:
     """Yield a folder to write in; when the block ends well it becomes `target`, else it goes.
 
@@ -60,7 +72,8 @@ def written_whole(target: str, last: str) -> Iterator[Path]:
     """
     parent = None if is_url(target) else Path(target).parent
     if parent:
-        parent.mkdir(parents=True, exist_ok=True)
+        with writing(str(parent)):
+            parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix="part-", dir=parent, ignore_cleanup_errors=True
     ) as name:
@@ -106,5 +119,11 @@ def tracking_uri(root: str) -> str:
             f"storage.path is '{root}' and MLFLOW_TRACKING_URI is not set; "
             "the embedded registry needs a local path. Set MLFLOW_TRACKING_URI to a server."
         )
-    Path(root).mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{root}/mlflow.db"
+    with writing(root):
+        Path(root).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{root}/{REGISTRY}"
+
+
+def has_registry(root: str) -> bool:
+    """Whether there is a registry to read: a server is named, or the embedded one was made."""
+    return "MLFLOW_TRACKING_URI" in os.environ or Path(root, REGISTRY).exists()

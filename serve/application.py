@@ -1,13 +1,13 @@
 """The Ray Serve application: what `serve run serve.app` deploys."""
 
+import os
 import socket
 import sys
-import urllib.error
-import urllib.request
 from typing import NoReturn
 
 import ray
 from ray import serve
+from ray._private.worker import global_worker
 from starlette.applications import Starlette
 
 from cluster import connect, storage
@@ -29,10 +29,10 @@ class Model:
         bundle = Bundle.load(location)
         predictor = Predictor.load(bundle, config.variant, num_threads=config.threads)
         self._plane = DataPlane(predictor, version, config)
-        self._max_body_bytes = config.max_body_bytes
+        self._config = config
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return rest.build(self._plane, self._max_body_bytes)
+        return rest.build(self._plane, self._config)
 
 
 # Ray Serve hands the key=value arguments to a function of one parameter.
@@ -43,18 +43,20 @@ def app(arguments: dict[str, str]) -> serve.Application:
         location, version = registry.resolve(config.model, storage.resolve(config.storage))
         bundle = Bundle.load(location)
         _check_variant(bundle, config)
-        _check_port()
+        joined = ray.is_initialized() or connect.join_running()
+        if not joined:
+            _check_port()
     except (UserError, CorruptBundle) as error:
         _refuse(error)
-    if not ray.is_initialized() and not connect.join_running():
+    if not joined:
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
-        connect.connect()
+        connect.connect(num_cpus=max(os.cpu_count() or 1, config.replicas * config.threads))
     deployment = serve.deployment(Model).options(
         name=bundle.manifest.name,
         num_replicas=config.replicas,
         # The data plane's own queue decides what waits and what is refused.
         max_ongoing_requests=config.max_queue_rows + config.max_batch_rows,
-        ray_actor_options={"num_cpus": min(config.threads, 1)},
+        ray_actor_options={"num_cpus": config.threads},
     )
     return deployment.bind(location, version, config)
 
@@ -69,30 +71,21 @@ def _check_variant(bundle: Bundle, config: ServeConfig) -> None:
 
 
 def _check_port() -> None:
-    """Raises UserError if something else than Ray Serve listens where the server will."""
+    """Raises UserError if something listens where the server will."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, PORT))
         except OSError:
-            if not _serve_answers():
-                raise UserError(
-                    f"port {PORT} is taken by another program; stop that one first "
-                    f"(ss -ltnp 'sport = :{PORT}' names it)."
-                ) from None
-
-
-def _serve_answers() -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{HOST}:{PORT}/-/routes", timeout=2) as response:
-            return bool(response.read().startswith(b"{"))
-    except (urllib.error.URLError, OSError):
-        return False
+            raise UserError(
+                f"port {PORT} is taken by another program; stop that one first "
+                f"(ss -ltnp 'sport = :{PORT}' names it)."
+            ) from None
 
 
 def _refuse(error: Exception) -> NoReturn:
     """End `serve run` with one line; fail the build where Ray runs it as a task."""
-    if ray.is_initialized():
+    if global_worker.mode == ray.WORKER_MODE:
         raise error
     print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)

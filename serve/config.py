@@ -30,6 +30,9 @@ class ServeConfig(BaseModel):
     max_queue_rows: int = Field(
         1024, ge=1, le=1_000_000, description="Waiting rows per replica before 503 is answered."
     )
+    max_rows: int = Field(
+        1024, ge=1, le=1_000_000, description="Most rows in one request; more is answered by 413."
+    )
     timeout_s: float = Field(
         30, gt=0, le=3600, description="Longest that a request waits for its answer."
     )

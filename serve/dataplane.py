@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
 
 from serve.batcher import Batcher
 from serve.config import ServeConfig
@@ -12,8 +13,9 @@ from train.bundle.manifest import Manifest
 from train.tasks import Arrays, InvalidRecord, Record
 from train.tasks.records import stack
 
-# Encoding above this is left to a thread: decoding a photo would hold up every other request.
-MAX_INLINE_BYTES = 16_384
+# More than this is left to a thread: it would hold up every other request.
+MAX_INLINE_BYTES = 65_536
+MAX_INLINE_ROWS = 64
 
 
 class DataPlane:
@@ -56,18 +58,22 @@ class DataPlane:
         Raises BadRequest for a record that cannot be encoded, Overloaded, TimedOut.
         """
         try:
-            size_bytes = sum(_size_bytes(value) for value in records[0].values()) * len(records)
-            if size_bytes > MAX_INLINE_BYTES:
-                rows = await asyncio.to_thread(self._encode, records)
-            else:
-                rows = self._encode(records)
+            async with asyncio.timeout(self._timeout_s):
+                rows = await self._encoded(records)
+                return await self._batcher.submit(rows)
         except InvalidRecord as error:
             raise BadRequest(str(error)) from error
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._batcher.submit(rows)
         except TimeoutError:
             raise TimedOut(f"no answer within {self._timeout_s:g} s; try again later.") from None
+
+    async def _encoded(self, records: Sequence[Record]) -> Arrays:
+        """Encode in a thread what has to be decoded: a small file may hold a large image."""
+        ready = len(records) <= MAX_INLINE_ROWS and all(
+            isinstance(value, np.ndarray) and value.nbytes <= MAX_INLINE_BYTES
+            for record in records
+            for value in record.values()
+        )
+        return self._encode(records) if ready else await asyncio.to_thread(self._encode, records)
 
     def _encode(self, records: Sequence[Record]) -> Arrays:
         encoded = []
@@ -79,7 +85,3 @@ class DataPlane:
                     raise
                 raise InvalidRecord(f"record {index}: {error}") from error
         return stack(encoded)
-
-
-def _size_bytes(value: Any) -> int:
-    return len(value) if isinstance(value, bytes) else 0

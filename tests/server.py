@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,9 @@ def start(
 
     Raises RuntimeError with the end of the log if it stops or is not ready in time.
     """
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 8000)) == 0:
+            raise RuntimeError("a server is already up on port 8000; stop that one first")
     command = [str(Path(sys.executable).with_name("serve")), "run", app, *arguments]
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -85,6 +85,16 @@ def test_a_manifest_cannot_name_a_file_outside_the_bundle(copy):
         Bundle.load(str(copy))
 
 
+@pytest.mark.parametrize("name", ["variants/fp32/model.onnx", "golden.npz", "features.json"])
+def test_a_file_without_a_digest_is_refused(copy, name):
+    file = copy / manifests.FILENAME
+    values = json.loads(file.read_text())
+    del values["files"][name]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CorruptBundle, match=name):
+        Bundle.load(str(copy))
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     target = tmp_path / "bundles" / "one"
 

@@ -9,7 +9,7 @@ from train import config
 def test_options_win_over_the_file():
     parsed = config.parse(["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"])
     assert parsed.name == "digits"
-    assert (parsed.optim.lr, parsed.net.widths, parsed.workers.num) == (0.5, [8, 16], 3)
+    assert (parsed.optim.lr, parsed.net.widths, parsed.workers.num) == (0.5, [8, 16], (3, 3))
 
 
 def test_the_shipped_configs_are_valid():
@@ -24,6 +24,8 @@ def test_the_shipped_configs_are_valid():
     [
         (["--optim.rate", "1"], ["--optim.rate", "--help"]),
         (["--optim.lr", "fast"], ["optim.lr", "fast", "number"]),
+        (["--net.widths", "[0]"], ["net.widths", "greater than or equal to 1"]),
+        (["--image.size", "[0,8]"], ["image.size", "greater than or equal to 1"]),
         (["--optim.epochs", "0"], ["optim.epochs", "greater than or equal to 1"]),
         (["--data.valid_fraction", "0.9"], ["data.valid_fraction", "0.9", "less than 0.5"]),
         (["--precision", "fp64"], ["precision", "fp64", "bf16"]),

@@ -208,9 +208,10 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
     [
         ([], ["no records"]),
         ([{"image": b"", "other": 1}], ["no column 'label'", "image, other"]),
+        ([{"image": b"", "label": 1}], ["1 records", "at least 2"]),
         ("one class", ["only the value ['0']"]),
         ("damaged", ["row 17", "no PNG or JPEG"]),
-        ("unlabelled", ["missing"]),
+        ("unlabelled", ["row ", "missing"]),
     ],
 )
 def test_bad_data_is_named_by_source_and_row(write_parquet, rng, tmp_path, records, words):
@@ -232,6 +233,25 @@ def test_bad_data_is_named_by_source_and_row(write_parquet, rng, tmp_path, recor
         assert word in message
     written = tmp_path / "runs" / "data"
     assert not written.exists() or not any(written.iterdir()), "nothing half-written is left"
+
+
+def test_a_label_made_of_signs_is_a_name(write_parquet, rng, tmp_path):
+    rows = [{"image": data, "label": ["--5", "a"][i % 2]} for i, data in enumerate(images(30, rng))]
+    prepared = shards.prepare(make_config(data={"train": write_parquet(rows)}), str(tmp_path))
+    assert prepared.task.target.to_dict()["classes"] == ["--5", "a"]
+
+
+def test_a_first_training_image_that_cannot_be_read_is_named_by_row(write_parquet, rng, tmp_path):
+    rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
+    first = int(
+        splits.split(make_config(data={"train": write_parquet(rows)}).data, ["image", "label"])[
+            "train"
+        ].rows[0]
+    )
+    rows[first]["image"] = b"?"
+    config = make_config(data={"train": write_parquet(rows)})
+    with pytest.raises(UserError, match=f"row {first}: .*no PNG or JPEG"):
+        shards.prepare(config, str(tmp_path))
 
 
 def test_a_class_that_training_never_saw_is_named(write_parquet, rng, tmp_path):

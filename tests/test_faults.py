@@ -22,7 +22,7 @@ from train.data import shards
 from train.loop.checkpoint import Store
 from train.loop.loop import Loop, trained
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EPOCHS = 6
 OPTIONS = [
@@ -121,8 +121,9 @@ def test_a_killed_driver_continues_on_one_worker_and_ends_the_same(undisturbed, 
     assert "optim.lr was 0.1, is 0.05" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.chaos
 def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturbed, tmp_path):
-    epochs = 60
+    epochs = 200  # Ray looks for new nodes every 20 s
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -133,7 +134,7 @@ def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturb
         lost_at = mid_epoch(tmp_path, 0)
         wait_for(lambda: mid_epoch(tmp_path, lost_at + 20), process)
         cluster.add_node(num_cpus=1)
-        assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()
+        assert process.wait(2 * DEADLINE_S) == 0, (tmp_path / "log").read_text()
     finally:
         cluster.shutdown()
     assert_same(tmp_path, undisturbed(epochs))

@@ -2,12 +2,13 @@
 
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import orjson
 import pytest
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, BodyTooLarge
 from serve.protocol import tensors, v1, v2
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
@@ -40,9 +41,9 @@ def as_binary(raw, **changes):
 
 
 def test_json_flat_nested_and_binary_give_the_same_record(manifest):
-    flat = v2.decode(as_json(), None, manifest)
-    nested = v2.decode(as_json(data=PIXELS.tolist()), None, manifest)
-    binary = v2.decode(*as_binary(PIXELS.tobytes()), manifest)
+    flat = v2.decode(as_json(), None, manifest, 64)
+    nested = v2.decode(as_json(data=PIXELS.tolist()), None, manifest, 64)
+    binary = v2.decode(*as_binary(PIXELS.tobytes()), manifest, 64)
     for request in (flat, nested, binary):
         (record,) = request.records
         assert record["image"].dtype == np.uint8
@@ -52,7 +53,7 @@ def test_json_flat_nested_and_binary_give_the_same_record(manifest):
 def test_bytes_elements_come_as_binary_base64_or_text(manifest):
     raw = struct.pack("<I", 3) + b"abc"
     requests = [
-        v2.decode(*as_binary(raw, shape=[1], datatype="BYTES"), manifest),
+        v2.decode(*as_binary(raw, shape=[1], datatype="BYTES"), manifest, 64),
         v2.decode(
             as_json(
                 shape=[1],
@@ -62,8 +63,9 @@ def test_bytes_elements_come_as_binary_base64_or_text(manifest):
             ),
             None,
             manifest,
+            64,
         ),
-        v2.decode(as_json(shape=[1], datatype="BYTES", data=["abc"]), None, manifest),
+        v2.decode(as_json(shape=[1], datatype="BYTES", data=["abc"]), None, manifest, 64),
     ]
     for request in requests:
         assert request.records == [{"image": b"abc"}]
@@ -123,6 +125,17 @@ MALFORMED = {
     "binary too long for its shape": as_binary(PIXELS.tobytes() + b"x"),
     "bytes cut off": as_binary(struct.pack("<I", 9) + b"abc", shape=[1], datatype="BYTES"),
     "bytes left over": as_binary(struct.pack("<I", 0) * 2, shape=[1], datatype="BYTES"),
+    "a size beyond all": (as_json(shape=[0, 2**63], data=[]), None),
+    "one long string among short ones": (as_json(data=["x" * 100_000] + ["a"] * 63), None),
+    "a header of thousands of digits": (as_json(), "1" * 5000),
+    "nested deeper than any tensor": (
+        b'{"inputs":[{"name":"image","shape":[1],"datatype":"UINT8","data":'
+        + b"[" * 20
+        + b"1"
+        + b"]" * 20
+        + b"}]}",
+        None,
+    ),
     "too deeply nested": (b'{"inputs":' + b"[" * 100_000, None),
 }
 
@@ -130,14 +143,14 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_request_is_refused_in_one_line(case, manifest):
     with pytest.raises(BadRequest) as caught:
-        v2.decode(*MALFORMED[case], manifest)
+        v2.decode(*MALFORMED[case], manifest, 64)
     assert "\n" not in str(caught.value)
 
 
 def test_binary_bytes_after_the_last_tensor_are_refused(manifest):
     body, length = as_binary(PIXELS.tobytes())
     with pytest.raises(BadRequest, match="3 bytes follow"):
-        v2.decode(body + b"xyz", length, manifest)
+        v2.decode(body + b"xyz", length, manifest, 64)
 
 
 def test_the_answer_has_the_outputs_asked_for(manifest):
@@ -146,7 +159,7 @@ def test_the_answer_has_the_outputs_asked_for(manifest):
         "probabilities": np.full((1, 10), 0.1, np.float32),
     }
     asked = {"id": "q", "inputs": [tensor()], "outputs": [{"name": "label"}]}
-    request = v2.decode(orjson.dumps(asked), None, manifest)
+    request = v2.decode(orjson.dumps(asked), None, manifest, 64)
     body, length = v2.encode(request, predictions, manifest, "3")
     assert length is None
     assert json.loads(body) == {
@@ -163,7 +176,7 @@ def test_binary_outputs_follow_the_json(manifest):
         "probabilities": np.arange(10, dtype=np.float32)[None],
     }
     asked = {"inputs": [tensor()], "parameters": {"binary_data_output": True}}
-    request = v2.decode(orjson.dumps(asked), None, manifest)
+    request = v2.decode(orjson.dumps(asked), None, manifest, 64)
     body, length = v2.encode(request, predictions, manifest, "3")
     outputs = json.loads(body[:length])["outputs"]
     sizes = [output["parameters"]["binary_data_size"] for output in outputs]
@@ -176,7 +189,7 @@ def test_binary_outputs_follow_the_json(manifest):
     [{"b64": "YWJj"}, {"image": {"b64": "YWJj"}}],
 )
 def test_v1_instances_are_records(manifest, instance):
-    assert v1.decode(orjson.dumps({"instances": [instance]}), manifest) == [{"image": b"abc"}]
+    assert v1.decode(orjson.dumps({"instances": [instance]}), manifest, 64) == [{"image": b"abc"}]
 
 
 @pytest.mark.parametrize(
@@ -194,4 +207,22 @@ def test_v1_instances_are_records(manifest, instance):
 )
 def test_v1_malformed_instances_are_refused(manifest, body):
     with pytest.raises(BadRequest):
-        v1.decode(orjson.dumps(body), manifest)
+        v1.decode(orjson.dumps(body), manifest, 64)
+
+
+def test_more_rows_than_allowed_are_refused_as_too_large(manifest):
+    many = as_json(shape=[65, 1, 1, 1], data=[0] * 65)
+    with pytest.raises(BodyTooLarge, match="65 rows; at most 64"):
+        v2.decode(many, None, manifest, 64)
+    with pytest.raises(BodyTooLarge, match="65 rows; at most 64"):
+        v1.decode(orjson.dumps({"instances": [[[0]]] * 65}), manifest, 64)
+
+
+def test_strings_in_place_of_numbers_take_no_memory(manifest):
+    """numpy would make room for the longest string in every place: 100 MB for this 110 KB."""
+    body = as_json(shape=[1, 1001], data=["x" * 100_000] + ["a"] * 1000)
+    tracemalloc.start()
+    with pytest.raises(BadRequest):
+        v2.decode(body, None, manifest, 64)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

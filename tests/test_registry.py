@@ -1,19 +1,27 @@
 """Model versions and aliases, in a real MLflow."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pytest
 
 from cluster.errors import UserError
 from train.bundle import registry
 
 
-def with_accuracy(bundle, value):
-    """The bundle as if its default variant had another accuracy."""
+def with_metric(bundle, metric, value):
+    """The bundle as if its default variant had another figure."""
     manifest = bundle.manifest
     name = manifest.default_variant
     variant = manifest.variants[name]
-    changed = variant.model_copy(update={"metrics": {**variant.metrics, "valid_accuracy": value}})
+    changed = variant.model_copy(update={"metrics": {**variant.metrics, metric: value}})
     variants = {**manifest.variants, name: changed}
     return replace(bundle, manifest=manifest.model_copy(update={"variants": variants}))
 
@@ -21,7 +29,7 @@ def with_accuracy(bundle, value):
 def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     root = str(tmp_path)
     published = [
-        registry.publish(with_accuracy(bundle, value), root, "valid_accuracy")
+        registry.publish(with_metric(bundle, "valid_accuracy", value), root, "valid_accuracy")
         for value in (0.9, 0.8, 0.9, 0.95)
     ]
     assert [item["alias"] for item in published] == [
@@ -36,6 +44,62 @@ def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     location, version = registry.resolve("models:/digits/3", root)
     assert version == "3"
     assert type(bundle).load(location).manifest == bundle.manifest
+
+
+@pytest.mark.parametrize(
+    ("metric", "old", "new", "alias"),
+    [
+        ("valid_loss", 0.5, 0.4, "production"),
+        ("valid_loss", 0.5, 0.6, "candidate"),
+        ("valid_loss", 0.5, float("nan"), "candidate"),
+        ("valid_accuracy", 0.5, float("nan"), "candidate"),
+    ],
+)
+def test_each_metric_has_its_direction(bundle, tmp_path, metric, old, new, alias):
+    root = str(tmp_path)
+    registry.publish(with_metric(bundle, metric, old), root, metric)
+    assert registry.publish(with_metric(bundle, metric, new), root, metric)["alias"] == alias
+
+
+def test_a_path_with_spaces_and_percents_is_found_again(bundle, tmp_path):
+    root = str(tmp_path / "my 100% runs")
+    published = registry.publish(bundle, root, "valid_accuracy")
+    location, _ = registry.resolve(published["uri"], root)
+    assert type(bundle).load(location).manifest == bundle.manifest
+
+
+def test_an_mlflow_server_keeps_the_bundle(bundle, tmp_path, monkeypatch):
+    """A real server that proxies artifacts; the root has nothing but the downloaded copy."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    mlflow = str(Path(sys.executable).with_name("mlflow"))
+    options = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    options += ["--artifacts-destination", f"{tmp_path}/kept", "--workers", "1"]
+    server = subprocess.Popen(
+        [mlflow, "server", "--port", str(port), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{uri}/health").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        root = str(tmp_path / "root")
+        published = registry.publish(bundle, root, "valid_accuracy")
+        location, version = registry.resolve(published["uri"], root)
+        assert version == "1"
+        assert type(bundle).load(location).manifest == bundle.manifest
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_the_run_holds_options_curves_and_pictures(bundle, tmp_path):
@@ -56,20 +120,28 @@ def test_the_run_holds_options_curves_and_pictures(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("models:/digits@production", ["models:/digits@production", "train/main.py"]),
+        ("models:/other@production", ["models:/other@production", "train/main.py"]),
+        ("models:/it's/7", ["models:/it's/7"]),
         ("models:/digits/7", ["models:/digits/7"]),
         ("models:/digits", ["models:/NAME@ALIAS"]),
         ("models:/digits/x", ["models:/NAME/VERSION"]),
     ],
 )
-def test_a_model_that_is_not_there_is_said_in_one_line(uri, words, tmp_path):
+def test_a_model_that_is_not_there_is_said_in_one_line(bundle, uri, words, storage_path):
     with pytest.raises(UserError) as caught:
-        registry.resolve(uri, str(tmp_path))
+        registry.resolve(uri, str(storage_path))
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_an_unknown_metric_names_the_known_ones(bundle, tmp_path):
-    with pytest.raises(UserError, match=r"'valid_r2'; the model has .*valid_accuracy"):
-        registry.publish(bundle, str(tmp_path), "valid_r2")
+@pytest.mark.parametrize("metric", ["valid_r2", "test_accuracy"])
+def test_a_metric_that_may_not_decide_names_those_that_may(tmp_path, metric):
+    with pytest.raises(UserError, match=rf"'{metric}'; accepted are valid_accuracy, "):
+        registry.check(str(tmp_path), metric, ["valid_accuracy", "valid_loss"])
+
+
+def test_asking_for_a_model_makes_no_registry(tmp_path):
+    with pytest.raises(UserError, match="there is no registry"):
+        registry.resolve("models:/digits@production", str(tmp_path / "typo"))
+    assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from train.data import shards
 @pytest.fixture(scope="module")
 def client(bundle):
     plane = DataPlane(Predictor.load(bundle), "3", ServeConfig())
-    with TestClient(rest.build(plane, max_body_bytes=100_000)) as client:
+    with TestClient(rest.build(plane, ServeConfig(max_body_bytes=100_000))) as client:
         yield client
 
 
@@ -131,7 +131,7 @@ def test_an_engine_failure_shows_no_insides(bundle):
         raise RuntimeError("secret path")
 
     plane.infer = fail
-    client = TestClient(rest.build(plane, 10_000), raise_server_exceptions=False)
+    client = TestClient(rest.build(plane, ServeConfig()), raise_server_exceptions=False)
     response = client.post(
         "/v2/models/digits/infer", json=v2_body(np.zeros((1, 8, 8, 1)).astype(np.uint8))
     )

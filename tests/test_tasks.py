@@ -1,6 +1,8 @@
 """Features and targets, against Pillow and scikit-learn."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -69,6 +71,21 @@ def test_an_image_is_refused_by_its_header_before_it_is_decoded(monkeypatch, pix
     monkeypatch.setattr(features_module, "MAX_PIXELS", 29)
     with pytest.raises(InvalidRecord, match="5×6 pixels; at most 29"):
         ImageFeatures("photo", (6, 5), 3).encode({"photo": image_bytes(pixels)})
+
+
+def test_an_image_of_16_bits_is_refused_rather_than_clipped():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(buffer, "PNG")
+    with pytest.raises(InvalidRecord, match="expected 8 bits"):
+        ImageFeatures("photo", (4, 4), 1).encode({"photo": buffer.getvalue()})
+
+
+def test_an_image_of_two_billion_pixels_is_refused_as_too_large():
+    png = bytearray(image_bytes(np.zeros((1, 1), np.uint8)))
+    png[16:24] = struct.pack(">II", 50_000, 50_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
+    with pytest.raises(InvalidRecord, match="too many pixels"):
+        ImageFeatures("photo", (4, 4), 1).encode({"photo": bytes(png)})
 
 
 def test_another_image_format_is_refused(pixels):

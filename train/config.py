@@ -51,7 +51,7 @@ class Data(Part):
 
 class Image(Part):
     column: str = Field("image", description="Column with the image.")
-    size: tuple[int, int] | None = Field(
+    size: tuple[Count, Count] | None = Field(
         None, description="Height and width to bring images to; the first image's by default."
     )
     channels: Literal[1, 3] | None = Field(
@@ -60,7 +60,7 @@ class Image(Part):
 
 
 class Net(Part):
-    widths: list[int] = Field(
+    widths: list[Count] = Field(
         [64, 128, 128], min_length=1, description="Channels of each block, which halves the image."
     )
     whiten: bool = Field(
@@ -178,7 +178,7 @@ class Compress(Part):
         0.005, ge=0, le=1, description="Largest accepted loss of a variant on held-out records."
     )
     calibration_records: int = Field(
-        512, ge=1, le=100_000, description="Training records to measure activation ranges on."
+        512, ge=2, le=100_000, description="Training records to measure activation ranges on."
     )
 
 

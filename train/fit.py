@@ -19,7 +19,7 @@ from train.bundle.bundle import BASELINE, FEATURES
 from train.bundle.manifest import Tensor
 from train.compress import fastest, make_variants
 from train.config import Config
-from train.data import shards
+from train.data import order, shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
 from train.loop import progress, trainer
@@ -69,6 +69,15 @@ def _check(config: Config, data: Shards) -> None:
         build_net(config, data.task)
     except ValueError as error:
         raise UserError(str(error)) from error
+    smallest = data.summary["splits"]["train"]["num_records"] // order.num_steps(
+        data.summary["splits"]["train"]["num_records"], config.optim.batch_size
+    )
+    lanes = Run.count_lanes(config)
+    if lanes > smallest:
+        raise UserError(
+            f"a batch of {smallest} samples cannot be shared by {lanes} workers; "
+            f"give --workers.num {max(smallest, 1)} or a larger --optim.batch_size."
+        )
     known = [f"valid_{name}" for name in data.task.target.metric_names]
     for option, metric in (
         ("stop.metric", config.stop.metric),

@@ -14,14 +14,18 @@ from cluster.errors import run_command
 from train import config as configs
 from train.bundle import registry
 from train.fit import fit
+from train.tasks import ClassTarget
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config = configs.parse(argv)
+    root = storage.resolve(config.storage.path)
+    if config.registry.enabled:
+        known = [f"valid_{name}" for name in ClassTarget(config.target).metric_names]
+        registry.check(root, config.registry.metric, known)
     bundle = fit(config)
     summary = registry.summary(bundle)
     if config.registry.enabled:
-        root = storage.resolve(config.storage.path)
         summary |= registry.publish(bundle, root, config.registry.metric)
     return summary
 

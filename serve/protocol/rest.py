@@ -13,6 +13,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
+from serve.config import ServeConfig
 from serve.dataplane import DataPlane
 from serve.errors import BodyTooLarge, RequestError
 from serve.protocol import openapi, v1, v2
@@ -20,10 +21,10 @@ from serve.protocol import openapi, v1, v2
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def build(plane: DataPlane, max_body_bytes: int) -> Starlette:
+def build(plane: DataPlane, config: ServeConfig) -> Starlette:
     """Return the application that serves one data plane."""
     return Starlette(
-        routes=Rest(plane, max_body_bytes).routes(),
+        routes=Rest(plane, config).routes(),
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -35,9 +36,10 @@ def build(plane: DataPlane, max_body_bytes: int) -> Starlette:
 class Rest:
     """Handlers, in the order of their routes."""
 
-    def __init__(self, plane: DataPlane, max_body_bytes: int) -> None:
+    def __init__(self, plane: DataPlane, config: ServeConfig) -> None:
         self._plane = plane
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
+        self._max_rows = config.max_rows
 
     def routes(self) -> list[Route | Mount]:
         versioned = "/v2/models/{name}/versions/{version}"
@@ -63,18 +65,19 @@ class Rest:
         plane = self._plane
         plane.check_name(request.path_params["name"], request.path_params.get("version"))
         body = await self._body(request)
-        inference = v2.decode(body, request.headers.get(v2.HEADER_LENGTH), plane.manifest)
+        header_length = request.headers.get(v2.HEADER_LENGTH)
+        inference = v2.decode(body, header_length, plane.manifest, self._max_rows)
         predictions = await plane.infer(inference.records)
-        content, header_length = v2.encode(inference, predictions, plane.manifest, plane.version)
-        if header_length is None:
+        content, json_length = v2.encode(inference, predictions, plane.manifest, plane.version)
+        if json_length is None:
             return Response(content, media_type="application/json")
-        headers = {v2.HEADER_LENGTH: str(header_length)}
+        headers = {v2.HEADER_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
     async def predict(self, request: Request) -> Response:
         plane = self._plane
         plane.check_name(request.path_params["name"])
-        records = v1.decode(await self._body(request), plane.manifest)
+        records = v1.decode(await self._body(request), plane.manifest, self._max_rows)
         predictions = await plane.infer(records)
         return Response(v1.encode(predictions), media_type="application/json")
 

@@ -7,6 +7,7 @@ import base64
 import binascii
 import math
 import struct
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from serve.errors import BadRequest
 from train.tasks.records import DATATYPES, DTYPES
 
 MAX_RANK = 8
+MAX_SIZE = 2**31
 
 
 def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
@@ -32,7 +34,7 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
         )
     shape = _field(tensor, "shape", list, where)
     if not 1 <= len(shape) <= MAX_RANK or not all(
-        type(size) is int and size >= 0 for size in shape
+        type(size) is int and 0 <= size < MAX_SIZE for size in shape
     ):
         raise BadRequest(
             f"{where}: shape must be 1 to {MAX_RANK} whole numbers from 0; the first is the batch."
@@ -110,42 +112,48 @@ def _from_json(
 ) -> np.ndarray:
     if datatype == "FP16":
         raise BadRequest(f"{where}: FP16 has no JSON form; send it as binary data.")
+    _, values = flatten(data, where)
+    if len(values) != count:
+        raise BadRequest(f"{where}: {len(values)} values in data; its shape makes {count}.")
     if datatype == "BYTES":
-        return _strings_from_json(data, count, where, base64_encoded=base64_encoded)
+        return _strings_from_json(values, where, base64_encoded=base64_encoded)
+    accepted: set[type] = {bool} if datatype == "BOOL" else {int}
+    if datatype[0] == "F":
+        accepted = {int, float}
+    if not set(map(type, values)) <= accepted:
+        raise BadRequest(f"{where}: data must be values of {datatype}.")
     try:
-        values = np.asarray(data)
-    except ValueError:
-        values = np.zeros(0, object)
-    kinds = {"B": "b", "F": "iuf"}.get(datatype[0], "iu")
-    if values.size == 0 and count == 0:
-        return np.zeros(0, DTYPES[datatype])
-    if values.dtype.kind not in kinds:
-        raise BadRequest(f"{where}: data must be an even list of values of {datatype}.")
-    if values.size != count:
-        raise BadRequest(f"{where}: {values.size} values in data; its shape makes {count}.")
-    dtype = DTYPES[datatype]
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if int(values.min()) < limits.min or int(values.max()) > limits.max:
-            raise BadRequest(
-                f"{where}: data reaches from {values.min()} to {values.max()}; "
-                f"{datatype} holds {limits.min} to {limits.max}."
-            )
-    return values.astype(dtype).ravel()
+        return np.array(values, DTYPES[datatype])
+    except OverflowError:
+        raise BadRequest(
+            f"{where}: data reaches from {str(min(values))[:40]} to {str(max(values))[:40]}, "
+            f"more than {datatype} holds."
+        ) from None
 
 
-def _strings_from_json(
-    data: list[Any], count: int, where: str, *, base64_encoded: bool
-) -> np.ndarray:
-    while data and all(isinstance(value, list) for value in data):
-        data = [value for inner in data for value in inner]
-    if not all(isinstance(value, str) for value in data):
+def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
+    """Return shape and leaves of nested lists.
+
+    Nothing is put into an array before its type is known: numpy would make room for the longest
+    string in every place. Raises BadRequest if the lists are uneven or nested too deeply.
+    """
+    shape = [len(data)]
+    while data and any(isinstance(value, list) for value in data):
+        if not all(isinstance(value, list) for value in data) or len(set(map(len, data))) != 1:
+            raise BadRequest(f"{where}: the lists of data are uneven.")
+        if len(shape) == MAX_RANK:
+            raise BadRequest(f"{where}: data is nested more than {MAX_RANK} deep.")
+        shape.append(len(data[0]))
+        data = list(chain.from_iterable(data))
+    return shape, data
+
+
+def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:
+    if not all(isinstance(value, str) for value in values):
         raise BadRequest(f"{where}: data of BYTES must be strings.")
-    if len(data) != count:
-        raise BadRequest(f"{where}: {len(data)} values in data; its shape makes {count}.")
     if base64_encoded:
-        return _objects([from_base64(value, where) for value in data])
-    return _objects([value.encode(errors="surrogatepass") for value in data])
+        return _objects([from_base64(value, where) for value in values])
+    return _objects([value.encode(errors="surrogatepass") for value in values])
 
 
 def from_base64(value: str, where: str) -> bytes:

@@ -6,13 +6,13 @@ import numpy as np
 import orjson
 
 from serve.errors import BadRequest
-from serve.protocol.tensors import from_base64
-from serve.protocol.v2 import parse_json
+from serve.protocol.tensors import flatten, from_base64
+from serve.protocol.v2 import check_rows, parse_json
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Record
 
 
-def decode(body: bytes, manifest: Manifest) -> list[Record]:
+def decode(body: bytes, manifest: Manifest, max_rows: int) -> list[Record]:
     """Return the records of the instances.
 
     An instance is an object of fields, or for a model with one input just that field's value: an
@@ -21,6 +21,7 @@ def decode(body: bytes, manifest: Manifest) -> list[Record]:
     instances = parse_json(body).get("instances")
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
+    check_rows(len(instances), max_rows)
     names = [tensor.name for tensor in manifest.inputs]
     records: list[Record] = []
     for index, instance in enumerate(instances):
@@ -47,11 +48,8 @@ def _value(value: Any, where: str) -> Any:
     if isinstance(value, dict) and isinstance(value.get("b64"), str):
         return from_base64(value["b64"], where)
     if isinstance(value, list):
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            array = np.zeros(0, object)
-        if array.dtype.kind not in "iu" or array.size == 0 or array.min() < 0 or array.max() > 255:
-            raise BadRequest(f"{where}: an image as lists must be even, of whole numbers 0..255.")
-        return array.astype(np.uint8)
+        shape, values = flatten(value, where)
+        if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
+            raise BadRequest(f"{where}: an image as lists must be of whole numbers 0..255.")
+        return np.array(values, np.uint8).reshape(shape)
     return value

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, BodyTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Record
 
 HEADER_LENGTH = "inference-header-content-length"
 EXTENSIONS = ["binary_tensor_data"]
+MAX_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class InferRequest:
     binary: bool
 
 
-def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferRequest:
+def decode(
+    body: bytes, header_length: str | None, manifest: Manifest, max_rows: int
+) -> InferRequest:
     """Raises BadRequest for whatever is not an infer request of this model."""
     view = memoryview(body)
     split = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
+        decimal = header_length.isdecimal() and len(header_length) < MAX_DIGITS
+        if not decimal or int(header_length) > len(body):
             raise BadRequest(
                 f"{HEADER_LENGTH} is '{header_length[:40]}'; the body has {len(body)} bytes."
             )
@@ -49,7 +53,7 @@ def decode(body: bytes, header_length: str | None, manifest: Manifest) -> InferR
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
     return InferRequest(
         id=_optional(request, "id", str),
-        records=_records(arrays, manifest),
+        records=_records(arrays, manifest, max_rows),
         outputs=_requested(request.get("outputs"), manifest),
         binary=bool(_parameters(request).get("binary_data_output")),
     )
@@ -73,6 +77,14 @@ def encode(
     response["outputs"] = outputs
     header = orjson.dumps(response, option=orjson.OPT_SERIALIZE_NUMPY)
     return (b"".join([header, *raws]), len(header)) if raws else (header, None)
+
+
+def check_rows(count: int, max_rows: int) -> None:
+    """Raises BodyTooLarge for more rows than one request may have."""
+    if count > max_rows:
+        raise BodyTooLarge(
+            f"the request has {count} rows; at most {max_rows} are accepted. Send several requests."
+        )
 
 
 def parse_json(body: bytes | memoryview) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
-def _records(arrays: dict[str, np.ndarray], manifest: Manifest) -> list[Record]:
+def _records(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> list[Record]:
     """Row i of every tensor makes record i."""
     expected = [tensor.name for tensor in manifest.inputs]
     if set(arrays) != set(expected):
@@ -118,6 +130,7 @@ def _records(arrays: dict[str, np.ndarray], manifest: Manifest) -> list[Record]:
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:
         raise BadRequest("inputs must have the same number of rows, at least one.")
+    check_rows(max(counts), max_rows)
     return [{name: array[row] for name, array in arrays.items()} for row in range(counts.pop())]
 
 

@@ -118,6 +118,11 @@ class Bundle:
                 f"'{path}' has format {manifest.format_version}; "
                 f"this version reads {manifests.FORMAT_VERSION}."
             )
+        needed = {FEATURES, GOLDEN, *(variant.file for variant in manifest.variants.values())}
+        if unlisted := sorted(needed - manifest.files.keys()):
+            raise CorruptBundle(
+                f"'{path / unlisted[0]}' has no digest in {manifests.FILENAME}. {_REMEDY}"
+            )
         for name, expected in manifest.files.items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():

@@ -43,6 +43,8 @@ class Predictor:
         engine = ENGINES[entry.engine].load(bundle.path / entry.file, num_threads=num_threads)
         inputs, expected = bundle.golden(variant)
         outputs = engine.run(inputs)
+        if not expected:
+            raise CorruptBundle(f"'{bundle.path}' has no golden outputs of variant '{variant}'.")
         for name, values in expected.items():
             difference = float(np.max(np.abs(outputs[name] - values)))
             if not difference <= entry.golden_tolerance:

@@ -6,10 +6,15 @@ Only drivers talk to it, never workers or replicas.
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from cluster import storage
 from cluster.errors import UserError
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 PRODUCTION, CANDIDATE = "production", "candidate"
 ARTIFACT = "bundle"
 SCHEME = "models:/"
+TRAIN = "python train/main.py"
 # What MLflow takes in one call.
 BATCH_LIMIT = 1000
 PARAM_LIMIT = 100
@@ -67,24 +73,35 @@ def publish(bundle: Bundle, root: str, metric: str) -> dict[str, Any]:
     client.set_terminated(run_id)
 
     current = production(client, manifest.name)
-    if not client.search_registered_models(f"name = '{manifest.name}'"):
+    if current is None and not _exists(client, manifest.name):
         client.create_registered_model(manifest.name)
+    metrics = manifest.variants[manifest.default_variant].metrics
     version = client.create_model_version(
         manifest.name,
         source=f"{run.info.artifact_uri}/{ARTIFACT}",
         run_id=run_id,
-        tags={metric: repr(value)},
+        tags={key: repr(figure) for key, figure in metrics.items()},
     ).version
     alias, reason = PRODUCTION, "no version is in production yet"
     if current is not None:
         before = current.tags.get(metric)
         reason = f"{metric} {value:.4f} against {before} of version {current.version}"
-        if before is not None and value < float(before):
+        if before is None or _worse(metric, value, float(before)):
             alias = CANDIDATE
     client.set_registered_model_alias(manifest.name, alias, version)
     print(f"{manifest.name} version {version} is {alias}: {reason}", file=sys.stderr)
     uri = f"{SCHEME}{manifest.name}@{alias}"
     return {"version": int(version), "alias": alias, "uri": uri}
+
+
+def check(root: str, metric: str, known: Sequence[str]) -> None:
+    """Raises UserError for what `publish` would refuse, before any work is done."""
+    storage.tracking_uri(root)
+    if metric not in known:
+        raise UserError(
+            f"registry.metric is '{metric}'; accepted are {', '.join(known)}, as no choice sees "
+            "the test split."
+        )
 
 
 def resolve(uri: str, root: str) -> tuple[str, str]:
@@ -98,21 +115,23 @@ def resolve(uri: str, root: str) -> tuple[str, str]:
     from mlflow.exceptions import MlflowException
 
     name, alias, version = _parse(uri)
-    client = _client(root)
+    if not storage.has_registry(root):
+        raise UserError(
+            f"'{uri}' cannot be found, as there is no registry at '{root}'; "
+            f"train a model with: {TRAIN}"
+        )
     try:
+        client = _client(root)
         if alias:
             found = client.get_model_version_by_alias(name, alias)
         else:
             found = client.get_model_version(name, version)
+        return _local(found, root), str(found.version)
     except MlflowException as error:
-        known = client.search_model_versions(f"name = '{name}'")
-        has = f"it has versions {', '.join(sorted(v.version for v in known))}" if known else ""
         raise UserError(
-            f"'{uri}' is not in the registry at {_shown(root)}; "
-            f"{has or 'no model of that name is'}. "
-            "Train one with: python train/main.py"
+            f"'{uri}' is not in the registry at {_shown(root)} "
+            f"({' '.join(str(error).split())[:200]}). Train one with: {TRAIN}"
         ) from error
-    return _local(found.source), str(found.version)
 
 
 def production(client: "MlflowClient", name: str) -> Any | None:
@@ -202,9 +221,44 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _local(source: str) -> str:
-    """A file: URI as a path; another URI as it is."""
-    return source.removeprefix("file://") if source.startswith("file://") else source
+def _local(version: Any, root: str) -> str:
+    """The place of a version's bundle: a path, or a copy of what an MLflow server keeps."""
+    source = urlparse(version.source)
+    if source.scheme in ("", "file"):
+        return url2pathname(source.path)
+    from mlflow.artifacts import download_artifacts
+
+    cache = Path(tempfile.gettempdir() if storage.is_url(root) else root) / "downloads"
+    target = cache / version.run_id
+    if not (target / ARTIFACT).exists():
+        aside = cache / f"{version.run_id}.{os.getpid()}.part"
+        aside.mkdir(parents=True)
+        download_artifacts(
+            artifact_uri=version.source,
+            dst_path=str(aside),
+            tracking_uri=storage.tracking_uri(root),
+        )
+        try:
+            aside.rename(target)
+        except OSError:  # another process was quicker
+            shutil.rmtree(aside)
+    return str(target / ARTIFACT)
+
+
+def _worse(metric: str, value: float, before: float) -> bool:
+    lower_is_better = metric.endswith(("loss", "rmse", "mae"))
+    # A NaN is worse than anything.
+    return not (value <= before if lower_is_better else value >= before)
+
+
+def _exists(client: "MlflowClient", name: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        return False
+    return True
 
 
 def _shown(root: str) -> str:

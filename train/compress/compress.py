@@ -35,7 +35,8 @@ def make_variants(
     calibration = _sample(train_inputs, config.compress.calibration_records, config.seed)
 
     paths: dict[str, Path] = {"fp32": writer.file("variants/fp32/model.onnx")}
-    export.to_onnx(net, task.features.inputs, _first(calibration, 32), paths["fp32"])
+    sample = {name: np.resize(array, (32, *array.shape[1:])) for name, array in calibration.items()}
+    export.to_onnx(net, task.features.inputs, sample, paths["fp32"])
     for variant in config.compress.variants:
         paths[variant] = writer.file(f"variants/{variant}/model.onnx")
         quantize.int8_static(paths["fp32"], paths[variant], calibration)

@@ -71,7 +71,9 @@ class Augmentation:
         others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
         # With both configured, each is used half of the time.
         if config.cutmix and (not config.mixup or draws.random() < 0.5):
-            rows, columns = _box(images_BHWC.shape[1:3], draws.beta(*[config.cutmix] * 2), draws)
+            rows, columns = _box(
+                images_BHWC.shape[1:3], draws.beta(config.cutmix, config.cutmix), draws
+            )
             mixed_BHWC = images_BHWC.clone()
             mixed_BHWC[:, rows, columns] = others_BHWC[:, rows, columns]
             height, width = images_BHWC.shape[1:3]

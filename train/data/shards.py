@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ def _write(config: Config, folder: Path) -> None:
     splits = split(config.data, [config.image.column, config.target])
     train = splits["train"]
     image = config.image
-    try:
-        task = Task(
-            ImageFeatures(image.column, image.size, image.channels).fit(train.records),
-            ClassTarget(config.target).fit(record[config.target] for record in train.records),
-        )
-    except InvalidRecord as error:
-        raise UserError(f"'{train.url}': {error}") from error
+    features = ImageFeatures(image.column, image.size, image.channels)
+    target = ClassTarget(config.target)
+    with _named(train.url, train.rows[0]):
+        features = features.fit(train.records)
+    for row, record in zip(train.rows, train.records, strict=True):
+        with _named(train.url, row):
+            target.label(record[config.target])
+    with _named(train.url):
+        target = target.fit(record[config.target] for record in train.records)
+    task = Task(features, target)
     counts, digest = {}, hashlib.sha256()
     for name, part in splits.items():
         _encode(task, part, folder / name, digest)
@@ -105,10 +109,8 @@ def _encode(task: Task, part: Split, folder: Path, digest: Any) -> None:
 
     def encode_chunk(start: int) -> None:
         for index in range(start, min(start + CHUNK, count)):
-            try:
+            with _named(part.url, part.rows[index]):
                 arrays, targets[index] = task.encode(part.records[index])
-            except InvalidRecord as error:
-                raise UserError(f"'{part.url}', row {part.rows[index]}: {error}") from error
             for name, array in arrays.items():
                 inputs[name][index] = array
 
@@ -123,6 +125,16 @@ def _encode(task: Task, part: Split, folder: Path, digest: Any) -> None:
     for array in (*inputs.values(), targets):
         array.flush()
         digest.update(array)
+
+
+@contextmanager
+def _named(url: str, row: int | None = None) -> Iterator[None]:
+    """Add to what is wrong with a record where it is from."""
+    try:
+        yield
+    except InvalidRecord as error:
+        place = f"'{url}'" if row is None else f"'{url}', row {row}"
+        raise UserError(f"{place}: {error}") from error
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -18,14 +18,9 @@ def read(url: str, columns: Sequence[str]) -> list[Record]:
 
     Raises UserError if the source is missing, is not Parquet, lacks a column or holds no rows.
     """
-    records = _digits() if url == DIGITS else _parquet(url, columns)
+    records = _digits(columns) if url == DIGITS else _parquet(url, columns)
     if not records:
         raise UserError(f"'{url}' holds no records; give a source with at least one row.")
-    if missing := [column for column in columns if column not in records[0]]:
-        raise UserError(
-            f"'{url}' has no column '{missing[0]}'; it has {', '.join(records[0])}. "
-            "Set target or image.column to one of them."
-        )
     return records
 
 
@@ -47,10 +42,10 @@ def _parquet(url: str, columns: Sequence[str]) -> list[Record]:
     try:
         with fs.open(path, "rb") as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            names = file.schema_arrow.names
-            # An absent column is named by `read`, which needs one row to say what there is.
-            known = [column for column in columns if column in names]
-            return file.read(columns=known if len(known) == len(columns) else None).to_pylist()
+            if file.metadata.num_rows == 0:
+                return []
+            _check_columns(url, columns, file.schema_arrow.names)
+            return file.read(columns=list(columns)).to_pylist()
     except OSError as error:
         raise UserError(
             f"'{url}' cannot be read: {error.strerror or error}; "
@@ -60,10 +55,19 @@ def _parquet(url: str, columns: Sequence[str]) -> list[Record]:
         raise UserError(f"'{url}' is not a Parquet file: {error}") from error
 
 
-def _digits() -> list[Record]:
+def _check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None:
+    if missing := [column for column in wanted if column not in names]:
+        raise UserError(
+            f"'{url}' has no column '{missing[0]}'; it has {', '.join(names)}. "
+            "Set target or image.column to one of them."
+        )
+
+
+def _digits(columns: Sequence[str]) -> list[Record]:
     """scikit-learn's 1,797 digits as records {"image": uint8 [8, 8], "label": 0..9}."""
     from sklearn.datasets import load_digits
 
+    _check_columns(DIGITS, columns, ["image", "label"])
     digits = load_digits()
     # Values are 0..16; 255 makes them an ordinary grey image that PNG holds without loss.
     images_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.errors import UserError
 from train.config import Data
 from train.data import sources
 from train.tasks import Record
 
-SPLITS = ("train", "valid", "test")
+MIN_TRAINING = 2
 
 
 @dataclass(frozen=True)
@@ -41,4 +42,9 @@ def split(config: Data, columns: list[str]) -> dict[str, Split]:
             taken, rows = np.sort(rows[:count]), rows[count:]
             splits[name] = Split(config.train, [records[row] for row in taken], taken)
     rest = np.sort(rows)
+    if len(rest) < MIN_TRAINING:
+        raise UserError(
+            f"'{config.train}' has {len(records)} records, which leaves {len(rest)} to train on; "
+            f"at least {MIN_TRAINING} are needed."
+        )
     return {"train": Split(config.train, [records[row] for row in rest], rest), **splits}

@@ -101,9 +101,10 @@ class OverlappedGradients:
 
     def __init__(self, net: nn.Module, worker: Worker) -> None:
         # Buffers are averaged over all lanes by `Buffers`.
-        self.forward = DistributedDataParallel(
+        self._ddp = DistributedDataParallel(
             net, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        self.forward: nn.Module = self._ddp
         self._params = [param for param in net.parameters() if param.requires_grad]
         self._worker = worker
 
@@ -112,7 +113,7 @@ class OverlappedGradients:
         if last:
             yield
         else:
-            with self.forward.no_sync():
+            with self._ddp.no_sync():
                 yield
 
     def finish(self) -> None:
@@ -207,7 +208,7 @@ def checkpoint_activations(net: nn.Module) -> None:
     """Keep only the inputs of each block of `net`; compute the rest again when it is needed."""
     for block in _blocks(net):
         forward = partial(checkpoint, block.forward, use_reentrant=False)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

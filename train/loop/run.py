@@ -37,13 +37,19 @@ class Run:
     @classmethod
     def start(cls, url: str, config: Config) -> "Run":
         """Write down a new run."""
+        run = cls(url, config.model_dump(mode="json"), cls.count_lanes(config))
+        with storage.writing(url):
+            run._write("run.json", asdict(run))
+        return run
+
+    @staticmethod
+    def count_lanes(config: Config) -> int:
+        """How many parts a run with this config divides its global batches into."""
         lanes = config.workers.lanes or config.workers.most
         micro_batch = config.optim.micro_batch_size
-        if micro_batch is not None:
-            lanes = max(lanes, -(-config.optim.batch_size // micro_batch))
-        run = cls(url, config.model_dump(mode="json"), lanes)
-        run._write("run.json", asdict(run))
-        return run
+        if micro_batch is None:
+            return lanes
+        return max(lanes, -(-config.optim.batch_size // micro_batch))
 
     @classmethod
     def resume(cls, url: str, config: Config) -> "Run":

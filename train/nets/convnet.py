@@ -44,9 +44,10 @@ class ConvNet(nn.Module):
         super().__init__()
         height, width, channels = shape_HWC
         if min(height, width) - PATCH + 1 < 2 ** len(widths):
+            most = max(min(height, width) - PATCH + 1, 1).bit_length() - 1
+            remedy = f"give at most {most} widths" if most else "give a larger image.size"
             raise ValueError(
-                f"images of {height}×{width} are too small for net.widths {widths}; "
-                f"give at most {(min(height, width) - PATCH + 1).bit_length() - 1} widths"
+                f"images of {height}×{width} are too small for net.widths {widths}; {remedy}"
             )
         # Each principal direction of the patches comes with both signs, as ReLU drops one.
         directions = PATCH * PATCH * channels

@@ -93,6 +93,11 @@ class ImageFeatures:
             )
         try:
             image = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise InvalidRecord(
+                f"field '{self.column}' is an image of too many pixels ({error}); "
+                f"at most {MAX_PIXELS} are accepted. Send a smaller one."
+            ) from error
         except Exception as error:
             raise InvalidRecord(
                 f"field '{self.column}' holds {len(value)} bytes that are no PNG or JPEG image. "
@@ -102,6 +107,11 @@ class ImageFeatures:
             raise InvalidRecord(
                 f"field '{self.column}' is an image of {image.width}×{image.height} pixels; "
                 f"at most {MAX_PIXELS} are accepted. Send a smaller one."
+            )
+        if image.mode.startswith(("I", "F")):
+            raise InvalidRecord(
+                f"field '{self.column}' is an image of {image.mode} pixels; expected 8 bits a "
+                "channel. Convert it first, as its range is not known."
             )
         grey = self.channels == 1 or (self.channels is None and image.mode in ("1", "L"))
         try:

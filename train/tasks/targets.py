@@ -1,5 +1,6 @@
 """Targets: the column to predict → a number to learn, and a net's outputs → a prediction."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -74,9 +75,9 @@ class ClassTarget:
 
         Raises InvalidRecord when fewer than two classes occur.
         """
-        labels = {self._label(value) for value in values}
+        labels = {self.label(value) for value in values}
         # Classes named 0…9, 10… keep their order, so that class 10 does not come before class 2.
-        by_number = all(label.lstrip("-").isdecimal() for label in labels)
+        by_number = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
         classes = tuple(sorted(labels, key=int if by_number else None))
         if len(classes) < 2:
             raise InvalidRecord(
@@ -87,12 +88,13 @@ class ClassTarget:
 
     def encode(self, value: Any) -> int:
         """Return the index of the class. Raises InvalidRecord for one that training never saw."""
-        label = self._label(value)
+        label = self.label(value)
         try:
             return self.classes.index(label)
         except ValueError:
             raise InvalidRecord(
-                f"column '{self.column}' is '{label}', a class that is not in the training data; "
+                f"column '{self.column}' is '{label}', a class that is not among the training "
+                "records (or too rare to be in every split); "
                 f"known are {', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}."
             ) from None
 
@@ -111,7 +113,8 @@ class ClassTarget:
             "loss": float(-np.mean(np.log(np.maximum(chosen_N, 1e-12)))),
         }
 
-    def _label(self, value: Any) -> str:
+    def label(self, value: Any) -> str:
+        """Return the name of a class. Raises InvalidRecord for a missing value."""
         if value is None or (isinstance(value, float) and np.isnan(value)):
             raise InvalidRecord(f"column '{self.column}' is missing; expected a class label.")
         if isinstance(value, float | np.floating) and float(value).is_integer():
