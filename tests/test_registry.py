@@ -16,6 +16,11 @@ from cluster.errors import UserError
 from train.bundle import registry
 
 
+def publish(bundle, root, metric):
+    with registry.Recording(root, "digits", bundle.manifest.config) as recording:
+        return registry.publish(bundle, recording, root, metric)
+
+
 def with_metric(bundle, metric, value):
     """The bundle as if its default variant had another figure."""
     manifest = bundle.manifest
@@ -29,7 +34,7 @@ def with_metric(bundle, metric, value):
 def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     root = str(tmp_path)
     published = [
-        registry.publish(with_metric(bundle, "valid_accuracy", value), root, "valid_accuracy")
+        publish(with_metric(bundle, "valid_accuracy", value), root, "valid_accuracy")
         for value in (0.9, 0.8, 0.9, 0.95)
     ]
     assert [item["alias"] for item in published] == [
@@ -57,13 +62,13 @@ def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
 )
 def test_each_metric_has_its_direction(bundle, tmp_path, metric, old, new, alias):
     root = str(tmp_path)
-    registry.publish(with_metric(bundle, metric, old), root, metric)
-    assert registry.publish(with_metric(bundle, metric, new), root, metric)["alias"] == alias
+    publish(with_metric(bundle, metric, old), root, metric)
+    assert publish(with_metric(bundle, metric, new), root, metric)["alias"] == alias
 
 
 def test_a_path_with_spaces_and_percents_is_found_again(bundle, tmp_path):
     root = str(tmp_path / "my 100% runs")
-    published = registry.publish(bundle, root, "valid_accuracy")
+    published = publish(bundle, root, "valid_accuracy")
     location, _ = registry.resolve(published["uri"], root)
     assert type(bundle).load(location).manifest == bundle.manifest
 
@@ -93,7 +98,7 @@ def test_an_mlflow_server_keeps_the_bundle(bundle, tmp_path, monkeypatch):
                 time.sleep(0.1)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         root = str(tmp_path / "root")
-        published = registry.publish(bundle, root, "valid_accuracy")
+        published = publish(bundle, root, "valid_accuracy")
         location, version = registry.resolve(published["uri"], root)
         assert version == "1"
         assert type(bundle).load(location).manifest == bundle.manifest
@@ -107,12 +112,20 @@ def test_the_run_holds_options_curves_and_pictures(bundle, tmp_path):
 
     from cluster import storage
 
-    published = registry.publish(bundle, str(tmp_path), "valid_accuracy")
-    client = MlflowClient(storage.tracking_uri(str(tmp_path)))
+    root = str(tmp_path)
+    with registry.Recording(root, "digits", bundle.manifest.config) as recording:
+        for step in range(10, 40, 10):
+            recording.observe({"event": "steps", "step": step, "loss": 1 / step})
+        for epoch in range(1, 9):
+            recording.observe({"event": "epoch", "epoch": epoch, "valid_accuracy": 0.9})
+        published = registry.publish(bundle, recording, root, "valid_accuracy")
+    client = MlflowClient(storage.tracking_uri(root))
     run = client.get_run(client.get_model_version("digits", str(published["version"])).run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.1"
     assert len(client.get_metric_history(run.info.run_id, "valid_accuracy")) == 8
+    losses = client.get_metric_history(run.info.run_id, "step/loss")
+    assert [(item.step, item.value) for item in losses] == [(10, 0.1), (20, 0.05), (30, 1 / 30)]
     pictures = {file.path for file in client.list_artifacts(run.info.run_id, "report")}
     assert {"report/curves.png", "report/confusion.png", "report/variants.png"} <= pictures
 
@@ -145,3 +158,21 @@ def test_asking_for_a_model_makes_no_registry(tmp_path):
     with pytest.raises(UserError, match="there is no registry"):
         registry.resolve("models:/digits@production", str(tmp_path / "typo"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_is_marked_as_failed(bundle, tmp_path):
+    from mlflow import MlflowClient
+
+    from cluster import storage
+
+    recording = registry.Recording(str(tmp_path), "digits", {})
+
+    def fail():
+        with recording:
+            recording.observe({"event": "steps", "step": 1, "loss": 1.0})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    client = MlflowClient(storage.tracking_uri(str(tmp_path)))
+    assert client.get_run(recording.run_id).info.status == "FAILED"

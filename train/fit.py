@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -22,18 +23,20 @@ from train.config import Config
 from train.data import order, shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
-from train.loop import progress, trainer
-from train.loop.events import Follower
+from train.loop import schedule, trainer
+from train.loop.events import Event, Follower
 from train.loop.loop import build_net, trained
+from train.loop.progress import ProgressDisplay
 from train.loop.run import Run
 from train.loop.worker import Job
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
 
-def fit(config: Config) -> Bundle:
+def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -> Bundle:
     """Train, compress, and return the bundle, which is kept under `storage.path`.
 
+    observe: told of every event of training besides the terminal, from another thread.
     Raises UserError when the data or the configuration do not allow it, Failed when training
     failed.
     """
@@ -44,7 +47,13 @@ def fit(config: Config) -> Bundle:
     run = _run(config, storage.join(root, "train"))
     needed = math.ceil(config.workers.most * config.workers.cpus)
     connect.connect(num_cpus=max(os.cpu_count() or 1, needed))
-    with Follower(progress.show(config)) as follower:
+    display = ProgressDisplay(config.optim.epochs)
+
+    def show(event: Event) -> None:
+        display.show(event)
+        observe(event)
+
+    with display, Follower(show) as follower:
         trainer.train(
             config,
             run,
@@ -110,11 +119,21 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     variants, test_outputs = make_variants(net.folded(), config, data, writer)
     default = fastest(variants)
     metric = f"valid_{task.metric}"
-    _, test_targets = data.open("test")
+    inputs, targets = data.open("test")
     classes = task.target.to_dict()["classes"]
-    predicted = test_outputs[default]["logits"].argmax(axis=1)
-    report.curves(history, metric, writer.file("report/curves.png"))
-    report.confusion(predicted, test_targets, classes, writer.file("report/confusion.png"))
+    probabilities = task.target.decode(test_outputs[default])["probabilities"]
+    images = next(iter(inputs.values()))
+    steps = order.num_steps(data.summary["splits"]["train"]["num_records"], config.optim.batch_size)
+    rates = [
+        config.optim.lr * schedule.factor(config.optim, step, steps * config.optim.epochs)
+        for step in range(steps * len(history))
+    ]
+    report.curves(history, metric, rates, writer.file("report/curves.png"))
+    report.confusion(
+        probabilities.argmax(axis=1), targets, classes, writer.file("report/confusion.png")
+    )
+    report.calibration(probabilities, targets, writer.file("report/calibration.png"))
+    report.mistakes(images, probabilities, targets, classes, writer.file("report/mistakes.png"))
     report.tradeoff(variants, f"test_{task.metric}", default, writer.file("report/variants.png"))
     writer.commit(
         Manifest(

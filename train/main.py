@@ -23,11 +23,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if config.registry.enabled:
         known = [f"valid_{name}" for name in ClassTarget(config.target).metric_names]
         registry.check(root, config.registry.metric, known)
-    bundle = fit(config)
-    summary = registry.summary(bundle)
-    if config.registry.enabled:
-        summary |= registry.publish(bundle, root, config.registry.metric)
-    return summary
+    if not config.registry.enabled:
+        return registry.summary(fit(config))
+    with registry.Recording(root, config.name, config.model_dump(mode="json")) as recording:
+        bundle = fit(config, recording.observe)
+        published = registry.publish(bundle, recording, root, config.registry.metric)
+    return registry.summary(bundle) | published
 
 
 if __name__ == "__main__":

@@ -13,12 +13,20 @@ from matplotlib.axes import Axes
 from train.bundle.manifest import Variant
 
 MAX_NAMED_CLASSES = 30
+MAX_MISTAKES = 24
 
 
-def curves(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
-    """Loss of training and validation, and the metric, by epoch."""
+def curves(
+    history: Sequence[Mapping[str, float]], metric: str, rates: Sequence[float], path: Path
+) -> None:
+    """Loss of training and validation, the metric, and the learning rate, by epoch.
+
+    rates: one for each step, evenly over the epochs.
+    """
     epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right, last) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    last.plot(np.linspace(0, epochs[-1], len(rates)), rates, color="tab:green")
+    last.set(xlabel="epoch", ylabel="rate", title="Learning rate")
     left.plot(epochs, [row["train_loss"] for row in history], label="train")
     left.plot(epochs, [row["valid_loss"] for row in history], label="valid")
     left.set(xlabel="epoch", ylabel="loss (nats)", title="Loss")
@@ -58,6 +66,53 @@ def confusion(
                 text = f"{share * 100:.0f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set(xlabel="predicted", ylabel="true", title="Test split, % of the true class")
+    _save(figure, path)
+
+
+def calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: Path) -> None:
+    """Accuracy against confidence in ten bins, with the expected calibration error.
+
+    After Guo et al., https://arxiv.org/abs/1706.04599.
+    """
+    confidence_N = probabilities_NK.max(axis=1)
+    right_N = probabilities_NK.argmax(axis=1) == targets_N
+    bins_N = np.minimum((confidence_N * 10).astype(int), 9)
+    counts = np.bincount(bins_N, minlength=10)
+    filled = counts > 0
+    confidence = np.bincount(bins_N, confidence_N, 10)[filled] / counts[filled]
+    accuracy = np.bincount(bins_N, right_N, 10)[filled] / counts[filled]
+    error = float(np.sum(counts[filled] * np.abs(confidence - accuracy)) / len(targets_N))
+    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
+    axes.plot(confidence, accuracy, "o-", label=f"test split, error {error:.3f}")
+    for x, y, count in zip(confidence, accuracy, counts[filled], strict=True):
+        axes.annotate(f"{count}", (x, y), textcoords="offset points", xytext=(4, -12), fontsize=8)
+    axes.set(xlabel="confidence", ylabel="accuracy", title="Calibration (records in each bin)")
+    axes.legend(loc="upper left")
+    _save(figure, path)
+
+
+def mistakes(
+    images_NHWC: np.ndarray,
+    probabilities_NK: np.ndarray,
+    targets_N: np.ndarray,
+    classes: Sequence[str],
+    path: Path,
+) -> None:
+    """The test images that were wrong with the most confidence, as: predicted, not true."""
+    predicted_N = probabilities_NK.argmax(axis=1)
+    wrong = np.flatnonzero(predicted_N != targets_N)
+    worst = wrong[np.argsort(-probabilities_NK[wrong].max(axis=1))][:MAX_MISTAKES]
+    figure, axes = plt.subplots(4, 6, figsize=(10, 8), layout="constrained")
+    for place in axes.flat:
+        place.axis("off")
+    for place, index in zip(axes.flat, worst, strict=False):
+        image = images_NHWC[index]
+        place.imshow(image.squeeze(), cmap="gray" if image.shape[2] == 1 else None)
+        predicted, true = classes[predicted_N[index]], classes[targets_N[index]]
+        confidence = probabilities_NK[index].max()
+        place.set_title(f"{predicted} {confidence:.0%},\nnot {true}", fontsize=8)
+    figure.suptitle(f"Worst mistakes: {len(wrong)} of {len(targets_N)} test images are wrong")
     _save(figure, path)
 
 

@@ -3,7 +3,6 @@
 Only drivers talk to it, never workers or replicas.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -28,7 +27,6 @@ ARTIFACT = "bundle"
 SCHEME = "models:/"
 TRAIN = "python train/main.py"
 # What MLflow takes in one call.
-BATCH_LIMIT = 1000
 PARAM_LIMIT = 100
 
 
@@ -57,20 +55,69 @@ def summary(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def publish(bundle: Bundle, root: str, metric: str) -> dict[str, Any]:
-    """Log the bundle as an MLflow run and register it as a new version of its model.
+class Recording:
+    """An MLflow run that is written while its training goes on.
+
+    It begins with the first event, so that a run that is refused leaves nothing.
+    """
+
+    def __init__(self, root: str, name: str, options: dict[str, Any]) -> None:
+        self._root, self._name, self._options = root, name, options
+        self._client: MlflowClient | None = None
+        self.run_id: str | None = None
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._client is not None and self.run_id is not None:
+            self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "FAILED")
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Log an event's figures, by step or by epoch."""
+        from mlflow.entities import Metric
+
+        client, run_id = self.begin()
+        if event["event"] not in ("steps", "epoch"):
+            return
+        now_ms = int(time.time() * 1000)
+        by_epoch = event["event"] == "epoch"
+        at = int(event["epoch" if by_epoch else "step"])
+        prefix = "" if by_epoch else "step/"
+        figures = [
+            Metric(prefix + key, float(value), now_ms, at)
+            for key, value in event.items()
+            if key not in ("event", "epoch", "step")
+        ]
+        client.log_batch(run_id, figures)
+
+    def begin(self) -> tuple["MlflowClient", str]:
+        """Return the client and the run, created with its options the first time."""
+        from mlflow.entities import Param
+
+        if self._client is None or self.run_id is None:
+            self._client = _client(self._root)
+            experiment = _experiment(self._client, self._root, self._name)
+            self.run_id = self._client.create_run(experiment).info.run_id
+            params = [Param(key, str(value)[:500]) for key, value in _flat(self._options).items()]
+            self._client.log_batch(self.run_id, params=params[:PARAM_LIMIT])
+        assert self.run_id is not None
+        return self._client, self.run_id
+
+
+def publish(bundle: Bundle, recording: Recording, root: str, metric: str) -> dict[str, Any]:
+    """Add the bundle to its run and register it as a new version of its model.
 
     The version becomes production if it is no worse in `metric` than the one that is, else
     candidate; stderr says which and why. Returns {"version", "alias", "uri"}.
     """
-    client = _client(root)
+    client, run_id = recording.begin()
     manifest = bundle.manifest
     value = _metric(bundle, metric)
-    run = client.create_run(_experiment(client, root, manifest.name), run_name=bundle.path.name)
-    run_id = run.info.run_id
+    client.update_run(run_id, name=bundle.path.name)
     _log(client, run_id, bundle)
     client.log_artifacts(run_id, str(bundle.path), ARTIFACT)
-    client.set_terminated(run_id)
+    run = client.get_run(run_id)
 
     current = production(client, manifest.name)
     if current is None and not _exists(client, manifest.name):
@@ -177,17 +224,11 @@ def _experiment(client: "MlflowClient", root: str, name: str) -> str:
 
 
 def _log(client: "MlflowClient", run_id: str, bundle: Bundle) -> None:
-    """Log options, the curve of each metric by epoch, final metrics and pictures, in one call."""
-    from mlflow.entities import Metric, Param
+    """Log the final figures of the net and of each variant, and the pictures."""
+    from mlflow.entities import Metric
 
     manifest = bundle.manifest
     now_ms = int(time.time() * 1000)
-    history = json.loads((bundle.path / "report/history.json").read_text())
-    curve = [
-        Metric(key, value, now_ms, int(row["epoch"]))
-        for row in history
-        for key, value in row.items()
-    ]
     final = {
         **{f"final_{key}": value for key, value in manifest.metrics.items()},
         **{
@@ -197,11 +238,7 @@ def _log(client: "MlflowClient", run_id: str, bundle: Bundle) -> None:
         },
         "training_seconds": manifest.training_seconds,
     }
-    curve += [Metric(key, value, now_ms, 0) for key, value in final.items()]
-    params = [Param(key, str(value)[:500]) for key, value in _flat(manifest.config).items()]
-    for start in range(0, len(curve), BATCH_LIMIT):
-        client.log_batch(run_id, curve[start : start + BATCH_LIMIT])
-    client.log_batch(run_id, params=params[:PARAM_LIMIT])
+    client.log_batch(run_id, [Metric(key, value, now_ms, 0) for key, value in final.items()])
     client.log_artifacts(run_id, str(bundle.path / "report"), "report")
 
 

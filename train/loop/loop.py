@@ -21,7 +21,7 @@ from train.config import Config
 from train.data import order
 from train.data.augment import Augmentation
 from train.data.shards import Shards
-from train.loop import evaluate, optimizers, parallel, precision, schedule, state
+from train.loop import efficiency, evaluate, optimizers, parallel, precision, schedule, state
 from train.loop.checkpoint import State, Store
 from train.loop.parallel import Buffers, Worker
 from train.nets import ConvNet
@@ -29,6 +29,7 @@ from train.tasks import Arrays, Task
 
 # Samples on which a net fits its normalisation and its whitening stem.
 FIT_SAMPLES = 5000
+TELL_EVERY_STEPS = 10
 
 Event = dict[str, Any]
 
@@ -111,7 +112,14 @@ class Loop:
         self._check_every = 1 if worker.device.type == "cpu" else 10
         self.progress = Progress()
         self._saved_at = time.monotonic()
+        self._data_wait_s = 0.0
+        self._flops = (
+            efficiency.training_flops(self._net, self._sample(1))
+            if (config.workers.parallel == "ddp")
+            else None
+        )
         self._restore()
+        self._told = (self.progress.step, time.perf_counter())
 
     def run(self) -> None:
         """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
@@ -163,6 +171,8 @@ class Loop:
             self._scaler.unscale_(each)
         if self._config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._net.parameters(), self._config.optim.clip_norm)
+        if self.progress.step % TELL_EVERY_STEPS == 0:
+            self._tell_step(factor)
         for each in self._optimizers:
             self._scaler.step(each)
             each.zero_grad(set_to_none=True)
@@ -171,15 +181,39 @@ class Loop:
         if self._ema is not None:
             self._ema.update(self._net, self.progress.step)
 
+    def _tell_step(self, factor: float) -> None:
+        """Tell of a step, its gradients still there. The loss is of this worker's lanes."""
+        grads = [param.grad for param in self._net.parameters() if param.grad is not None]
+        norm = parallel.whole(nn.utils.get_total_norm(grads)).item()
+        now, progress = time.perf_counter(), self.progress
+        before_step, before_s = self._told
+        self._told = (progress.step, now)
+        if self._worker.rank != 0 or progress.step == before_step:
+            return
+        batch_size = len(self._targets_N) / self._steps_per_epoch
+        self._observe(
+            {
+                "event": "steps",
+                "step": progress.step,
+                "loss": self._loss_sum.item() / max(progress.num_samples, 1),
+                "rate": self._groups[0][1] * factor,
+                "grad_norm": norm,
+                "samples_per_s": batch_size * (progress.step - before_step) / (now - before_s),
+                "data_wait_s": self._data_wait_s,
+            }
+        )
+
     def _loss(self, ids_B: np.ndarray, lane: int) -> Tensor:
         """Return the mean loss of a lane's samples."""
         config, device = self._config, self._worker.device
         # Dropout and mixing depend on the step and the lane, not on the worker that computes it.
         key = (self.progress.step * self._num_lanes + lane) % 2**31
         torch.manual_seed(config.seed * 2**31 + key)
+        started = time.perf_counter()
         images_BHWC, *others = _to_device(self._inputs, ids_B, device)
         targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
         images_BHWC = self._augmentation.apply(images_BHWC, ids_B)
+        self._data_wait_s += time.perf_counter() - started
         mixed = self._augmentation.mix(images_BHWC, targets_B, key)
         with self._autocast:
             logits_BK = self._forward(mixed.images_BHWC, *others).float()
@@ -228,6 +262,7 @@ class Loop:
             **metrics,
             "samples_per_s": num_samples / progress.seconds,
             "seconds": progress.seconds,
+            **self._efficiency(num_samples / progress.seconds),
         }
         self._loss_sum.zero_()
         progress.num_samples, progress.seconds = 0, 0.0
@@ -240,6 +275,25 @@ class Loop:
             progress.stopped = self._is_stale()
         (progress.stopped,) = self._worker.any(progress.stopped)
         self._save()
+
+    def _efficiency(self, samples_per_s: float) -> dict[str, float]:
+        """Work, memory and energy, as far as they are known here."""
+        device = self._worker.device
+        figures: dict[str, float | None] = {
+            "data_wait_s": self._data_wait_s,
+            "peak_memory_bytes": efficiency.peak_memory_bytes(device),
+            "joules": efficiency.joules(device),
+        }
+        self._data_wait_s = 0.0
+        if self._flops is not None:
+            figures["flops_per_s"] = self._flops * samples_per_s
+            per_worker = self._flops * samples_per_s / self._worker.world_size
+            figures["mfu"] = efficiency.utilisation(per_worker, device)
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def _sample(self, count: int) -> list[Tensor]:
+        """The first training inputs, on the device."""
+        return _to_device(self._inputs, np.arange(count), self._worker.device)
 
     def _sums(self) -> list[float]:
         """The summed loss and the samples of this epoch so far, of all workers."""

@@ -1,27 +1,75 @@
-"""Progress of a run on stderr, as plain lines."""
+"""Progress of a run on stderr: a bar on a terminal, else a line for each epoch."""
 
-import sys
-from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
-from train.config import Config
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
-def show(config: Config) -> Callable[[dict[str, Any]], None]:
-    """Return what shows an event."""
+class ProgressDisplay:
+    """Shows the events of a run while its block runs."""
 
-    def line(row: dict[str, Any]) -> None:
-        if row["event"] == "start":
-            many = "worker" if row["workers"] == 1 else "workers"
-            at = f", from step {row['step']} of {row['total_steps']}" if row["step"] else ""
-            print(f"training on {row['workers']} {many}{at}", file=sys.stderr)
-            return
-        rest = "  ".join(
+    def __init__(self, num_epochs: int, console: Console | None = None) -> None:
+        self._num_epochs = num_epochs
+        self._console = console or Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show a start, a few steps, or an epoch."""
+        kind = event["event"]
+        if kind == "start":
+            self._start(event)
+        elif kind == "epoch":
+            self._console.print(self._epoch(event), soft_wrap=True)
+        elif self._task is not None:
+            figures = f"loss {event['loss']:.3f}  {event['samples_per_s']:.0f} samples/s"
+            self._bar.update(self._task, completed=event["step"], figures=figures)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        many = "worker" if event["workers"] == 1 else "workers"
+        begin = f", from step {event['step']} of {event['total_steps']}" if event["step"] else ""
+        self._console.print(f"training on {event['workers']} {many}{begin}")
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(
+            "steps", total=event["total_steps"], completed=event["step"], figures=""
+        )
+
+    def _epoch(self, event: dict[str, Any]) -> str:
+        figures = "  ".join(
             f"{name} {value:.4f}"
-            for name, value in row.items()
+            for name, value in event.items()
             if name.startswith(("train", "valid"))
         )
-        epochs = f"{row['epoch']}/{config.optim.epochs}"
-        print(f"epoch {epochs}  {rest}  {row['samples_per_s']:.0f} samples/s", file=sys.stderr)
-
-    return line
+        rate = f"{event['samples_per_s']:.0f} samples/s"
+        return f"epoch {event['epoch']}/{self._num_epochs}  {figures}  {rate}"
