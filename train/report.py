@@ -103,7 +103,8 @@ def mistakes(
     predicted_N = probabilities_NK.argmax(axis=1)
     wrong = np.flatnonzero(predicted_N != targets_N)
     worst = wrong[np.argsort(-probabilities_NK[wrong].max(axis=1))][:MAX_MISTAKES]
-    figure, axes = plt.subplots(4, 6, figsize=(10, 8), layout="constrained")
+    rows = max(1, -(-len(worst) // 6))
+    figure, axes = plt.subplots(rows, 6, figsize=(10, 0.6 + 1.9 * rows), layout="constrained")
     for place in axes.flat:
         place.axis("off")
     for place, index in zip(axes.flat, worst, strict=False):

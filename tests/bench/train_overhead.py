@@ -1,12 +1,13 @@
 """What Ray Train costs: steady samples per second and the time to the first step.
 
-    .venv/bin/python tests/bench/train_overhead.py
+    .venv/bin/python tests/bench/train_overhead.py [--rounds 3]
 
 The same loop by `train/main.py` on two workers, under torchrun with two processes, and in one
 process with two threads, in turns; and a bare TorchTrainer with Ray's default settings, whose
 function does nothing, for the time to its first line.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -32,7 +33,6 @@ from train.loop.checkpoint import Store
 from train.loop.loop import Loop, trained
 from train.loop.parallel import Worker
 
-ROUNDS = 3
 EPOCHS = 4
 NUM_IMAGES = 6000
 
@@ -51,12 +51,15 @@ TorchTrainer(noop, scaling_config=ScalingConfig(num_workers=2)).fit()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    num_rounds = parser.parse_args().rounds
     os.chdir(REPOSITORY)
     with tempfile.TemporaryDirectory() as folder:
         options = prepare(Path(folder))
         rates: dict[str, list[float]] = {"fit": [], "torchrun": [], "plain": []}
         starts: dict[str, list[float]] = {"fit": [], "bare": []}
-        for number in range(ROUNDS):
+        for number in range(num_rounds):
             place = Path(folder) / str(number)
             rate, start_s = by_fit(options, place)
             rates["fit"].append(rate)
