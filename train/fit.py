@@ -27,8 +27,7 @@ from train.loop import schedule, trainer
 from train.loop.events import Event, Follower
 from train.loop.loop import build_net, trained
 from train.loop.progress import ProgressDisplay
-from train.loop.run import Run
-from train.loop.worker import Job
+from train.loop.run import Job, Run
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 

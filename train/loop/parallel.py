@@ -15,9 +15,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -198,6 +195,10 @@ def gradients(net: nn.Module, worker: Worker, kind: str) -> Gradients:
 
 def shard(net: nn.Module, worker: Worker) -> None:
     """Shard the weights of `net` over the workers, each of its blocks as a unit (FSDP2)."""
+    # Imported only where it is used: it takes a second, in every worker.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     for block in _blocks(net):
         fully_shard(block, mesh=mesh)
@@ -217,13 +218,21 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this worker holds only a part of the tensor (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def part_of(model: Tensor, tensor: Tensor) -> Tensor:
     """This worker's shard of a whole tensor, where `model` is in shards; else all of it."""
-    if isinstance(model, DTensor):
-        return distribute_tensor(tensor, model.device_mesh, model.placements)
-    return tensor
+    if not is_shard(model):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(model, DTensor)
+    return distribute_tensor(tensor, model.device_mesh, model.placements)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this worker may hold a shard. All workers must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]

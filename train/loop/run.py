@@ -6,12 +6,15 @@ checkpoint, `checkpoint-wanted`.
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import storage
 from cluster.errors import UserError
 from train.config import Config
-from train.loop.checkpoint import Store
+from train.loop.events import Events
+
+if TYPE_CHECKING:
+    from train.loop.checkpoint import Store
 
 # What may differ when a run is resumed: none of it changes what is learned.
 MAY_CHANGE = (
@@ -95,7 +98,9 @@ class Run:
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
 
-    def store(self, keep: int) -> Store:
+    def store(self, keep: int) -> "Store":
+        from train.loop.checkpoint import Store
+
         return Store(storage.join(self.url, "checkpoints"), keep)
 
     def fail(self, reason: str) -> None:
@@ -128,6 +133,21 @@ class Run:
         with fs.open(f"{path}.part", "w") as file:
             json.dump(value, file)
         fs.mv(f"{path}.part", path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers are sent: plain values, and where to send events.
+
+    Ray Train's controller reads it too, so its module imports no torch.
+    """
+
+    config: dict[str, Any]
+    run_url: str
+    num_lanes: int
+    shards_url: str
+    shards_summary: dict[str, Any]
+    events: Events
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from train.loop.parallel import part_of, whole
+from train.loop.parallel import is_shard, part_of, whole
 
 Tensors = dict[str, Tensor]
 
@@ -102,6 +101,6 @@ def _copy(value: Tensor) -> Tensor:
 
 def _like(model: Tensor, value: Tensor) -> Tensor:
     """`value` on the device, in the memory format and in the shards of `model`."""
-    if isinstance(model, DTensor):
+    if is_shard(model):
         return part_of(model, value.to(model.device))
     return torch.empty_like(model).copy_(value)

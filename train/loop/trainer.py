@@ -11,19 +11,17 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import connect
 from cluster.errors import Failed, UserError
 from train.config import Config, Workers
-from train.loop.run import Run
-from train.loop.worker import Job, work
+from train.loop.resize import CheckpointBeforeResize
+from train.loop.run import Job, Run
+from train.loop.worker import work
 
 # How often an elastic run looks whether the cluster has grown or shrunk.
 RESIZE_EVERY_S = 10
-# How long a resize waits for the checkpoint that it asked for.
-CHECKPOINT_WAIT_S = 60
 
 
 def train(config: Config, run: Run, job: Job) -> None:
@@ -92,30 +90,6 @@ class LocalTorchTrainer(TorchTrainer):
             for callback in super()._create_default_callbacks()
             if not isinstance(callback, PlacementGroupCleanerCallback)
         ]
-
-
-class CheckpointBeforeResize(ControllerCallback):
-    """Ray tears the workers down to resize; this asks them for a checkpoint first."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._running = False
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        # The first decision starts the workers: there is nothing to keep yet.
-        if not self._running:
-            self._running = True
-            return
-        steps = self._run.store(keep=1).steps()
-        self._run.want_checkpoint()
-        deadline = time.monotonic() + CHECKPOINT_WAIT_S
-        while time.monotonic() < deadline and self._run.store(keep=1).steps()[-1:] == steps[-1:]:
-            time.sleep(0.1)
-        self._run.checkpoint_wanted(forget=True)
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        # The workers are gone; the next decision starts them again.
-        self._running = False
 
 
 def _reason(error: TrainingFailedError, run: Run) -> str:

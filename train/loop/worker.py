@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray.train.torch
@@ -11,25 +10,12 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from train.config import Config
 from train.data.shards import Shards
-from train.loop.events import Events
 from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
-from train.loop.run import Run
+from train.loop.run import Job, Run
 
 # How often a worker looks whether a checkpoint is wanted, where looking may be a request.
 LOOK_EVERY_S = 0.5
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the workers are sent: plain values, and where to send events."""
-
-    config: dict[str, Any]
-    run_url: str
-    num_lanes: int
-    shards_url: str
-    shards_summary: dict[str, Any]
-    events: Events
 
 
 def work(parameters: dict[str, Any]) -> None:
