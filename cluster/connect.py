@@ -38,7 +38,8 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
     Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
-    num_cpus: what the local Ray offers; the machine's count when None. Ignored when joining.
+    From the main thread: the processes that a local Ray starts end with the thread.
+    num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
     """
     prepare_environment()
     import ray
@@ -61,7 +62,7 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",
-        num_cpus=num_cpus,
+        num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
         include_dashboard=dashboard,
         _system_config=LEAN_RAYLET,
         **options,

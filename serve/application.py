@@ -1,6 +1,5 @@
 """The Ray Serve application: what `serve run serve.app` deploys."""
 
-import os
 import socket
 import sys
 from typing import NoReturn
@@ -50,7 +49,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
         _refuse(error)
     if not joined:
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
-        connect.connect(num_cpus=max(os.cpu_count() or 1, config.replicas * config.threads))
+        connect.connect(num_cpus=config.replicas * config.threads)
     deployment = serve.deployment(Model).options(
         name=bundle.manifest.name,
         num_replicas=config.replicas,

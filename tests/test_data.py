@@ -3,23 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.test_tasks import image_bytes
-from train.config import Augment
+from train.config import Augment, Stage
 from train.data import order, shards, splits
-from train.data.augment import Augmentation
+from train.data.augment import WHOLE, Augmentation
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 64), (63, 64), (1000, 64), (97, 10)])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_sample_is_seen_once_per_epoch(num_samples, batch_size, world_size):
+@pytest.mark.parametrize("num_lanes", [1, 2, 3])
+def test_every_sample_is_seen_once_per_epoch(num_samples, batch_size, num_lanes):
     seen = [
         sample
         for batch in order.epoch_batches(7, 3, num_samples, batch_size)
-        for rank in range(world_size)
-        for sample in order.share(batch, rank, world_size)
+        for lane in order.lanes(batch, num_lanes)
+        for sample in lane
     ]
     assert sorted(seen) == list(range(num_samples))
 
@@ -27,6 +28,7 @@ def test_every_sample_is_seen_once_per_epoch(num_samples, batch_size, world_size
 def test_batches_differ_by_at_most_one_sample():
     sizes = {len(batch) for batch in order.epoch_batches(0, 0, 1290, 64)}
     assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) == order.smallest_batch(1290, 64)
     assert abs(max(sizes) - 64) <= 1
 
 
@@ -69,6 +71,44 @@ def test_shift_and_flip_agree_with_numpy(rng):
     assert len(set.union(*kinds)) > 10
 
 
+def test_a_crop_is_a_window_of_the_shifted_image(rng):
+    images = rng.integers(0, 256, (40, 8, 12, 3), dtype=np.uint8)
+    stage = Stage(crop=0.5)
+    cropped = varied(Augment(translate=1, stages=[stage]), images, stage=stage)
+    assert cropped.shape == (40, 4, 6, 3)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    places = [
+        [
+            (y, x)
+            for y in range(7)
+            for x in range(9)
+            if np.array_equal(padded[i, y : y + 4, x : x + 6], cropped[i])
+        ]
+        for i in range(40)
+    ]
+    assert all(places)
+    assert len({place for (place,) in places}) > 20
+
+
+def test_a_shrunk_image_is_that_of_pillow(rng):
+    images = rng.integers(0, 256, (5, 32, 20, 3), dtype=np.uint8)
+    stage = Stage(scale=0.75)
+    shrunk = varied(Augment(stages=[stage]), images, stage=stage)
+    for image, small in zip(images, shrunk, strict=True):
+        expected = Image.fromarray(image).resize((15, 24), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(small.astype(int), np.asarray(expected, dtype=int), atol=1)
+
+
+def test_stages_follow_one_another_to_the_end():
+    augment = Augment(stages=[{"until": 0.25, "scale": 0.5}, {"until": 1.0}])
+    augmentation = Augmentation(augment, seed=0, num_samples=4)
+    scales = [augmentation.stage(step / 8).scale for step in range(8)]
+    assert scales == [0.5, 0.5, 1, 1, 1, 1, 1, 1]
+    for ends in ([0.5], [0.5, 0.25, 1], [1, 1]):
+        with pytest.raises(UserError, match=r"augment\.stages.*the last at 1"):
+            make_config(augment={"stages": [{"until": end} for end in ends]})
+
+
 def test_two_epochs_show_both_sides_of_every_image(rng):
     images = torch.from_numpy(rng.integers(0, 256, (20, 4, 4, 1), dtype=np.uint8))
     augmentation = Augmentation(Augment(flip=True), seed=5, num_samples=20)
@@ -89,11 +129,11 @@ def test_a_variation_does_not_depend_on_the_batch(rng):
     torch.testing.assert_close(augmentation.apply(images[some], some), whole[some])
 
 
-def varied(config, images, ids=None):
+def varied(config, images, ids=None, stage=WHOLE):
     augmentation = Augmentation(config, seed=5, num_samples=len(images))
     augmentation.start_epoch(1)
     ids = np.arange(len(images)) if ids is None else ids
-    return augmentation.apply(torch.from_numpy(images)[ids], ids).numpy()
+    return augmentation.apply(torch.from_numpy(images)[ids], ids, stage).numpy()
 
 
 def test_cutout_greys_one_square_of_each_image(rng):

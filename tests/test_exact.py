@@ -43,7 +43,7 @@ class Recorded(Loop):
         super()._after_step()
         if self.progress.step == self._stop_at:
             self._save()
-            self._store.wait()
+            self._settle()
             raise Stop
 
 
@@ -130,6 +130,7 @@ EVERYTHING = {
         "cutmix": 1.0,
         "crop_area": 0.7,
         "cutout": 2,
+        "stages": [{"until": 0.3, "scale": 0.75}, {"until": 1.0, "crop": 0.8}],
     },
 }
 

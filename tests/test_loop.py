@@ -270,8 +270,9 @@ def at(state, step):
 def test_the_latest_checkpoints_and_the_best_are_kept(state, tmp_path):
     store = Store(str(tmp_path / "checkpoints"), keep=2)
     for step in range(1, 6):
+        assert store.settle() is None
         store.save(at(state, step), best_step=2)
-    store.wait()
+    store.finish()
     assert store.steps() == [2, 4, 5]
 
 
@@ -283,7 +284,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     store = Store(str(tmp_path), keep=3)
     for step in (1, 2):
         store.save(at(state, step), None)
-    store.wait()
+        store.finish()
     file = tmp_path / "step-00000002" / name
     data = bytearray(file.read_bytes())
     if damage == "remove":

@@ -1,12 +1,19 @@
 """Every knob of a training run: bounded, documented, strict."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from cluster.errors import UserError
 
@@ -108,7 +115,35 @@ class Optim(Part):
     )
 
 
+class Stage(Part):
+    until: float = Field(1.0, gt=0, le=1, description="Share of all steps at which it ends.")
+    scale: float = Field(
+        1.0, ge=0.05, le=1, description="Shrink images to this share of their height and width."
+    )
+    crop: float = Field(
+        1.0, ge=0.05, le=1, description="Cut out this share of the height and width, anywhere."
+    )
+
+    @property
+    def side(self) -> float:
+        """Share of height and width that the net sees."""
+        return self.scale * self.crop
+
+
+def _last_to_the_end(stages: Sequence[Stage]) -> Sequence[Stage]:
+    ends = [stage.until for stage in stages]
+    if ends != sorted(set(ends)) or ends[-1] != 1:
+        raise ValueError("stages end one after the other, the last at 1")
+    return stages
+
+
 class Augment(Part):
+    stages: Annotated[tuple[Stage, ...], AfterValidator(_last_to_the_end)] = Field(
+        (Stage(),),
+        min_length=1,
+        description="Smaller images for a part of the run, which takes less time; whole ones are "
+        "evaluated.",
+    )
     flip: bool = Field(False, description="Mirror left and right, alternating by epoch.")
     translate: int = Field(0, ge=0, le=64, description="Shift by up to this many pixels.")
     crop_area: float | None = Field(
@@ -155,6 +190,11 @@ class Workers(Part):
     @property
     def most(self) -> int:
         return self.num[1]
+
+    @property
+    def all_cpus(self) -> int:
+        """Cores for the most workers."""
+        return math.ceil(self.most * self.cpus)
 
 
 class Checkpoint(Part):
@@ -209,6 +249,9 @@ class Config(Part):
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass, to save memory."
+    )
+    profile: CliImplicitFlag[bool] = Field(
+        False, description="Write a torch profiler trace of some steps beside the checkpoints."
     )
     resume: str | None = Field(
         None, description="Name of a run under storage.path to continue where it stopped."

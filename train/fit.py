@@ -1,7 +1,5 @@
 """fit(config) -> Bundle: the one entry for training."""
 
-import math
-import os
 import secrets
 import sys
 import time
@@ -44,8 +42,7 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     data = shards.prepare(config, root)
     _check(config, data)
     run = _run(config, storage.join(root, "train"))
-    needed = math.ceil(config.workers.most * config.workers.cpus)
-    connect.connect(num_cpus=max(os.cpu_count() or 1, needed))
+    connect.connect(num_cpus=config.workers.all_cpus)
     display = ProgressDisplay(config.optim.epochs)
 
     def show(event: Event) -> None:
@@ -59,7 +56,6 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
             Job(
                 config.model_dump(mode="json"),
                 run.url,
-                run.num_lanes,
                 data.url,
                 data.summary,
                 follower.events,
@@ -77,7 +73,7 @@ def _check(config: Config, data: Shards) -> None:
         build_net(config, data.task)
     except ValueError as error:
         raise UserError(str(error)) from error
-    smallest = data.summary["splits"]["train"]["num_records"] // order.num_steps(
+    smallest = order.smallest_batch(
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size
     )
     lanes = Run.count_lanes(config)

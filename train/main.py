@@ -1,7 +1,9 @@
 """python train/main.py [--config FILE] [--dotted.option VALUE …]"""
 
+import importlib
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,26 @@ from typing import Any
 # Ray forwards that entry to its workers.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster import storage
+from cluster import connect, storage
+
+connect.prepare_environment()
+import ray  # noqa: F401 - before the threads of `main`, which would both import it
+
 from cluster.errors import run_command
 from train import config as configs
-from train.bundle import registry
-from train.fit import fit
-from train.tasks import ClassTarget
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config = configs.parse(argv)
+    with ThreadPoolExecutor(1) as pool:
+        # Ray starts in processes of its own; meanwhile the rest is imported.
+        imported = pool.submit(importlib.import_module, "train.fit")
+        connect.connect(num_cpus=config.workers.all_cpus)
+        imported.result()
+    from train.bundle import registry
+    from train.fit import fit
+    from train.tasks import ClassTarget
+
     root = storage.resolve(config.storage.path)
     if config.registry.enabled:
         known = [f"valid_{name}" for name in ClassTarget(config.target).metric_names]

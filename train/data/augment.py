@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.config import Augment
+from train.config import Augment, Stage
 from train.data.order import generator
 
 GREY = 127
+WHOLE = Stage()
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,25 @@ class Augmentation:
     def start_epoch(self, epoch: int) -> None:
         """Draw for every sample how it will look in this epoch."""
         config, count = self._config, self._num_samples
-        reach = config.translate
-        draws = generator(self._seed, epoch, "shift")
-        self._shift_N2 = draws.integers(-reach, reach + 1, (count, 2))
+        self._place_N2 = generator(self._seed, epoch, "shift").random((count, 2))
         self._flip_N = self._flip_even_N ^ bool(epoch % 2) if config.flip else None
         self._cutout_N2 = generator(self._seed, epoch, "cutout").random((count, 2))
         # Area, aspect ratio and place of crops, each from 0 to 1.
         self._crop_N4 = generator(self._seed, epoch, "crop").random((count, 4))
 
-    def apply(self, images_BHWC: Tensor, ids_B: np.ndarray) -> Tensor:
+    def stage(self, share: float) -> Stage:
+        """The stage after this share of the steps, from 0 to below 1."""
+        return next(stage for stage in self._config.stages if share < stage.until)
+
+    def apply(self, images_BHWC: Tensor, ids_B: np.ndarray, stage: Stage = WHOLE) -> Tensor:
         """Return the batch varied, sample by sample. uint8, or float32 0..255 after a zoom."""
         config = self._config
         if config.crop_area is not None:
             images_BHWC = _zoom(images_BHWC, self._crop_N4[ids_B], config.crop_area)
-        if config.translate or self._flip_N is not None:
-            images_BHWC = self._shift(images_BHWC, ids_B)
+        if config.translate or stage.crop < 1 or self._flip_N is not None:
+            images_BHWC = self._cut(images_BHWC, ids_B, stage.crop)
+        if stage.scale < 1:
+            images_BHWC = _shrink(images_BHWC, stage.scale)
         if config.cutout:
             images_BHWC = _cut_out(images_BHWC, self._cutout_N2[ids_B], config.cutout)
         return images_BHWC
@@ -83,19 +88,31 @@ class Augmentation:
         mixed_BHWC = share * images_BHWC.float() + (1 - share) * others_BHWC.float()
         return Mixed(mixed_BHWC, targets_B, others_B, share)
 
-    def _shift(self, images_BHWC: Tensor, ids_B: np.ndarray) -> Tensor:
-        """Mirror and shift; what a shift uncovers is filled by reflection."""
-        device = images_BHWC.device
+    def _cut(self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float) -> Tensor:
+        """Mirror, shift and crop; what a shift uncovers is filled by reflection."""
+        device, reach = images_BHWC.device, self._config.translate
         batch, height, width, _ = images_BHWC.shape
-        shift_B2 = torch.from_numpy(self._shift_N2[ids_B]).to(device)
-        rows_BH = _reflect(torch.arange(height, device=device) + shift_B2[:, :1], height)
-        columns_BW = torch.arange(width, device=device) + shift_B2[:, 1:]
+        sides = np.array([height, width])
+        kept = np.maximum(np.round(sides * crop), 1).astype(int)
+        starts_B2 = np.floor(self._place_N2[ids_B] * (sides - kept + 2 * reach + 1)) - reach
+        starts_B2 = torch.from_numpy(starts_B2.astype(np.int64)).to(device)
+        rows_BH = _reflect(torch.arange(kept[0], device=device) + starts_B2[:, :1], height)
+        columns_BW = torch.arange(kept[1], device=device) + starts_B2[:, 1:]
         if self._flip_N is not None:
             flip_B1 = torch.from_numpy(self._flip_N[ids_B]).to(device)[:, None]
             columns_BW = torch.where(flip_B1, width - 1 - columns_BW, columns_BW)
         columns_BW = _reflect(columns_BW, width)
         samples_B = torch.arange(batch, device=device)
         return images_BHWC[samples_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+
+
+def _shrink(images_BHWC: Tensor, scale: float) -> Tensor:
+    """Resize bilinearly, each pixel the mean of what it covers."""
+    size = [max(round(side * scale), 1) for side in images_BHWC.shape[1:3]]
+    small_BCHW = F.interpolate(
+        images_BHWC.permute(0, 3, 1, 2), size=size, mode="bilinear", antialias=True
+    )
+    return small_BCHW.permute(0, 2, 3, 1)
 
 
 def _zoom(images_BHWC: Tensor, draws_B4: np.ndarray, least_area: float) -> Tensor:

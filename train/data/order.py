@@ -14,9 +14,13 @@ def epoch_batches(seed: int, epoch: int, num_samples: int, batch_size: int) -> l
     return np.array_split(order, num_steps(num_samples, batch_size))
 
 
-def share(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return the part of a global batch that one worker computes."""
-    return np.array_split(batch, world_size)[rank]
+def smallest_batch(num_samples: int, batch_size: int) -> int:
+    return num_samples // num_steps(num_samples, batch_size)
+
+
+def lanes(batch: np.ndarray, num_lanes: int) -> list[np.ndarray]:
+    """Divide a global batch into the lanes that the workers compute, equal to within a sample."""
+    return np.array_split(batch, num_lanes)
 
 
 def generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:

@@ -43,21 +43,32 @@ class Store:
         self._url = url
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: tuple[State, int | None, Future[None]] | None = None
 
     def save(self, state: State, best_step: int | None) -> None:
         """Write a state in the background; the caller must not change its tensors afterwards.
 
-        Waits for the one before. Raises OSError when that one could not be written.
+        Only after `settle`, which tells what became of the one before.
         """
-        self.wait()
-        self._pending = self._thread.submit(self._write, state, best_step)
+        assert self._pending is None
+        self._pending = state, best_step, self._thread.submit(self._write, state, best_step)
 
-    def wait(self) -> None:
-        """Return when all that was saved is on disk. Raises OSError when it is not."""
+    def settle(self) -> OSError | None:
+        """Wait until what was saved is on disk; return why it is not. What was there stays."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return None
+        error = pending[2].exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        return error
+
+    def finish(self) -> None:
+        """Have the last state on disk: try once more if need be. Raises OSError."""
+        if self._pending is not None:
+            state, best_step, _ = self._pending
+            if self.settle() is not None:
+                self._write(state, best_step)
 
     def steps(self) -> list[int]:
         """Steps at which there is a checkpoint, ascending. It may yet be damaged."""

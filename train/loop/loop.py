@@ -7,22 +7,23 @@ Shapes: B a lane's part of a global batch, N samples of a split, K outputs.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config import Config
+from train.config import Config, Stage
 from train.data import order
 from train.data.augment import Augmentation
 from train.data.shards import Shards
 from train.loop import efficiency, evaluate, optimizers, parallel, precision, schedule, state
 from train.loop.checkpoint import State, Store
+from train.loop.figures import Event, Figures
 from train.loop.parallel import Buffers, Worker
 from train.nets import ConvNet
 from train.tasks import Arrays, Task
@@ -30,8 +31,6 @@ from train.tasks import Arrays, Task
 # Samples on which a net fits its normalisation and its whitening stem.
 FIT_SAMPLES = 5000
 TELL_EVERY_STEPS = 10
-
-Event = dict[str, Any]
 
 
 class Diverged(Exception):
@@ -54,17 +53,18 @@ class Progress:
 def build_net(config: Config, task: Task) -> ConvNet:
     """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
     height, width, channels = task.features.inputs[0].shape
-    return ConvNet(
-        (height, width, channels), task.target.num_outputs, config.net.widths, config.net.whiten
-    )
+    smallest = min(stage.side for stage in config.augment.stages)
+    shape = round(height * smallest), round(width * smallest), channels
+    return ConvNet(shape, task.target.num_outputs, config.net.widths, config.net.whiten)
 
 
 class Loop:
     """A run from where its checkpoints left it. Every worker has one, and calls the same methods.
 
     num_lanes: parts of a global batch, the same for the whole run; at least the world size.
-    observe: told of every epoch's figures on rank 0.
+    observe: told on rank 0 of the start, of steps, epochs, and checkpoints that failed.
     urgent: whether a checkpoint is wanted now, say because this machine will be taken away.
+    after_step: called after every step.
     """
 
     def __init__(
@@ -77,11 +77,12 @@ class Loop:
         num_lanes: int,
         observe: Callable[[Event], None] = lambda event: None,
         urgent: Callable[[], bool] = lambda: False,
+        after_step: Callable[[], None] = lambda: None,
         build: Callable[[Config, Task], nn.Module] = build_net,
     ) -> None:
         assert worker.world_size <= num_lanes
         self._config, self._worker, self._store = config, worker, store
-        self._num_lanes, self._observe, self._urgent = num_lanes, observe, urgent
+        self._num_lanes, self._urgent, self._stepped = num_lanes, urgent, after_step
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
         self._valid = shards.open("valid")
@@ -112,26 +113,19 @@ class Loop:
         self._check_every = 1 if worker.device.type == "cpu" else 10
         self.progress = Progress()
         self._saved_at = time.monotonic()
-        self._data_wait_s = 0.0
-        self._flops = (
-            efficiency.training_flops(self._net, self._sample(1))
-            if (config.workers.parallel == "ddp")
-            else None
-        )
+        self._figures = Figures(worker, observe)
+        self._stage = self._augmentation.stage(0.0)
+        self._flops = self._count_flops()
         self._restore()
-        self._told = (self.progress.step, time.perf_counter())
 
     def run(self) -> None:
         """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
-        if self._worker.rank == 0:
-            self._observe(
-                {
-                    "event": "start",
-                    "workers": self._worker.world_size,
-                    "step": self.progress.step,
-                    "total_steps": self._total_steps,
-                }
-            )
+        self._figures.tell(
+            "start",
+            workers=self._worker.world_size,
+            step=self.progress.step,
+            total_steps=self._total_steps,
+        )
         while self.progress.step < self._total_steps and not self.progress.stopped:
             epoch, first = divmod(self.progress.step, self._steps_per_epoch)
             self._augmentation.start_epoch(epoch)
@@ -143,8 +137,9 @@ class Loop:
                 self._take_step(batch)
                 self.progress.seconds = time.perf_counter() - started
                 self._after_step()
+                self._stepped()
             self._end_epoch(epoch)
-        self._store.wait()
+        self._store.finish()
 
     def _take_step(self, batch: np.ndarray) -> None:
         """Take a step on a global batch."""
@@ -152,7 +147,8 @@ class Loop:
         factor = schedule.factor(self._config.optim, self.progress.step, self._total_steps)
         for group, peak in self._groups:
             group["lr"] = peak * factor
-        parts = np.array_split(batch, self._num_lanes)
+        self._stage = self._augmentation.stage(self.progress.step / self._total_steps)
+        parts = order.lanes(batch, self._num_lanes)
         lanes = self._worker.lanes(self._num_lanes)
         self._buffers.start()
         for lane in lanes:
@@ -165,6 +161,7 @@ class Loop:
             self._buffers.restore()
             self._loss_sum += loss.detach() * len(ids_B)
             self.progress.num_samples += len(ids_B)
+            self._figures.computed(len(ids_B) * self._flops.get(self._stage, 0.0))
         self._buffers.finish()
         self._gradients.finish()
         for each in self._optimizers:
@@ -184,23 +181,12 @@ class Loop:
     def _tell_step(self, factor: float) -> None:
         """Tell of a step, its gradients still there. The loss is of this worker's lanes."""
         grads = [param.grad for param in self._net.parameters() if param.grad is not None]
-        norm = parallel.whole(nn.utils.get_total_norm(grads)).item()
-        now, progress = time.perf_counter(), self.progress
-        before_step, before_s = self._told
-        self._told = (progress.step, now)
-        if self._worker.rank != 0 or progress.step == before_step:
-            return
-        batch_size = len(self._targets_N) / self._steps_per_epoch
-        self._observe(
-            {
-                "event": "steps",
-                "step": progress.step,
-                "loss": self._loss_sum.item() / max(progress.num_samples, 1),
-                "rate": self._groups[0][1] * factor,
-                "grad_norm": norm,
-                "samples_per_s": batch_size * (progress.step - before_step) / (now - before_s),
-                "data_wait_s": self._data_wait_s,
-            }
+        self._figures.tell_steps(
+            self.progress.step,
+            len(self._targets_N) / self._steps_per_epoch,
+            loss=self._loss_sum.item() / max(self.progress.num_samples, 1),
+            rate=self._groups[0][1] * factor,
+            grad_norm=parallel.whole(nn.utils.get_total_norm(grads)).item(),
         )
 
     def _loss(self, ids_B: np.ndarray, lane: int) -> Tensor:
@@ -209,11 +195,10 @@ class Loop:
         # Dropout and mixing depend on the step and the lane, not on the worker that computes it.
         key = (self.progress.step * self._num_lanes + lane) % 2**31
         torch.manual_seed(config.seed * 2**31 + key)
-        started = time.perf_counter()
-        images_BHWC, *others = _to_device(self._inputs, ids_B, device)
-        targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
-        images_BHWC = self._augmentation.apply(images_BHWC, ids_B)
-        self._data_wait_s += time.perf_counter() - started
+        with self._figures.waiting_for_data():
+            images_BHWC, *others = _to_device(self._inputs, ids_B, device)
+            targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
+            images_BHWC = self._augmentation.apply(images_BHWC, ids_B, self._stage)
         mixed = self._augmentation.mix(images_BHWC, targets_B, key)
         with self._autocast:
             logits_BK = self._forward(mixed.images_BHWC, *others).float()
@@ -239,7 +224,7 @@ class Loop:
             self._worker.rank == 0 and waited_s > config.checkpoint.every_minutes * 60,
         )
         if diverged:
-            self._store.wait()
+            self._settle()
             factor = schedule.factor(config.optim, progress.step - 1, self._total_steps)
             raise Diverged(
                 f"the loss is no longer finite at step {progress.step} of {self._total_steps}, "
@@ -250,7 +235,7 @@ class Loop:
         if (due or urgent) and not ends_epoch:
             self._save()
             if urgent:
-                self._store.wait()
+                self._settle()
 
     def _end_epoch(self, epoch: int) -> None:
         progress = self.progress
@@ -260,15 +245,13 @@ class Loop:
             "epoch": epoch + 1,
             "train_loss": loss_sum / num_samples,
             **metrics,
-            "samples_per_s": num_samples / progress.seconds,
-            "seconds": progress.seconds,
-            **self._efficiency(num_samples / progress.seconds),
+            **self._figures.of_epoch(num_samples, progress.seconds),
         }
         self._loss_sum.zero_()
         progress.num_samples, progress.seconds = 0, 0.0
         if self._worker.rank == 0:
             progress.history.append(row)
-            self._observe({"event": "epoch", **row})
+            self._figures.tell("epoch", **row)
             # Of equal epochs the later one: it was taken at a lower rate.
             if (value := signed(row, self._metric)) >= progress.best:
                 progress.best, progress.best_step = value, progress.step
@@ -276,24 +259,19 @@ class Loop:
         (progress.stopped,) = self._worker.any(progress.stopped)
         self._save()
 
-    def _efficiency(self, samples_per_s: float) -> dict[str, float]:
-        """Work, memory and energy, as far as they are known here."""
-        device = self._worker.device
-        figures: dict[str, float | None] = {
-            "data_wait_s": self._data_wait_s,
-            "peak_memory_bytes": efficiency.peak_memory_bytes(device),
-            "joules": efficiency.joules(device),
+    def _count_flops(self) -> dict[Stage, float]:
+        """FLOPs of one sample's forward and backward pass, where the net is not in shards."""
+        if self._config.workers.parallel != "ddp":
+            return {}
+        one = np.zeros(1, np.int64)
+        image_BHWC, *others = _to_device(self._inputs, one, self._worker.device)
+        self._augmentation.start_epoch(0)
+        return {
+            stage: efficiency.training_flops(
+                self._net, [self._augmentation.apply(image_BHWC, one, stage), *others]
+            )
+            for stage in self._config.augment.stages
         }
-        self._data_wait_s = 0.0
-        if self._flops is not None:
-            figures["flops_per_s"] = self._flops * samples_per_s
-            per_worker = self._flops * samples_per_s / self._worker.world_size
-            figures["mfu"] = efficiency.utilisation(per_worker, device)
-        return {name: value for name, value in figures.items() if value is not None}
-
-    def _sample(self, count: int) -> list[Tensor]:
-        """The first training inputs, on the device."""
-        return _to_device(self._inputs, np.arange(count), self._worker.device)
 
     def _sums(self) -> list[float]:
         """The summed loss and the samples of this epoch so far, of all workers."""
@@ -316,13 +294,14 @@ class Loop:
         return {} if outputs is None else self._task.metrics(outputs, targets_N, "valid")
 
     def _save(self) -> None:
-        """Hand a copy of the state to the store."""
+        """Hand a copy of the state to the store, once it is done with the one before."""
         progress = self.progress
         loss_sum, num_samples = self._sums()
         tensors = state.collect(self._net, self._ema, self._optimizers)
         self._saved_at = time.monotonic()
         if self._worker.rank != 0:
             return
+        self._settle()
         values = {
             **vars(progress),
             "loss_sum": loss_sum,
@@ -330,6 +309,12 @@ class Loop:
             "scaler": self._scaler.state_dict(),
         }
         self._store.save(State(tensors, values), progress.best_step)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written; training goes on without it."""
+        if error := self._store.settle():
+            last = self._store.steps()[-1:]
+            self._figures.tell("unwritten", error=str(error), last=last[0] if last else None)
 
     def _restore(self) -> None:
         """Continue from the last whole checkpoint, if there is one; all workers from the same."""
@@ -376,7 +361,15 @@ def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     last = store.latest()
     assert last is not None, "a finished run has a checkpoint"
     best = last.values["best_step"]
-    found = last if best == last.values["step"] else store.load(best)
+    found = last
+    if best in store.steps():
+        found = store.load(best)
+    else:
+        print(
+            f"the checkpoint of the best epoch, at step {best}, could not be written; "
+            f"the model is that of step {last.values['step']}",
+            file=sys.stderr,
+        )
     return state.weights(found.tensors), last.values["history"]
 
 

@@ -31,6 +31,7 @@ class ProgressDisplay:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._halved_to: int | None = None  # by which worker told of it first
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -51,7 +52,22 @@ class ProgressDisplay:
             self._start(event)
         elif kind == "epoch":
             self._console.print(self._epoch(event), soft_wrap=True)
-        elif self._task is not None:
+        elif kind == "halved" and event["micro_batch"] != self._halved_to:
+            self._halved_to = event["micro_batch"]
+            self._console.print(
+                f"out of GPU memory; going on from the last checkpoint with at most "
+                f"{event['micro_batch']} samples at once in each worker",
+                soft_wrap=True,
+            )
+        elif kind == "tracing":
+            self._console.print(f"a trace of some steps goes to {event['url']}", soft_wrap=True)
+        elif kind == "unwritten":
+            last = "none was" if event["last"] is None else f"the last is of step {event['last']}"
+            self._console.print(
+                f"a checkpoint could not be written: {event['error']}; training goes on, {last}",
+                soft_wrap=True,
+            )
+        elif kind == "steps" and self._task is not None:
             figures = f"loss {event['loss']:.3f}  {event['samples_per_s']:.0f} samples/s"
             self._bar.update(self._task, completed=event["step"], figures=figures)
 

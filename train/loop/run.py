@@ -5,7 +5,8 @@ checkpoint, `checkpoint-wanted`.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import secrets
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
@@ -23,6 +24,7 @@ MAY_CHANGE = (
     "workers.max_failures",
     "checkpoint",
     "compress",
+    "profile",
     "registry",
     "resume",
     "storage",
@@ -42,8 +44,15 @@ class Run:
         """Write down a new run."""
         run = cls(url, config.model_dump(mode="json"), cls.count_lanes(config))
         with storage.writing(url):
-            run._write("run.json", asdict(run))
+            run._keep()
         return run
+
+    @classmethod
+    def open(cls, url: str) -> "Run":
+        """Raises FileNotFoundError if there is none."""
+        fs, path = storage.filesystem(storage.join(url, "run.json"))
+        with fs.open(path) as file:
+            return cls(**json.load(file))
 
     @staticmethod
     def count_lanes(config: Config) -> int:
@@ -72,8 +81,7 @@ class Run:
                 f"there is no run '{url.rsplit('/', 1)[-1]}' to resume; "
                 f"there are {', '.join(sorted(names)[-5:]) or 'none'}."
             )
-        with fs.open(path) as file:
-            run = cls(**json.load(file))
+        run = cls.open(url)
         old, new = _flat(run.config), _flat(config.model_dump(mode="json"))
         differing = [
             key
@@ -92,6 +100,7 @@ class Run:
                 f"the run has {run.num_lanes} lanes, so at most as many workers; "
                 f"workers.num is {config.workers.most}."
             )
+        run.failure()
         return run
 
     @property
@@ -103,14 +112,27 @@ class Run:
 
         return Store(storage.join(self.url, "checkpoints"), keep)
 
+    def halve_lanes(self) -> "Run":
+        """Have twice as many lanes, each of half the samples, when the workers start again.
+
+        Any of them may ask, or all of them.
+        """
+        run = replace(self, num_lanes=2 * self.num_lanes)
+        run._keep()
+        return run
+
     def fail(self, reason: str) -> None:
         """Leave word that the run cannot go on, and why."""
         self._write("outcome.json", {"failed": reason})
 
+    def failed(self) -> bool:
+        fs, path = storage.filesystem(storage.join(self.url, "outcome.json"))
+        return bool(fs.exists(path))
+
     def failure(self) -> str | None:
         """What `fail` was told; forgotten afterwards."""
         fs, path = storage.filesystem(storage.join(self.url, "outcome.json"))
-        if not fs.exists(path):
+        if not self.failed():
             return None
         with fs.open(path) as file:
             reason: str = json.load(file)["failed"]
@@ -130,9 +152,14 @@ class Run:
     def _write(self, name: str, value: dict[str, Any]) -> None:
         fs, path = storage.filesystem(storage.join(self.url, name))
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(f"{path}.part", "w") as file:
+        # Several workers may write at once.
+        part = f"{path}.part-{secrets.token_hex(4)}"
+        with fs.open(part, "w") as file:
             json.dump(value, file)
-        fs.mv(f"{path}.part", path)
+        fs.mv(part, path)
+
+    def _keep(self) -> None:
+        self._write("run.json", asdict(self))
 
 
 @dataclass(frozen=True)
@@ -144,7 +171,6 @@ class Job:
 
     config: dict[str, Any]
     run_url: str
-    num_lanes: int
     shards_url: str
     shards_summary: dict[str, Any]
     events: Events

@@ -3,19 +3,16 @@
 import logging
 import sys
 import time
-from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import (
-    PlacementGroupCleanerCallback,
-)
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import connect
 from cluster.errors import Failed, UserError
 from train.config import Config, Workers
+from train.loop.local import LocalTorchTrainer
 from train.loop.resize import CheckpointBeforeResize
 from train.loop.run import Job, Run
 from train.loop.worker import work
@@ -26,8 +23,10 @@ RESIZE_EVERY_S = 10
 
 def train(config: Config, run: Run, job: Job) -> None:
     """Run the loop on Ray Train. Raises Failed with the reason, UserError if nothing fits."""
-    check_resources(config.workers)
+    fit = check_resources(config.workers)
     least, most = config.workers.num
+    if connect.is_local():  # which neither grows nor shrinks
+        least = most = min(most, fit)
     kind = LocalTorchTrainer if connect.is_local() else TorchTrainer
     trainer = kind(
         work,
@@ -49,13 +48,16 @@ def train(config: Config, run: Run, job: Job) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise Failed(_reason(error, run)) from error
+        raise Failed(run.failure() or _reason(error, run)) from error
     if reason := run.failure():
         raise Failed(reason)
 
 
-def check_resources(workers: Workers) -> None:
-    """Raises UserError at once where the cluster could never hold the fewest workers."""
+def check_resources(workers: Workers) -> int:
+    """Return how many workers the cluster can hold.
+
+    Raises UserError at once where it could never hold the fewest.
+    """
     least = workers.num[0]
     per_worker = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -75,21 +77,7 @@ def check_resources(workers: Workers) -> None:
     if any(free.get(name, 0) < least * amount for name, amount in per_worker.items()):
         shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in per_worker)
         print(f"waiting for {least} workers, each with {words}; free now: {shown}", file=sys.stderr)
-
-
-class LocalTorchTrainer(TorchTrainer):
-    """A TorchTrainer for a Ray that ends with this process.
-
-    Without the actor that frees the workers' resources should the controller die: it asks the
-    dashboard, which a lean Ray has not, every second, and its process takes seconds to start.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, PlacementGroupCleanerCallback)
-        ]
+    return fit
 
 
 def _reason(error: TrainingFailedError, run: Run) -> str:

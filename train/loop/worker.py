@@ -2,13 +2,17 @@
 
 import logging
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cluster import storage
 from train.config import Config
+from train.data import order
 from train.data.shards import Shards
 from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
@@ -19,31 +23,67 @@ LOOK_EVERY_S = 0.5
 
 
 def work(parameters: dict[str, Any]) -> None:
-    """Train to the end. A failure that another try would only repeat is left as a note."""
-    job: Job = parameters["job"]
+    """Train to the end, as one of the workers that Ray Train started."""
     # Ray Train records each of its own steps; the terminal is for the run's progress.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    config = Config.model_validate(job.config)
+    job: Job = parameters["job"]
     context = ray.train.get_context()
     worker = Worker(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
     )
     if worker.device.type == "cpu":
-        torch.set_num_threads(max(1, int(config.workers.cpus)))
-    run = Run(job.run_url, job.config, job.num_lanes)
+        torch.set_num_threads(max(1, int(job.config["workers"]["cpus"])))
+    run = Run.open(job.run_url)
+    if run.failed():  # by a worker before, and Ray tries again
+        return
+    take_part(job, run, worker, urgent=Urgency(run, worker))
+
+
+def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
+    """Run the loop. A failure that another try would only repeat is left as a note.
+
+    options: for the loop. Raises torch.OutOfMemoryError where another try will be with half the
+    samples at once.
+    """
+    config = Config.model_validate(job.config)
+    shards = Shards(job.shards_url, job.shards_summary)
+    tracing: Any = nullcontext(lambda: None)
+    if config.profile and worker.rank == 0:
+        # Imported only where it is used: it takes a second.
+        from train.loop import trace
+
+        url = storage.join(run.url, "trace")
+        job.events.send({"event": "tracing", "url": url})
+        tracing = trace.recorded(url, worker.device)
     try:
-        Loop(
-            config,
-            Shards(job.shards_url, job.shards_summary),
-            worker,
-            run.store(config.checkpoint.keep),
-            num_lanes=job.num_lanes,
-            observe=job.events.send,
-            urgent=Urgency(run, worker),
-        ).run()
+        with tracing as after_step:
+            Loop(
+                config,
+                shards,
+                worker,
+                run.store(config.checkpoint.keep),
+                num_lanes=run.num_lanes,
+                observe=job.events.send,
+                after_step=after_step,
+                **options,
+            ).run()
     except Diverged as error:
         if worker.rank == 0:
             run.fail(str(error))
+    except torch.OutOfMemoryError:
+        _halve(run, config, shards, job.events.send)
+        raise
+
+
+def _halve(run: Run, config: Config, shards: Shards, observe: Callable[..., None]) -> None:
+    """Ask for another try with half the samples at once, if they can be halved."""
+    num_samples = len(shards.open("train")[1])
+    smallest = order.smallest_batch(num_samples, config.optim.batch_size)
+    if 2 * run.num_lanes > smallest:
+        run.fail("the GPU's memory does not hold the net and a single sample; make it smaller.")
+        return
+    run.halve_lanes()
+    observe({"event": "halved", "micro_batch": -(-smallest // (2 * run.num_lanes))})
 
 
 class Urgency:

@@ -40,7 +40,10 @@ class ConvNet(nn.Module):
     def __init__(
         self, shape_HWC: tuple[int, int, int], num_outputs: int, widths: list[int], whiten: bool
     ) -> None:
-        """Raises ValueError if the image is too small to be halved once by each block."""
+        """shape_HWC: of the smallest images.
+
+        Raises ValueError if they are too small to be halved once by each block.
+        """
         super().__init__()
         height, width, channels = shape_HWC
         if min(height, width) - PATCH + 1 < 2 ** len(widths):

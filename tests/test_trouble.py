@@ -1,0 +1,153 @@
+"""What a run does about a full disk, too little GPU memory, a notice; and its trace."""
+
+import contextlib
+import errno
+import gzip
+import json
+import resource
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from tests.conftest import make_config
+from tests.test_exact import Plain
+from tests.test_loop import ALONE
+from train.data.shards import Shards
+from train.loop.checkpoint import Store
+from train.loop.loop import Loop, trained
+from train.loop.run import Job, Run
+from train.loop.worker import take_part
+
+
+@dataclass
+class Told:
+    """Keeps what a run tells of itself."""
+
+    events: list[dict] = field(default_factory=list)
+
+    def send(self, event):
+        self.events.append(event)
+
+    def of(self, kind):
+        return [event for event in self.events if event["event"] == kind]
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes):
+    """No file may become larger, as on a full disk; the system calls fail in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_run_goes_on(
+    config, digits, tmp_path
+):
+    store, told = Store(str(tmp_path), keep=2), Told()
+    full = largest_file(4096)
+
+    def after_step():
+        if loop.progress.step == 8:
+            store.settle()
+            full.__enter__()
+        if loop.progress.step == 14:
+            assert store.steps() == [5]
+            assert store.load(5).values["step"] == 5  # whole
+            full.__exit__(None, None, None)
+
+    every_five = make_config(checkpoint={"every_steps": 5}, storage={"path": config.storage.path})
+    loop = Loop(
+        every_five, digits, ALONE, store, num_lanes=1, observe=told.send, after_step=after_step
+    )
+    loop.run()
+    (event,) = told.of("unwritten")
+    assert event["last"] == 5
+    assert "large" in event["error"].lower() or str(errno.EFBIG) in event["error"]
+    assert not list(tmp_path.glob("part-*"))
+    weights, history = trained(store)
+    assert len(history) == 2
+
+    undisturbed = Store(str(tmp_path / "undisturbed"), keep=2)
+    Loop(every_five, digits, ALONE, undisturbed, num_lanes=1).run()
+    for name, value in trained(undisturbed)[0].items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails(config, digits, tmp_path):
+    loop = Loop(config, digits, ALONE, Store(str(tmp_path), keep=2), num_lanes=1)
+    with largest_file(4096), pytest.raises(OSError, match=r"(?i)large"):
+        loop.run()
+
+
+class Hungry(Plain):
+    """Runs out of memory with more than 20 images at once."""
+
+    def forward(self, images_BHWC):
+        if self.training and len(images_BHWC) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(images_BHWC)
+
+
+def job_of(config: object, digits: Shards, folder: object) -> tuple[Job, Told]:
+    told = Told()
+    run = Run.start(str(folder), config)
+    return Job(run.config, run.url, digits.url, digits.summary, told), told
+
+
+def test_out_of_memory_halves_what_is_computed_at_once_and_keeps_the_batch(
+    config, digits, tmp_path
+):
+    one = make_config(workers={"num": 1}, storage={"path": config.storage.path})
+    job, told = job_of(one, digits, tmp_path / "hungry")
+    for _ in range(2):  # of 64, then of 32
+        with pytest.raises(torch.OutOfMemoryError):
+            take_part(job, Run.open(job.run_url), ALONE, build=lambda config, task: Hungry())
+    run = Run.open(job.run_url)
+    assert run.num_lanes == 4
+    take_part(job, run, ALONE, build=lambda config, task: Hungry())
+    assert [event["micro_batch"] for event in told.of("halved")] == [31, 16]
+
+    # The batches are the same, so the weights are but for the order of sums.
+    plain, _ = job_of(one, digits, tmp_path / "plain")
+    take_part(plain, Run.open(plain.run_url), ALONE, build=lambda config, task: Plain())
+    expected = trained(Run.open(plain.run_url).store(2))[0]
+    for name, value in trained(run.store(2))[0].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+class Insatiable(Plain):
+    def forward(self, images_BHWC):
+        if self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(images_BHWC)
+
+
+def test_a_net_that_does_not_fit_with_one_sample_is_given_up(config, digits, tmp_path):
+    one = make_config(
+        optim={"batch_size": 2, "epochs": 1},
+        workers={"num": 1},
+        storage={"path": config.storage.path},
+    )
+    job, _ = job_of(one, digits, tmp_path / "run")
+    tries = 0
+    while not Run.open(job.run_url).failed():
+        tries += 1
+        with pytest.raises(torch.OutOfMemoryError):
+            take_part(job, Run.open(job.run_url), ALONE, build=lambda config, task: Insatiable())
+    assert tries == 2
+    assert "does not hold the net and a single sample" in (Run.open(job.run_url).failure() or "")
+
+
+def test_a_profile_is_a_trace_that_names_the_convolutions(config, digits, tmp_path):
+    profiled = make_config(profile=True, workers={"num": 1}, storage={"path": config.storage.path})
+    job, _ = job_of(profiled, digits, tmp_path / "run")
+    take_part(job, Run.open(job.run_url), ALONE)
+    with gzip.open(tmp_path / "run/trace/trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::convolution" in names
+    assert any(name and name.startswith("ProfilerStep") for name in names)
+    assert "aten::" in (tmp_path / "run/trace/operators.txt").read_text()
