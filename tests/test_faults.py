@@ -141,3 +141,36 @@ def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturb
     log = (tmp_path / "log").read_text()
     sizes = [int(size) for size in re.findall(r"training on (\d) worker", log)]
     assert sizes == [2, 1, 2], log
+
+
+@pytest.mark.chaos
+def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
+    """As a spot machine that is taken away: notice, a little time, gone."""
+    steps_per_epoch = round(1258 / 4)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        options = (
+            *("--workers.num", "[1,2]", "--optim.batch_size", "4", "--optim.epochs", "40"),
+            *("--checkpoint.every_steps", "1000000", "--workers.lanes", "2"),
+        )
+        process = start(tmp_path, *options, address=cluster.address)
+        wait_for(lambda: mid_epoch(tmp_path, steps_per_epoch), process)
+        command = ["drain-node", "--address", cluster.address, "--node-id", nodes[1].node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
+        command += ["--deadline-remaining-seconds", "20"]
+        ray = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray, *command], check=True, capture_output=True, timeout=60)
+
+        def urgent():
+            step = mid_epoch(tmp_path, 1)
+            return step % steps_per_epoch and step
+
+        wait_for(urgent, process)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        assert process.wait(2 * DEADLINE_S) == 0, (tmp_path / "log").read_text()
+    finally:
+        cluster.shutdown()
+    log = (tmp_path / "log").read_text()
+    (resumed,) = re.findall(r"training on 1 worker, from step (\d+)", log)
+    assert int(resumed) % steps_per_epoch, log

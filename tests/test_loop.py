@@ -118,7 +118,7 @@ def test_muon_agrees_with_numpy(shape, rng):
     weight = torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)))
     gradients = [rng.normal(size=shape) for _ in range(4)]
     expected = muon_reference(weight.detach().numpy().copy(), gradients, lr=0.1, momentum=0.6)
-    muon = optimizers.Muon([weight], lr=0.1, momentum=0.6)
+    muon = optimizers.Muon([weight], lr=0.1, momentum=0.6, dtype=torch.float64)
     for gradient in gradients:
         weight.grad = torch.from_numpy(gradient)
         muon.step()

@@ -10,6 +10,7 @@ from rich.console import Console
 from tests.test_loop import ALONE
 from train.loop import efficiency
 from train.loop.checkpoint import Store
+from train.loop.events import until_it_fails
 from train.loop.loop import Loop
 from train.loop.progress import ProgressDisplay
 
@@ -42,3 +43,18 @@ def test_the_flops_of_a_convolution_are_its_multiplications_and_additions():
     forward = 2 * 8 * 3 * 3 * 3 * 32 * 32
     flops = efficiency.training_flops(net, [torch.zeros(4, 3, 32, 32)])
     assert flops == pytest.approx(3 * forward)
+
+
+def test_an_observer_that_fails_is_told_of_once_and_left_alone(capsys):
+    seen = []
+
+    def observe(event):
+        seen.append(event["step"])
+        if len(seen) == 2:
+            raise ConnectionError("the server is gone\nsince noon")
+
+    record = until_it_fails(observe)
+    for step in range(4):
+        record({"event": "steps", "step": step})
+    assert seen == [0, 1]
+    assert capsys.readouterr().err == "figures are no longer recorded: the server is gone\n"

@@ -22,7 +22,8 @@ from train.data import order, shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
 from train.loop import schedule, trainer
-from train.loop.events import Event, Follower
+from train.loop.events import Follower, until_it_fails
+from train.loop.figures import Event
 from train.loop.loop import build_net, trained
 from train.loop.progress import ProgressDisplay
 from train.loop.run import Job, Run
@@ -44,10 +45,11 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     run = _run(config, storage.join(root, "train"))
     connect.connect(num_cpus=config.workers.all_cpus)
     display = ProgressDisplay(config.optim.epochs)
+    record = until_it_fails(observe)
 
     def show(event: Event) -> None:
         display.show(event)
-        observe(event)
+        record(event)
 
     with display, Follower(show) as follower:
         trainer.train(

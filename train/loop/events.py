@@ -5,6 +5,7 @@ They pass through the key-value store that every Ray cluster has, which costs no
 
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,24 @@ class Events:
         # Ordered by time; no two are alike.
         key = f"{self.run}/{time.time_ns():020d}-{secrets.token_hex(4)}"
         internal_kv._internal_kv_put(key, json.dumps(event).encode(), namespace=NAMESPACE)
+
+
+def until_it_fails(observe: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Call `observe` until it raises; say so in one line. The run does not depend on it."""
+    failed = False
+
+    def call(event: Event) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            observe(event)
+        except Exception as error:
+            failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"figures are no longer recorded: {reason}", file=sys.stderr)
+
+    return call
 
 
 class Follower:

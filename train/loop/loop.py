@@ -94,12 +94,13 @@ class Loop:
         self._augmentation = Augmentation(config.augment, config.seed, count)
 
         precision.prepare(worker.device)
-        self._autocast = precision.autocast(config.precision, worker.device)
-        self._scaler = precision.scaler(config.precision, worker.device)
+        dtype = precision.number_format(config.precision, worker.device)
+        self._autocast = precision.autocast(dtype, worker.device)
+        self._scaler = precision.scaler(dtype, worker.device)
         torch.manual_seed(config.seed)
         self._net = self._place(build(config, self._task))
         self._ema = state.Average(self._net, optim.ema_decay) if optim.ema_decay else None
-        self._optimizers = optimizers.build(optim, self._net)
+        self._optimizers = optimizers.build(optim, self._net, dtype)
         self._groups = [
             (group, group["lr"]) for each in self._optimizers for group in each.param_groups
         ]

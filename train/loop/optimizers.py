@@ -15,11 +15,18 @@ class Muon(Optimizer):
 
     After Keller Jordan, https://kellerjordan.github.io/posts/muon. A convolution counts as the
     matrix [out, in·kh·kw]. Each weight is kept at the norm √out, so that the rate is the angle by
-    which a step turns it and needs no weight decay.
+    which a step turns it and needs no weight decay. The turn is computed in `dtype`, fp32 or bf16.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -34,7 +41,7 @@ class Muon(Optimizer):
                 nesterov = weight.grad.add(momentum, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
                 matrix = whole(nesterov).reshape(len(weight), -1)
-                turn = orthogonal(matrix).view(weight.shape)
+                turn = orthogonal(matrix.to(self._dtype)).to(weight.dtype).view(weight.shape)
                 weight.add_(part_of(weight, turn), alpha=-group["lr"])
 
 
@@ -54,9 +61,10 @@ def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
     return x_RC.T if transposed else x_RC
 
 
-def build(config: Optim, net: nn.Module) -> list[Optimizer]:
+def build(config: Optim, net: nn.Module, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """Return the optimizers of a run; every trainable parameter is in exactly one group.
 
+    dtype: what the net's products are computed in.
     Weight decay is for weights of two and more dimensions only. The net's last layer is the
     submodule `head`.
     """
@@ -82,6 +90,12 @@ def build(config: Optim, net: nn.Module) -> list[Optimizer]:
         {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},
     ]
     return [
-        Muon(hidden, config.lr, config.momentum),
+        # fp16 has not the range for Muon's iteration.
+        Muon(
+            hidden,
+            config.lr,
+            config.momentum,
+            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        ),
         torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=fused),
     ]

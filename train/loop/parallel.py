@@ -114,9 +114,7 @@ class OverlappedGradients:
                 yield
 
     def finish(self) -> None:
-        for param in self._params:
-            if param.grad is not None:
-                param.grad.mul_(self._worker.world_size)  # DDP averages over workers
+        _sum_of_mean(self._params, self._worker)
 
 
 class ShardedGradients:
@@ -133,9 +131,14 @@ class ShardedGradients:
         yield
 
     def finish(self) -> None:
-        for param in self._params:
-            if param.grad is not None:
-                param.grad.mul_(self._worker.world_size)  # FSDP averages over workers
+        _sum_of_mean(self._params, self._worker)
+
+
+def _sum_of_mean(params: list[nn.Parameter], worker: Worker) -> None:
+    """Make the sum of gradients of their mean over workers, which is what torch's wrappers give."""
+    for param in params:
+        if param.grad is not None:
+            param.grad.mul_(worker.world_size)
 
 
 class Buffers:

@@ -13,26 +13,33 @@ def prepare(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context a forward pass runs in.
+def number_format(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type that products are computed in.
 
     auto is bf16 where the device computes in it natively, else fp32. Raises UserError for bf16
     on a GPU that has none.
     """
     if precision == "fp16":
-        return torch.autocast(device.type, torch.float16)
+        return torch.float16
     native = _has_bf16(device)
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UserError(
             f"precision is bf16, which {torch.cuda.get_device_name(device)} has not; use fp16."
         )
-    enabled = precision == "bf16" or (precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    use_bf16 = precision == "bf16" or (precision == "auto" and native)
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
-def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return the context a forward pass runs in."""
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
+
+
+def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
     """Return the gradient scaler that fp16 needs; with other formats it does nothing."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _has_bf16(device: torch.device) -> bool:
