@@ -121,6 +121,30 @@ def test_a_killed_driver_continues_on_one_worker_and_ends_the_same(undisturbed, 
     assert "optim.lr was 0.1, is 0.05" in (tmp_path / "log").read_text()
 
 
+def test_a_run_says_what_is_free_waits_for_it_and_refuses_what_will_never_be(tmp_path):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    places = [tmp_path / name for name in ("too_many", "first", "second")]
+    for place in places:
+        place.mkdir()
+    too_many, first, second = places
+    try:
+        process = start(too_many, "--workers.num", "3", address=cluster.address)
+        assert process.wait(DEADLINE_S) == 2
+        options = ("--workers.num", "1", "--optim.epochs", "10000")
+        busy = start(first, *options, address=cluster.address)
+        wait_for(lambda: mid_epoch(first, 4), busy)
+        waiting = start(second, "--workers.num", "2", address=cluster.address)
+        wait_for(lambda: "waiting for 2 workers" in (second / "log").read_text(), waiting)
+        os.killpg(busy.pid, signal.SIGTERM)
+        assert waiting.wait(DEADLINE_S) == 0, (second / "log").read_text()
+    finally:
+        cluster.shutdown()
+    assert (
+        "the cluster has 2 CPU and 0 GPU on 1 nodes, enough for 2" in (too_many / "log").read_text()
+    )
+    assert "each with 1 CPU; free now: 1 CPU" in (second / "log").read_text()
+
+
 @pytest.mark.chaos
 def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturbed, tmp_path):
     epochs = 200  # Ray looks for new nodes every 20 s

@@ -131,7 +131,7 @@ def _convolution(channels_in: int, channels: int) -> nn.Conv2d:
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm = nn.BatchNorm2d(channels, momentum=0.15)
     norm.weight.requires_grad_(False)
     return norm
 
