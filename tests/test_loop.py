@@ -19,10 +19,10 @@ from train.nets import ConvNet
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-@pytest.fixture
-def net(rng):
+@pytest.fixture(params=["relu", "gelu"])
+def net(rng, request):
     torch.manual_seed(0)
-    net = ConvNet((9, 10, 3), num_outputs=4, widths=[8, 6], whiten=True)
+    net = ConvNet((9, 10, 3), num_outputs=4, widths=[8, 6], whiten=True, activation=request.param)
     images = torch.from_numpy(rng.integers(0, 256, (64, 9, 10, 3), dtype=np.uint8))
     net.fit_inputs(images)
     net.train()

@@ -55,7 +55,13 @@ def build_net(config: Config, task: Task) -> ConvNet:
     height, width, channels = task.features.inputs[0].shape
     smallest = min(stage.side for stage in config.augment.stages)
     shape = round(height * smallest), round(width * smallest), channels
-    return ConvNet(shape, task.target.num_outputs, config.net.widths, config.net.whiten)
+    return ConvNet(
+        shape,
+        task.target.num_outputs,
+        config.net.widths,
+        whiten=config.net.whiten,
+        activation=config.net.activation,
+    )
 
 
 class Loop:

@@ -2,24 +2,28 @@
 
 After airbench94 by Keller Jordan (https://github.com/KellerJordan/cifar10-airbench): a frozen
 stem that whitens 2×2 patches, blocks of two convolutions that start as the identity, batch
-normalisation without a learned scale, global max pooling. ReLU in place of GELU, because it fuses
-into the convolution before it and quantizes to int8 without loss.
+normalisation without a learned scale, global max pooling. ReLU in place of GELU by default, because
+it fuses into the convolution before it and quantizes to int8 without loss.
 
 Shapes: B batch, H height, W width, C channels, K outputs, P patches, D values in a patch.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH = 2
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class Block(nn.Module):
-    """Convolution, halving max pool, norm, ReLU; convolution, norm, ReLU."""
+    """Convolution, halving max pool, norm, activation; convolution, norm, activation."""
 
-    def __init__(self, channels_in: int, channels: int) -> None:
+    def __init__(self, channels_in: int, channels: int, activation: str) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.conv1 = _convolution(channels_in, channels)
         self.norm1 = _norm(channels)
         self.conv2 = _convolution(channels, channels)
@@ -27,8 +31,8 @@ class Block(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # The pool comes before the norm so that the norm works on a quarter of the values.
-        x_BCHW = F.relu(self.norm1(F.max_pool2d(self.conv1(x_BCHW), 2)))
-        return F.relu(self.norm2(self.conv2(x_BCHW)))
+        x_BCHW = self.activation(self.norm1(F.max_pool2d(self.conv1(x_BCHW), 2)))
+        return self.activation(self.norm2(self.conv2(x_BCHW)))
 
 
 class ConvNet(nn.Module):
@@ -38,7 +42,13 @@ class ConvNet(nn.Module):
     std: Tensor
 
     def __init__(
-        self, shape_HWC: tuple[int, int, int], num_outputs: int, widths: list[int], whiten: bool
+        self,
+        shape_HWC: tuple[int, int, int],
+        num_outputs: int,
+        widths: list[int],
+        *,
+        whiten: bool,
+        activation: str = "relu",
     ) -> None:
         """shape_HWC: of the smallest images.
 
@@ -58,7 +68,10 @@ class ConvNet(nn.Module):
         self.stem.requires_grad_(not whiten)
         self.whiten = whiten
         widths_in = [2 * directions, *widths[:-1]]
-        self.blocks = nn.Sequential(*map(Block, widths_in, widths))
+        self.activation = activation
+        self.blocks = nn.Sequential(
+            *(Block(*pair, activation) for pair in zip(widths_in, widths, strict=True))
+        )
         self.head = nn.Linear(widths[-1], num_outputs)
         nn.init.normal_(self.head.weight, std=1 / widths[-1])
         nn.init.zeros_(self.head.bias)
@@ -85,7 +98,7 @@ class ConvNet(nn.Module):
     def forward(self, images_BHWC: Tensor) -> Tensor:
         # Permuted uint8 [B, H, W, C] is already what channels_last wants in memory.
         x_BCHW = ((images_BHWC / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-        x_BCHW = self.blocks(F.relu(self.stem(x_BCHW)))
+        x_BCHW = self.blocks(ACTIVATIONS[self.activation](self.stem(x_BCHW)))
         return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
 
     @torch.no_grad()
@@ -93,10 +106,10 @@ class ConvNet(nn.Module):
         """Return the same function as convolutions alone, for inference.
 
         Input normalisation goes into the stem, which has no padding, and each norm into the
-        convolution before it. Norm and ReLU keep order (the norm's scale is positive), so they
-        may pass through a max pool.
+        convolution before it. A norm keeps order (its scale is positive), so it may pass through
+        a max pool; so may ReLU.
         """
-        net = FoldedConvNet(self.stem, self.blocks, self.head)
+        net = FoldedConvNet(self.stem, self.blocks, self.head, self.activation)
         net.stem.weight.div_(255 * self.std[None, :, None, None])
         assert net.stem.bias is not None
         shift = self.stem.weight * (self.mean / self.std)[None, :, None, None]
@@ -107,8 +120,11 @@ class ConvNet(nn.Module):
 class FoldedConvNet(nn.Module):
     """A trained ConvNet in its inference form."""
 
-    def __init__(self, stem: nn.Conv2d, blocks: nn.Sequential, head: nn.Linear) -> None:
+    def __init__(
+        self, stem: nn.Conv2d, blocks: nn.Sequential, head: nn.Linear, activation: str
+    ) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.stem = _copy(stem, stem.weight, stem.bias)
         pairs = [(b.conv1, b.norm1, b.conv2, b.norm2) for b in blocks if isinstance(b, Block)]
         self.first = nn.ModuleList([_fold(conv, norm) for conv, norm, _, _ in pairs])
@@ -117,10 +133,15 @@ class FoldedConvNet(nn.Module):
         self.head.load_state_dict(head.state_dict())
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        x_BCHW = F.relu(self.stem(images_BHWC.float().permute(0, 3, 1, 2)))
+        x_BCHW = self.activation(self.stem(images_BHWC.float().permute(0, 3, 1, 2)))
         for first, second in zip(self.first, self.second, strict=True):
-            x_BCHW = F.relu(second(F.max_pool2d(F.relu(first(x_BCHW)), 2)))
+            x_BCHW = self.activation(second(self._halve(first(x_BCHW))))
         return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
+
+    def _halve(self, x_BCHW: Tensor) -> Tensor:
+        if self.activation is F.relu:  # next to the convolution, with which an engine fuses it
+            return F.max_pool2d(F.relu(x_BCHW), 2)
+        return self.activation(F.max_pool2d(x_BCHW, 2))
 
 
 def _convolution(channels_in: int, channels: int) -> nn.Conv2d:
