@@ -170,12 +170,12 @@ def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturb
 @pytest.mark.chaos
 def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
     """As a spot machine that is taken away: notice, a little time, gone."""
-    steps_per_epoch = round(1258 / 4)
+    steps_per_epoch = round(1258 / 8)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         options = (
-            *("--workers.num", "[1,2]", "--optim.batch_size", "4", "--optim.epochs", "40"),
+            *("--workers.num", "[1,2]", "--optim.batch_size", "8", "--optim.epochs", "60"),
             *("--checkpoint.every_steps", "1000000", "--workers.lanes", "2"),
         )
         process = start(tmp_path, *options, address=cluster.address)

@@ -126,9 +126,9 @@ class Insatiable(Plain):
         return super().forward(images_BHWC)
 
 
-def test_a_net_that_does_not_fit_with_one_sample_is_given_up(config, digits, tmp_path):
+def test_a_net_that_does_not_fit_with_two_samples_is_given_up(config, digits, tmp_path):
     one = make_config(
-        optim={"batch_size": 2, "epochs": 1},
+        optim={"batch_size": 5, "epochs": 1},
         workers={"num": 1},
         storage={"path": config.storage.path},
     )
@@ -139,7 +139,7 @@ def test_a_net_that_does_not_fit_with_one_sample_is_given_up(config, digits, tmp
         with pytest.raises(torch.OutOfMemoryError):
             take_part(job, Run.open(job.run_url), ALONE, build=lambda config, task: Insatiable())
     assert tries == 2
-    assert "does not hold the net and a single sample" in (Run.open(job.run_url).failure() or "")
+    assert "does not hold the net and 2 samples" in (Run.open(job.run_url).failure() or "")
 
 
 def test_a_profile_is_a_trace_that_names_the_convolutions(config, digits, tmp_path):

@@ -26,7 +26,7 @@ from train.loop.events import Follower, until_it_fails
 from train.loop.figures import Event
 from train.loop.loop import build_net, trained
 from train.loop.progress import ProgressDisplay
-from train.loop.run import Job, Run
+from train.loop.run import LEAST_SAMPLES, Job, Run
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -79,10 +79,11 @@ def _check(config: Config, data: Shards) -> None:
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size
     )
     lanes = Run.count_lanes(config)
-    if lanes > smallest:
+    if lanes > 1 and lanes * LEAST_SAMPLES > smallest:
+        most = max(smallest // LEAST_SAMPLES, 1)
         raise UserError(
-            f"a batch of {smallest} samples cannot be shared by {lanes} workers; "
-            f"give --workers.num {max(smallest, 1)} or a larger --optim.batch_size."
+            f"a batch of {smallest} samples cannot be divided into {lanes} lanes of at least "
+            f"{LEAST_SAMPLES}; give --workers.num {most} or a larger --optim.batch_size."
         )
     known = [f"valid_{name}" for name in data.task.target.metric_names]
     for option, metric in (

@@ -60,10 +60,10 @@ class Augmentation:
             images_BHWC = _zoom(images_BHWC, self._crop_N4[ids_B], config.crop_area)
         if config.translate or stage.crop < 1 or self._flip_N is not None:
             images_BHWC = self._cut(images_BHWC, ids_B, stage.crop)
-        if stage.scale < 1:
-            images_BHWC = _shrink(images_BHWC, stage.scale)
         if config.cutout:
             images_BHWC = _cut_out(images_BHWC, self._cutout_N2[ids_B], config.cutout)
+        if stage.scale < 1:
+            images_BHWC = _shrink(images_BHWC, stage.scale)
         return images_BHWC
 
     def mix(self, images_BHWC: Tensor, targets_B: Tensor, key: int) -> Mixed:

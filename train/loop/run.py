@@ -17,6 +17,9 @@ from train.loop.events import Events
 if TYPE_CHECKING:
     from train.loop.checkpoint import Store
 
+# Samples in a lane: a batch norm has nothing to learn from a single one.
+LEAST_SAMPLES = 2
+
 # What may differ when a run is resumed: none of it changes what is learned.
 MAY_CHANGE = (
     "workers.num",

@@ -16,7 +16,7 @@ from train.data import order
 from train.data.shards import Shards
 from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
-from train.loop.run import Job, Run
+from train.loop.run import LEAST_SAMPLES, Job, Run
 
 # How often a worker looks whether a checkpoint is wanted, where looking may be a request.
 LOOK_EVERY_S = 0.5
@@ -79,8 +79,11 @@ def _halve(run: Run, config: Config, shards: Shards, observe: Callable[..., None
     """Ask for another try with half the samples at once, if they can be halved."""
     num_samples = len(shards.open("train")[1])
     smallest = order.smallest_batch(num_samples, config.optim.batch_size)
-    if 2 * run.num_lanes > smallest:
-        run.fail("the GPU's memory does not hold the net and a single sample; make it smaller.")
+    if 2 * run.num_lanes * LEAST_SAMPLES > smallest:
+        run.fail(
+            f"the GPU's memory does not hold the net and {LEAST_SAMPLES} samples; "
+            f"make the net or the inputs smaller."
+        )
         return
     run.halve_lanes()
     observe({"event": "halved", "micro_batch": -(-smallest // (2 * run.num_lanes))})
