@@ -16,7 +16,7 @@ ENVIRONMENT = {
     # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Workers report once an epoch; a shorter poll than the default 2 s ends a run sooner.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
 
 # Starting one worker per core ahead of need takes the cores from the work itself.
@@ -34,12 +34,13 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
+def connect(*, num_cpus: int | None = None, dashboard: bool = False, metrics: bool = True) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
     Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
     From the main thread: the processes that a local Ray starts end with the thread.
     num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
+    metrics: whether a local Ray measures itself, which takes a few hundredths of a core.
     """
     prepare_environment()
     import ray
@@ -64,7 +65,7 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False) -> None:
         address="local",
         num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
         include_dashboard=dashboard,
-        _system_config=LEAN_RAYLET,
+        _system_config={**LEAN_RAYLET, "enable_metrics_collection": metrics},
         **options,
     )
 

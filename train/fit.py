@@ -43,7 +43,7 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     data = shards.prepare(config, root)
     _check(config, data)
     run = _run(config, storage.join(root, "train"))
-    connect.connect(num_cpus=config.workers.all_cpus)
+    connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     display = ProgressDisplay(config.optim.epochs)
     record = until_it_fails(observe)
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "train.fit")
-        connect.connect(num_cpus=config.workers.all_cpus)
+        connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
     from train.bundle import registry
     from train.fit import fit

@@ -15,7 +15,7 @@ from ray.experimental import internal_kv
 
 from train.loop.figures import Event
 
-POLL_S = 0.3
+POLL_S = 1.0
 NAMESPACE = b"halyard-events"
 
 
