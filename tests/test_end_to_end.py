@@ -91,6 +91,7 @@ def test_a_served_model_answers_every_protocol_and_leaves_no_process(
         (["--data.train", "missing.parquet"], ["missing.parquet"]),
         (["--net.widths", "[8,8,8]"], ["8×8", "net.widths"]),
         (["--workers.num", "100"], ["63 samples", "100 workers"]),
+        (["--workers.lanes", "1"], ["workers.lanes is 1", "workers.num up to 2"]),
         (["--workers.gpu", "true"], ["1 GPU", "0 GPU"]),
         (["--registry.metric", "test_accuracy"], ["test_accuracy", "valid_accuracy"]),
         (["--storage.path", "README.md/runs"], ["README.md", "storage.path"]),

@@ -18,7 +18,7 @@ from tests import server
 from tests.gloo import run_workers
 from tests.test_end_to_end import processes
 from train.config import parse
-from train.data import shards
+from train.data import order, shards
 from train.loop.checkpoint import Store
 from train.loop.loop import Loop, trained
 
@@ -32,9 +32,9 @@ OPTIONS = [
 DEADLINE_S = 120
 
 
-def start(root, *options, address=None):
+def start(root, *options, address=None, **environment):
     """Start the training command in the background; its output goes to a file."""
-    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
+    environment = {**os.environ, **environment, **({"RAY_ADDRESS": address} if address else {})}
     log = (Path(root) / "log").open("w")
     return subprocess.Popen(
         [sys.executable, "train/main.py", "--storage.path", str(root), *OPTIONS, *options],
@@ -170,7 +170,9 @@ def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturb
 @pytest.mark.chaos
 def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
     """As a spot machine that is taken away: notice, a little time, gone."""
-    steps_per_epoch = round(1258 / 8)
+    config = parse([*OPTIONS, "--optim.batch_size", "8"])
+    num_samples = len(shards.prepare(config, str(tmp_path)).open("train")[1])
+    steps_per_epoch = order.num_steps(num_samples, 8)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -178,7 +180,9 @@ def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
             *("--workers.num", "[1,2]", "--optim.batch_size", "8", "--optim.epochs", "60"),
             *("--checkpoint.every_steps", "1000000", "--workers.lanes", "2"),
         )
-        process = start(tmp_path, *options, address=cluster.address)
+        # Ray first asks for two workers again, on a node that no longer takes any.
+        brief = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+        process = start(tmp_path, *options, address=cluster.address, **brief)
         wait_for(lambda: mid_epoch(tmp_path, steps_per_epoch), process)
         command = ["drain-node", "--address", cluster.address, "--node-id", nodes[1].node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
@@ -190,11 +194,11 @@ def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
             step = mid_epoch(tmp_path, 1)
             return step % steps_per_epoch and step
 
-        wait_for(urgent, process)
+        kept_at = wait_for(urgent, process)
         cluster.remove_node(nodes[1], allow_graceful=False)
         assert process.wait(2 * DEADLINE_S) == 0, (tmp_path / "log").read_text()
     finally:
         cluster.shutdown()
     log = (tmp_path / "log").read_text()
     (resumed,) = re.findall(r"training on 1 worker, from step (\d+)", log)
-    assert int(resumed) % steps_per_epoch, log
+    assert int(resumed) >= kept_at, log

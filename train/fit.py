@@ -82,8 +82,13 @@ def _check(config: Config, data: Shards) -> None:
     if lanes > 1 and lanes * LEAST_SAMPLES > smallest:
         most = max(smallest // LEAST_SAMPLES, 1)
         raise UserError(
-            f"a batch of {smallest} samples cannot be divided into {lanes} lanes of at least "
-            f"{LEAST_SAMPLES}; give --workers.num {most} or a larger --optim.batch_size."
+            f"a batch of {smallest} samples cannot be shared by {lanes} workers, each with at "
+            f"least {LEAST_SAMPLES}; give --workers.num {most} or a larger --optim.batch_size."
+        )
+    if lanes < config.workers.most:
+        raise UserError(
+            f"workers.lanes is {lanes}, and workers.num up to {config.workers.most}; every worker "
+            f"computes a lane, so give --workers.lanes {config.workers.most}, or more."
         )
     known = [f"valid_{name}" for name in data.task.target.metric_names]
     for option, metric in (
