@@ -16,8 +16,8 @@ from tests.conftest import make_config
 from tests.gloo import run_workers
 from train.data import order
 from train.loop import parallel
-from train.loop.checkpoint import Store
-from train.loop.loop import Loop, trained
+from train.loop.checkpoint import Store, trained
+from train.loop.loop import Loop
 
 NUM_LANES = 2
 

@@ -19,8 +19,8 @@ from tests.gloo import run_workers
 from tests.test_end_to_end import processes
 from train.config import parse
 from train.data import order, shards
-from train.loop.checkpoint import Store
-from train.loop.loop import Loop, trained
+from train.loop.checkpoint import Store, trained
+from train.loop.loop import Loop
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

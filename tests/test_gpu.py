@@ -7,8 +7,9 @@ import torch
 from tests.conftest import make_config
 from tests.test_trouble import Told, job_of
 from train.loop import evaluate
-from train.loop.checkpoint import Store
-from train.loop.loop import Loop, build_net, trained
+from train.loop.building import build_net
+from train.loop.checkpoint import Store, trained
+from train.loop.loop import Loop
 from train.loop.parallel import Worker
 from train.loop.run import Run
 from train.loop.worker import take_part

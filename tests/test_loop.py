@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from tests.conftest import make_config
 from train.config import Optim
 from train.loop import evaluate, optimizers, schedule
-from train.loop.checkpoint import State, Store
-from train.loop.loop import Diverged, Loop, build_net, trained
+from train.loop.building import build_net
+from train.loop.checkpoint import State, Store, trained
+from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
 from train.loop.state import Average
 from train.nets import ConvNet

@@ -14,8 +14,8 @@ from tests.conftest import make_config
 from tests.test_exact import Plain
 from tests.test_loop import ALONE
 from train.data.shards import Shards
-from train.loop.checkpoint import Store
-from train.loop.loop import Loop, trained
+from train.loop.checkpoint import Store, trained
+from train.loop.loop import Loop
 from train.loop.run import Job, Run
 from train.loop.worker import take_part
 

@@ -22,9 +22,10 @@ from train.data import order, shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
 from train.loop import schedule, trainer
+from train.loop.building import build_net
+from train.loop.checkpoint import trained
 from train.loop.events import Follower, until_it_fails
 from train.loop.figures import Event
-from train.loop.loop import build_net, trained
 from train.loop.progress import ProgressDisplay
 from train.loop.run import LEAST_SAMPLES, Job, Run
 

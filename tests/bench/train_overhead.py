@@ -29,8 +29,8 @@ sys.path[0] = str(REPOSITORY)
 from tests.test_tasks import image_bytes
 from train.config import Config, parse
 from train.data import shards
-from train.loop.checkpoint import Store
-from train.loop.loop import Loop, trained
+from train.loop.checkpoint import Store, trained
+from train.loop.loop import Loop
 from train.loop.parallel import Worker
 
 EPOCHS = 4

@@ -18,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cluster import storage
+from train.loop import state as states
 
 TENSORS = "state.safetensors"
 VALUES = "state.json"
@@ -123,6 +124,23 @@ class Store:
 
     def _at(self, step: int) -> str:
         return storage.join(self._url, f"step-{step:08d}")
+
+
+def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Return the weights of a finished run's best epoch, and its figures by epoch."""
+    last = store.latest()
+    assert last is not None, "a finished run has a checkpoint"
+    best = last.values["best_step"]
+    found = last
+    if best in store.steps():
+        found = store.load(best)
+    else:
+        print(
+            f"the checkpoint of the best epoch, at step {best}, could not be written; "
+            f"the model is that of step {last.values['step']}",
+            file=sys.stderr,
+        )
+    return states.weights(found.tensors), last.values["history"]
 
 
 def _digest(path: Path) -> str:

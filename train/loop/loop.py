@@ -7,7 +7,6 @@ Shapes: B a lane's part of a global batch, N samples of a split, K outputs.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,19 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config import Config, Stage
+from train.config import Config
 from train.data import order
 from train.data.augment import Augmentation
 from train.data.shards import Shards
-from train.loop import efficiency, evaluate, optimizers, parallel, precision, schedule, state
+from train.loop import building, evaluate, optimizers, parallel, precision, schedule, state
 from train.loop.checkpoint import State, Store
 from train.loop.figures import Event, Figures
 from train.loop.parallel import Buffers, Worker
-from train.nets import ConvNet
-from train.tasks import Arrays, Task
+from train.tasks import Task
 
-# Samples on which a net fits its normalisation and its whitening stem.
-FIT_SAMPLES = 5000
 TELL_EVERY_STEPS = 10
 
 
@@ -48,20 +44,6 @@ class Progress:
     best_step: int | None = None
     stopped: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-def build_net(config: Config, task: Task) -> ConvNet:
-    """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
-    height, width, channels = task.features.inputs[0].shape
-    smallest = min(stage.side for stage in config.augment.stages)
-    shape = round(height * smallest), round(width * smallest), channels
-    return ConvNet(
-        shape,
-        task.target.num_outputs,
-        config.net.widths,
-        whiten=config.net.whiten,
-        activation=config.net.activation,
-    )
 
 
 class Loop:
@@ -84,7 +66,7 @@ class Loop:
         observe: Callable[[Event], None] = lambda event: None,
         urgent: Callable[[], bool] = lambda: False,
         after_step: Callable[[], None] = lambda: None,
-        build: Callable[[Config, Task], nn.Module] = build_net,
+        build: Callable[[Config, Task], nn.Module] = building.build_net,
     ) -> None:
         assert worker.world_size <= num_lanes
         self._config, self._worker, self._store = config, worker, store
@@ -104,7 +86,7 @@ class Loop:
         self._autocast = precision.autocast(dtype, worker.device)
         self._scaler = precision.scaler(dtype, worker.device)
         torch.manual_seed(config.seed)
-        self._net = self._place(build(config, self._task))
+        self._net = building.placed(build(config, self._task), config, self._inputs, worker)
         self._ema = state.Average(self._net, optim.ema_decay) if optim.ema_decay else None
         self._optimizers = optimizers.build(optim, self._net, dtype)
         self._groups = [
@@ -122,7 +104,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self._figures = Figures(worker, observe)
         self._stage = self._augmentation.stage(0.0)
-        self._flops = self._count_flops()
+        self._flops = building.flops(self._net, config, self._inputs, worker, self._augmentation)
         self._restore()
 
     def run(self) -> None:
@@ -203,7 +185,7 @@ class Loop:
         key = (self.progress.step * self._num_lanes + lane) % 2**31
         torch.manual_seed(config.seed * 2**31 + key)
         with self._figures.waiting_for_data():
-            images_BHWC, *others = _to_device(self._inputs, ids_B, device)
+            images_BHWC, *others = building.to_device(self._inputs, ids_B, device)
             targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
             images_BHWC = self._augmentation.apply(images_BHWC, ids_B, self._stage)
         mixed = self._augmentation.mix(images_BHWC, targets_B, key)
@@ -266,20 +248,6 @@ class Loop:
         (progress.stopped,) = self._worker.any(progress.stopped)
         self._save()
 
-    def _count_flops(self) -> dict[Stage, float]:
-        """FLOPs of one sample's forward and backward pass, where the net is not in shards."""
-        if self._config.workers.parallel != "ddp":
-            return {}
-        one = np.zeros(1, np.int64)
-        image_BHWC, *others = _to_device(self._inputs, one, self._worker.device)
-        self._augmentation.start_epoch(0)
-        return {
-            stage: efficiency.training_flops(
-                self._net, [self._augmentation.apply(image_BHWC, one, stage), *others]
-            )
-            for stage in self._config.augment.stages
-        }
-
     def _sums(self) -> list[float]:
         """The summed loss and the samples of this epoch so far, of all workers."""
         return self._worker.sum([self._loss_sum.item(), self.progress.num_samples])
@@ -341,44 +309,7 @@ class Loop:
         else:  # the saved sums are those of all workers
             self.progress.num_samples = 0
 
-    def _place(self, net: nn.Module) -> nn.Module:
-        """Fit the net's inputs and bring it to the device, whole or in shards."""
-        if isinstance(net, ConvNet):
-            draws = order.generator(self._config.seed, 0, "fit").permutation(len(self._targets_N))
-            ids = np.sort(draws[:FIT_SAMPLES])
-            net.fit_inputs(*_to_device(self._inputs, ids, torch.device("cpu")))
-        sharded = self._config.workers.parallel == "fsdp"
-        if not sharded:  # FSDP takes contiguous weights only
-            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        net = net.to(self._worker.device)
-        if self._config.activation_checkpointing:
-            parallel.checkpoint_activations(net)
-        if sharded:
-            parallel.shard(net, self._worker)
-        return net
-
 
 def signed(row: dict[str, float], metric: str) -> float:
     """The metric with the sign that makes more of it better."""
     return -row[metric] if metric.endswith("loss") else row[metric]
-
-
-def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Return the weights of a finished run's best epoch, and its figures by epoch."""
-    last = store.latest()
-    assert last is not None, "a finished run has a checkpoint"
-    best = last.values["best_step"]
-    found = last
-    if best in store.steps():
-        found = store.load(best)
-    else:
-        print(
-            f"the checkpoint of the best epoch, at step {best}, could not be written; "
-            f"the model is that of step {last.values['step']}",
-            file=sys.stderr,
-        )
-    return state.weights(found.tensors), last.values["history"]
-
-
-def _to_device(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
-    return [torch.from_numpy(array[ids_B]).to(device) for array in inputs.values()]

@@ -1,0 +1,68 @@
+"""A net ready to be trained: built for its task, fitted to its inputs, brought to its device."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.config import Config, Stage
+from train.data import order
+from train.data.augment import Augmentation
+from train.loop import efficiency, parallel
+from train.loop.parallel import Worker
+from train.nets import ConvNet
+from train.tasks import Arrays, Task
+
+# Samples on which a net fits its normalisation and its whitening stem.
+FIT_SAMPLES = 5000
+
+
+def build_net(config: Config, task: Task) -> ConvNet:
+    """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
+    height, width, channels = task.features.inputs[0].shape
+    smallest = min(stage.side for stage in config.augment.stages)
+    shape = round(height * smallest), round(width * smallest), channels
+    return ConvNet(
+        shape,
+        task.target.num_outputs,
+        config.net.widths,
+        whiten=config.net.whiten,
+        activation=config.net.activation,
+    )
+
+
+def placed(net: nn.Module, config: Config, inputs: Arrays, worker: Worker) -> nn.Module:
+    """Fit the net's inputs and bring it to the device, whole or in shards."""
+    if isinstance(net, ConvNet):
+        count = len(next(iter(inputs.values())))
+        draws = order.generator(config.seed, 0, "fit").permutation(count)
+        ids = np.sort(draws[:FIT_SAMPLES])
+        net.fit_inputs(*to_device(inputs, ids, torch.device("cpu")))
+    sharded = config.workers.parallel == "fsdp"
+    if not sharded:  # FSDP takes contiguous weights only
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.to(worker.device)
+    if config.activation_checkpointing:
+        parallel.checkpoint_activations(net)
+    if sharded:
+        parallel.shard(net, worker)
+    return net
+
+
+def flops(
+    net: nn.Module, config: Config, inputs: Arrays, worker: Worker, augmentation: Augmentation
+) -> dict[Stage, float]:
+    """FLOPs of one sample's forward and backward pass, where the net is not in shards."""
+    if config.workers.parallel != "ddp":
+        return {}
+    one = np.zeros(1, np.int64)
+    image_BHWC, *others = to_device(inputs, one, worker.device)
+    augmentation.start_epoch(0)
+    return {
+        stage: efficiency.training_flops(net, [augmentation.apply(image_BHWC, one, stage), *others])
+        for stage in config.augment.stages
+    }
+
+
+def to_device(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
+    """The inputs of some samples as tensors."""
+    return [torch.from_numpy(array[ids_B]).to(device) for array in inputs.values()]
