@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,18 @@ def written_whole(target: str, last: str) -> Iterator[Path]:
             except OSError:
                 if not (Path(target) / last).exists():
                     raise
+
+
+@contextmanager
+def scratch(parent: str) -> Iterator[str]:
+    """Yield a folder's path or URL below `parent`, for files that go when the block ends."""
+    folder = join(parent, f".scratch-{secrets.token_hex(6)}")
+    fs, path = filesystem(folder)
+    try:
+        yield folder
+    finally:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
 
 
 def fetch(source: str, last: str) -> Path:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +11,10 @@ from serve.config import ServeConfig
 from serve.errors import BadRequest, NotFound, TimedOut
 from train.bundle import Predictor
 from train.bundle.manifest import Manifest
-from train.tasks import Arrays, InvalidRecord, Record
-from train.tasks.records import stack
+from train.tasks import Arrays, Columns, InvalidRecord
 
 # More than this is left to a thread: it would hold up every other request.
 MAX_INLINE_BYTES = 65_536
-MAX_INLINE_ROWS = 64
 
 
 class DataPlane:
@@ -29,6 +28,7 @@ class DataPlane:
             max_batch_rows=config.max_batch_rows,
             max_queue_rows=config.max_queue_rows,
         )
+        self._images = predictor.task.features.images
         self.version = version
 
     @property
@@ -52,36 +52,35 @@ class DataPlane:
                 f"version '{version[:100]}' of '{name}' is not served here; {self.version} is."
             )
 
-    async def infer(self, records: Sequence[Record]) -> Arrays:
+    async def infer(self, columns: Columns) -> Arrays:
         """Return predictions, a row for each record.
 
+        columns: every field of the model, with a value for each record.
         Raises BadRequest for a record that cannot be encoded, Overloaded, TimedOut.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                rows = await self._encoded(records)
+                rows = await self._encoded(columns)
                 return await self._batcher.submit(rows)
         except InvalidRecord as error:
-            raise BadRequest(str(error)) from error
+            several = error.row is not None and len(next(iter(columns.values()))) > 1
+            where = f"record {error.row}: " if several else ""
+            raise BadRequest(f"{where}{error}") from error
         except TimeoutError:
             raise TimedOut(f"no answer within {self._timeout_s:g} s; try again later.") from None
 
-    async def _encoded(self, records: Sequence[Record]) -> Arrays:
-        """Encode in a thread what has to be decoded: a small file may hold a large image."""
-        ready = len(records) <= MAX_INLINE_ROWS and all(
-            isinstance(value, np.ndarray) and value.nbytes <= MAX_INLINE_BYTES
-            for record in records
-            for value in record.values()
-        )
-        return self._encode(records) if ready else await asyncio.to_thread(self._encode, records)
+    async def _encoded(self, columns: Columns) -> Arrays:
+        """Encode in a thread what takes long: a small file may hold a large image."""
+        encode = self._predictor.encode
+        files = any(not isinstance(columns[name], np.ndarray) for name in self._images)
+        sizes = [_size_bytes(values) for values in columns.values()]
+        if not files and sum(sizes) <= MAX_INLINE_BYTES:
+            return encode(columns)
+        return await asyncio.to_thread(encode, columns)
 
-    def _encode(self, records: Sequence[Record]) -> Arrays:
-        encoded = []
-        for index, record in enumerate(records):
-            try:
-                encoded.append(self._predictor.encode(record))
-            except InvalidRecord as error:
-                if len(records) == 1:
-                    raise
-                raise InvalidRecord(f"record {index}: {error}") from error
-        return stack(encoded)
+
+def _size_bytes(values: Sequence[Any] | np.ndarray) -> int:
+    """About how much there is to encode."""
+    if isinstance(values, np.ndarray):
+        return values.nbytes
+    return sum(len(value) if isinstance(value, str | bytes) else 64 for value in values)

@@ -24,6 +24,8 @@ connect.prepare_environment()
 
 CONFIG: dict[str, Any] = {
     "name": "digits",
+    "learn": "class",
+    "features": {"image": "image"},
     "data": {"train": "sklearn:digits"},
     "net": {"widths": [16, 32]},
     "optim": {"epochs": 2, "batch_size": 64},

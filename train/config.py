@@ -1,6 +1,7 @@
 """Every knob of a training run: bounded, documented, strict."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from pydantic_settings import (
 )
 
 from cluster.errors import UserError
+from train.tasks.features import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
@@ -38,7 +40,10 @@ class Part(BaseModel):
 
 
 class Data(Part):
-    train: str = Field(description="Training records: a path or URL to Parquet, or sklearn:digits.")
+    train: str = Field(
+        description="Training records: path, folder, glob or URL of CSV, Parquet, JSON lines, Arrow "
+        "or image folders; or sklearn:digits."
+    )
     valid: str | None = Field(
         None, description="Validation records; split off the training records when not given."
     )
@@ -54,28 +59,93 @@ class Data(Part):
     split_seed: int = Field(
         0, ge=0, description="Seed of the splits; the same whatever the run's own seed."
     )
+    split_key: str | None = Field(
+        None, description="Column whose equal values stay in one split, such as a customer."
+    )
+    split_time: str | None = Field(
+        None, description="Column with a date; the latest records become the test split."
+    )
+    drop: tuple[str, ...] = Field(
+        (), description="Columns to leave out where features are not listed, as they leak."
+    )
+    encoding: str = Field("utf-8", description="Of CSV files.")
+    bad_records: Literal["refuse", "drop"] = Field(
+        "refuse", description="A record that cannot be encoded ends the run, or is left out, told."
+    )
 
 
-class Image(Part):
-    column: str = Field("image", description="Column with the image.")
+def _kind_alone(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS and ":" not in kind:
+        raise ValueError(f"expected one of {', '.join(KINDS)}, or package.module:Class")
+    return kind
+
+
+class Column(Part):
+    """What a column of the records is."""
+
+    kind: Annotated[str, AfterValidator(_known_kind)] = Field(
+        description=f"{', '.join(KINDS)}, or package.module:Class."
+    )
+    format: str | None = Field(
+        None, description="Of a date, as strptime reads it; ISO 8601 by default."
+    )
     size: tuple[Count, Count] | None = Field(
         None, description="Height and width to bring images to; the first image's by default."
     )
     channels: Literal[1, 3] | None = Field(
-        None, description="1 for grey, 3 for colour; as the first image by default."
+        None, description="1 for grey, 3 for colour images; as the first image by default."
+    )
+    crop: bool | None = Field(
+        None, description="Cut images to the size's shape before resizing, not squeeze them."
+    )
+
+
+class Text(Part):
+    max_tokens: int = Field(
+        256, ge=1, le=65_536, description="Tokens of a record's texts together; more are cut."
+    )
+    vocabulary: int = Field(
+        20_000, ge=100, le=1_000_000, description="Most tokens of the trained vocabulary."
+    )
+    tokenizer: str | None = Field(
+        None, description="Path or URL of a Tokenizers JSON; trained on the records by default."
     )
 
 
 class Net(Part):
+    own: str | None = Field(
+        None, description="package.module:Class of a net of your own, in place of all below."
+    )
     widths: list[Count] = Field(
         [64, 128, 128], min_length=1, description="Channels of each block, which halves the image."
     )
+    text: Literal["bag", "transformer"] = Field(
+        "bag", description="Mean of the words' vectors, or a small transformer encoder."
+    )
+    text_width: Count = Field(128, description="Size of a word's vector.")
+    text_layers: int = Field(2, ge=1, le=48, description="Layers of the transformer.")
+    text_dropout: float = Field(0.2, ge=0, lt=1, description="Share of words left out in training.")
+    hidden: list[Count] = Field(
+        [128, 128], description="Hidden layers over numbers, categories and all inputs together."
+    )
+    bins: int = Field(
+        16, ge=2, le=256, description="Pieces of a number's range, each with a weight of its own."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden values left out.")
     activation: Literal["relu", "gelu"] = Field(
         "relu", description="gelu learns a little faster; relu runs faster in int8."
     )
     whiten: bool = Field(
         True, description="Start with a fixed convolution that whitens 2×2 patches."
     )
+
+
+def _own_alone(value: Any) -> Any:
+    return {"own": value} if isinstance(value, str) else value
 
 
 class Optim(Part):
@@ -115,6 +185,9 @@ class Optim(Part):
     )
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rare classes count as much in all as frequent ones."
     )
 
 
@@ -209,7 +282,9 @@ class Checkpoint(Part):
     )
     keep: int = Field(2, ge=1, le=1000, description="Latest checkpoints to keep, besides the best.")
     best: str | None = Field(
-        None, description="Metric whose best epoch becomes the model; the task's own by default."
+        None,
+        description="Metric whose best epoch becomes the model, or last; the task's own metric by "
+        "default.",
     )
 
 
@@ -227,8 +302,10 @@ class Compress(Part):
 
 class Registry(Part):
     enabled: bool = Field(True, description="Register the bundle as a model version in MLflow.")
-    metric: str = Field(
-        "valid_accuracy", description="What a version must not be worse in to become production."
+    metric: str | None = Field(
+        None,
+        description="What a version must not be worse in to become production; the task's own "
+        "metric on the validation split by default.",
     )
 
 
@@ -244,6 +321,19 @@ class Config(Part):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation.")
     target: str = Field("label", description="The column to predict.")
+    learn: Literal["class", "labels", "value"] | None = Field(
+        None,
+        description="Whether the target is one class, any number of labels, or a number; found "
+        "by looking at it by default.",
+    )
+    features: dict[str, Annotated[Column, BeforeValidator(_kind_alone)]] = Field(
+        {},
+        description="What each column to predict from is; found by looking at the records by "
+        "default.",
+    )
+    task: str | None = Field(
+        None, description="package.module:Class of a task of your own, a train.tasks.Task."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto is bf16 where the device computes in it, else fp32."
     )
@@ -260,8 +350,8 @@ class Config(Part):
         None, description="Name of a run under storage.path to continue where it stopped."
     )
     data: Data
-    image: Image = Image()
-    net: Net = Net()
+    text: Text = Text()
+    net: Annotated[Net, BeforeValidator(_own_alone)] = Net()
     optim: Optim = Optim()
     augment: Augment = Augment()
     stop: Stop = Stop()
@@ -278,14 +368,19 @@ class _Command(BaseSettings, Config):
     model_config = SettingsConfigDict(cli_prog_name="python train/main.py", cli_avoid_json=True)
 
     config: Path = Field(
-        DEFAULT_CONFIG.relative_to(CONFIGS.parents[1]), description="YAML file with options."
+        DEFAULT_CONFIG.relative_to(CONFIGS.parents[1]),
+        description="YAML file with options; without it and with data.train, all is found by "
+        "looking at the records.",
+    )
+    save_config: Path | None = Field(
+        None, description="Write the options to this YAML file, with what was found by looking."
     )
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str]) -> tuple[Config, Path | None]:
     """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
 
-    Raises UserError with one line that names the field.
+    Returns the config, and where to save it. Raises UserError with one line that names the field.
     """
     try:
         options = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
@@ -293,7 +388,30 @@ def parse(argv: Sequence[str]) -> Config:
         problem = str(error).removeprefix("error parsing CLI: ")
         raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
     file = options.pop("config", None)
-    return validate(_merge(load_yaml(Path(file or DEFAULT_CONFIG)), options))
+    save_to = options.pop("save_config", None)
+    train = options.get("data", {}).get("train")
+    if file is None and train is not None:
+        base: dict[str, Any] = {"name": _name_of(train)}
+    else:
+        base = load_yaml(Path(file or DEFAULT_CONFIG))
+    return validate(_merge(base, options)), Path(save_to) if save_to else None
+
+
+def save(config: Config, path: Path) -> None:
+    """Write what is not a default. Raises UserError."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise UserError(
+            f"config file '{path}' cannot be written: {error.strerror}; give another path."
+        ) from error
+
+
+def _name_of(url: str) -> str:
+    """A model's name for the file that it is trained on."""
+    stem = url.rstrip("/*").rpartition("/")[2].partition(".")[0].lower()
+    return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"
 
 
 def validate(values: Mapping[str, Any]) -> Config:

@@ -1,14 +1,17 @@
 """fit(config) -> Bundle: the one entry for training."""
 
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from cluster import connect, storage
 from cluster.errors import UserError
@@ -17,17 +20,20 @@ from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES
 from train.bundle.manifest import Tensor
 from train.compress import fastest, make_variants
-from train.config import Config
-from train.data import order, shards
+from train.config import Augment, Config
+from train.data import infer, order, shards
 from train.data.baseline import baseline
+from train.data.report import PICTURE, REPORT
 from train.data.shards import Shards
 from train.loop import schedule, trainer
-from train.loop.building import build_net
+from train.loop.building import build_net, folded
 from train.loop.checkpoint import trained
 from train.loop.events import Follower, until_it_fails
 from train.loop.figures import Event
+from train.loop.loop import LAST
 from train.loop.progress import ProgressDisplay
 from train.loop.run import LEAST_SAMPLES, Job, Run
+from train.nets.losses import loss_of
 
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -41,10 +47,12 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     """
     started = time.perf_counter()
     root = storage.resolve(config.storage.path)
+    connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
+    config = infer.complete(config)
     data = shards.prepare(config, root)
+    print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     _check(config, data)
     run = _run(config, storage.join(root, "train"))
-    connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     display = ProgressDisplay(config.optim.epochs)
     record = until_it_fails(observe)
 
@@ -72,10 +80,20 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
 
 def _check(config: Config, data: Shards) -> None:
     """Raises UserError for what is only known once the data are."""
+    task = data.task
     try:
-        build_net(config, data.task)
+        build_net(config, task)
+        loss_of(task.target, config.optim, torch.device("cpu"))
     except ValueError as error:
         raise UserError(str(error)) from error
+    images = task.features.images
+    if (config.augment.mixup or config.augment.cutmix) and len(task.features.inputs) != len(images):
+        raise UserError(
+            "augment.mixup and augment.cutmix mix images, and the records hold more than an image; "
+            "leave them out."
+        )
+    if config.augment != Augment() and not images:
+        raise UserError("augment is for images, and the records hold none; leave it out.")
     smallest = order.smallest_batch(
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size
     )
@@ -91,13 +109,14 @@ def _check(config: Config, data: Shards) -> None:
             f"workers.lanes is {lanes}, and workers.num up to {config.workers.most}; every worker "
             f"computes a lane, so give --workers.lanes {config.workers.most}, or more."
         )
-    known = [f"valid_{name}" for name in data.task.target.metric_names]
-    for option, metric in (
-        ("stop.metric", config.stop.metric),
-        ("checkpoint.best", config.checkpoint.best),
+    known = [f"valid_{name}" for name in task.target.metric_names]
+    for option, metric, accepted in (
+        ("stop.metric", config.stop.metric, known),
+        ("checkpoint.best", config.checkpoint.best, [*known, LAST]),
+        ("registry.metric", config.registry.metric, known),
     ):
-        if metric is not None and metric not in known:
-            raise UserError(f"{option} is '{metric}'; there are {', '.join(known)}.")
+        if metric is not None and metric not in accepted:
+            raise UserError(f"{option} is '{metric}'; there are {', '.join(accepted)}.")
 
 
 def _run(config: Config, runs: str) -> Run:
@@ -120,31 +139,26 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     writer.json(BASELINE, baseline(data))
     writer.json("report/history.json", history)
 
-    variants, test_outputs = make_variants(net.folded(), config, data, writer)
+    for name in (REPORT, PICTURE):
+        shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))
+
+    variants, test_outputs = make_variants(folded(net), config, data, writer)
     default = fastest(variants)
-    metric = f"valid_{task.metric}"
-    inputs, targets = data.open("test")
-    classes = task.target.to_dict()["classes"]
-    probabilities = task.target.decode(test_outputs[default])["probabilities"]
-    images = next(iter(inputs.values()))
     steps = order.num_steps(data.summary["splits"]["train"]["num_records"], config.optim.batch_size)
     rates = [
         config.optim.lr * schedule.factor(config.optim, step, steps * config.optim.epochs)
         for step in range(steps * len(history))
     ]
+    metric = f"valid_{task.metric}"
     report.curves(history, metric, rates, writer.file("report/curves.png"))
-    report.confusion(
-        probabilities.argmax(axis=1), targets, classes, writer.file("report/confusion.png")
-    )
-    report.calibration(probabilities, targets, writer.file("report/calibration.png"))
-    report.mistakes(images, probabilities, targets, classes, writer.file("report/mistakes.png"))
+    report.predictions(task, *data.open("test"), test_outputs[default], writer.file)
     report.tradeoff(variants, f"test_{task.metric}", default, writer.file("report/variants.png"))
     writer.commit(
         Manifest(
             name=config.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             task=task.to_dict(),
-            inputs=[Tensor.of(spec) for spec in task.features.inputs],
+            inputs=[Tensor.of(spec) for spec in task.features.fields],
             outputs=[Tensor.of(spec) for spec in task.target.outputs],
             files=writer.files(),
             versions=_versions(),

@@ -21,22 +21,23 @@ from train import config as configs
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    config = configs.parse(argv)
+    config, save_to = configs.parse(argv)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "train.fit")
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
     from train.bundle import registry
+    from train.data import infer
     from train.fit import fit
-    from train.tasks import ClassTarget
 
+    config = infer.complete(config)
+    if save_to:
+        configs.save(config, save_to)
     root = storage.resolve(config.storage.path)
-    if config.registry.enabled:
-        known = [f"valid_{name}" for name in ClassTarget(config.target).metric_names]
-        registry.check(root, config.registry.metric, known)
     if not config.registry.enabled:
         return registry.summary(fit(config))
+    registry.check(root, config.registry.metric)
     with registry.Recording(root, config.name, config.model_dump(mode="json")) as recording:
         bundle = fit(config, recording.observe)
         published = registry.publish(bundle, recording, root, config.registry.metric)

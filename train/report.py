@@ -1,6 +1,6 @@
 """Pictures of a training run and of its variants."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from train.bundle.manifest import Variant
+from train.tasks import Arrays, ClassTarget, Task, ValueTarget
+from train.tasks.targets import LOWER_IS_BETTER
 
 MAX_NAMED_CLASSES = 30
 MAX_MISTAKES = 24
@@ -29,11 +31,11 @@ def curves(
     last.set(xlabel="epoch", ylabel="rate", title="Learning rate")
     left.plot(epochs, [row["train_loss"] for row in history], label="train")
     left.plot(epochs, [row["valid_loss"] for row in history], label="valid")
-    left.set(xlabel="epoch", ylabel="loss (nats)", title="Loss")
+    left.set(xlabel="epoch", ylabel="loss", title="Loss")
     left.legend()
     values = [row[metric] for row in history]
     right.plot(epochs, values, color="tab:orange")
-    best = int(np.argmax(values))
+    best = int(np.argmin(values) if metric.endswith(LOWER_IS_BETTER) else np.argmax(values))
     right.plot(epochs[best], values[best], "o", color="tab:orange")
     right.annotate(
         f"{values[best]:.4f}",
@@ -43,6 +45,50 @@ def curves(
         ha="right",
     )
     right.set(xlabel="epoch", ylabel=metric, title="Validation")
+    _save(figure, path)
+
+
+def predictions(
+    task: Task,
+    inputs: Arrays,
+    targets: np.ndarray,
+    outputs: Arrays,
+    file: Callable[[str], Path],
+) -> None:
+    """The pictures that suit the task's target, of its test split.
+
+    file: from a name in the bundle to the path to write.
+    """
+    target = task.target
+    answers = target.decode(outputs)
+    if isinstance(target, ClassTarget):
+        probabilities_NK = answers["probabilities"]
+        chosen_N, classes = probabilities_NK.argmax(axis=1), target.classes
+        confusion(chosen_N, targets, classes, file("report/confusion.png"))
+        calibration(probabilities_NK, targets, file("report/calibration.png"))
+        for name in task.features.images[:1]:
+            path = file("report/mistakes.png")
+            mistakes(inputs[name], probabilities_NK, targets, classes, path)
+    elif isinstance(target, ValueTarget):
+        true_N = targets * target.scale + target.mean
+        values(answers["value"], true_N, target.column, file("report/values.png"))
+
+
+def values(predicted_N: np.ndarray, true_N: np.ndarray, name: str, path: Path) -> None:
+    """What was predicted against what was true, and how the differences are spread."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    ends = [float(np.min(true_N)), float(np.max(true_N))]
+    left.scatter(true_N, predicted_N, s=6, alpha=0.3, linewidths=0)
+    left.plot(ends, ends, color="grey", linestyle="--")
+    left.set(xlabel=f"true {name}", ylabel=f"predicted {name}", title="Test split")
+    error_N = predicted_N - true_N
+    reach = float(np.quantile(np.abs(error_N), 0.99)) or 1.0
+    right.hist(np.clip(error_N, -reach, reach), bins=61, color="tab:orange")
+    right.set(
+        xlabel=f"predicted − true {name} (ends hold the last 1 %)",
+        ylabel="records",
+        title=f"Half are within {np.median(np.abs(error_N)):.3g}",
+    )
     _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -98,22 +99,45 @@ def _post(summary: str, example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _v2(manifest: Manifest) -> dict[str, Any]:
+    return {"inputs": [_example(tensor) for tensor in manifest.inputs]}
+
+
+def _example(tensor: Tensor) -> dict[str, Any]:
+    if _is_image(tensor):
+        return {
+            "name": tensor.name,
+            "shape": [1],
+            "datatype": "BYTES",
+            "parameters": {"content_type": "base64"},
+            "data": [_png(tensor)],
+        }
     return {
-        "inputs": [
-            {
-                "name": tensor.name,
-                "shape": [1],
-                "datatype": "BYTES",
-                "parameters": {"content_type": "base64"},
-                "data": [_png(tensor)],
-            }
-            for tensor in manifest.inputs
-        ]
+        "name": tensor.name,
+        "shape": [1, *tensor.shape[1:]],
+        "datatype": tensor.datatype,
+        "data": [_EXAMPLES.get(tensor.datatype, 0)] * math.prod(tensor.shape[1:]),
     }
 
 
 def _v1(manifest: Manifest) -> dict[str, Any]:
-    return {"instances": [{tensor.name: {"b64": _png(tensor)} for tensor in manifest.inputs}]}
+    return {
+        "instances": [
+            {
+                tensor.name: {"b64": _png(tensor)}
+                if _is_image(tensor)
+                else _EXAMPLES.get(tensor.datatype, 0)
+                for tensor in manifest.inputs
+            }
+        ]
+    }
+
+
+# A value that is not known is one that every model takes.
+_EXAMPLES = {"BYTES": None, "BOOL": True, "FP64": 1.5, "FP32": 1.5}
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.datatype == "UINT8" and len(tensor.shape) == 4
 
 
 def _png(tensor: Tensor) -> str:

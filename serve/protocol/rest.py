@@ -67,7 +67,7 @@ class Rest:
         body = await self._body(request)
         header_length = request.headers.get(v2.HEADER_LENGTH)
         inference = v2.decode(body, header_length, plane.manifest, self._max_rows)
-        predictions = await plane.infer(inference.records)
+        predictions = await plane.infer(inference.columns)
         content, json_length = v2.encode(inference, predictions, plane.manifest, plane.version)
         if json_length is None:
             return Response(content, media_type="application/json")
@@ -77,8 +77,8 @@ class Rest:
     async def predict(self, request: Request) -> Response:
         plane = self._plane
         plane.check_name(request.path_params["name"])
-        records = v1.decode(await self._body(request), plane.manifest, self._max_rows)
-        predictions = await plane.infer(records)
+        columns = v1.decode(await self._body(request), plane.manifest, self._max_rows)
+        predictions = await plane.infer(columns)
         return Response(v1.encode(predictions), media_type="application/json")
 
     async def server(self, request: Request) -> Response:

@@ -120,13 +120,17 @@ def _from_json(
     accepted: set[type] = {bool} if datatype == "BOOL" else {int}
     if datatype[0] == "F":
         accepted = {int, float}
-    if not set(map(type, values)) <= accepted:
-        raise BadRequest(f"{where}: data must be values of {datatype}.")
+    unknown = None in values
+    if not set(map(type, values)) <= accepted | {type(None)}:
+        raise BadRequest(f"{where}: data must be values of {datatype}, or null.")
     try:
-        return np.array(values, DTYPES[datatype])
+        # Of floating-point numbers null becomes NaN; nothing else can hold it.
+        holds_all = not unknown or datatype[0] == "F"
+        return np.array(values, DTYPES[datatype]) if holds_all else _objects(values)
     except OverflowError:
+        known = [value for value in values if value is not None]
         raise BadRequest(
-            f"{where}: data reaches from {str(min(values))[:40]} to {str(max(values))[:40]}, "
+            f"{where}: data reaches from {str(min(known))[:40]} to {str(max(known))[:40]}, "
             f"more than {datatype} holds."
         ) from None
 
@@ -149,11 +153,18 @@ def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
 
 
 def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:
-    if not all(isinstance(value, str) for value in values):
-        raise BadRequest(f"{where}: data of BYTES must be strings.")
-    if base64_encoded:
-        return _objects([from_base64(value, where) for value in values])
-    return _objects([value.encode(errors="surrogatepass") for value in values])
+    if not all(isinstance(value, str | None) for value in values):
+        raise BadRequest(f"{where}: data of BYTES must be strings, or null.")
+    return _objects(
+        [
+            None
+            if value is None
+            else from_base64(value, where)
+            if base64_encoded
+            else value.encode(errors="surrogatepass")
+            for value in values
+        ]
+    )
 
 
 def from_base64(value: str, where: str) -> bytes:
@@ -163,7 +174,7 @@ def from_base64(value: str, where: str) -> bytes:
         raise BadRequest(f"{where}: not valid base64 ({error}).") from error
 
 
-def _objects(values: list[bytes]) -> np.ndarray:
+def _objects(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = values
     return array

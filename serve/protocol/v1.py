@@ -8,31 +8,44 @@ import orjson
 from serve.errors import BadRequest
 from serve.protocol.tensors import flatten, from_base64
 from serve.protocol.v2 import check_rows, parse_json
-from train.bundle.manifest import Manifest
-from train.tasks import Arrays, Record
+from train.bundle.manifest import Manifest, Tensor
+from train.tasks import Arrays, Columns
 
 
-def decode(body: bytes, manifest: Manifest, max_rows: int) -> list[Record]:
-    """Return the records of the instances.
+def decode(body: bytes, manifest: Manifest, max_rows: int) -> Columns:
+    """Return the fields of the instances side by side.
 
     An instance is an object of fields, or for a model with one input just that field's value: an
-    image is {"b64": …} or nested lists of 0..255. Raises BadRequest.
+    image is {"b64": …} or nested lists of 0..255, a value that is not known null. Raises
+    BadRequest.
     """
     instances = parse_json(body).get("instances")
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
     check_rows(len(instances), max_rows)
-    names = [tensor.name for tensor in manifest.inputs]
-    records: list[Record] = []
+    fields = {tensor.name: tensor for tensor in manifest.inputs}
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
     for index, instance in enumerate(instances):
-        if len(names) == 1 and not (isinstance(instance, dict) and names[0] in instance):
-            instance = {names[0]: instance}
-        if not isinstance(instance, dict) or set(instance) != set(names):
-            raise BadRequest(f"instance {index} must have the fields {', '.join(names)}.")
-        records.append(
-            {name: _value(value, f"instance {index}") for name, value in instance.items()}
-        )
-    return records
+        if len(fields) == 1 and not (
+            isinstance(instance, dict) and instance.keys() == fields.keys()
+        ):
+            instance = dict.fromkeys(fields, instance)
+        if not isinstance(instance, dict) or instance.keys() != fields.keys():
+            raise BadRequest(f"instance {index} {_difference(instance, list(fields))}.")
+        for name, tensor in fields.items():
+            columns[name].append(_value(instance[name], tensor, f"instance {index}"))
+    return columns
+
+
+def _difference(instance: Any, names: list[str]) -> str:
+    """Say what is wrong with the fields of an instance."""
+    fields = f"must have the fields {', '.join(names)}"
+    if not isinstance(instance, dict):
+        return fields
+    if missing := [name for name in names if name not in instance]:
+        return f"has no '{missing[0]}'; it {fields}, null where a value is not known"
+    other = next(name for name in instance if name not in names)
+    return f"has '{other[:100]}'; it {fields} and no others"
 
 
 def encode(predictions: Arrays) -> bytes:
@@ -44,10 +57,10 @@ def encode(predictions: Arrays) -> bytes:
     return orjson.dumps({"predictions": rows})
 
 
-def _value(value: Any, where: str) -> Any:
+def _value(value: Any, tensor: Tensor, where: str) -> Any:
     if isinstance(value, dict) and isinstance(value.get("b64"), str):
         return from_base64(value["b64"], where)
-    if isinstance(value, list):
+    if isinstance(value, list) and tensor.datatype == "UINT8":
         shape, values = flatten(value, where)
         if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
             raise BadRequest(f"{where}: an image as lists must be of whole numbers 0..255.")

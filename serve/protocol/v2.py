@@ -1,4 +1,4 @@
-"""Open Inference Protocol v2, REST: request body → records, predictions → response body."""
+"""Open Inference Protocol v2, REST: request body → fields, predictions → response body."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import orjson
 from serve.errors import BadRequest, BodyTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
-from train.tasks import Arrays, Record
+from train.tasks import Arrays, Columns
 
 HEADER_LENGTH = "inference-header-content-length"
 EXTENSIONS = ["binary_tensor_data"]
@@ -22,7 +22,7 @@ class InferRequest:
     """id: the client's, given back. outputs: name → whether as binary; all as `binary` if empty."""
 
     id: str | None
-    records: list[Record]
+    columns: Columns
     outputs: dict[str, bool]
     binary: bool
 
@@ -53,7 +53,7 @@ def decode(
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
     return InferRequest(
         id=_optional(request, "id", str),
-        records=_records(arrays, manifest, max_rows),
+        columns=_columns(arrays, manifest, max_rows),
         outputs=_requested(request.get("outputs"), manifest),
         binary=bool(_parameters(request).get("binary_data_output")),
     )
@@ -120,18 +120,29 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
-def _records(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> list[Record]:
+def _columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
     """Row i of every tensor makes record i."""
-    expected = [tensor.name for tensor in manifest.inputs]
-    if set(arrays) != set(expected):
+    fields = {tensor.name: tensor for tensor in manifest.inputs}
+    if arrays.keys() != fields.keys():
         raise BadRequest(
-            f"inputs are {', '.join(arrays)[:200]}; '{manifest.name}' takes {', '.join(expected)}."
+            f"inputs are {', '.join(arrays)[:200]}; '{manifest.name}' takes {', '.join(fields)}."
         )
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:
         raise BadRequest("inputs must have the same number of rows, at least one.")
     check_rows(max(counts), max_rows)
-    return [{name: array[row] for name, array in arrays.items()} for row in range(counts.pop())]
+    columns = {}
+    for name, array in arrays.items():
+        single = len(fields[name].shape) == 1
+        # Many clients send one value a row as [N, 1].
+        if single and array.ndim > 1:
+            if array.shape[1:] != (1,):
+                raise BadRequest(
+                    f"input '{name}' has shape {list(array.shape)}; expected [{len(array)}]."
+                )
+            array = array[:, 0]
+        columns[name] = array
+    return columns
 
 
 def _requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:

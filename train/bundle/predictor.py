@@ -9,8 +9,7 @@ import numpy as np
 
 from train.bundle.bundle import Bundle, CorruptBundle
 from train.bundle.engines import ENGINES, Engine
-from train.tasks import Arrays, Record, Task
-from train.tasks.records import stack
+from train.tasks import Arrays, Columns, Record, Task
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +54,9 @@ class Predictor:
                 )
         return cls(bundle, bundle.task, variant, engine)
 
-    def encode(self, record: Record) -> Arrays:
-        """Return the record's arrays. Raises InvalidRecord."""
-        return self.task.features.encode(record)
+    def encode(self, columns: Columns) -> Arrays:
+        """Return the arrays of N records. Raises InvalidRecord."""
+        return self.task.features.encode(columns)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Return the predictions for a batch of encoded records."""
@@ -65,4 +64,4 @@ class Predictor:
 
     def predict(self, records: Sequence[Record]) -> Arrays:
         """Return the predictions for records, one row each. Raises InvalidRecord."""
-        return self.run(stack([self.encode(record) for record in records]))
+        return self.run(self.task.features.encode_records(records))

@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -18,6 +17,7 @@ from urllib.request import url2pathname
 from cluster import storage
 from cluster.errors import UserError
 from train.bundle.bundle import Bundle
+from train.tasks.targets import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,14 +105,16 @@ class Recording:
         return self._client, self.run_id
 
 
-def publish(bundle: Bundle, recording: Recording, root: str, metric: str) -> dict[str, Any]:
+def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None) -> dict[str, Any]:
     """Add the bundle to its run and register it as a new version of its model.
 
-    The version becomes production if it is no worse in `metric` than the one that is, else
-    candidate; stderr says which and why. Returns {"version", "alias", "uri"}.
+    The version becomes production if it is no worse in `metric` (the task's own on the validation
+    split when None) than the one that is, else candidate; stderr says which and why. Returns
+    {"version", "alias", "uri"}.
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
+    metric = metric or f"valid_{bundle.task.metric}"
     value = _metric(bundle, metric)
     client.update_run(run_id, name=bundle.path.name)
     _log(client, run_id, bundle)
@@ -141,13 +143,13 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str) -> dic
     return {"version": int(version), "alias": alias, "uri": uri}
 
 
-def check(root: str, metric: str, known: Sequence[str]) -> None:
+def check(root: str, metric: str | None) -> None:
     """Raises UserError for what `publish` would refuse, before any work is done."""
     storage.tracking_uri(root)
-    if metric not in known:
+    if metric is not None and not metric.startswith("valid_"):
         raise UserError(
-            f"registry.metric is '{metric}'; accepted are {', '.join(known)}, as no choice sees "
-            "the test split."
+            f"registry.metric is '{metric}'; accepted are metrics of the validation split, such as "
+            "valid_accuracy, as no choice sees the test split."
         )
 
 
@@ -283,9 +285,8 @@ def _local(version: Any, root: str) -> str:
 
 
 def _worse(metric: str, value: float, before: float) -> bool:
-    lower_is_better = metric.endswith(("loss", "rmse", "mae"))
     # A NaN is worse than anything.
-    return not (value <= before if lower_is_better else value >= before)
+    return not (value <= before if metric.endswith(LOWER_IS_BETTER) else value >= before)
 
 
 def _exists(client: "MlflowClient", name: str) -> bool:

@@ -1,6 +1,7 @@
 """Export: torch → ONNX, checked against torch."""
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -30,6 +31,7 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
     net = net.eval().cpu()
     tensors = tuple(torch.from_numpy(sample[spec.name]) for spec in specs)
     batch = torch.export.Dim("batch", min=1, max=65_536)
+    shapes = tuple({0: batch} for _ in specs)
     with _quiet():
         torch.onnx.export(
             net,
@@ -37,7 +39,8 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
             str(path),
             input_names=[spec.name for spec in specs],
             output_names=["logits"],
-            dynamic_shapes=tuple({0: batch} for _ in specs),
+            # A net takes all its inputs as one *inputs, or each by a name of its own.
+            dynamic_shapes=(shapes,) if _takes_any(net) else shapes,
             dynamo=True,
             external_data=False,
         )
@@ -51,6 +54,11 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
             f"the exported net differs from torch by {difference:.3g} on {len(logits)} records; "
             "an operator of the net is exported wrongly."
         )
+
+
+def _takes_any(net: nn.Module) -> bool:
+    parameters = inspect.signature(net.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ WHOLE = Stage()
 
 @dataclass(frozen=True)
 class Mixed:
-    """Images of which `share` is of targets_B and the rest of others_B."""
+    """Inputs of which `share` is of targets_B and the rest of others_B."""
 
-    images_BHWC: Tensor
+    inputs: list[Tensor]
     targets_B: Tensor
     others_B: Tensor
     share: float
@@ -32,8 +32,12 @@ class Mixed:
 class Augmentation:
     """Draws an epoch's variations and applies them to batches."""
 
-    def __init__(self, config: Augment, seed: int, num_samples: int) -> None:
+    def __init__(
+        self, config: Augment, seed: int, num_samples: int, images: tuple[str, ...] = ()
+    ) -> None:
+        """images: names of the inputs that are images."""
         self._config = config
+        self.images = images
         self._seed = seed
         self._num_samples = num_samples
         # Whether a sample is mirrored in even epochs; in odd ones it is the other way round, so
@@ -66,11 +70,12 @@ class Augmentation:
             images_BHWC = _shrink(images_BHWC, stage.scale)
         return images_BHWC
 
-    def mix(self, images_BHWC: Tensor, targets_B: Tensor, key: int) -> Mixed:
+    def mix(self, inputs: list[Tensor], targets_B: Tensor, key: int) -> Mixed:
         """Mix the images of a batch in pairs; what is drawn depends on seed and `key` alone."""
         config = self._config
         if not config.mixup and not config.cutmix:
-            return Mixed(images_BHWC, targets_B, targets_B, 1.0)
+            return Mixed(inputs, targets_B, targets_B, 1.0)
+        (images_BHWC,) = inputs
         draws = generator(self._seed, key, "mix")
         order_B = torch.from_numpy(draws.permutation(len(targets_B))).to(targets_B.device)
         others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
@@ -83,10 +88,10 @@ class Augmentation:
             mixed_BHWC[:, rows, columns] = others_BHWC[:, rows, columns]
             height, width = images_BHWC.shape[1:3]
             covered = (rows.stop - rows.start) * (columns.stop - columns.start)
-            return Mixed(mixed_BHWC, targets_B, others_B, 1 - covered / (height * width))
+            return Mixed([mixed_BHWC], targets_B, others_B, 1 - covered / (height * width))
         share = float(draws.beta(config.mixup, config.mixup))
         mixed_BHWC = share * images_BHWC.float() + (1 - share) * others_BHWC.float()
-        return Mixed(mixed_BHWC, targets_B, others_B, share)
+        return Mixed([mixed_BHWC], targets_B, others_B, share)
 
     def _cut(self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float) -> Tensor:
         """Mirror, shift and crop; what a shift uncovers is filled by reflection."""

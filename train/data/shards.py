@@ -5,27 +5,32 @@ A shard directory is named by the digest of all that its content depends on.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from cluster import storage
 from cluster.errors import UserError
 from train.config import Config
-from train.data import sources
-from train.data.splits import Split, split
-from train.tasks import Arrays, ClassTarget, ImageFeatures, InvalidRecord, Task
+from train.data import encoding, sources, splits
+from train.data.encoding import Encoded
+from train.data.report import REPORT, Report
+from train.data.splits import NAMES, TRAIN, Part
+from train.tasks import Arrays, Columns, InvalidRecord, Task
+from train.tasks.features import imported
 
 # Part of every digest: raise it when encoding changes.
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 SUMMARY = "summary.json"
-CHUNK = 256
+# Features are fitted on at most so many training records, drawn at random.
+FIT_RECORDS = 50_000
+# The most bad records to leave out while fitting; more mean that a column is not what it is said.
+MAX_BAD_FITTED = 100
+Fitted = TypeVar("Fitted")
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,16 @@ class Shards:
     def task(self) -> Task:
         return Task.from_dict(self.summary["task"])
 
+    @property
+    def folder(self) -> Path:
+        return storage.fetch(self.url, last=SUMMARY)
+
     def open(self, name: str) -> tuple[Arrays, np.ndarray]:
         """Return the inputs and targets of a split, memory-mapped and read-only."""
-        folder = storage.fetch(self.url, last=SUMMARY) / name
+        folder = self.folder / name
         inputs = {
-            spec.name: np.load(folder / f"input-{spec.name}.npy", mmap_mode="r")
-            for spec in self.task.features.inputs
+            spec.name: np.load(folder / f"input-{number}.npy", mmap_mode="r")
+            for number, spec in enumerate(self.task.features.inputs)
         }
         return inputs, np.load(folder / "target.npy", mmap_mode="r")
 
@@ -54,89 +63,241 @@ def prepare(config: Config, root: str) -> Shards:
 
     Raises UserError that names source and row of a record that cannot be encoded.
     """
-    urls = [url for url in (config.data.train, config.data.valid, config.data.test) if url]
+    assert config.features, "train.data.infer names them"
+    assert config.learn is not None
+    data = config.data
+    urls = {"train": data.train, "valid": data.valid, "test": data.test}
+    found = {name: sources.find(url) for name, url in urls.items() if url is not None}
     depends_on = [
         ENCODING_VERSION,
-        [(url, sources.fingerprint(url)) for url in urls],
-        config.data.model_dump(),
-        config.image.model_dump(),
-        config.target,
+        [(source.url, source.fingerprint) for source in found.values()],
+        data.model_dump(),
+        {column: feature.model_dump() for column, feature in config.features.items()},
+        config.text.model_dump(),
+        [config.target, config.learn, config.task],
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:20]
     url = storage.join(root, "data", key)
     fs, path = storage.filesystem(url)
     summary_path = storage.join(path, SUMMARY)
     if not fs.exists(summary_path):
-        with storage.written_whole(url, last=SUMMARY) as folder:
-            _write(config, folder)
+        with (
+            storage.written_whole(url, last=SUMMARY) as folder,
+            storage.scratch(storage.join(root, "data")) as scratch,
+        ):
+            opened = {
+                name: sources.open_source(source, storage.join(scratch, name), data.encoding)
+                for name, source in found.items()
+            }
+            size_bytes = sum(source.size_bytes for source in found.values())
+            _write(config, opened, size_bytes, folder)
     with fs.open(summary_path, "r") as file:
         return Shards(url, json.load(file))
 
 
-def _write(config: Config, folder: Path) -> None:
-    splits = split(config.data, [config.image.column, config.target])
-    train = splits["train"]
-    image = config.image
-    features = ImageFeatures(image.column, image.size, image.channels)
-    target = ClassTarget(config.target)
-    with _named(train.url, train.rows[0]):
-        features = features.fit(train.records)
-    for row, record in zip(train.rows, train.records, strict=True):
-        with _named(train.url, row):
-            target.label(record[config.target])
-    with _named(train.url):
-        target = target.fit(record[config.target] for record in train.records)
-    task = Task(features, target)
-    counts, digest = {}, hashlib.sha256()
-    for name, part in splits.items():
-        _encode(task, part, folder / name, digest)
-        counts[name] = {"source": part.url, "num_records": len(part.records)}
-    summary = {"task": task.to_dict(), "splits": counts, "digest": digest.hexdigest()}
+def define(config: Config) -> Task:
+    """Return a config's task, not yet fitted. Raises UserError for a class that is not there."""
+    assert config.learn is not None
+    kinds = {column: feature.model_dump() for column, feature in config.features.items()}
+    options = config.text.model_dump(exclude={"tokenizer"})
+    try:
+        own = imported(config.task) if config.task else Task
+        if not (isinstance(own, type) and issubclass(own, Task)):
+            raise UserError(f"task is '{config.task}', which is no subclass of train.tasks.Task.")
+        tokenizer = _text_of(config.text.tokenizer) if config.text.tokenizer else ""
+        return own.of(kinds, config.target, config.learn, tokenizer=tokenizer, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _text_of(url: str) -> str:
+    fs, path = storage.filesystem(url)
+    with sources.reading(url), fs.open(path, "r") as file:
+        return str(file.read())
+
+
+def _write(
+    config: Config, opened: dict[str, list[sources.Block]], size_bytes: int, folder: Path
+) -> None:
+    task = define(config)
+    drop_bad = config.data.bad_records == "drop"
+    for name, blocks in opened.items():
+        wanted = [*encoding.columns_of(task), config.data.split_key, config.data.split_time]
+        url = getattr(config.data, name)
+        needed = [column for column in wanted if column]
+        sources.check_columns(url, needed, sources.schema(blocks).names)
+    parts = splits.assign(config.data, opened)
+    task, sample = fit(task, parts[0], drop_bad)
+    report = Report(task, sample)
+    with Writer(folder, task) as writer:
+        for part in parts:
+            for encoded in encoding.encode(
+                task, part.blocks, size_bytes=size_bytes, drop_bad=drop_bad
+            ):
+                writer.add(encoded, part.codes_N[encoded.rows_N])
+                report.add(encoded, part.codes_N[encoded.rows_N])
+    counts = {
+        name: {"source": getattr(config.data, name) or config.data.train, "num_records": count}
+        for name, count in writer.counts.items()
+    }
+    for name, split in counts.items():
+        if not split["num_records"]:
+            raise UserError(
+                f"no record is left in the {name} split of '{split['source']}'; "
+                f"{report.num_bad} were bad, the first: {': '.join(report.bad[0])}"
+                if report.bad
+                else f"the {name} split of '{split['source']}' is empty."
+            )
+    report.write(folder, counts)
+    summary = {
+        "task": task.to_dict(),
+        "splits": counts,
+        "digest": writer.digest,
+        "report": report.to_dict(),
+    }
     (folder / SUMMARY).write_text(json.dumps(summary))
 
 
-def _encode(task: Task, part: Split, folder: Path, digest: Any) -> None:
-    """Write the arrays of one split, several threads decoding; feed their bytes to `digest`."""
-    folder.mkdir()
-    count = len(part.records)
-    inputs = {
-        spec.name: np.lib.format.open_memmap(
-            folder / f"input-{spec.name}.npy", "w+", spec.dtype, (count, *spec.shape)
+def fit(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
+    """Fit a task on training records; return it with the sample that its features were fitted on.
+
+    The target sees every training record, the features at most FIT_RECORDS. Raises UserError.
+    """
+    rows_N = np.flatnonzero(part.codes_N == TRAIN)
+
+    def fit_target(rows_N: np.ndarray) -> Any:
+        values = (
+            value
+            for _, columns in _read_rows(part, [task.target.column], rows_N)
+            for value in columns[task.target.column]
         )
-        for spec in task.features.inputs
-    }
-    targets = np.lib.format.open_memmap(folder / "target.npy", "w+", np.int64, (count,))
+        return task.target.fit(values)
 
-    def encode_chunk(start: int) -> None:
-        for index in range(start, min(start + CHUNK, count)):
-            with _named(part.url, part.rows[index]):
-                arrays, targets[index] = task.encode(part.records[index])
-            for name, array in arrays.items():
-                inputs[name][index] = array
+    target, good_N = _without_bad(fit_target, part, rows_N, drop_bad)
+    draws = np.random.Generator(np.random.Philox(0)).permutation(len(good_N))
+    sample_N = np.sort(good_N[draws[:FIT_RECORDS]])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(encode_chunk, start) for start in range(0, count, CHUNK)]
+    def fit_features(rows_N: np.ndarray) -> tuple[Any, Columns]:
+        columns = _sample(task, part, rows_N)
+        return task.features.fit(columns), columns
+
+    (features, sample), _ = _without_bad(fit_features, part, sample_N, drop_bad)
+    return type(task)(features, target), sample
+
+
+def _sample(task: Task, part: Part, rows_N: np.ndarray) -> Columns:
+    """The records of some rows; of images, which are large, only the first few."""
+    images = list(task.features.images)
+    names = [name for name in encoding.columns_of(task) if name not in images]
+    collected: dict[str, list[Any]] = {name: [] for name in names}
+    for _, columns in _read_rows(part, names, rows_N):
+        for name, values in columns.items():
+            collected[name].extend(values)
+    first = next(_read_rows(part, images, rows_N[:1]), None) if images else None
+    return {**collected, **({name: first[1][name] for name in images} if first else {})}
+
+
+def _without_bad(
+    function: Callable[[np.ndarray], Fitted], part: Part, rows_N: np.ndarray, drop_bad: bool
+) -> tuple[Fitted, np.ndarray]:
+    """Call with rows of a source; where bad ones are dropped, again without those it names."""
+    for _ in range(MAX_BAD_FITTED + 1):
         try:
-            for future in futures:
-                future.result()
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for array in (*inputs.values(), targets):
-        array.flush()
-        digest.update(array)
+            return function(rows_N), rows_N
+        except InvalidRecord as error:
+            if error.row is None:
+                raise UserError(f"'{part.url}': {error}") from error
+            place = splits.place(part.blocks, int(rows_N[error.row]))
+            last = UserError(f"{place}: {error}")
+            if not drop_bad:
+                raise last from error
+            rows_N = np.delete(rows_N, error.row)
+    raise UserError(f"more than {MAX_BAD_FITTED} records are bad; the last is {last}")
 
 
-@contextmanager
-def _named(url: str, row: int | None = None) -> Iterator[None]:
-    """Add to what is wrong with a record where it is from."""
-    try:
-        yield
-    except InvalidRecord as error:
-        place = f"'{url}'" if row is None else f"'{url}', row {row}"
-        raise UserError(f"{place}: {error}") from error
+def _read_rows(
+    part: Part, columns: list[str], rows_N: np.ndarray
+) -> Iterator[tuple[np.ndarray, Columns]]:
+    """The given rows of a source, which are in order, batch by batch."""
+    for block in part.blocks:
+        start = block.start
+        first, end = np.searchsorted(rows_N, [start, start + block.num_rows])
+        if first == end:
+            continue
+        for batch in block.read(columns):
+            first, end = np.searchsorted(rows_N, [start, start + batch.num_rows])
+            if first < end:
+                taken_N = rows_N[first:end]
+                yield taken_N, sources.columns(batch.take(pa.array(taken_N - start)))
+            start += batch.num_rows
+            if end == len(rows_N):
+                return
+
+
+class Writer:
+    """Appends encoded records to the arrays of their splits."""
+
+    def __init__(self, folder: Path, task: Task) -> None:
+        self.counts = dict.fromkeys(NAMES, 0)
+        self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._files: dict[Path, BinaryIO] = {}
+        self._digests: dict[Path, Any] = {}
+        self._folder = folder
+        self._names = [spec.name for spec in task.features.inputs]
+
+    def __enter__(self) -> "Writer":
+        for name in NAMES:
+            (self._folder / name).mkdir()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for path, file in self._files.items():
+            file.seek(0)
+            self._write_header(path, self.counts[path.parent.name])
+            file.close()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        parts = [self._digests[path].hexdigest() for path in sorted(self._digests)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def add(self, encoded: Encoded, codes_N: np.ndarray) -> None:
+        """codes_N: the split of each record."""
+        for code, name in enumerate(NAMES):
+            chosen_N = codes_N == code
+            if not chosen_N.any():
+                continue
+            folder = self._folder / name
+            for number, input_name in enumerate(self._names):
+                self._append(folder / f"input-{number}.npy", encoded.inputs[input_name][chosen_N])
+            self._append(folder / "target.npy", encoded.targets_N[chosen_N])
+            self.counts[name] += int(chosen_N.sum())
+
+    def _append(self, path: Path, array: np.ndarray) -> None:
+        if path not in self._files:
+            self._files[path] = path.open("w+b")
+            self._shapes[path] = array.dtype, array.shape[1:]
+            self._digests[path] = hashlib.sha256()
+            self._write_header(path, 0)
+        data = np.ascontiguousarray(array)
+        self._files[path].write(data.data if data.size else b"")
+        self._digests[path].update(data)
+
+    def _write_header(self, path: Path, count: int) -> None:
+        # numpy leaves room in the header for a count that grows, so it keeps its length.
+        dtype, shape = self._shapes[path]
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (count, *shape),
+        }
+        np.lib.format.write_array_header_1_0(self._files[path], header)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover 0..count in order, each of at most `size`."""
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+__all__ = ["REPORT", "Shards", "Writer", "batches", "define", "fit", "prepare"]

@@ -1,50 +1,130 @@
 """Splits: which records train, which choose, which test. They never overlap."""
 
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cluster.errors import UserError
 from train.config import Data
 from train.data import sources
-from train.tasks import Record
+from train.data.sources import Block
+from train.tasks.numbers import Date
+from train.tasks.records import is_missing, text
 
 MIN_TRAINING = 2
+TRAIN, VALID, TEST = 0, 1, 2
+NAMES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
-class Split:
-    """Records of one split and the row each had in its source."""
+class Part:
+    """A source and the split that each of its rows is in."""
 
     url: str
-    records: list[Record]
-    rows: np.ndarray
+    blocks: list[Block]
+    codes_N: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.codes_N)
 
 
-def split(config: Data, columns: list[str]) -> dict[str, Split]:
-    """Read the sources and return the splits train, valid and test.
+def assign(config: Data, opened: dict[str, list[Block]]) -> list[Part]:
+    """Return the sources, those of the training records first.
 
-    A split without a source of its own is taken from the training records at random, by
-    `split_seed` alone, so that another run's seed leaves the splits as they are.
+    opened: the blocks of `data.train` and, where given, of `data.valid` and `data.test`. A split
+    without a source of its own is taken from the training records: at random by `split_seed`
+    alone, or by `split_key` all records of a key together, or by `split_time` the latest.
     """
-    records = sources.read(config.train, columns)
-    rows = np.random.Generator(np.random.Philox(config.split_seed)).permutation(len(records))
-    splits = {}
-    for name, url, fraction in (
-        ("test", config.test, config.test_fraction),
-        ("valid", config.valid, config.valid_fraction),
-    ):
-        if url is not None:
-            given = sources.read(url, columns)
-            splits[name] = Split(url, given, np.arange(len(given)))
-        else:
-            count = max(1, round(fraction * len(records)))
-            taken, rows = np.sort(rows[:count]), rows[count:]
-            splits[name] = Split(config.train, [records[row] for row in taken], taken)
-    rest = np.sort(rows)
-    if len(rest) < MIN_TRAINING:
+    blocks = opened["train"]
+    count = sum(block.num_rows for block in blocks)
+    shares = (
+        0.0 if config.valid else config.valid_fraction,
+        0.0 if config.test else config.test_fraction,
+    )
+    if config.split_key is not None:
+        codes_N = _by_key(_values(blocks, config.split_key), config.split_seed, shares)
+    elif config.split_time is not None:
+        codes_N = _by_order(_order_in_time(blocks, config.split_time), shares)
+    else:
+        order = np.random.Generator(np.random.Philox(config.split_seed)).permutation(count)
+        codes_N = _by_order(order[::-1], shares)
+    left = int(np.sum(codes_N == TRAIN))
+    if left < MIN_TRAINING:
         raise UserError(
-            f"'{config.train}' has {len(records)} records, which leaves {len(rest)} to train on; "
+            f"'{config.train}' has {count} records, which leaves {left} to train on; "
             f"at least {MIN_TRAINING} are needed."
         )
-    return {"train": Split(config.train, [records[row] for row in rest], rest), **splits}
+    for code, share in ((VALID, shares[0]), (TEST, shares[1])):
+        if share and not np.any(codes_N == code):
+            raise UserError(
+                f"no record of '{config.train}' falls into the {NAMES[code]} split; give "
+                f"--data.{NAMES[code]} or a column with more different values."
+            )
+    parts = [Part(config.train, blocks, codes_N)]
+    for name, code in (("valid", VALID), ("test", TEST)):
+        if name in opened:
+            rows = sum(block.num_rows for block in opened[name])
+            url = getattr(config, name)
+            parts.append(Part(url, opened[name], np.full(rows, code, np.int8)))
+    return parts
+
+
+def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
+    """The last of `order_N` test, those before them choose, all others train."""
+    valid_share, test_share = shares
+    count = len(order_N)
+    num_test = max(1, round(test_share * count)) if test_share else 0
+    num_valid = max(1, round(valid_share * count)) if valid_share else 0
+    codes_N = np.full(count, TRAIN, np.int8)
+    codes_N[order_N[count - num_test :]] = TEST
+    codes_N[order_N[max(count - num_test - num_valid, 0) : count - num_test]] = VALID
+    return codes_N
+
+
+def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np.ndarray:
+    """A record's split depends on its key alone, so that it stays when records are added."""
+    valid_share, test_share = shares
+    cache: dict[str, int] = {}
+
+    def code(value: Any) -> int:
+        key = "" if is_missing(value) else text(value)
+        if key not in cache:
+            digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+            place = int.from_bytes(digest, "big") / 2**64
+            cache[key] = (
+                TEST if place < test_share else VALID if place < test_share + valid_share else TRAIN
+            )
+        return cache[key]
+
+    return np.fromiter((code(value) for value in values), np.int8)
+
+
+def _order_in_time(blocks: Sequence[Block], column: str) -> np.ndarray:
+    read: Callable[[Any], np.ndarray] = Date(column).read
+    parts = [
+        read(sources.columns(batch)[column]) for block in blocks for batch in block.read([column])
+    ]
+    seconds_N = np.concatenate(parts)
+    if np.isnan(seconds_N).any():
+        row = int(np.flatnonzero(np.isnan(seconds_N))[0])
+        raise UserError(
+            f"{place(blocks, row)}: column '{column}' is missing; data.split_time needs a date in "
+            "every record."
+        )
+    return np.argsort(seconds_N, kind="stable")
+
+
+def _values(blocks: Sequence[Block], column: str) -> Iterator[Any]:
+    for block in blocks:
+        for batch in block.read([column]):
+            yield from sources.columns(batch)[column]
+
+
+def place(blocks: Sequence[Block], row: int) -> str:
+    """Where a row of a source is, in a user's words."""
+    block = next(each for each in blocks if each.start <= row < each.start + each.num_rows)
+    return block.place(row)

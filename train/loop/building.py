@@ -4,39 +4,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train import nets
 from train.config import Config, Stage
 from train.data import order
 from train.data.augment import Augmentation
 from train.loop import efficiency, parallel
 from train.loop.parallel import Worker
-from train.nets import ConvNet
 from train.tasks import Arrays, Task
+from train.tasks.records import num_rows
 
 # Samples on which a net fits its normalisation and its whitening stem.
 FIT_SAMPLES = 5000
 
 
-def build_net(config: Config, task: Task) -> ConvNet:
+def build_net(config: Config, task: Task) -> nn.Module:
     """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
-    height, width, channels = task.features.inputs[0].shape
     smallest = min(stage.side for stage in config.augment.stages)
-    shape = round(height * smallest), round(width * smallest), channels
-    return ConvNet(
-        shape,
-        task.target.num_outputs,
-        config.net.widths,
-        whiten=config.net.whiten,
-        activation=config.net.activation,
-    )
+    return nets.build(config.net, task, smallest)
+
+
+def folded(net: nn.Module) -> nn.Module:
+    """The net in its inference form."""
+    return net.folded() if hasattr(net, "folded") else net.eval()  # type: ignore[operator]
 
 
 def placed(net: nn.Module, config: Config, inputs: Arrays, worker: Worker) -> nn.Module:
     """Fit the net's inputs and bring it to the device, whole or in shards."""
-    if isinstance(net, ConvNet):
-        count = len(next(iter(inputs.values())))
+    if hasattr(net, "fit_inputs"):
+        count = num_rows(inputs)
         draws = order.generator(config.seed, 0, "fit").permutation(count)
         ids = np.sort(draws[:FIT_SAMPLES])
-        net.fit_inputs(*to_device(inputs, ids, torch.device("cpu")))
+        net.fit_inputs(*to_device(inputs, ids, torch.device("cpu")))  # type: ignore[operator]
     sharded = config.workers.parallel == "fsdp"
     if not sharded:  # FSDP takes contiguous weights only
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -55,12 +53,22 @@ def flops(
     if config.workers.parallel != "ddp":
         return {}
     one = np.zeros(1, np.int64)
-    image_BHWC, *others = to_device(inputs, one, worker.device)
     augmentation.start_epoch(0)
     return {
-        stage: efficiency.training_flops(net, [augmentation.apply(image_BHWC, one, stage), *others])
+        stage: efficiency.training_flops(net, varied(inputs, one, worker, augmentation, stage))
         for stage in config.augment.stages
     }
+
+
+def varied(
+    inputs: Arrays, ids_B: np.ndarray, worker: Worker, augmentation: Augmentation, stage: Stage
+) -> list[Tensor]:
+    """The inputs of some samples, their images augmented."""
+    tensors = to_device(inputs, ids_B, worker.device)
+    return [
+        augmentation.apply(tensor, ids_B, stage) if name in augmentation.images else tensor
+        for name, tensor in zip(inputs, tensors, strict=True)
+    ]
 
 
 def to_device(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import Config
@@ -24,9 +23,13 @@ from train.loop import building, evaluate, optimizers, parallel, precision, sche
 from train.loop.checkpoint import State, Store
 from train.loop.figures import Event, Figures
 from train.loop.parallel import Buffers, Worker
+from train.nets.losses import loss_of
 from train.tasks import Task
+from train.tasks.targets import LOWER_IS_BETTER
 
 TELL_EVERY_STEPS = 10
+# As `checkpoint.best`: no epoch is chosen, the last one counts.
+LAST = "last"
 
 
 class Diverged(Exception):
@@ -79,7 +82,10 @@ class Loop:
         optim, count = config.optim, len(self._targets_N)
         self._steps_per_epoch = order.num_steps(count, optim.batch_size)
         self._total_steps = self._steps_per_epoch * optim.epochs
-        self._augmentation = Augmentation(config.augment, config.seed, count)
+        self._augmentation = Augmentation(
+            config.augment, config.seed, count, self._task.features.images
+        )
+        self._criterion = loss_of(self._task.target, optim, worker.device)
 
         precision.prepare(worker.device)
         dtype = precision.number_format(config.precision, worker.device)
@@ -185,16 +191,16 @@ class Loop:
         key = (self.progress.step * self._num_lanes + lane) % 2**31
         torch.manual_seed(config.seed * 2**31 + key)
         with self._figures.waiting_for_data():
-            images_BHWC, *others = building.to_device(self._inputs, ids_B, device)
+            inputs = building.varied(
+                self._inputs, ids_B, self._worker, self._augmentation, self._stage
+            )
             targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
-            images_BHWC = self._augmentation.apply(images_BHWC, ids_B, self._stage)
-        mixed = self._augmentation.mix(images_BHWC, targets_B, key)
+        mixed = self._augmentation.mix(inputs, targets_B, key)
         with self._autocast:
-            logits_BK = self._forward(mixed.images_BHWC, *others).float()
-        smoothing = config.optim.label_smoothing
-        loss = F.cross_entropy(logits_BK, mixed.targets_B, label_smoothing=smoothing)
+            outputs_BK = self._forward(*mixed.inputs).float()
+        loss = self._criterion(outputs_BK, mixed.targets_B)
         if mixed.share < 1:
-            other = F.cross_entropy(logits_BK, mixed.others_B, label_smoothing=smoothing)
+            other = self._criterion(outputs_BK, mixed.others_B)
             loss = mixed.share * loss + (1 - mixed.share) * other
         return loss
 
@@ -311,5 +317,7 @@ class Loop:
 
 
 def signed(row: dict[str, float], metric: str) -> float:
-    """The metric with the sign that makes more of it better."""
-    return -row[metric] if metric.endswith("loss") else row[metric]
+    """The metric with the sign that makes more of it better; of "last" the epoch."""
+    if metric == LAST:
+        return row["epoch"]
+    return -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]

@@ -66,7 +66,7 @@ def build(config: Optim, net: nn.Module, dtype: torch.dtype = torch.float32) -> 
 
     dtype: what the net's products are computed in.
     Weight decay is for weights of two and more dimensions only. The net's last layer is the
-    submodule `head`.
+    submodule `head`, where it has one.
     """
     params = [param for param in net.parameters() if param.requires_grad]
     matrices = [param for param in params if param.ndim >= 2]
@@ -81,10 +81,16 @@ def build(config: Optim, net: nn.Module, dtype: torch.dtype = torch.float32) -> 
         return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused)]
     if config.name == "adamw":
         return [torch.optim.AdamW(groups, fused=fused)]
-    # Hidden layers turn; the last layer and the vectors, where a turn means nothing, go by Adam.
-    last = {id(param) for param in net.get_submodule("head").parameters()}
-    hidden = [param for param in matrices if id(param) not in last]
-    heads = [param for param in matrices if id(param) in last]
+    # Hidden layers turn; the last layer, embeddings and vectors, where a turn means nothing, go by
+    # Adam.
+    apart = [
+        module
+        for name, module in net.named_modules()
+        if name == "head" or isinstance(module, nn.Embedding)
+    ]
+    others = {id(param) for module in apart for param in module.parameters()}
+    hidden = [param for param in matrices if id(param) not in others]
+    heads = [param for param in matrices if id(param) in others]
     rest = [
         {"params": heads, "lr": config.head_lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},

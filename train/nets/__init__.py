@@ -1,5 +1,33 @@
 """Nets: small torch modules. They take a task's arrays as encoded; normalisation is inside."""
 
-from train.nets.convnet import ConvNet
+from torch import nn
 
-__all__ = ["ConvNet"]
+from train.config import Net
+from train.nets.combined import CombinedNet, image_net
+from train.nets.convnet import ConvNet
+from train.tasks import Images, Task
+from train.tasks.features import imported
+
+__all__ = ["ConvNet", "build"]
+
+
+def build(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
+    """Return a task's net with initial weights: one for images alone, else a combined one.
+
+    A net of the user's own is a class of (task), whose instances take the task's arrays in their
+    order and return outputs [B, K]; it may have `fit_inputs` and `folded`, and its last layer,
+    where it has a learning rate of its own, is called `head`.
+
+    smallest_side: share of height and width of the smallest images in training.
+    Raises ValueError if the data do not fit the net.
+    """
+    if config.own is not None:
+        own = imported(config.own)(task)
+        if not isinstance(own, nn.Module):
+            raise ValueError(f"net is '{config.own}', which makes no torch.nn.Module")
+        return own
+    match task.features.encoders:
+        case [Images() as images]:
+            return image_net(config, images, task.target.num_outputs, smallest_side)
+        case _:
+            return CombinedNet(config, task, smallest_side)

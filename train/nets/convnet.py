@@ -55,6 +55,7 @@ class ConvNet(nn.Module):
         Raises ValueError if they are too small to be halved once by each block.
         """
         super().__init__()
+        self.width = num_outputs
         height, width, channels = shape_HWC
         if min(height, width) - PATCH + 1 < 2 ** len(widths):
             most = max(min(height, width) - PATCH + 1, 1).bit_length() - 1

@@ -1,22 +1,35 @@
 """What a model is about: how a record becomes arrays, and outputs become a prediction.
 
-numpy only. The same code runs in training, behind HTTP and offline, and its state travels in the
+No torch. The same code runs in training, behind HTTP and offline, and its state travels in the
 bundle as JSON.
 """
 
-from train.tasks.features import Features, ImageFeatures
-from train.tasks.records import Arrays, InvalidRecord, Record, TensorSpec
-from train.tasks.targets import ClassTarget, Target
+from train.tasks.categories import Categories
+from train.tasks.features import KINDS, Encoder, Features
+from train.tasks.images import Images
+from train.tasks.numbers import Numbers
+from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
+from train.tasks.targets import TARGETS, ClassTarget, LabelsTarget, Target, ValueTarget
 from train.tasks.task import Task
+from train.tasks.texts import Texts
 
 __all__ = [
+    "KINDS",
+    "TARGETS",
     "Arrays",
+    "Categories",
     "ClassTarget",
+    "Columns",
+    "Encoder",
     "Features",
-    "ImageFeatures",
+    "Images",
     "InvalidRecord",
+    "LabelsTarget",
+    "Numbers",
     "Record",
     "Target",
     "Task",
     "TensorSpec",
+    "Texts",
+    "ValueTarget",
 ]

@@ -1,160 +1,168 @@
-"""Features: record → arrays."""
+"""Features: records → arrays. Every kind of column has its encoder; together they make a task's."""
 
-import io
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from typing import Any, Protocol, Self
 
-import numpy as np
-from PIL import Image
-
-from train.tasks.records import Arrays, InvalidRecord, Record, TensorSpec
-
-IMAGE_FORMATS = ("PNG", "JPEG")
-# Larger images are refused from their header, before any pixel is decoded.
-MAX_PIXELS = 4096 * 4096
-MODES = {1: "L", 3: "RGB"}
+from train.tasks.categories import Categories
+from train.tasks.images import Images
+from train.tasks.numbers import COLUMNS, Date, Numbers
+from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, columns
+from train.tasks.texts import Texts
 
 
-class Features(Protocol):
-    """How a record becomes the arrays a net takes. Fitted on training records only."""
+class Encoder(Protocol):
+    """How some columns become arrays. Its state is plain data; fitted on training records only."""
+
+    @property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        """What it takes from a record, as a client sends it."""
+        ...
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The arrays that `encode` returns, in order."""
+        """The arrays that `encode` returns, in order, as a net takes them."""
         ...
 
-    def fit(self, records: Iterable[Record]) -> Self: ...
+    def fit(self, columns: Columns) -> Self: ...
 
-    def encode(self, record: Record) -> Arrays: ...
+    def encode(self, columns: Columns) -> Arrays:
+        """Encode N records. Raises InvalidRecord, which says which of them."""
+        ...
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, Any]:
+        """State as JSON, with the "kind" that finds the class again."""
+        ...
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self: ...
+
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "numbers": Numbers,
+    "categories": Categories,
+    "tokens": Texts,
+    "image": Images,
+}
+# What a column may be said to be, besides the path of a user's own encoder.
+KINDS = (*COLUMNS, "category", "text", "image")
 
 
 @dataclass(frozen=True)
-class ImageFeatures:
-    """An image in one column: PNG or JPEG bytes, or a uint8 array [H, W] or [H, W, C].
+class Features:
+    """The encoders of a task's columns, in the order of their arrays."""
 
-    column: the record's field, and the tensor's name.
-    size: (height, width) that every image is brought to; the first training image's when None.
-    channels: 1 (grey) or 3 (RGB); as the first training image when None.
-    """
-
-    column: str
-    size: tuple[int, int] | None = None
-    channels: int | None = None
-
-    @property
-    def shape_HWC(self) -> tuple[int, int, int]:
-        assert self.size is not None, "fit first"
-        assert self.channels is not None, "fit first"
-        return (*self.size, self.channels)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(self.column, "UINT8", self.shape_HWC),)
-
-    def fit(self, records: Iterable[Record]) -> Self:
-        """Take size and channels, where not given, from the first record."""
-        if self.size is not None and self.channels is not None:
-            return self
-        first = self._pixels(next(iter(records)))
-        channels = 1 if first.ndim == 2 or first.shape[2] == 1 else 3
-        height, width = first.shape[:2]
-        return replace(self, size=self.size or (height, width), channels=self.channels or channels)
-
-    def encode(self, record: Record) -> Arrays:
-        """Return {column: uint8 [H, W, C]}, RGB or grey, 0..255.
-
-        Raises InvalidRecord if the field is missing, is neither an image file nor a uint8 array,
-        or the image is larger than MAX_PIXELS.
-        """
-        value = record.get(self.column)
-        if (
-            isinstance(value, np.ndarray)
-            and value.shape == self.shape_HWC
-            and value.dtype == np.uint8
-        ):
-            return {self.column: value}
-        return {self.column: self._resized(self._pixels(record))}
-
-    def _pixels(self, record: Record) -> np.ndarray:
-        """Return the record's image as uint8 [H, W] (grey) or [H, W, 3] (RGB)."""
-        value = record.get(self.column)
-        if isinstance(value, np.ndarray):
-            return self._checked_array(value)
-        if isinstance(value, dict):  # a data set's image struct: {"bytes", "path"}
-            value = value.get("bytes")
-        if not isinstance(value, bytes | bytearray | memoryview):
-            came = "missing" if value is None else f"a {type(value).__name__}"
-            raise InvalidRecord(
-                f"field '{self.column}' is {came}; expected an image. "
-                "Send the bytes of a PNG or JPEG file."
-            )
-        try:
-            image = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of too many pixels ({error}); "
-                f"at most {MAX_PIXELS} are accepted. Send a smaller one."
-            ) from error
-        except Exception as error:
-            raise InvalidRecord(
-                f"field '{self.column}' holds {len(value)} bytes that are no PNG or JPEG image. "
-                "Send the bytes of such a file."
-            ) from error
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of {image.width}×{image.height} pixels; "
-                f"at most {MAX_PIXELS} are accepted. Send a smaller one."
-            )
-        if image.mode.startswith(("I", "F")):
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of {image.mode} pixels; expected 8 bits a "
-                "channel. Convert it first, as its range is not known."
-            )
-        grey = self.channels == 1 or (self.channels is None and image.mode in ("1", "L"))
-        try:
-            return np.asarray(image.convert("L" if grey else "RGB"))
-        except Exception as error:  # Pillow raises many kinds on a damaged file
-            raise InvalidRecord(
-                f"field '{self.column}' holds a damaged {image.format} image ({error}). "
-                "Send the whole file."
-            ) from error
-
-    def _checked_array(self, value: np.ndarray) -> np.ndarray:
-        grey_or_colour = value.ndim == 2 or (value.ndim == 3 and value.shape[2] in MODES)
-        if value.dtype != np.uint8 or not grey_or_colour or 0 in value.shape:
-            raise InvalidRecord(
-                f"field '{self.column}' is {value.dtype} {list(value.shape)}; "
-                "expected uint8 [height, width, 1 or 3]."
-            )
-        return value
-
-    def _resized(self, pixels: np.ndarray) -> np.ndarray:
-        height, width, channels = self.shape_HWC
-        if pixels.ndim == 3 and pixels.shape[2] == 1:
-            pixels = pixels[:, :, 0]
-        image = Image.fromarray(pixels)
-        if image.mode != MODES[channels]:
-            image = image.convert(MODES[channels])
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(self.shape_HWC)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "image",
-            "column": self.column,
-            "size": list(self.size) if self.size else None,
-            "channels": self.channels,
-        }
+    encoders: tuple[Encoder, ...]
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self:
-        size = state["size"]
-        return cls(
-            column=state["column"],
-            size=(size[0], size[1]) if size else None,
-            channels=state["channels"],
-        )
+    def of(
+        cls,
+        kinds: Mapping[str, Mapping[str, Any]],
+        *,
+        max_tokens: int = 256,
+        vocabulary: int = 20_000,
+        tokenizer: str = "",
+    ) -> Self:
+        """Group columns by their kinds.
+
+        kinds: for each column {"kind": one of KINDS or package.module:Class}, with "format" for a
+        date, and "size", "channels" and "crop" for an image.
+        """
+        numbers, categories, texts = [], [], []
+        others: list[Encoder] = []
+        for column, given in kinds.items():
+            options = {key: value for key, value in given.items() if value is not None}
+            kind = options.pop("kind")
+            if kind in COLUMNS:
+                numbers.append(
+                    Date(column, options.get("format"))
+                    if kind == Date.kind
+                    else COLUMNS[kind](column)
+                )
+            elif kind == "category":
+                categories.append(column)
+            elif kind == "text":
+                texts.append(column)
+            elif kind == "image":
+                others.append(Images(column, **options, optional=len(kinds) > 1))
+            else:
+                others.append(imported(kind)(column))
+        grouped: list[Encoder] = []
+        if numbers:
+            grouped.append(Numbers(tuple(numbers)))
+        if categories:
+            grouped.append(Categories(tuple(categories)))
+        if texts:
+            grouped.append(Texts(tuple(texts), max_tokens, vocabulary, tokenizer))
+        return cls((*grouped, *others))
+
+    @cached_property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        """What a record holds, as a client sends it."""
+        return tuple(field for encoder in self.encoders for field in encoder.fields)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(field.name for field in self.fields)
+
+    @cached_property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The arrays that `encode` returns, in order."""
+        return tuple(spec for encoder in self.encoders for spec in encoder.inputs)
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        """Those of the inputs that are images."""
+        found = [encoder for encoder in self.encoders if isinstance(encoder, Images)]
+        return tuple(encoder.column for encoder in found)
+
+    def fit(self, columns: Columns) -> Self:
+        return type(self)(tuple(encoder.fit(columns) for encoder in self.encoders))
+
+    def encode(self, columns: Columns) -> Arrays:
+        """Return the arrays of N records. Raises InvalidRecord, which says which of them."""
+        arrays: Arrays = {}
+        for encoder in self.encoders:
+            arrays |= encoder.encode(columns)
+        return arrays
+
+    def encode_records(self, records: Sequence[Record]) -> Arrays:
+        return self.encode(columns(records, self.columns))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [encoder.to_dict() for encoder in self.encoders]
+
+    @classmethod
+    def from_dict(cls, states: Sequence[dict[str, Any]]) -> Self:
+        """Raises ValueError for a kind that this version does not know."""
+        return cls(tuple(found(state, ENCODERS).from_dict(state) for state in states))
+
+
+def found(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
+    """Return the class of a saved state: one of `known`, or a user's own.
+
+    Raises ValueError for one that is neither.
+    """
+    kind = state["kind"]
+    if kind in known:
+        return known[kind]
+    if ":" in kind:
+        return imported(kind)
+    raise ValueError(f"unknown kind '{kind}'; known are {sorted(known)} and package.module:Class")
+
+
+def imported(path: str) -> Any:
+    """Return what package.module:Name names. Raises ValueError if there is no such thing."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' cannot be imported ({error}); expected package.module:Name, importable from "
+            "the current directory."
+        ) from error
+
+
+__all__ = ["ENCODERS", "KINDS", "Encoder", "Features", "InvalidRecord", "found", "imported"]

@@ -1,12 +1,15 @@
 """Records as a user has them, arrays as a net takes them, and what describes the arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Record = Mapping[str, Any]
+# Records side by side: for each field, its values, one for each record.
+Columns = Mapping[str, Sequence[Any] | np.ndarray]
 Arrays = dict[str, np.ndarray]
 
 # Datatypes of the Open Inference Protocol; BYTES has no fixed item size.
@@ -21,7 +24,24 @@ DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class InvalidRecord(ValueError):
-    """A record that cannot be encoded. The message names the field, what came and what to send."""
+    """A record that cannot be encoded. The message names the field, what came and what to send.
+
+    row: which of the records that were encoded together, from 0; None where all are wrong alike.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+@contextmanager
+def at_row(row: int) -> Iterator[None]:
+    """Add to what is wrong with a record which one it is."""
+    try:
+        yield
+    except InvalidRecord as error:
+        error.row = row
+        raise
 
 
 @dataclass(frozen=True)
@@ -37,9 +57,17 @@ class TensorSpec:
         return DTYPES[self.datatype]
 
 
-def stack(rows: Sequence[Arrays]) -> Arrays:
-    """Stack the arrays of N records along a new first dimension."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
+    """Lay records side by side. Raises InvalidRecord for a record without one of the fields."""
+    for row, record in enumerate(records):
+        for name in names:
+            if name not in record:
+                raise InvalidRecord(
+                    f"field '{name}' is missing; expected {', '.join(names)}. "
+                    "Send null where a value is not known.",
+                    row,
+                )
+    return {name: [record[name] for record in records] for name in names}
 
 
 def concatenate(batches: Sequence[Arrays]) -> Arrays:
@@ -51,3 +79,37 @@ def concatenate(batches: Sequence[Arrays]) -> Arrays:
 
 def num_rows(arrays: Arrays) -> int:
     return len(next(iter(arrays.values())))
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is not known: None, NaN, NaT or an empty string."""
+    if value is None:
+        return True
+    if isinstance(value, str | bytes):
+        return len(value) == 0
+    if isinstance(value, float | np.floating):
+        return value != value
+    return isinstance(value, np.datetime64) and bool(np.isnat(value))
+
+
+def text(value: Any) -> str:
+    """Return a value as text: bytes as UTF-8, whole floats as whole numbers.
+
+    Raises ValueError for bytes that are not UTF-8.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError("is not UTF-8 text") from None
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, whatever came."""
+    words = repr(value.item() if isinstance(value, np.generic) else value)
+    return words if len(words) <= 60 else f"{words[:57]}…"

@@ -1,13 +1,23 @@
-"""Targets: the column to predict → a number to learn, and a net's outputs → a prediction."""
+"""Targets: the column to predict → numbers to learn, and a net's outputs → a prediction.
 
+Shapes: N records, K outputs of the net.
+"""
+
+import json
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from train.tasks.records import Arrays, InvalidRecord, TensorSpec
+from train.tasks.records import Arrays, InvalidRecord, TensorSpec, at_row, is_missing, shown, text
+
+# What several labels of a record are written with between them.
+SEPARATOR = "|"
+LOWER_IS_BETTER = ("loss", "rmse", "mae")
 
 
 class Target(Protocol):
@@ -15,6 +25,11 @@ class Target(Protocol):
 
     @property
     def column(self) -> str: ...
+
+    @property
+    def loss(self) -> str:
+        """What a net learns by: a name in `train.nets.losses`, or package.module:function."""
+        ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -33,13 +48,16 @@ class Target(Protocol):
 
     def fit(self, values: Iterable[Any]) -> Self: ...
 
-    def encode(self, value: Any) -> int | float: ...
+    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray: ...
 
     def decode(self, outputs: Arrays) -> Arrays: ...
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]: ...
 
     def to_dict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self: ...
 
 
 def softmax(logits_NK: np.ndarray) -> np.ndarray:
@@ -48,12 +66,24 @@ def softmax(logits_NK: np.ndarray) -> np.ndarray:
     return exponents / exponents.sum(axis=1, keepdims=True)
 
 
+def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
+    """Return float32 probabilities [N, K], each apart."""
+    return (0.5 * (1 + np.tanh(0.5 * logits_NK))).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class ClassTarget:
-    """One of K classes. Labels may be strings or integers; a prediction's label is a string."""
+    """One of K classes. Labels may be strings or integers; a prediction's label is a string.
+
+    counts: how many training records each class has.
+    """
 
     column: str
     classes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = field(default=(), compare=False)
+
+    kind: ClassVar[str] = "class"
+    loss: ClassVar[str] = "cross_entropy"
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -64,7 +94,8 @@ class ClassTarget:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return ("accuracy", "loss")
+        names = ("accuracy", "loss")
+        return (*names, "auc") if len(self.classes) == 2 else names
 
     @property
     def num_outputs(self) -> int:
@@ -75,28 +106,31 @@ class ClassTarget:
 
         Raises InvalidRecord when fewer than two classes occur.
         """
-        labels = {self.label(value) for value in values}
+        counts = Counter(self._labels(values))
         # Classes named 0…9, 10… keep their order, so that class 10 does not come before class 2.
-        by_number = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
-        classes = tuple(sorted(labels, key=int if by_number else None))
+        by_number = all(re.fullmatch(r"-?[0-9]+", label) for label in counts)
+        classes = tuple(sorted(counts, key=int if by_number else None))
         if len(classes) < 2:
             raise InvalidRecord(
                 f"column '{self.column}' has only the value {list(classes)}; "
                 "expected at least two classes."
             )
-        return type(self)(self.column, classes)
+        return replace(self, classes=classes, counts=tuple(counts[name] for name in classes))
 
-    def encode(self, value: Any) -> int:
-        """Return the index of the class. Raises InvalidRecord for one that training never saw."""
-        label = self.label(value)
-        try:
-            return self.classes.index(label)
-        except ValueError:
-            raise InvalidRecord(
-                f"column '{self.column}' is '{label}', a class that is not among the training "
-                "records (or too rare to be in every split); "
-                f"known are {', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}."
-            ) from None
+    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return the index of each class, int64 [N]. Raises InvalidRecord for an unknown one."""
+        codes = {label: index for index, label in enumerate(self.classes)}
+        indices = np.zeros(len(values), np.int64)
+        for row, label in enumerate(self._labels(values)):
+            if label not in codes:
+                raise InvalidRecord(
+                    f"column '{self.column}' is '{label}', a class that is not among the training "
+                    "records (or too rare to be in every split); known are "
+                    f"{', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}.",
+                    row,
+                )
+            indices[row] = codes[label]
+        return indices
 
     def decode(self, outputs: Arrays) -> Arrays:
         """{"logits": [N, K]} → {"label": object [N] of str, "probabilities": float32 [N, K]}."""
@@ -105,25 +139,223 @@ class ClassTarget:
         return {"label": labels_N, "probabilities": probabilities_NK}
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """Accuracy, and log loss in nats, over N samples."""
+        """Accuracy, log loss in nats, and of two classes the area under the ROC curve."""
         probabilities_NK = softmax(outputs["logits"])
         chosen_N = probabilities_NK[np.arange(len(targets)), targets]
-        return {
+        values = {
             "accuracy": float(np.mean(probabilities_NK.argmax(axis=1) == targets)),
             "loss": float(-np.mean(np.log(np.maximum(chosen_N, 1e-12)))),
         }
+        if len(self.classes) == 2:
+            values["auc"] = _auc(targets, probabilities_NK[:, 1])
+        return values
 
-    def label(self, value: Any) -> str:
-        """Return the name of a class. Raises InvalidRecord for a missing value."""
-        if value is None or (isinstance(value, float) and np.isnan(value)):
-            raise InvalidRecord(f"column '{self.column}' is missing; expected a class label.")
-        if isinstance(value, float | np.floating) and float(value).is_integer():
-            value = int(value)
-        return str(value)
+    def _labels(self, values: Iterable[Any]) -> Iterable[str]:
+        for row, value in enumerate(values):
+            if is_missing(value):
+                raise InvalidRecord(
+                    f"column '{self.column}' is missing; expected a class label.", row
+                )
+            with at_row(row):
+                yield _label(self.column, value)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "class", "column": self.column, "classes": list(self.classes)}
+        return {
+            "kind": self.kind,
+            "column": self.column,
+            "classes": list(self.classes),
+            "counts": list(self.counts),
+        }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
-        return cls(state["column"], tuple(state["classes"]))
+        return cls(state["column"], tuple(state["classes"]), tuple(state["counts"]))
+
+
+@dataclass(frozen=True)
+class LabelsTarget:
+    """Any number of K labels at once: a list of names, or a text with | between them.
+
+    counts: how many training records each label has.
+    """
+
+    column: str
+    classes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = field(default=(), compare=False)
+
+    kind: ClassVar[str] = "labels"
+    loss: ClassVar[str] = "binary_cross_entropy"
+    metric_names: ClassVar[tuple[str, ...]] = ("f1", "accuracy", "loss")
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("label", "BYTES", ()),
+            TensorSpec("probabilities", "FP32", (len(self.classes),)),
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.classes)
+
+    def fit(self, values: Iterable[Any]) -> Self:
+        counts: Counter[str] = Counter()
+        for row, value in enumerate(values):
+            with at_row(row):
+                counts.update(set(self._split(value)))
+        if not counts:
+            raise InvalidRecord(f"column '{self.column}' has no label in any record.")
+        classes = tuple(sorted(counts))
+        return replace(self, classes=classes, counts=tuple(counts[name] for name in classes))
+
+    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return float32 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
+        codes = {label: index for index, label in enumerate(self.classes)}
+        chosen_NK = np.zeros((len(values), len(codes)), np.float32)
+        for row, value in enumerate(values):
+            with at_row(row):
+                for label in self._split(value):
+                    if label not in codes:
+                        raise InvalidRecord(
+                            f"column '{self.column}' has '{label}', which is not among the "
+                            f"training records; known are {', '.join(self.classes[:20])}."
+                        )
+                    chosen_NK[row, codes[label]] = 1
+        return chosen_NK
+
+    def decode(self, outputs: Arrays) -> Arrays:
+        """{"logits": [N, K]} → {"label": object [N] of names with | between them,
+        "probabilities": float32 [N, K]}; a label is given from 0.5."""
+        probabilities_NK = sigmoid(outputs["logits"])
+        labels = [
+            SEPARATOR.join(self.classes[index] for index in np.flatnonzero(row >= 0.5))
+            for row in probabilities_NK
+        ]
+        return {"label": np.array(labels, dtype=object), "probabilities": probabilities_NK}
+
+    def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
+        """F1 over all labels together, the share of records with all labels right, log loss."""
+        probabilities_NK = sigmoid(outputs["logits"]).astype(np.float64)
+        chosen_NK, true_NK = probabilities_NK >= 0.5, targets > 0.5
+        hits = np.sum(chosen_NK & true_NK)
+        likely_NK = np.where(true_NK, probabilities_NK, 1 - probabilities_NK)
+        return {
+            "f1": float(2 * hits / max(chosen_NK.sum() + true_NK.sum(), 1)),
+            "accuracy": float(np.mean(np.all(chosen_NK == true_NK, axis=1))),
+            "loss": float(-np.mean(np.log(np.maximum(likely_NK, 1e-12)))),
+        }
+
+    def _split(self, value: Any) -> list[str]:
+        """The labels of one record; none where the value is missing."""
+        if isinstance(value, list | tuple | np.ndarray):
+            return [_label(self.column, item) for item in value]
+        if is_missing(value):
+            return []
+        words = _label(self.column, value)
+        if words.startswith("["):
+            try:
+                return [_label(self.column, item) for item in json.loads(words)]
+            except json.JSONDecodeError:
+                pass
+        return [word.strip() for word in words.split(SEPARATOR) if word.strip()]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "column": self.column,
+            "classes": list(self.classes),
+            "counts": list(self.counts),
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        return cls(state["column"], tuple(state["classes"]), tuple(state["counts"]))
+
+
+@dataclass(frozen=True)
+class ValueTarget:
+    """A number. It is learned scaled by the training records, and given in its own unit."""
+
+    column: str
+    mean: float = 0.0
+    scale: float = 0.0
+
+    kind: ClassVar[str] = "value"
+    loss: ClassVar[str] = "squared"
+    metric_names: ClassVar[tuple[str, ...]] = ("r2", "rmse", "mae", "loss")
+    outputs: ClassVar[tuple[TensorSpec, ...]] = (TensorSpec("value", "FP32", ()),)
+    num_outputs: ClassVar[int] = 1
+
+    def fit(self, values: Iterable[Any]) -> Self:
+        """Take mean and deviation. Raises InvalidRecord when all values are the same."""
+        numbers_N = np.fromiter(self._numbers(values), np.float64)
+        scale = float(numbers_N.std()) if len(numbers_N) else 0.0
+        if scale == 0 or not math.isfinite(scale):
+            raise InvalidRecord(
+                f"column '{self.column}' has only the value {numbers_N[:1].tolist()}; "
+                "expected at least two values."
+            )
+        return replace(self, mean=float(numbers_N.mean()), scale=scale)
+
+    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return float32 [N], scaled. Raises InvalidRecord for what is no finite number."""
+        numbers_N = np.fromiter(self._numbers(values), np.float64, len(values))
+        return ((numbers_N - self.mean) / self.scale).astype(np.float32)
+
+    def decode(self, outputs: Arrays) -> Arrays:
+        """{"logits": [N, 1]} → {"value": float32 [N]} in the column's own unit."""
+        return {"value": (outputs["logits"][:, 0] * self.scale + self.mean).astype(np.float32)}
+
+    def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
+        """Coefficient of determination; errors in the column's unit; scaled squared error."""
+        error_N = outputs["logits"][:, 0].astype(np.float64) - targets
+        spread = float(np.var(targets.astype(np.float64)))
+        squared = float(np.mean(error_N**2))
+        return {
+            "r2": 1 - squared / spread if spread > 0 else 0.0,
+            "rmse": math.sqrt(squared) * self.scale,
+            "mae": float(np.mean(np.abs(error_N))) * self.scale,
+            "loss": squared,
+        }
+
+    def _numbers(self, values: Iterable[Any]) -> Iterable[float]:
+        for row, value in enumerate(values):
+            try:
+                number = math.nan if is_missing(value) else float(value)
+            except (ValueError, TypeError, OverflowError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise InvalidRecord(
+                    f"column '{self.column}' is {shown(value)}; expected a finite number.", row
+                )
+            yield number
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **vars(self)}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        return cls(state["column"], state["mean"], state["scale"])
+
+
+TARGETS: dict[str, type[Target]] = {
+    "class": ClassTarget,
+    "labels": LabelsTarget,
+    "value": ValueTarget,
+}
+
+
+def _label(column: str, value: Any) -> str:
+    try:
+        return text(value)
+    except ValueError as error:
+        raise InvalidRecord(f"column '{column}' is {shown(value)}, which {error}.") from None
+
+
+def _auc(targets_N: np.ndarray, scores_N: np.ndarray) -> float:
+    """Area under the ROC curve; 0.5 where only one class occurs."""
+    if len(np.unique(targets_N)) < 2:
+        return 0.5
+    import sklearn.metrics  # takes a second, and serving needs none of it
+
+    return float(sklearn.metrics.roc_auc_score(targets_N, scores_N))

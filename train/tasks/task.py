@@ -1,29 +1,56 @@
 """A task: features and target together, as plain state."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
-from train.tasks.features import Features, ImageFeatures
-from train.tasks.records import Arrays, Record
-from train.tasks.targets import ClassTarget, Target
-
-FEATURES = {"image": ImageFeatures}
-TARGETS = {"class": ClassTarget}
+from train.tasks.features import Features, found
+from train.tasks.records import Arrays, Columns
+from train.tasks.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is about. The metric that decides is the target's first."""
+    """What a model is about. A user's own task is a subclass, named by package.module:Class.
+
+    `of` says what it is made of; `fit` makes it ready.
+    """
 
     features: Features
     target: Target
-    metric: str = "accuracy"
 
-    def encode(self, record: Record) -> tuple[Arrays, int | float]:
-        """Return the record's arrays and its target. Raises InvalidRecord."""
-        return self.features.encode(record), self.target.encode(record.get(self.target.column))
+    @classmethod
+    def of(
+        cls, kinds: Mapping[str, Mapping[str, Any]], column: str, learn: str, **options: Any
+    ) -> Self:
+        """Return the task that predicts `column` from columns of the given kinds, not yet fitted.
+
+        learn: "class", "labels" or "value". options: of `Features.of`.
+        """
+        return cls(Features.of(kinds, **options), TARGETS[learn](column))  # type: ignore[call-arg]
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides: the target's first."""
+        return self.target.metric_names[0]
+
+    @property
+    def kind(self) -> str:
+        """Where the class is found again."""
+        own = type(self)
+        return "task" if own is Task else f"{own.__module__}:{own.__qualname__}"
+
+    def fit(self, columns: Columns, targets: Iterable[Any]) -> Self:
+        """Fit the features on training records, the target on all training values."""
+        target = self.target.fit(targets)
+        return replace(self, features=self.features.fit(columns), target=target)
+
+    def encode(self, columns: Columns) -> tuple[Arrays, np.ndarray]:
+        """Return the arrays of N records and their targets. Raises InvalidRecord."""
+        targets_N = self.target.encode(columns[self.target.column])
+        return self.features.encode(columns), targets_N
 
     def metrics(self, outputs: Arrays, targets: np.ndarray, prefix: str) -> dict[str, float]:
         """The target's metrics, named `{prefix}_{metric}`."""
@@ -32,20 +59,15 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "kind": self.kind,
             "features": self.features.to_dict(),
             "target": self.target.to_dict(),
-            "metric": self.metric,
         }
 
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self:
+    @staticmethod
+    def from_dict(state: dict[str, Any]) -> "Task":
         """Raises ValueError for a kind that this version does not know."""
-        features, target = state["features"], state["target"]
-        for given, known in ((features, FEATURES), (target, TARGETS)):
-            if given["kind"] not in known:
-                raise ValueError(f"unknown kind '{given['kind']}'; known are {sorted(known)}")
-        return cls(
-            FEATURES[features["kind"]].from_dict(features),
-            TARGETS[target["kind"]].from_dict(target),
-            state["metric"],
-        )
+        features = Features.from_dict(state["features"])
+        target = found(state["target"], TARGETS).from_dict(state["target"])
+        own: type[Task] = found(state, {"task": Task})
+        return own(features, target)

@@ -1,0 +1,207 @@
+"""Encoding: blocks of a source → arrays, in parallel and in order, whatever the size.
+
+Small sources are encoded by threads, large ones by Ray Data on all of the cluster. Either way only
+a few batches are in memory at once.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.errors import UserError
+from train.data import sources
+from train.data.sources import Block
+from train.tasks import Arrays, Columns, InvalidRecord, Task
+from train.tasks.records import num_rows
+
+# Sources larger than this are worth the seconds that Ray Data takes to start.
+LARGE_BYTES = 256 << 20
+# Files hold arrays of very different sizes; a batch of images must fit in memory many times.
+BATCH_BYTES = 16 << 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Some records of a source, encoded. rows_N: their numbers in the source.
+
+    digests_N: a digest of each record's inputs. bad: place and reason of those left out.
+    """
+
+    rows_N: np.ndarray
+    inputs: Arrays
+    targets_N: np.ndarray
+    digests_N: np.ndarray
+    bad: list[tuple[str, str]]
+
+
+def encode(
+    task: Task, blocks: Sequence[Block], *, size_bytes: int, drop_bad: bool
+) -> Iterator[Encoded]:
+    """Encode a source's records, in their order.
+
+    drop_bad: leave out a record that cannot be encoded, and tell of it.
+    Raises UserError that names file and row of one otherwise.
+    """
+    if size_bytes > LARGE_BYTES:
+        yield from _by_ray_data(task, blocks, drop_bad)
+        return
+
+    def encoded(read: tuple[Block, int, pa.RecordBatch]) -> Encoded:
+        return _encode_batch(task, *read, drop_bad)
+
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        reads = (read for block in blocks for read in _read(task, block))
+        yield from _ahead(pool, encoded, reads, 2 * threads)
+
+
+def _read(task: Task, block: Block) -> Iterator[tuple[Block, int, pa.RecordBatch]]:
+    """The batches of a block, each with the number of its first row in the source."""
+    row_bytes = sum(spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in task.features.inputs)
+    batch_rows = int(np.clip(BATCH_BYTES // max(row_bytes, 1), 1, sources.BATCH_ROWS))
+    row = block.start
+    for batch in block.read(columns_of(task), batch_rows):
+        yield block, row, batch
+        row += batch.num_rows
+
+
+def columns_of(task: Task) -> list[str]:
+    """What is read of a source, each column once."""
+    return list(dict.fromkeys([*task.features.columns, task.target.column]))
+
+
+def _encode_batch(
+    task: Task, block: Block, start: int, batch: pa.RecordBatch, drop_bad: bool
+) -> Encoded:
+    columns = sources.columns(batch)
+    kept_N = np.arange(batch.num_rows)
+    bad: list[tuple[str, str]] = []
+    while len(kept_N):
+        try:
+            inputs, targets_N = task.encode(columns)
+            break
+        except InvalidRecord as error:
+            if not drop_bad or error.row is None:
+                raise UserError(at(block, start, kept_N, error)) from error
+            bad.append((block.place(start + int(kept_N[error.row])), str(error)))
+            columns = without(columns, error.row)
+            kept_N = np.delete(kept_N, error.row)
+    else:
+        inputs = {
+            spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in task.features.inputs
+        }
+        targets_N = task.target.encode([])
+    return Encoded(start + kept_N, inputs, targets_N, digests(inputs), bad)
+
+
+def at(block: Block, start: int, rows_N: np.ndarray, error: InvalidRecord) -> str:
+    """Say where the record is that is wrong."""
+    if error.row is None:
+        return f"'{block.origin}': {error}"
+    return f"{block.place(start + int(rows_N[error.row]))}: {error}"
+
+
+def without(columns: Columns, row: int) -> Columns:
+    """All but one of the records."""
+    return {
+        name: np.delete(values, row, axis=0)
+        if isinstance(values, np.ndarray)
+        else [*values[:row], *values[row + 1 :]]
+        for name, values in columns.items()
+    }
+
+
+def digests(inputs: Arrays) -> np.ndarray:
+    """A 64-bit digest of each record's inputs, uint64 [N]."""
+    arrays = [np.ascontiguousarray(array) for array in inputs.values()]
+    found_N = np.zeros(num_rows(inputs), np.uint64)
+    for row in range(len(found_N)):
+        digest = hashlib.blake2b(digest_size=8)
+        for array in arrays:
+            digest.update(array[row])
+        found_N[row] = int.from_bytes(digest.digest(), "little")
+    return found_N
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    most: int,
+) -> Iterator[Result]:
+    """Results in the order of the items, at most `most` of them computed ahead."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _by_ray_data(task: Task, blocks: Sequence[Block], drop_bad: bool) -> Iterator[Encoded]:
+    import ray.data
+
+    state = task.to_dict()
+    specs = task.features.inputs
+    target = task.target.encode([])
+
+    def encode_blocks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        own = Task.from_dict(state)
+        for number in batch["block"]:
+            for read in _read(own, blocks[number]):
+                yield _packed(_encode_batch(own, *read, drop_bad))
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    numbers = [{"block": number} for number in range(len(blocks))]
+    plan = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+    plan = plan.map_batches(encode_blocks, batch_size=1, batch_format="numpy")
+    try:
+        for row in plan.iter_rows():
+            yield _unpacked(row, specs, target)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from error
+        raise
+
+
+def _packed(encoded: Encoded) -> dict[str, Any]:
+    """One row for Ray Data: the arrays as bytes, whose datatypes and shapes the task knows."""
+    arrays = (encoded.rows_N, encoded.targets_N, encoded.digests_N, *encoded.inputs.values())
+    return {
+        **{f"{number}": [array.tobytes()] for number, array in enumerate(arrays)},
+        "bad": [json.dumps(encoded.bad)],
+    }
+
+
+def _unpacked(row: dict[str, Any], specs: Sequence[Any], target: np.ndarray) -> Encoded:
+    rows_N = np.frombuffer(row["0"], np.int64)
+    inputs = {
+        spec.name: np.frombuffer(row[f"{number}"], spec.dtype).reshape(len(rows_N), *spec.shape)
+        for number, spec in enumerate(specs, 3)
+    }
+    return Encoded(
+        rows_N,
+        inputs,
+        np.frombuffer(row["1"], target.dtype).reshape(len(rows_N), *target.shape[1:]),
+        np.frombuffer(row["2"], np.uint64),
+        [(place, reason) for place, reason in json.loads(row["bad"])],
+    )
