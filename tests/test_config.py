@@ -7,7 +7,9 @@ from train import config
 
 
 def test_options_win_over_the_file():
-    parsed = config.parse(["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"])
+    parsed = config.parse(
+        ["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"]
+    ).config
     assert parsed.name == "digits"
     assert (parsed.optim.lr, parsed.net.widths, parsed.workers.num) == (0.5, [8, 16], (3, 3))
 
@@ -16,7 +18,7 @@ def test_the_shipped_configs_are_valid():
     files = sorted(config.CONFIGS.glob("*.yaml"))
     assert files
     for file in files:
-        assert config.parse(["--config", str(file)]).name == file.stem
+        assert config.parse(["--config", str(file)]).config.name == file.stem
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,10 @@ def test_the_shipped_configs_are_valid():
         (["--optim.rate", "1"], ["--optim.rate", "--help"]),
         (["--optim.lr", "fast"], ["optim.lr", "fast", "number"]),
         (["--net.widths", "[0]"], ["net.widths", "greater than or equal to 1"]),
-        (["--image.size", "[0,8]"], ["image.size", "greater than or equal to 1"]),
+        (
+            ["--features", '{"image": {"kind": "image", "size": [0, 8]}}'],
+            ["features.image.size", "greater than or equal to 1"],
+        ),
         (["--optim.epochs", "0"], ["optim.epochs", "greater than or equal to 1"]),
         (["--data.valid_fraction", "0.9"], ["data.valid_fraction", "0.9", "less than 0.5"]),
         (["--precision", "fp64"], ["precision", "fp64", "bf16"]),

@@ -1,5 +1,7 @@
 """Sample order, augmentation, splits and encoded shards."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.test_tasks import image_bytes
 from train.config import Augment, Stage
-from train.data import order, shards, splits
+from train.data import order, shards, sources, splits
 from train.data.augment import WHOLE, Augmentation
 
 
@@ -173,10 +175,10 @@ def test_zoom_and_cutout_do_not_depend_on_the_batch(config, rng):
 def test_mixup_is_the_weighted_sum_of_its_pairs(rng):
     images = torch.from_numpy(rng.integers(0, 256, (16, 4, 4, 1), dtype=np.uint8))
     targets = torch.arange(16)
-    mixed = Augmentation(Augment(mixup=1.0), 5, 16).mix(images, targets, key=3)
+    mixed = Augmentation(Augment(mixup=1.0), 5, 16).mix([images], targets, key=3)
     assert 0 < mixed.share < 1
     expected = mixed.share * images + (1 - mixed.share) * images[mixed.others_B]
-    torch.testing.assert_close(mixed.images_BHWC, expected)
+    torch.testing.assert_close(mixed.inputs[0], expected)
     assert sorted(mixed.others_B.tolist()) == list(range(16))
 
 
@@ -185,9 +187,9 @@ def test_cutmix_pastes_a_box_of_the_other_image_and_counts_its_area(rng):
     augmentation = Augmentation(Augment(cutmix=1.0), 5, 16)
     shares = set()
     for key in range(20):
-        mixed = augmentation.mix(images, torch.arange(16), key)
+        mixed = augmentation.mix([images], torch.arange(16), key)
         for image, target, other in zip(
-            mixed.images_BHWC, mixed.targets_B, mixed.others_B, strict=True
+            mixed.inputs[0], mixed.targets_B, mixed.others_B, strict=True
         ):
             if target != other:
                 assert float((image == target).float().mean()) == pytest.approx(mixed.share)
@@ -196,26 +198,28 @@ def test_cutmix_pastes_a_box_of_the_other_image_and_counts_its_area(rng):
     assert len(shares) > 10
 
 
-def test_splits_never_overlap_and_leave_nothing_out():
-    parts = splits.split(make_config().data, ["image", "label"])
-    rows = np.concatenate([part.rows for part in parts.values()])
-    assert sorted(rows) == list(range(1797))
-    assert {name: len(part.rows) for name, part in parts.items()} == {
-        "train": 1258,
-        "test": 359,
-        "valid": 180,
-    }
+def assigned(url: str, scratch: Path, **data: object) -> splits.Part:
+    """The training source and the split of each of its rows."""
+    blocks = sources.open_source(sources.find(url), str(scratch))
+    return splits.assign(make_config(data={"train": url, **data}).data, {"train": blocks})[0]
 
 
-def test_shards_hold_what_the_task_encodes(digits):
-    parts = splits.split(make_config().data, ["image", "label"])
-    for name, part in parts.items():
+def test_splits_never_overlap_and_leave_nothing_out(tmp_path):
+    part = assigned("sklearn:digits", tmp_path)
+    assert np.bincount(part.codes_N).tolist() == [1258, 180, 359]
+
+
+def test_shards_hold_what_the_task_encodes(digits, tmp_path):
+    part = assigned("sklearn:digits", tmp_path)
+    (batch,) = part.blocks[0].read(["image", "label"], 2000)
+    columns = sources.columns(batch)
+    for code, name in enumerate(splits.NAMES):
         inputs, targets = digits.open(name)
-        assert len(targets) == len(part.records)
-        for index in (0, len(targets) - 1):
-            arrays, target = digits.task.encode(part.records[index])
-            np.testing.assert_array_equal(inputs["image"][index], arrays["image"])
-            assert targets[index] == target
+        rows = np.flatnonzero(part.codes_N == code)
+        chosen = {key: [values[row] for row in rows] for key, values in columns.items()}
+        expected, expected_targets = digits.task.encode(chosen)
+        np.testing.assert_array_equal(inputs["image"], expected["image"])
+        np.testing.assert_array_equal(targets, expected_targets)
 
 
 def test_shards_are_written_once(config, digits, monkeypatch):
@@ -233,7 +237,7 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
         for data, name in zip(images(30, rng), ["cat", "dog", "emu"] * 10, strict=True)
     ]
     url = write_parquet(records)
-    config = make_config(data={"train": url}, image={"column": "img"})
+    config = make_config(data={"train": url}, features={"img": "image"})
     prepared = shards.prepare(config, str(tmp_path))
     assert prepared.task.target.to_dict()["classes"] == ["cat", "dog", "emu"]
     assert {name: split["num_records"] for name, split in prepared.summary["splits"].items()} == {
@@ -283,11 +287,8 @@ def test_a_label_made_of_signs_is_a_name(write_parquet, rng, tmp_path):
 
 def test_a_first_training_image_that_cannot_be_read_is_named_by_row(write_parquet, rng, tmp_path):
     rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
-    first = int(
-        splits.split(make_config(data={"train": write_parquet(rows)}).data, ["image", "label"])[
-            "train"
-        ].rows[0]
-    )
+    part = assigned(write_parquet(rows), tmp_path)
+    first = int(np.flatnonzero(part.codes_N == splits.TRAIN)[0])
     rows[first]["image"] = b"?"
     config = make_config(data={"train": write_parquet(rows)})
     with pytest.raises(UserError, match=f"row {first}: .*no PNG or JPEG"):
@@ -311,5 +312,5 @@ def test_a_missing_source_is_named(name, tmp_path):
 def test_a_file_that_is_not_parquet_is_named(tmp_path):
     path = tmp_path / "data.parquet"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"data\.parquet' is not a Parquet file"):
+    with pytest.raises(UserError, match=r"data\.parquet' cannot be read as parquet"):
         shards.prepare(make_config(data={"train": str(path)}), str(tmp_path))

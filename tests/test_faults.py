@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory):
     @cache
     def run(epochs):
         root = tmp_path_factory.mktemp("undisturbed")
-        config = parse([*OPTIONS, "--optim.epochs", str(epochs)])
+        config = parse([*OPTIONS, "--optim.epochs", str(epochs)]).config
         run_workers(1, reference, config, shards.prepare(config, str(root)), root / "run")
         return trained(Store(str(root / "run"), keep=1))[0]
 
@@ -170,7 +170,7 @@ def test_a_run_goes_on_when_a_node_is_lost_and_grows_when_one_is_added(undisturb
 @pytest.mark.chaos
 def test_a_notice_that_a_node_goes_brings_a_checkpoint_in_mid_epoch(tmp_path):
     """As a spot machine that is taken away: notice, a little time, gone."""
-    config = parse([*OPTIONS, "--optim.batch_size", "8"])
+    config = parse([*OPTIONS, "--optim.batch_size", "8"]).config
     num_samples = len(shards.prepare(config, str(tmp_path)).open("train")[1])
     steps_per_epoch = order.num_steps(num_samples, 8)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

@@ -45,7 +45,7 @@ def test_json_flat_nested_and_binary_give_the_same_record(manifest):
     nested = v2.decode(as_json(data=PIXELS.tolist()), None, manifest, 64)
     binary = v2.decode(*as_binary(PIXELS.tobytes()), manifest, 64)
     for request in (flat, nested, binary):
-        (record,) = request.records
+        record = {name: values[0] for name, values in request.columns.items()}
         assert record["image"].dtype == np.uint8
         np.testing.assert_array_equal(record["image"], PIXELS[0])
 
@@ -68,7 +68,7 @@ def test_bytes_elements_come_as_binary_base64_or_text(manifest):
         v2.decode(as_json(shape=[1], datatype="BYTES", data=["abc"]), None, manifest, 64),
     ]
     for request in requests:
-        assert request.records == [{"image": b"abc"}]
+        assert request.columns == {"image": [b"abc"]}
 
 
 @pytest.mark.parametrize("datatype", ["UINT8", "INT16", "UINT64", "FP32", "FP64", "BOOL"])
@@ -189,7 +189,7 @@ def test_binary_outputs_follow_the_json(manifest):
     [{"b64": "YWJj"}, {"image": {"b64": "YWJj"}}],
 )
 def test_v1_instances_are_records(manifest, instance):
-    assert v1.decode(orjson.dumps({"instances": [instance]}), manifest, 64) == [{"image": b"abc"}]
+    assert v1.decode(orjson.dumps({"instances": [instance]}), manifest, 64) == {"image": [b"abc"]}
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,9 @@ def test_a_model_that_is_not_there_is_said_in_one_line(bundle, uri, words, stora
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("metric", ["valid_r2", "test_accuracy"])
-def test_a_metric_that_may_not_decide_names_those_that_may(tmp_path, metric):
-    with pytest.raises(UserError, match=rf"'{metric}'; accepted are valid_accuracy, "):
-        registry.check(str(tmp_path), metric, ["valid_accuracy", "valid_loss"])
+def test_a_metric_that_may_not_decide_names_those_that_may(tmp_path):
+    with pytest.raises(UserError, match="'test_accuracy'; accepted are .* valid_accuracy, "):
+        registry.check(str(tmp_path), "test_accuracy")
 
 
 def test_asking_for_a_model_makes_no_registry(tmp_path):

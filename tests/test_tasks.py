@@ -9,8 +9,8 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from train.tasks import ClassTarget, ImageFeatures, InvalidRecord, Task
-from train.tasks import features as features_module
+from train.tasks import ClassTarget, Features, Images, InvalidRecord, Task
+from train.tasks import images as images_module
 
 
 def image_bytes(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -25,23 +25,23 @@ def pixels(rng):
 
 
 def test_a_png_and_its_pixels_encode_alike(pixels):
-    features = ImageFeatures("photo").fit([{"photo": pixels}])
+    features = Images("photo").fit({"photo": [pixels]})
     assert features.shape_HWC == (6, 5, 3)
     for value in (pixels, image_bytes(pixels), {"bytes": image_bytes(pixels), "path": None}):
-        np.testing.assert_array_equal(features.encode({"photo": value})["photo"], pixels)
+        np.testing.assert_array_equal(features.encode({"photo": [value]})["photo"][0], pixels)
 
 
 def test_a_jpeg_encodes_as_pillow_decodes_it(pixels):
     data = image_bytes(pixels, "JPEG")
-    features = ImageFeatures("photo", (6, 5), 3)
+    features = Images("photo", (6, 5), 3)
     expected = np.asarray(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(features.encode({"photo": data})["photo"], expected)
+    np.testing.assert_array_equal(features.encode({"photo": [data]})["photo"][0], expected)
 
 
 def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
-    features = ImageFeatures("photo", (4, 4), 1)
+    features = Images("photo", (4, 4), 1)
     expected = Image.fromarray(pixels).convert("L").resize((4, 4), Image.Resampling.BILINEAR)
-    encoded = features.encode({"photo": image_bytes(pixels)})["photo"]
+    encoded = features.encode({"photo": [image_bytes(pixels)]})["photo"][0]
     np.testing.assert_array_equal(encoded[:, :, 0], np.asarray(expected))
 
 
@@ -58,26 +58,26 @@ def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
 )
 def test_what_is_no_image_is_refused_by_field(value, word):
     with pytest.raises(InvalidRecord, match="field 'photo'") as caught:
-        ImageFeatures("photo", (4, 4), 1).encode({"photo": value})
+        Images("photo", (4, 4), 1).encode({"photo": [value]})
     assert word in str(caught.value)
 
 
 def test_a_truncated_image_is_refused(pixels):
     with pytest.raises(InvalidRecord, match="damaged PNG"):
-        ImageFeatures("photo", (6, 5), 3).encode({"photo": image_bytes(pixels)[:70]})
+        Images("photo", (6, 5), 3).encode({"photo": [image_bytes(pixels)[:70]]})
 
 
 def test_an_image_is_refused_by_its_header_before_it_is_decoded(monkeypatch, pixels):
-    monkeypatch.setattr(features_module, "MAX_PIXELS", 29)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 29)
     with pytest.raises(InvalidRecord, match="5×6 pixels; at most 29"):
-        ImageFeatures("photo", (6, 5), 3).encode({"photo": image_bytes(pixels)})
+        Images("photo", (6, 5), 3).encode({"photo": [image_bytes(pixels)]})
 
 
 def test_an_image_of_16_bits_is_refused_rather_than_clipped():
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(buffer, "PNG")
     with pytest.raises(InvalidRecord, match="expected 8 bits"):
-        ImageFeatures("photo", (4, 4), 1).encode({"photo": buffer.getvalue()})
+        Images("photo", (4, 4), 1).encode({"photo": [buffer.getvalue()]})
 
 
 def test_an_image_of_two_billion_pixels_is_refused_as_too_large():
@@ -85,12 +85,12 @@ def test_an_image_of_two_billion_pixels_is_refused_as_too_large():
     png[16:24] = struct.pack(">II", 50_000, 50_000)
     png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
     with pytest.raises(InvalidRecord, match="too many pixels"):
-        ImageFeatures("photo", (4, 4), 1).encode({"photo": bytes(png)})
+        Images("photo", (4, 4), 1).encode({"photo": [bytes(png)]})
 
 
 def test_another_image_format_is_refused(pixels):
     with pytest.raises(InvalidRecord, match="no PNG or JPEG"):
-        ImageFeatures("photo", (6, 5), 3).encode({"photo": image_bytes(pixels, "TIFF")})
+        Images("photo", (6, 5), 3).encode({"photo": [image_bytes(pixels, "TIFF")]})
 
 
 def test_classes_keep_the_order_of_numbers_and_sort_by_name():
@@ -112,7 +112,7 @@ def test_a_missing_label_is_refused(value):
 
 def test_an_unknown_class_names_the_known_ones():
     with pytest.raises(InvalidRecord, match=r"'c'.*known are a, b"):
-        ClassTarget("y", ("a", "b")).encode("c")
+        ClassTarget("y", ("a", "b")).encode(["a", "c"])
 
 
 def test_metrics_agree_with_scikit_learn(rng):
@@ -129,5 +129,5 @@ def test_metrics_agree_with_scikit_learn(rng):
 
 
 def test_a_task_survives_json():
-    task = Task(ImageFeatures("photo", (6, 5), 3), ClassTarget("y", ("a", "b")))
+    task = Task(Features((Images("photo", (6, 5), 3),)), ClassTarget("y", ("a", "b"), (1, 2)))
     assert Task.from_dict(task.to_dict()) == task

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -41,8 +41,8 @@ class Part(BaseModel):
 
 class Data(Part):
     train: str = Field(
-        description="Training records: path, folder, glob or URL of CSV, Parquet, JSON lines, Arrow "
-        "or image folders; or sklearn:digits."
+        description="Training records: path, folder, glob or URL of CSV, Parquet, JSON lines, "
+        "Arrow or image folders; or sklearn:digits."
     )
     valid: str | None = Field(
         None, description="Validation records; split off the training records when not given."
@@ -377,10 +377,17 @@ class _Command(BaseSettings, Config):
     )
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path | None]:
+class Command(NamedTuple):
+    """What a command line says: the config, and where to save it."""
+
+    config: Config
+    save_to: Path | None
+
+
+def parse(argv: Sequence[str]) -> Command:
     """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
 
-    Returns the config, and where to save it. Raises UserError with one line that names the field.
+    Raises UserError with one line that names the field.
     """
     try:
         options = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
@@ -394,7 +401,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path | None]:
         base: dict[str, Any] = {"name": _name_of(train)}
     else:
         base = load_yaml(Path(file or DEFAULT_CONFIG))
-    return validate(_merge(base, options)), Path(save_to) if save_to else None
+    return Command(validate(_merge(base, options)), Path(save_to) if save_to else None)
 
 
 def save(config: Config, path: Path) -> None:

@@ -46,6 +46,8 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
         data = _field(tensor, "data", list, where)
         base64_encoded = (tensor.get("parameters") or {}).get("content_type") == "base64"
         values = _from_json(data, datatype, count, where, base64_encoded=base64_encoded)
+        if None in data and count != shape[0]:
+            raise BadRequest(f"{where}: null may stand for a row's one value only.")
     return name, values.reshape(shape)
 
 

@@ -24,12 +24,11 @@ def decode(body: bytes, manifest: Manifest, max_rows: int) -> Columns:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
     check_rows(len(instances), max_rows)
     fields = {tensor.name: tensor for tensor in manifest.inputs}
+    single = next(iter(fields)) if len(fields) == 1 else None
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     for index, instance in enumerate(instances):
-        if len(fields) == 1 and not (
-            isinstance(instance, dict) and instance.keys() == fields.keys()
-        ):
-            instance = dict.fromkeys(fields, instance)
+        if single and not (isinstance(instance, dict) and single in instance):
+            instance = {single: instance}
         if not isinstance(instance, dict) or instance.keys() != fields.keys():
             raise BadRequest(f"instance {index} {_difference(instance, list(fields))}.")
         for name, tensor in fields.items():

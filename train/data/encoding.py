@@ -19,8 +19,8 @@ import pyarrow as pa
 from cluster.errors import UserError
 from train.data import sources
 from train.data.sources import Block
-from train.tasks import Arrays, Columns, InvalidRecord, Task
-from train.tasks.records import num_rows
+from train.tasks import Arrays, InvalidRecord, Task
+from train.tasks.records import encode_good, num_rows
 
 # Sources larger than this are worth the seconds that Ray Data takes to start.
 LARGE_BYTES = 256 << 20
@@ -84,42 +84,22 @@ def columns_of(task: Task) -> list[str]:
 def _encode_batch(
     task: Task, block: Block, start: int, batch: pa.RecordBatch, drop_bad: bool
 ) -> Encoded:
-    columns = sources.columns(batch)
-    kept_N = np.arange(batch.num_rows)
-    bad: list[tuple[str, str]] = []
-    while len(kept_N):
-        try:
-            inputs, targets_N = task.encode(columns)
-            break
-        except InvalidRecord as error:
-            if not drop_bad or error.row is None:
-                raise UserError(at(block, start, kept_N, error)) from error
-            bad.append((block.place(start + int(kept_N[error.row])), str(error)))
-            columns = without(columns, error.row)
-            kept_N = np.delete(kept_N, error.row)
-    else:
-        inputs = {
-            spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in task.features.inputs
-        }
-        targets_N = task.target.encode([])
+    columns, count = sources.columns(batch), batch.num_rows
+    try:
+        if drop_bad:
+            encoded, kept_N, wrong = encode_good(task.encode, columns, count)
+        else:
+            encoded, kept_N, wrong = task.encode(columns), np.arange(count), []
+    except InvalidRecord as error:
+        place = f"'{block.origin}'" if error.row is None else block.place(start + error.row)
+        raise UserError(f"{place}: {error}") from error
+    if encoded is None:
+        specs = task.features.inputs
+        inputs = {spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in specs}
+        encoded = inputs, task.target.encode([])
+    inputs, targets_N = encoded
+    bad = [(block.place(start + row), reason) for row, reason in wrong]
     return Encoded(start + kept_N, inputs, targets_N, digests(inputs), bad)
-
-
-def at(block: Block, start: int, rows_N: np.ndarray, error: InvalidRecord) -> str:
-    """Say where the record is that is wrong."""
-    if error.row is None:
-        return f"'{block.origin}': {error}"
-    return f"{block.place(start + int(rows_N[error.row]))}: {error}"
-
-
-def without(columns: Columns, row: int) -> Columns:
-    """All but one of the records."""
-    return {
-        name: np.delete(values, row, axis=0)
-        if isinstance(values, np.ndarray)
-        else [*values[:row], *values[row + 1 :]]
-        for name, values in columns.items()
-    }
 
 
 def digests(inputs: Arrays) -> np.ndarray:

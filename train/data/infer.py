@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.errors import UserError
 from train.config import Config, validate
 from train.data import sources
-from train.tasks import Columns, InvalidRecord
+from train.tasks import InvalidRecord
 from train.tasks.images import IMAGE_SIGNATURES
 from train.tasks.numbers import FALSE, TRUE, Boolean, Date, Number
 from train.tasks.records import is_missing, text
@@ -111,7 +111,7 @@ def suited(kinds: set[str], num_looked_at: int) -> dict[str, Any]:
     small = num_looked_at < SMALL
     optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
     if "text" in kinds:
-        optim |= {"lr": 0.005, "epochs": 10}
+        optim |= {"lr": 0.005, "epochs": 6}
     else:
         optim |= {"lr": 0.002, "epochs": 40, "weight_decay": 0.01}
         if not small:

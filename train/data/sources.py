@@ -1,7 +1,8 @@
 """Sources: where records are kept, and how they are read in parts that fit in memory.
 
-A source is files of one format. What has no random access (CSV, JSON lines, folders of images) is
-first written as Parquet to a scratch place; from there on there are only blocks of Parquet.
+A source is files of one format. What cannot be read from the middle (CSV, JSON lines, folders of
+images, huge row groups) is first written as Parquet to a scratch place; from there on there are
+only blocks of Parquet.
 """
 
 import csv
@@ -36,8 +37,10 @@ FORMATS = {
 KNOWN = "CSV, Parquet, JSON lines, Arrow, or folders of PNG and JPEG images named by their class"
 # Rows read at once, and rows of a scratch file's row group.
 BATCH_ROWS, GROUP_ROWS = 1024, 16_384
+# Larger row groups of a Parquet file are read once and written as smaller ones.
+MAX_GROUP_ROWS = 131_072
 IMAGES_AT_ONCE = 256
-CSV_BLOCK_BYTES = 8 << 20
+CSV_BLOCK_BYTES, GROUP_BYTES = 8 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,21 @@ def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[B
     for number, file in enumerate(source.files):
         path = file
         with reading(file):
-            if source.format != "parquet":
+            if source.format != "parquet" or _largest_group(file) > MAX_GROUP_ROWS:
                 path = storage.join(scratch, f"{number:05}.parquet")
                 _write(_tables(source.format, file, encoding), path)
             blocks += _blocks(path, file, sum(each.num_rows for each in blocks))
     if not blocks:
         raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
     return blocks
+
+
+def _largest_group(path: str) -> int:
+    fs, inner = storage.filesystem(path)
+    with fs.open(inner, "rb") as stream:
+        metadata = pa.parquet.ParquetFile(stream).metadata
+        groups = range(metadata.num_row_groups)
+        return max((metadata.row_group(group).num_rows for group in groups), default=0)
 
 
 def _blocks(path: str, origin: str, start: int) -> list[Block]:
@@ -263,7 +274,7 @@ def _values(column: pa.Array) -> Sequence[Any] | np.ndarray:
 
 
 def _tables(kind: str, file: str, encoding: str) -> Iterator[pa.Table]:
-    """Read a CSV, JSON or Arrow file part by part."""
+    """Read a file part by part."""
     fs, path = storage.filesystem(file)
     if kind == "csv":
         with fs.open(path, "rb", compression="infer") as stream:
@@ -276,7 +287,10 @@ def _tables(kind: str, file: str, encoding: str) -> Iterator[pa.Table]:
                     raise _explained(error, again, encoding) from error
         return
     with fs.open(path, "rb", compression="infer") as stream:
-        if kind == "json":
+        if kind == "parquet":
+            batches = pa.parquet.ParquetFile(stream).iter_batches(BATCH_ROWS)
+            yield from (pa.Table.from_batches([batch]) for batch in batches)
+        elif kind == "json":
             options = pa.json.ReadOptions(block_size=CSV_BLOCK_BYTES)
             with pa.json.open_json(stream, read_options=options) as reader:
                 yield from (pa.Table.from_batches([batch]) for batch in reader)
@@ -369,7 +383,7 @@ def _write(tables: Iterator[pa.Table], path: str) -> None:
     writer = None
     with fs.open(inner, "wb") as stream:
         try:
-            for table in tables:
+            for table in _grouped(tables):
                 writer = writer or pa.parquet.ParquetWriter(
                     stream, table.schema, compression="lz4", use_dictionary=False
                 )
@@ -379,6 +393,19 @@ def _write(tables: Iterator[pa.Table], path: str) -> None:
                 writer.close()
         if writer is None:
             raise ValueError("it holds no records; expected at least one row")
+
+
+def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables of a row group's size, where the parts are smaller."""
+    parts: list[pa.Table] = []
+    for table in tables:
+        parts.append(table)
+        size = sum(part.nbytes for part in parts)
+        if sum(part.num_rows for part in parts) >= GROUP_ROWS or size >= GROUP_BYTES:
+            yield pa.concat_tables(parts)
+            parts = []
+    if parts:
+        yield pa.concat_tables(parts)
 
 
 def _format(path: str) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from train.config import Optim
 from train.tasks import Target
 from train.tasks.features import imported
+from train.tasks.targets import HUBER
 
 # Outputs [B, K] and targets → the mean loss of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +39,7 @@ def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
         return lambda outputs_BK, targets_BK: F.binary_cross_entropy_with_logits(
             outputs_BK, targets_BK * (1 - smooth) + smooth / 2, weights_K
         )
-    if target.loss == "squared":
-        return lambda outputs_B1, targets_B: F.mse_loss(outputs_B1[:, 0], targets_B)
+    if target.loss == "huber":
+        return lambda outputs_B1, targets_B: F.huber_loss(outputs_B1[:, 0], targets_B, delta=HUBER)
     own: Loss = imported(target.loss)
     return own

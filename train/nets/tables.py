@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+# In deviations from the mean; a number beyond is no further away.
+BOUND = 10.0
+
 
 class NumberPieces(nn.Module):
-    """Numbers [B, F], NaN where missing → [B, F·(T + 1)]: how full each piece is, and what is
-    missing."""
+    """Numbers [B, F], NaN where missing → [B, F·(T + 2)]: how full each piece is, the number
+    itself within bounds, and whether it is missing."""
 
     low_FT: Tensor
     width_FT: Tensor
@@ -28,7 +31,7 @@ class NumberPieces(nn.Module):
     @property
     def width(self) -> int:
         numbers, bins = self.low_FT.shape
-        return numbers * (bins + 1)
+        return numbers * (bins + 2)
 
     @torch.no_grad()
     def fit_inputs(self, numbers_NF: Tensor) -> None:
@@ -43,13 +46,14 @@ class NumberPieces(nn.Module):
 
     def forward(self, numbers_BF: Tensor) -> Tensor:
         missing_BF = torch.isnan(numbers_BF)
-        values_BF1 = torch.where(missing_BF, 0.0, numbers_BF)[:, :, None]
-        above_BFT = values_BF1 - self.low_FT
+        values_BF = torch.where(missing_BF, 0.0, numbers_BF)
+        above_BFT = values_BF[:, :, None] - self.low_FT
         full_BFT = (above_BFT / self.width_FT.clamp_min(1e-9)).clamp(0, 1)
         # A value that many records have makes a piece without width: above it or not.
         full_BFT = torch.where(self.width_FT > 0, full_BFT, (above_BFT > 0).float())
         full_BFT = full_BFT * (~missing_BF)[:, :, None]
-        return torch.cat([full_BFT.flatten(1), missing_BF.float()], dim=1)
+        within_BF = values_BF.clamp(-BOUND, BOUND)
+        return torch.cat([full_BFT.flatten(1), within_BF, missing_BF.float()], dim=1)
 
 
 class Embeddings(nn.Module):

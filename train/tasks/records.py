@@ -1,9 +1,9 @@
 """Records as a user has them, arrays as a net takes them, and what describes the arrays."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ Record = Mapping[str, Any]
 # Records side by side: for each field, its values, one for each record.
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 Arrays = dict[str, np.ndarray]
+Encoded = TypeVar("Encoded")
 
 # Datatypes of the Open Inference Protocol; BYTES has no fixed item size.
 DTYPES: dict[str, np.dtype] = {
@@ -42,6 +43,37 @@ def at_row(row: int) -> Iterator[None]:
     except InvalidRecord as error:
         error.row = row
         raise
+
+
+def encode_good(
+    encode: Callable[[Columns], Encoded], columns: Columns, count: int
+) -> tuple[Encoded | None, np.ndarray, list[tuple[int, str]]]:
+    """Encode those of `count` records that can be.
+
+    Returns what `encode` made of them (None of none), which they are, and which of the others is
+    wrong why. Raises InvalidRecord for what is wrong with all alike.
+    """
+    kept_N = np.arange(count)
+    bad: list[tuple[int, str]] = []
+    while len(kept_N):
+        try:
+            return encode(columns), kept_N, bad
+        except InvalidRecord as error:
+            if error.row is None:
+                raise
+            bad.append((int(kept_N[error.row]), str(error)))
+            columns = _without(columns, error.row)
+            kept_N = np.delete(kept_N, error.row)
+    return None, kept_N, bad
+
+
+def _without(columns: Columns, row: int) -> Columns:
+    return {
+        name: np.delete(values, row, axis=0)
+        if isinstance(values, np.ndarray)
+        else [*values[:row], *values[row + 1 :]]
+        for name, values in columns.items()
+    }
 
 
 @dataclass(frozen=True)

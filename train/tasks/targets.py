@@ -17,6 +17,8 @@ from train.tasks.records import Arrays, InvalidRecord, TensorSpec, at_row, is_mi
 
 # What several labels of a record are written with between them.
 SEPARATOR = "|"
+# In deviations: errors beyond count no longer by their square.
+HUBER = 0.5
 LOWER_IS_BETTER = ("loss", "rmse", "mae")
 
 
@@ -274,14 +276,17 @@ class LabelsTarget:
 
 @dataclass(frozen=True)
 class ValueTarget:
-    """A number. It is learned scaled by the training records, and given in its own unit."""
+    """A number. It is learned scaled by the training records, and given in its own unit.
+
+    The loss is Huber's, squared up to half a deviation: a few far values would else rule the net.
+    """
 
     column: str
     mean: float = 0.0
     scale: float = 0.0
 
     kind: ClassVar[str] = "value"
-    loss: ClassVar[str] = "squared"
+    loss: ClassVar[str] = "huber"
     metric_names: ClassVar[tuple[str, ...]] = ("r2", "rmse", "mae", "loss")
     outputs: ClassVar[tuple[TensorSpec, ...]] = (TensorSpec("value", "FP32", ()),)
     num_outputs: ClassVar[int] = 1
@@ -307,15 +312,16 @@ class ValueTarget:
         return {"value": (outputs["logits"][:, 0] * self.scale + self.mean).astype(np.float32)}
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """Coefficient of determination; errors in the column's unit; scaled squared error."""
+        """Coefficient of determination, errors in the column's unit, the loss."""
         error_N = outputs["logits"][:, 0].astype(np.float64) - targets
         spread = float(np.var(targets.astype(np.float64)))
-        squared = float(np.mean(error_N**2))
+        squared, size_N = float(np.mean(error_N**2)), np.abs(error_N)
+        linear_N = HUBER * (size_N - HUBER / 2)
         return {
             "r2": 1 - squared / spread if spread > 0 else 0.0,
             "rmse": math.sqrt(squared) * self.scale,
             "mae": float(np.mean(np.abs(error_N))) * self.scale,
-            "loss": squared,
+            "loss": float(np.mean(np.where(size_N < HUBER, error_N**2 / 2, linear_N))),
         }
 
     def _numbers(self, values: Iterable[Any]) -> Iterable[float]:
