@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def config(storage_path: Path) -> Config:
 @pytest.fixture(scope="session")
 def digits(config: Config) -> Shards:
     return shards.prepare(config, config.storage.path)
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """A Ray of this process, for the tests of one module."""
+    connect.connect(num_cpus=4, metrics=False)
+    yield
+    connect.disconnect()
 
 
 @pytest.fixture(scope="session")

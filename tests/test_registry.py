@@ -149,7 +149,7 @@ def test_a_model_that_is_not_there_is_said_in_one_line(bundle, uri, words, stora
 
 
 def test_a_metric_that_may_not_decide_names_those_that_may(tmp_path):
-    with pytest.raises(UserError, match="'test_accuracy'; accepted are .* valid_accuracy, "):
+    with pytest.raises(UserError, match=r"'test_accuracy'; accepted are .* valid_accuracy, "):
         registry.check(str(tmp_path), "test_accuracy")
 
 

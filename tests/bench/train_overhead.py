@@ -95,7 +95,7 @@ def prepare(folder: Path) -> list[str]:
         *("--optim.epochs", str(EPOCHS), "--optim.batch_size", "256"),
         *("--storage.path", str(folder), "--registry.enabled", "false"),
     ]
-    config = parse(options)
+    config = parse(options).config
     shards.prepare(config, config.storage.path)
     return options
 
@@ -147,6 +147,6 @@ def loop(place: str, config: Config) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--loop"]:
-        loop(sys.argv[2], parse(sys.argv[3:]))
+        loop(sys.argv[2], parse(sys.argv[3:]).config)
     else:
         main()

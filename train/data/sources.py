@@ -284,7 +284,7 @@ def _tables(kind: str, file: str, encoding: str) -> Iterator[pa.Table]:
                 yield from _csv(stream, names, delimiter, encoding)
             except (pa.ArrowInvalid, UnicodeError) as error:
                 with fs.open(path, "rb", compression="infer") as again:
-                    raise _explained(error, again, encoding) from error
+                    raise _explained(error, again, names, delimiter, encoding) from error
         return
     with fs.open(path, "rb", compression="infer") as stream:
         if kind == "parquet":
@@ -326,8 +326,10 @@ def _header(start: bytes, encoding: str) -> tuple[list[str], str]:
     return names, delimiter
 
 
-def _explained(error: Exception, stream: BinaryIO, encoding: str) -> Exception:
-    """Name the line of a CSV file that is not text in its encoding, or return what is known."""
+def _explained(
+    error: Exception, stream: BinaryIO, names: Sequence[str], delimiter: str, encoding: str
+) -> Exception:
+    """Name the line of a CSV file that is wrong, or return what is known."""
     if "UTF8" in str(error) or isinstance(error, UnicodeError):
         for number, line in enumerate(stream, 1):
             try:
@@ -337,6 +339,13 @@ def _explained(error: Exception, stream: BinaryIO, encoding: str) -> Exception:
                     f"line {number} is not {encoding} text; give its --data.encoding, such as "
                     "latin-1, or convert the file"
                 )
+    rows = csv.reader(io.TextIOWrapper(stream, encoding, newline=""), delimiter=delimiter)
+    for fields in rows:
+        if fields and len(fields) != len(names):
+            return ValueError(
+                f"line {rows.line_num} has {len(fields)} fields; expected {len(names)}, as the "
+                "header has. Mend the line, or quote a field that holds the delimiter"
+            )
     return error
 
 

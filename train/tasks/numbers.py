@@ -198,6 +198,8 @@ def _number(column: str, row: int, value: Any) -> float:
     try:
         if isinstance(value, str | bytes):
             value = text(value).strip() or "nan"
+        elif isinstance(value, date | np.datetime64):
+            raise TypeError("a date")
         return float(value)
     except (ValueError, TypeError, OverflowError):
         raise InvalidRecord(

@@ -1,0 +1,146 @@
+"""Inference of the task: what a newcomer's file is taken for."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cluster.errors import UserError
+from tests.conftest import run_main
+from tests.test_tasks import image_bytes
+from train import config as configs
+from train.config import validate
+from train.data import infer
+
+
+@pytest.fixture
+def passengers(rng) -> pd.DataFrame:
+    count = 400
+    return pd.DataFrame(
+        {
+            "id": np.arange(count) + 1000,
+            "age": np.where(rng.random(count) < 0.2, np.nan, rng.integers(1, 80, count)),
+            "sex": rng.choice(["male", "female"], count),
+            "alone": rng.choice([True, False], count),
+            "boarded": pd.Timestamp("1912-04-10") + pd.to_timedelta(rng.random(count), "D"),
+            "born": [f"{day:02}.03.1890" for day in rng.integers(1, 29, count)],
+            "ticket": [f"T{number}" for number in range(count)],
+            "code": [f"{number:04}" for number in rng.integers(0, 50, count)],
+            "remark": [
+                " ".join(rng.choice(["sea", "ship", "ice", "cold", "night", "boat"], 6))
+                for _ in range(count)
+            ],
+            "always": "x",
+            "never": None,
+            "survived": rng.integers(0, 2, count),
+            "fare": rng.gamma(2, 15, count),
+        }
+    )
+
+
+EXPECTED = {
+    "age": "number",
+    "sex": "category",
+    "alone": "boolean",
+    "boarded": "date",
+    "born": "date",
+    "code": "category",
+    "remark": "text",
+    "fare": "number",
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_are_taken_for_what_they_are(passengers, tmp_path, capsys, kind):
+    path = tmp_path / f"data.{kind}"
+    passengers.to_csv(path, index=False) if kind == "csv" else passengers.to_parquet(path)
+    config = validate({"name": "a", "target": "survived", "data": {"train": str(path)}})
+    complete = infer.complete(config)
+    assert {name: column.kind for name, column in complete.features.items()} == EXPECTED
+    assert complete.features["born"].format == "%d.%m.%Y"
+    assert complete.learn == "class"
+    assert complete.optim.name == "adamw"
+    told = capsys.readouterr().err
+    for words in ("counts the records", "different names of 400", "missing in every record"):
+        assert words in told
+
+
+def test_what_is_given_stays(passengers, tmp_path):
+    path = tmp_path / "data.csv"
+    passengers.to_csv(path, index=False)
+    given = {
+        "name": "a",
+        "target": "fare",
+        "data": {"train": str(path), "drop": ["survived", "age"]},
+        "optim": {"lr": 0.5},
+        "precision": "bf16",
+    }
+    complete = infer.complete(validate(given))
+    assert complete.learn == "value"
+    assert complete.optim.lr == 0.5
+    assert complete.precision == "bf16"
+    assert not {"survived", "age", "fare"} & set(complete.features)
+    assert infer.complete(complete) == complete
+
+
+def test_targets_are_learned_as_they_look():
+    assert infer.learned(["a", "b", "a"])[0] == "class"
+    assert infer.learned([0, 1] * 30)[0] == "class"
+    assert infer.learned(["0.5", "1.25", "3"] * 5)[0] == "value"
+    assert infer.learned(np.arange(200.0))[0] == "value"
+    assert infer.learned([["a"], [], ["b", "a"]])[0] == "labels"
+    with pytest.raises(UserError, match="missing in every record"):
+        infer.learned([None, None])
+
+
+def test_images_and_their_structs_are_images(rng):
+    data = image_bytes(rng.integers(0, 256, (4, 4), dtype=np.uint8))
+    assert infer.decide("a", [data, None]).kind == "image"
+    assert infer.decide("a", [{"bytes": data, "path": None}]).kind == "image"
+    assert infer.decide("a", [b"other"]).kind is None
+
+
+def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
+    path = tmp_path / "data.csv"
+    pd.DataFrame({"a": ["x"] * 30, "y": [0, 1] * 15}).to_csv(path, index=False)
+    config = validate({"name": "a", "target": "y", "data": {"train": str(path)}})
+    with pytest.raises(UserError, match="from: a: the same in every record"):
+        infer.complete(config)
+
+
+def test_a_command_with_a_file_alone_needs_no_config(tmp_path):
+    parsed = configs.parse(["--data.train", "some/My Table.csv", "--target", "y"]).config
+    assert parsed.name == "my-table"
+    assert not parsed.features
+    path = tmp_path / "saved.yaml"
+    configs.save(parsed, path)
+    assert validate(yaml.safe_load(path.read_text())) == parsed
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_table_is_trained_saved_and_trained_again_from_what_was_saved(passengers, tmp_path, rng):
+    passengers["survived"] = (passengers["sex"] == "female") ^ (rng.random(400) < 0.1)
+    path, saved = tmp_path / "table.csv", tmp_path / "saved.yaml"
+    passengers.to_csv(path, index=False)
+    options = ["--storage.path", str(tmp_path / "runs"), "--optim.epochs", "8"]
+    first = run_main(
+        [
+            *("--data.train", str(path), "--target", "survived"),
+            *("--save-config", str(saved), *options),
+        ]
+    )
+    assert first.returncode == 0, first.stderr
+    result = json.loads(first.stdout.splitlines()[-1])
+    assert result["model"] == "table"
+    assert result["metrics"]["test_accuracy"] > 0.8
+    assert {
+        name: each["kind"] for name, each in yaml.safe_load(saved.read_text())["features"].items()
+    } == EXPECTED
+    report = tmp_path / "runs" / "bundles" / result["bundle"].rpartition("/")[2] / "report"
+    assert {"data.txt", "data.png", "confusion.png"} <= {file.name for file in report.iterdir()}
+    again = run_main(["--config", str(saved), *options])
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["metrics"] == result["metrics"]
