@@ -91,6 +91,7 @@ def prepare(folder: Path) -> list[str]:
     rows = [{"image": image_bytes(image), "label": n % 10} for n, image in enumerate(images)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     options = [
+        *("--config", str(REPOSITORY / "train/configs/digits.yaml")),
         *("--data.train", str(folder / "train.parquet"), "--net.widths", "[64,128,128]"),
         *("--optim.epochs", str(EPOCHS), "--optim.batch_size", "256"),
         *("--storage.path", str(folder), "--registry.enabled", "false"),
