@@ -8,6 +8,9 @@ import pytest
 import sklearn.metrics
 from sklearn.feature_extraction.text import TfidfTransformer
 
+from cluster.errors import UserError
+from tests.conftest import make_config
+from train.data.shards import define
 from train.tasks import (
     Categories,
     Features,
@@ -205,3 +208,19 @@ def test_several_labels_are_read_from_lists_and_texts_and_judged_as_scikit_learn
 def test_features_of_an_unknown_own_kind_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"'no\.such:Thing' cannot be imported"):
         Features.of({"a": {"kind": "no.such:Thing"}})
+
+
+def test_a_given_tokenizer_is_used_as_it_is(tmp_path):
+    from train.tasks.texts import _trained
+
+    file = tmp_path / "tokenizer.json"
+    file.write_text(_trained(["alpha beta alpha beta"], 100).to_str())
+    config = make_config(
+        features={"t": "text"}, target="y", text={"tokenizer": str(file), "max_tokens": 4}
+    )
+    task = define(config).fit({"t": ["gamma gamma", "alpha"]}, ["a", "b"])
+    tokens = task.features.encode({"t": ["alpha beta gamma"]})["tokens"][0]
+    assert tokens.tolist() == [3, 4, 1, 0]
+    missing = make_config(features={"t": "text"}, target="y", text={"tokenizer": "no.json"})
+    with pytest.raises(UserError, match=r"no\.json' cannot be read"):
+        define(missing)

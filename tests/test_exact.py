@@ -8,13 +8,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import make_config
 from tests.gloo import run_workers
-from train.data import order
+from tests.test_tasks import image_bytes
+from train.data import order, shards
 from train.loop import parallel
 from train.loop.checkpoint import Store, trained
 from train.loop.loop import Loop
@@ -230,3 +233,39 @@ def test_overlapped_gradients_equal_exact_ones(tmp_path):
     )
     for one, other in zip(exact, overlapped, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mixture_of_inputs_with_dropout_learns_the_same_on_two_workers(tmp_path, rng):
+    """Images, numbers, categories and texts in one net; the labels follow from two of them."""
+    count = 160
+    towns = rng.choice(["Ulm", "Bern"], count)
+    words = rng.choice(["sun", "rain", "snow"], count)
+    table = pa.table(
+        {
+            "size": rng.normal(size=count),
+            "town": towns,
+            "note": [f"there was {word} all day" for word in words],
+            "photo": [
+                image_bytes(image) for image in rng.integers(0, 256, (count, 8, 8), np.uint8)
+            ],
+            "tags": [[town, word] for town, word in zip(towns, words, strict=True)],
+        }
+    )
+    path = tmp_path / "mixed.parquet"
+    pyarrow.parquet.write_table(table, path)
+    config = make_config(
+        features={"size": "number", "town": "category", "note": "text", "photo": "image"},
+        target="tags",
+        learn="labels",
+        data={"train": str(path)},
+        net={"widths": [4, 8], "hidden": [32]},
+        optim={"name": "adamw", "lr": 0.01, "epochs": 15, "batch_size": 32, "label_smoothing": 0.0},
+    )
+    data = shards.prepare(config, str(tmp_path))
+    for world_size in (1, 2):
+        (tmp_path / f"notes{world_size}").mkdir()
+        arguments = (config, data, tmp_path / f"{world_size}", tmp_path / f"notes{world_size}")
+        run_workers(world_size, loop, *arguments)
+    weights, history = trained(Store(str(tmp_path / "1"), keep=1))
+    assert_same(weights, trained(Store(str(tmp_path / "2"), keep=1))[0])
+    assert history[-1]["valid_f1"] > 0.95

@@ -10,6 +10,8 @@ from typing import Any
 # Python puts this file's folder first, where its modules would hide packages of the same name;
 # Ray forwards that entry to its workers.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Where a user's own tasks and nets are.
+sys.path.insert(1, str(Path.cwd()))
 
 from cluster import connect, storage
 

@@ -40,6 +40,7 @@ BATCH_ROWS, GROUP_ROWS = 1024, 16_384
 # Larger row groups of a Parquet file are read once and written as smaller ones.
 MAX_GROUP_ROWS = 131_072
 IMAGES_AT_ONCE = 256
+JSON_PEEK = 1024
 CSV_BLOCK_BYTES, GROUP_BYTES = 8 << 20, 64 << 20
 
 
@@ -213,7 +214,10 @@ def head(source: Source, count: int, encoding: str = "utf-8") -> Columns:
                 parts = _images(source)
             else:
                 parts = _tables(source.format, source.files[0], encoding)
-            table = pa.concat_tables(_until(parts, count)).slice(0, count)
+            first = list(_until(parts, count))
+            if not first:
+                raise ValueError("it holds no records; expected at least one row")
+            table = pa.concat_tables(first).slice(0, count)
     if not table.num_rows:
         raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
     names = table.schema.names
@@ -291,6 +295,11 @@ def _tables(kind: str, file: str, encoding: str) -> Iterator[pa.Table]:
             batches = pa.parquet.ParquetFile(stream).iter_batches(BATCH_ROWS)
             yield from (pa.Table.from_batches([batch]) for batch in batches)
         elif kind == "json":
+            if stream.read(JSON_PEEK).lstrip().startswith(b"["):
+                raise ValueError(
+                    "it is one JSON array; expected an object on each line (jq -c '.[]' makes them)"
+                )
+            stream.seek(0)
             options = pa.json.ReadOptions(block_size=CSV_BLOCK_BYTES)
             with pa.json.open_json(stream, read_options=options) as reader:
                 yield from (pa.Table.from_batches([batch]) for batch in reader)

@@ -151,9 +151,12 @@ class Buffers:
     def __init__(self, net: nn.Module, worker: Worker, num_lanes: int) -> None:
         self._worker = worker
         self._num_lanes = num_lanes
-        buffers = list(net.buffers())
-        self._floats = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._counts = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        buffers = dict(net.named_buffers())
+        self._floats = [buffer for buffer in buffers.values() if buffer.is_floating_point()]
+        # Other whole numbers, of a user's own net, stay what they are.
+        self._counts = [
+            buffer for name, buffer in buffers.items() if name.endswith("num_batches_tracked")
+        ]
         self._sizes = [buffer.numel() for buffer in self._floats]
         self._start: list[Tensor] = []
         self._sum = torch.zeros(sum(self._sizes), dtype=torch.float64, device=worker.device)
@@ -216,9 +219,14 @@ def checkpoint_activations(net: nn.Module) -> None:
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:
-    """The parts of a net that repeat."""
-    blocks = getattr(net, "blocks", None)
-    return list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
+    """The parts of a net that repeat: what its modules call blocks or layers."""
+    return [
+        block
+        for module in net.modules()
+        for name, group in module.named_children()
+        if name in ("blocks", "layers") and isinstance(group, nn.Sequential | nn.ModuleList)
+        for block in group
+    ]
 
 
 def is_shard(tensor: Tensor) -> bool:
