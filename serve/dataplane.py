@@ -72,15 +72,21 @@ class DataPlane:
     async def _encoded(self, columns: Columns) -> Arrays:
         """Encode in a thread what takes long: a small file may hold a large image."""
         encode = self._predictor.encode
-        files = any(not isinstance(columns[name], np.ndarray) for name in self._images)
+        files = any(_is_list(columns[name]) for name in self._images)
         sizes = [_size_bytes(values) for values in columns.values()]
         if not files and sum(sizes) <= MAX_INLINE_BYTES:
             return encode(columns)
         return await asyncio.to_thread(encode, columns)
 
 
+def _is_list(values: Sequence[Any] | np.ndarray) -> bool:
+    """Whether each value is an object of its own, such as a file or a text."""
+    return not isinstance(values, np.ndarray) or values.dtype == object
+
+
 def _size_bytes(values: Sequence[Any] | np.ndarray) -> int:
     """About how much there is to encode."""
-    if isinstance(values, np.ndarray):
+    if not _is_list(values):
+        assert isinstance(values, np.ndarray)
         return values.nbytes
     return sum(len(value) if isinstance(value, str | bytes) else 64 for value in values)

@@ -8,7 +8,9 @@ are whole. The same command, run again, makes those that are missing.
 
 import hashlib
 import json
+import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,10 +30,12 @@ from train.bundle import Bundle, CorruptBundle, Predictor, registry
 from train.data import sources
 from train.data.sources import Block
 from train.tasks import Arrays
-from train.tasks.records import encode_good
+from train.tasks.records import concatenate, encode_good, num_rows
 
-PLAN, SUMMARY = "plan.json", "summary.json"
-INPUT, BAD = "_input", "bad"
+# Readers of a folder of Parquet pass over names that begin with _.
+PLAN, SUMMARY, BAD, INPUT = "_plan.json", "_summary.json", "_bad", "_input"
+# Rows that an engine is given at once.
+RUN_ROWS = 256
 MAX_SHOWN = 1000
 
 
@@ -78,13 +82,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         variant = Predictor.load(bundle, options.variant).variant
     except (CorruptBundle, ValueError) as error:
         raise UserError(str(error)) from error
-    task = bundle.task
     output = storage.resolve(options.output)
     source = sources.find(options.input)
     plan = _plan(options, source, bundle, variant, output)
     blocks = [Block(**{**block, "names": tuple(block["names"])}) for block in plan["blocks"]]
-    names = sources.schema(blocks).names
-    sources.check_columns(options.input, [*task.features.columns, *options.keep], names)
     missing = [number for number in range(len(blocks)) if not _exists(output, number)]
     if missing:
         connect.connect(num_cpus=options.workers)
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "rows_per_s": round(done / seconds, 1),
     }
     _write_json(storage.join(output, SUMMARY), summary)
-    fs, path = storage.filesystem(storage.join(output, INPUT))
+    fs, path = storage.filesystem(storage.join(output, plan["input"]))
     if fs.exists(path):
         fs.rm(path, recursive=True)
     return summary
@@ -139,8 +140,18 @@ def _plan(
                 "--output, or the same options to go on."
             )
         return plan
-    blocks = sources.open_source(source, storage.join(output, INPUT), options.encoding)
-    plan = {"of": of, "blocks": [asdict(block) for block in blocks]}
+    outputs = {spec.name for spec in bundle.task.target.outputs} | {"row", "model"}
+    if taken := sorted(outputs & set(options.keep)):
+        raise UserError(
+            f"--keep has '{taken[0]}', as a column of the predictions is called; leave it out, or "
+            "rename it in the input."
+        )
+    # A name of its own, as another run may have begun at the same time.
+    place = f"{INPUT}-{secrets.token_hex(6)}"
+    blocks = sources.open_source(source, storage.join(output, place), options.encoding)
+    wanted = [*bundle.task.features.columns, *options.keep]
+    sources.check_columns(options.input, wanted, sources.schema(blocks).names)
+    plan = {"of": of, "input": place, "blocks": [asdict(block) for block in blocks]}
     # Last: what it names is there.
     _write_json(storage.join(output, PLAN), plan)
     return plan
@@ -213,7 +224,7 @@ class Worker:
         features = self._predictor.task.features
         wanted = list(dict.fromkeys([*features.columns, *self._keep]))
         start = block.start
-        for batch in block.read(wanted):
+        for batch in block.read(wanted, features.row_bytes):
             columns = sources.columns(batch)
             inputs, kept_N, wrong = encode_good(
                 self._predictor.encode,
@@ -230,7 +241,7 @@ class Worker:
                         "record": json.dumps(record),
                     }
                 )
-            answers = self._predictor.run(inputs) if inputs is not None else self._nothing()
+            answers = self._run(inputs) if inputs is not None else self._nothing()
             kept = batch.take(pa.array(kept_N)).select(self._keep)
             yield pa.table(
                 {
@@ -241,6 +252,16 @@ class Worker:
                 }
             )
             start += batch.num_rows
+
+    def _run(self, inputs: Arrays) -> Arrays:
+        starts = range(0, num_rows(inputs), RUN_ROWS)
+        parts = [slice(start, start + RUN_ROWS) for start in starts]
+        return concatenate(
+            [
+                self._predictor.run({name: array[part] for name, array in inputs.items()})
+                for part in parts
+            ]
+        )
 
     def _nothing(self) -> Arrays:
         """Predictions of no record."""
@@ -253,7 +274,7 @@ def _column(array: np.ndarray) -> pa.Array:
         return pa.array(array.tolist(), pa.string())
     if array.ndim == 1:
         return pa.array(array)
-    rows = array.reshape(len(array), -1)
+    rows = array.reshape(len(array), math.prod(array.shape[1:]))
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
@@ -285,7 +306,8 @@ def _counts(output: str, num_parts: int) -> dict[str, int]:
 def _write_parquet(table: pa.Table, target: str) -> None:
     fs, path = storage.filesystem(target)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    aside = f"{path}.{os.getpid()}.part"
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/_{name}.{secrets.token_hex(6)}"
     with fs.open(aside, "wb") as stream:
         pa.parquet.write_table(table, stream)
     fs.mv(aside, path)
@@ -294,7 +316,7 @@ def _write_parquet(table: pa.Table, target: str) -> None:
 def _write_json(target: str, value: Any) -> None:
     fs, path = storage.filesystem(target)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    aside = f"{path}.part"
+    aside = f"{path}.{secrets.token_hex(6)}"
     with fs.open(aside, "w") as stream:
         json.dump(value, stream)
     fs.mv(aside, path)

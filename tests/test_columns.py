@@ -1,6 +1,7 @@
 """Encoders of numbers, dates, categories, texts, and targets, against pandas and scikit-learn."""
 
 import datetime
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,9 +26,13 @@ from train.tasks.numbers import Boolean, Date, Number
 from train.tasks.records import columns
 
 
+def fitted(task: Task, columns, targets) -> Task:
+    return replace(task, features=task.features.fit(columns), target=task.target.fit(targets))
+
+
 def test_numbers_are_scaled_as_pandas_does_and_missing_ones_are_nan():
-    given = [1, "2.5", None, "", float("nan"), float("inf"), b"-4", np.float32(7)]
-    series = pd.Series([1, 2.5, None, None, None, None, -4, 7], dtype=float)
+    given = [1, "2.5", None, "", float("nan"), float("inf"), b"-4", np.float32(7), "N/A"]
+    series = pd.Series([1, 2.5, None, None, None, None, -4, 7, None], dtype=float)
     numbers = Numbers((Number("x"),)).fit({"x": given})
     expected = (series - series.mean()) / series.std(ddof=0)
     np.testing.assert_allclose(numbers.encode({"x": given})["numbers"][:, 0], expected, rtol=1e-6)
@@ -89,8 +94,9 @@ def test_a_second_date_adds_the_time_since_the_first():
 def test_categories_count_unseen_and_missing_apart():
     fitted = Categories(("c",)).fit({"c": ["b", "a", "b", None, 3, 3.0, "3"]})
     assert fitted.names_C == (("3", "b", "a"),)
-    codes = fitted.encode({"c": ["3", 3.0, "b", b"a", "new", None, "", np.nan]})["categories"]
-    assert codes[:, 0].tolist() == [2, 2, 3, 4, 0, 1, 1, 1]
+    given = ["3", 3.0, "3.0", "b", b"a", "new", "NA", None, "", np.nan]
+    codes = fitted.encode({"c": given})["categories"]
+    assert codes[:, 0].tolist() == [2, 2, 2, 3, 4, 0, 0, 1, 1, 1]
     with pytest.raises(InvalidRecord, match="which is no name") as caught:
         fitted.encode({"c": ["a", {"b": 1}]})
     assert caught.value.row == 1
@@ -144,7 +150,7 @@ def test_a_mixed_task_survives_json_and_encodes_the_same(rng):
         "t": ["some words here", "some words", None],
         "i": [rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), None, None],
     }
-    task = Task.of(kinds, "y", "value").fit(records, [1, 2, 3])
+    task = fitted(Task.of(kinds, "y", "value"), records, [1, 2, 3])
     again = Task.from_dict(task.to_dict())
     assert again == task
     one, other = task.features.encode(records), again.features.encode(records)
@@ -205,6 +211,11 @@ def test_several_labels_are_read_from_lists_and_texts_and_judged_as_scikit_learn
         target.encode([["d"]])
 
 
+def test_a_column_that_is_called_as_an_input_is_refused():
+    with pytest.raises(ValueError, match="cannot be called 'tokens'"):
+        Features.of({"tokens": {"kind": "image"}})
+
+
 def test_features_of_an_unknown_own_kind_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"'no\.such:Thing' cannot be imported"):
         Features.of({"a": {"kind": "no.such:Thing"}})
@@ -218,7 +229,7 @@ def test_a_given_tokenizer_is_used_as_it_is(tmp_path):
     config = make_config(
         features={"t": "text"}, target="y", text={"tokenizer": str(file), "max_tokens": 4}
     )
-    task = define(config).fit({"t": ["gamma gamma", "alpha"]}, ["a", "b"])
+    task = fitted(define(config), {"t": ["gamma gamma", "alpha"]}, ["a", "b"])
     tokens = task.features.encode({"t": ["alpha beta gamma"]})["tokens"][0]
     assert tokens.tolist() == [3, 4, 1, 0]
     missing = make_config(features={"t": "text"}, target="y", text={"tokenizer": "no.json"})

@@ -211,8 +211,10 @@ def test_splits_never_overlap_and_leave_nothing_out(tmp_path):
 
 def test_shards_hold_what_the_task_encodes(digits, tmp_path):
     part = assigned("sklearn:digits", tmp_path)
-    (batch,) = part.blocks[0].read(["image", "label"], 2000)
-    columns = sources.columns(batch)
+    columns: dict[str, list] = {"image": [], "label": []}
+    for batch in part.blocks[0].read(list(columns)):
+        for name, values in sources.columns(batch).items():
+            columns[name] += list(values)
     for code, name in enumerate(splits.NAMES):
         inputs, targets = digits.open(name)
         rows = np.flatnonzero(part.codes_N == code)
@@ -312,5 +314,5 @@ def test_a_missing_source_is_named(name, tmp_path):
 def test_a_file_that_is_not_parquet_is_named(tmp_path):
     path = tmp_path / "data.parquet"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"data\.parquet' cannot be read as parquet"):
+    with pytest.raises(UserError, match=r"data\.parquet' cannot be read: Parquet"):
         shards.prepare(make_config(data={"train": str(path)}), str(tmp_path))

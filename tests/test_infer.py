@@ -63,7 +63,7 @@ def test_columns_are_taken_for_what_they_are(passengers, tmp_path, capsys, kind)
     assert complete.learn == "class"
     assert complete.optim.name == "adamw"
     told = capsys.readouterr().err
-    for words in ("counts the records", "different names of 400", "missing in every record"):
+    for words in ("counts the records", "different names of 400", "missing in all of 400"):
         assert words in told
 
 
@@ -106,7 +106,7 @@ def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
     path = tmp_path / "data.csv"
     pd.DataFrame({"a": ["x"] * 30, "y": [0, 1] * 15}).to_csv(path, index=False)
     config = validate({"name": "a", "target": "y", "data": {"train": str(path)}})
-    with pytest.raises(UserError, match="from: a: the same in every record"):
+    with pytest.raises(UserError, match="from: a: the same in all of 30 records"):
         infer.complete(config)
 
 

@@ -16,7 +16,8 @@ ALLOWED = {
     "train.bundle": {"cluster", "train.tasks", "train.bundle"},
     "train.config": {"cluster", "train.tasks", "train.config"},
     # Read by training and by offline inference alike.
-    "train.data.sources": {"cluster", "train.tasks"},
+    "train.data.formats": {"cluster", "train.tasks"},
+    "train.data.sources": {"cluster", "train.tasks", "train.data.formats"},
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
     "train.data": {"cluster", "train.tasks", "train.bundle", "train.config", "train.data"},
     "train.loop": {

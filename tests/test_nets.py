@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import make_config
+from tests.test_columns import fitted
 from train import config as configs
 from train import nets
 from train.compress import export, gate
@@ -63,11 +64,18 @@ def test_losses_agree_with_torch(rng):
     target = ClassTarget("y", ("a", "b", "c"), (10, 20, 70))
     loss = loss_of(target, Optim(label_smoothing=0.1, class_weights="balanced"), device)
     weights = torch.tensor([100 / 30, 100 / 60, 100 / 210])
-    expected = F.cross_entropy(logits, classes, weights, label_smoothing=0.1)
-    torch.testing.assert_close(loss(logits, classes), expected)
-    several = torch.from_numpy(rng.integers(0, 2, (9, 3)).astype(np.float32))
+    each = F.cross_entropy(logits, classes, weights, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(loss(logits, classes), each.mean())
+    halves = torch.stack([loss(logits[:3], classes[:3]), loss(logits[3:], classes[3:])])
+    torch.testing.assert_close((halves * torch.tensor([3 / 9, 6 / 9])).sum(), each.mean())
+    several = torch.from_numpy(rng.integers(0, 2, (9, 3)).astype(np.uint8))
     loss = loss_of(LabelsTarget("y", ("a", "b", "c")), Optim(label_smoothing=0.0), device)
-    expected = F.binary_cross_entropy(torch.sigmoid(logits), several)
+    expected = F.binary_cross_entropy(torch.sigmoid(logits), several.float())
+    torch.testing.assert_close(loss(logits, several), expected)
+    target = LabelsTarget("y", ("a", "b", "c"), (10, 20, 50), 100)
+    loss = loss_of(target, Optim(label_smoothing=0.0, class_weights="balanced"), device)
+    weights = torch.where(several > 0, torch.tensor([9.0, 4.0, 1.0]), 1.0)
+    expected = F.binary_cross_entropy(torch.sigmoid(logits), several.float(), weights)
     torch.testing.assert_close(loss(logits, several), expected)
     values = torch.from_numpy(rng.normal(size=9).astype(np.float32)) * 3
     loss = loss_of(ValueTarget("y", 0.0, 1.0), Optim(), device)
@@ -91,7 +99,7 @@ def mixed(rng):
     }
     records["n"][3] = records["c"][4] = records["t"][5] = records["i"][6] = None
     task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "class")
-    task = task.fit(records, ["p", "q"] * 20)
+    task = fitted(task, records, ["p", "q"] * 20)
     return task, task.features.encode(records)
 
 
@@ -125,7 +133,7 @@ def test_a_metric_that_falls_is_gated_the_other_way():
 
 def test_an_own_net_that_is_none_is_refused():
     config = make_config(net="train.config:Net")
-    task = Task.of({"n": {"kind": "number"}}, "y", "value").fit({"n": [1, 2]}, [1, 2])
+    task = fitted(Task.of({"n": {"kind": "number"}}, "y", "value"), {"n": [1, 2]}, [1, 2])
     with pytest.raises((ValueError, TypeError)):
         build_net(config, task)
 

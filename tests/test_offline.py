@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_and_every_row_is_there_once(table_bundle, tmp_path
     assert sorted(answers["row"]) == sorted(set(range(20_000)) - {123})
     assert answers["town"].fillna("").tolist() == frame["town"].drop(123).fillna("").tolist()
     assert set(answers["model"]) == {"table/1"}
-    (bad,) = [pd.read_parquet(path) for path in (output / "bad").iterdir()]
+    (bad,) = [pd.read_parquet(path) for path in (output / "_bad").iterdir()]
     assert bad["place"].tolist() == [f"'{folder}/00.parquet', row 123"]
     assert "field 'left' is 'soon'" in bad["reason"][0]
     assert json.loads(bad["record"][0])["left"] == "soon"
@@ -263,6 +263,26 @@ def test_an_input_without_a_column_is_refused_before_anything_runs(
     arguments = command(table_bundle, path, tmp_path / "out")[3:]
     with pytest.raises(UserError, match=words):
         offline.main(arguments)
+
+
+def test_a_run_on_csv_may_be_repeated_and_keeps_no_column_of_its_own(table, table_bundle, tmp_path):
+    source, output = tmp_path / "rows.csv", tmp_path / "out"
+    frame = pd.read_csv(table).head(40)
+    frame["left"] = "soon"  # every record is bad
+    frame.to_csv(source, index=False)
+    for _ in range(2):
+        summary = offline.main(command(table_bundle, source, output)[3:])
+        assert (summary["rows"], summary["bad"]) == (0, 40)
+    assert len(pd.read_parquet(output)) == 0, "a reader of folders passes over the rest"
+    assert {path.name for path in output.iterdir()} == {
+        "part-000000.parquet",
+        "_bad",
+        "_plan.json",
+        "_summary.json",
+    }
+    arguments = command(table_bundle, source, tmp_path / "other", "--keep", '["label"]')
+    with pytest.raises(UserError, match="--keep has 'label'"):
+        offline.main(arguments[3:])
 
 
 def test_an_output_of_another_input_is_not_mixed_with_this_one(table, table_bundle, tmp_path):

@@ -30,7 +30,9 @@ def frame() -> pd.DataFrame:
 
 def table_config(url: str, **changes: object):
     data = {"train": url, **changes.pop("data", {})}
-    return make_config(data=data, features=KINDS, target="y", learn="value", **changes)
+    return make_config(
+        **{"data": data, "features": KINDS, "target": "y", "learn": "value", **changes}
+    )
 
 
 def read_all(url: str, scratch: Path) -> dict[str, list]:
@@ -188,6 +190,45 @@ def test_bad_records_end_the_run_or_are_left_out_and_counted(frame, tmp_path):
     np.testing.assert_allclose(sorted(seen * target.scale + target.mean), expected, atol=1e-3)
 
 
+def test_json_lines_take_what_the_whole_file_bears_out(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"a": None, "b": 1},
+        {"a": "2020-01-01", "b": 1.5, "c": [1, 2]},
+        {"a": 7, "d": {"e": 1}},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_all(str(path), tmp_path / "scratch")
+    assert found["a"] == [None, "2020-01-01", "7"]
+    np.testing.assert_array_equal(found["b"], [1, 1.5, np.nan])
+    assert found["c"] == [None, [1, 2], None]
+    assert found["d"] == [None, None, '{"e":1}']
+    path.write_text('[{"a": 1},\n{"a": 2}]')
+    with pytest.raises(UserError, match="line 1 is not JSON: it may be one array"):
+        read_all(str(path), tmp_path / "other")
+    path.write_text('{"a": 1}\n{"a": }\n')
+    with pytest.raises(UserError, match=r"data\.jsonl' cannot be read: line 2 is not JSON"):
+        read_all(str(path), tmp_path / "other")
+
+
+def test_whole_numbers_with_gaps_keep_their_digits(tmp_path):
+    path = tmp_path / "data.parquet"
+    pa.parquet.write_table(pa.table({"id": [2**53 + 1, None]}), path)
+    assert read_all(str(path), tmp_path / "scratch")["id"] == [2**53 + 1, None]
+
+
+def test_empty_files_beside_others_are_passed_over(frame, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    frame.head(0).to_parquet(folder / "0.parquet")
+    frame.to_parquet(folder / "1.parquet")
+    assert list(read_all(str(folder), tmp_path / "scratch")["y"]) == TABLE["y"]
+    assert list(sources.head(sources.find(str(folder)), 5)["y"]) == [0, 1, 2, 3, 4]
+    frame.to_csv(folder / "2.csv")
+    with pytest.raises(UserError, match=r"several formats \(csv, parquet\)"):
+        sources.find(str(folder))
+
+
 @pytest.mark.ray
 def test_ray_data_encodes_as_threads_do(frame, tmp_path, monkeypatch, ray_session):
     url = write(frame, "parquet", tmp_path)
@@ -235,6 +276,18 @@ def test_a_split_by_time_tests_on_the_latest(frame, tmp_path, rng):
     chosen = codes(frame, tmp_path, split_time="when", test_fraction=0.25, valid_fraction=0.25)
     assert sorted(days[chosen == splits.TEST]) == list(range(90, 120))
     assert sorted(days[chosen == splits.VALID]) == list(range(60, 90))
+    frame["when"] = frame["when"].dt.strftime("%d.%m.%Y")
+    with pytest.raises(UserError, match=r"row 0: field 'when' is .*; expected a date"):
+        codes(frame, tmp_path, split_time="when")
+    kinds = {**KINDS, "when": {"kind": "date", "format": "%d.%m.%Y"}}
+    url = write(frame, "parquet", tmp_path)
+    config = table_config(url, features=kinds, data={"split_time": "when"})
+    counts = shards.prepare(config, str(tmp_path / "runs")).summary["splits"]
+    assert counts["test"]["num_records"] == 24
+    frame["when"] = days
+    by_number = codes(frame, tmp_path, split_time="when", test_fraction=0.25, valid_fraction=0.25)
+    np.testing.assert_array_equal(by_number, chosen)
+    frame["when"] = frame["when"].astype(float)
     frame.loc[5, "when"] = None
     with pytest.raises(UserError, match="row 5: column 'when' is missing"):
         codes(frame, tmp_path, split_time="when")

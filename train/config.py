@@ -4,10 +4,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
@@ -102,6 +110,15 @@ class Column(Part):
     crop: bool | None = Field(
         None, description="Cut images to the size's shape before resizing, not squeeze them."
     )
+
+    @model_validator(mode="after")
+    def _only_what_suits(self) -> Self:
+        """Refuse what a column of this kind has no use for."""
+        suits = {"date": {"format"}, "image": {"size", "channels", "crop"}}.get(self.kind, set())
+        given = {name for name, value in self if value is not None} - {"kind"}
+        if wrong := sorted(given - suits):
+            raise ValueError(f"{wrong[0]} is not for columns of kind {self.kind}")
+        return self
 
 
 class Text(Part):
@@ -361,6 +378,12 @@ class Config(Part):
     registry: Registry = Registry()
     storage: Storage = Storage()
 
+    @model_validator(mode="after")
+    def _target_is_no_feature(self) -> Self:
+        if self.target in self.features:
+            raise ValueError(f"features hold the target '{self.target}'; leave it out of them")
+        return self
+
 
 class _Command(BaseSettings, Config):
     """Train a model, compress it, and register it."""
@@ -438,7 +461,10 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown option '{where}'; accepted are {', '.join(_fields(model, path[:-1]))}."
     if first["type"] == "missing":
         return f"option '{where}' is missing; give --{where} VALUE or add it to the config file."
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:  # of several options together
+        return f"{message}."
+    message = message[0].lower() + message[1:]
     return f"option '{where}' is {first['input']!r}; {message}."
 
 

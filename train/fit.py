@@ -87,9 +87,10 @@ def _check(config: Config, data: Shards) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     images = task.features.images
-    if (config.augment.mixup or config.augment.cutmix) and len(task.features.inputs) != len(images):
+    mixes = config.augment.mixup or config.augment.cutmix
+    if mixes and not (len(images) == len(task.features.inputs) == 1):
         raise UserError(
-            "augment.mixup and augment.cutmix mix images, and the records hold more than an image; "
+            "augment.mixup and augment.cutmix mix images, and the records hold more than one; "
             "leave them out."
         )
     if config.augment != Augment() and not images:

@@ -125,7 +125,7 @@ def _v1(manifest: Manifest) -> dict[str, Any]:
             {
                 tensor.name: {"b64": _png(tensor)}
                 if _is_image(tensor)
-                else _EXAMPLES.get(tensor.datatype, 0)
+                else np.full(tensor.shape[1:], _EXAMPLES.get(tensor.datatype, 0)).tolist()
                 for tensor in manifest.inputs
             }
         ]

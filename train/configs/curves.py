@@ -1,14 +1,13 @@
 """A task of your own: predict a value from a curve, a list of numbers, with a net of your own.
 
 An encoder makes arrays of records, a task says what decides, a net learns; curves.yaml names them.
+The net is in a file of its own, curve_net.py, as serving needs no torch.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from train.tasks import Arrays, Columns, InvalidRecord, Task, TensorSpec
 
@@ -29,10 +28,15 @@ class Curve:
         return replace(self, length=len(columns[self.column][0]))
 
     def encode(self, columns: Columns) -> Arrays:
+        curves_NL = np.zeros((len(columns[self.column]), self.length), np.float32)
         for row, curve in enumerate(columns[self.column]):
-            if len(curve) != self.length:
-                raise InvalidRecord(f"'{self.column}' must have {self.length} numbers.", row)
-        return {self.column: np.array(columns[self.column], np.float32)}
+            try:
+                curves_NL[row] = np.asarray(curve, np.float32).reshape(self.length)
+            except (TypeError, ValueError):
+                raise InvalidRecord(
+                    f"'{self.column}' must be {self.length} numbers.", row
+                ) from None
+        return {self.column: curves_NL}
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **vars(self)}
@@ -44,14 +48,3 @@ class Curve:
 
 class Curves(Task):
     metric = "mae"  # decides, in place of the target's first
-
-
-class CurveNet(nn.Module):
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(1, 32, 5, padding=2)
-        self.head = nn.Linear(64, task.target.num_outputs)
-
-    def forward(self, curves_BL: Tensor) -> Tensor:
-        x_BCL = torch.relu(self.conv(curves_BL[:, None]))
-        return self.head(torch.cat([x_BCL.mean(dim=2), x_BCL.amax(dim=2)], dim=1))

@@ -24,8 +24,6 @@ from train.tasks.records import encode_good, num_rows
 
 # Sources larger than this are worth the seconds that Ray Data takes to start.
 LARGE_BYTES = 256 << 20
-# Files hold arrays of very different sizes; a batch of images must fit in memory many times.
-BATCH_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,10 +66,8 @@ def encode(
 
 def _read(task: Task, block: Block) -> Iterator[tuple[Block, int, pa.RecordBatch]]:
     """The batches of a block, each with the number of its first row in the source."""
-    row_bytes = sum(spec.dtype.itemsize * int(np.prod(spec.shape)) for spec in task.features.inputs)
-    batch_rows = int(np.clip(BATCH_BYTES // max(row_bytes, 1), 1, sources.BATCH_ROWS))
     row = block.start
-    for batch in block.read(columns_of(task), batch_rows):
+    for batch in block.read(columns_of(task), task.features.row_bytes):
         yield block, row, batch
         row += batch.num_rows
 

@@ -18,7 +18,7 @@ from train.data import sources
 from train.tasks import InvalidRecord
 from train.tasks.images import IMAGE_SIGNATURES
 from train.tasks.numbers import FALSE, TRUE, Boolean, Date, Number
-from train.tasks.records import is_missing, text
+from train.tasks.records import is_missing, shown, text
 
 LOOKED_AT = 10_000
 # Other than ISO 8601. The first in which all dates of a column can be read is taken.
@@ -27,7 +27,9 @@ DATE_FORMATS = (
     *("%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M:%S %p"),
     *("%d/%m/%Y", "%d/%m/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%Y/%m/%d", "%Y/%m/%d %H:%M:%S"),
 )
-MAX_CLASSES = 100
+MAX_CLASSES, MAX_NAMED_CLASSES = 100, 1000
+# How a column is called that pandas makes of a frame's index.
+INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 # Of categories, at most this share of the known values is different; else a column names records.
 MAX_DISTINCT_SHARE = 0.5
 TEXT_WORDS = 3.0
@@ -130,6 +132,11 @@ def learned(values: Sequence[Any] | np.ndarray) -> tuple[str, str]:
     names = {text(value) if not isinstance(value, bytes) else repr(value) for value in known}
     numbers = _read_all(Number("target"), known)
     if numbers is None or _all_words(known, TRUE | FALSE) or len(names) == 2:
+        if len(names) > MAX_NAMED_CLASSES:
+            raise UserError(
+                f"the target has {len(names)} different values that are no numbers, such as "
+                f"{shown(known[0])}; give --learn class if each is a class, or another --target."
+            )
         return "class", f"{len(names)} different values"
     whole = bool(np.all(numbers == np.round(numbers)))
     if whole and len(names) <= min(MAX_CLASSES, max(2, len(known) // 10)):
@@ -140,8 +147,10 @@ def learned(values: Sequence[Any] | np.ndarray) -> tuple[str, str]:
 def decide(column: str, values: Sequence[Any] | np.ndarray) -> Decision:
     """Say what a column is by its values."""
     known = [value for value in values if not is_missing(value)]
+    if INDEX_NAMES.fullmatch(column):
+        return Decision(column, None, "an index of pandas")
     if not known:
-        return Decision(column, None, "missing in every record")
+        return Decision(column, None, f"missing in all of {len(values)} records")
     first = known[0]
     if isinstance(first, dict) and "bytes" in first:
         return Decision(column, "image", "image files")
@@ -151,7 +160,7 @@ def decide(column: str, values: Sequence[Any] | np.ndarray) -> Decision:
         return Decision(column, None, f"{type(first).__name__} values are of no known kind")
     distinct = len({text(value) if not isinstance(value, str) else value for value in known})
     if distinct == 1:
-        return Decision(column, None, "the same in every record")
+        return Decision(column, None, f"the same in all of {len(values)} records")
     if isinstance(first, bool | np.bool_) or _all_words(known, TRUE | FALSE):
         return Decision(column, "boolean", "true and false")
     numbers = None if _looks_padded(known) else _read_all(Number(column), known)
@@ -207,8 +216,8 @@ def _under(given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]
     """What is given, and what was found where nothing is."""
     merged = dict(given)
     for key, value in found.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "features":
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _under(merged[key], value)
-        elif key not in merged or (key in ("features",) and not merged[key]):
-            merged[key] = value
+        else:
+            merged.setdefault(key, value)
     return merged

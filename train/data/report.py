@@ -8,7 +8,7 @@ import numpy as np
 
 from train.data.encoding import Encoded
 from train.data.splits import NAMES, TEST, TRAIN, VALID
-from train.tasks import Columns, Task, ValueTarget
+from train.tasks import Columns, Images, Task, ValueTarget
 from train.tasks.records import is_missing
 
 REPORT, PICTURE = "report.txt", "report.png"
@@ -27,9 +27,14 @@ class Report:
         """sample: training records, those that the features were fitted on."""
         self._task = task
         self._columns = {column: _of_column(sample[column]) for column in task.features.columns}
+        # Black images, which stand for missing ones where they may be.
+        optional = [each for each in task.features.encoders if isinstance(each, Images)]
+        self._black = {each.column: 0 for each in optional if each.optional}
+        self._num_records = 0
         self._suspects = suspects(task, sample)
         self._digests: dict[int, list[np.ndarray]] = {TRAIN: [], VALID: [], TEST: []}
         self._targets: list[np.ndarray] = []
+        self._counts: np.ndarray | int = 0
         self.num_bad = 0
         self.bad: list[tuple[str, str]] = []
 
@@ -38,12 +43,24 @@ class Report:
         self.bad += encoded.bad[: MAX_BAD_KEPT - len(self.bad)]
         for code, found in self._digests.items():
             found.append(encoded.digests_N[codes_N == code])
-        self._targets.append(encoded.targets_N[codes_N == TRAIN])
+        targets_N = encoded.targets_N[codes_N == TRAIN]
+        if isinstance(self._task.target, ValueTarget):
+            self._targets.append(targets_N)
+        elif len(targets_N):
+            self._counts = self._counts + self._counted(targets_N)
+        self._num_records += len(encoded.rows_N)
+        for name in self._black:
+            images_NHWC = encoded.inputs[name]
+            self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
 
     def to_dict(self) -> dict[str, Any]:
         train_N, valid_N, test_N = (np.concatenate(self._digests[code]) for code in range(3))
         return {
-            "columns": self._columns,
+            "columns": self._columns
+            | {
+                name: {"missing": count / max(self._num_records, 1)}
+                for name, count in self._black.items()
+            },
             "target": self._target(),
             "duplicates": {
                 "within train": int(len(train_N) - len(np.unique(train_N))),
@@ -57,17 +74,19 @@ class Report:
 
     def _target(self) -> dict[str, Any]:
         target = self._task.target
-        targets_N = np.concatenate(self._targets)
         if isinstance(target, ValueTarget):
-            values_N = targets_N * target.scale + target.mean
+            values_N = np.concatenate(self._targets) * target.scale + target.mean
             quantiles = np.quantile(values_N, [0, 0.25, 0.5, 0.75, 1]).tolist()
             return {"quantiles": quantiles, "mean": float(values_N.mean())}
-        classes = getattr(target, "classes", ())
+        counts = [int(count) for count in np.atleast_1d(self._counts)]
+        return {"counts": dict(zip(getattr(target, "classes", ()), counts, strict=False))}
+
+    def _counted(self, targets_N: np.ndarray) -> np.ndarray:
+        """Records of each class, or of each label."""
         if targets_N.ndim == 2:
-            counts = targets_N.sum(axis=0)
-        else:
-            counts = np.bincount(targets_N.astype(int), minlength=len(classes))
-        return {"counts": dict(zip(classes, [int(count) for count in counts], strict=False))}
+            return targets_N.sum(axis=0, dtype=np.int64)
+        classes = getattr(self._task.target, "classes", ())
+        return np.bincount(targets_N.astype(int), minlength=len(classes))
 
     def write(self, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> None:
         facts = self.to_dict()
@@ -99,8 +118,8 @@ def as_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
             lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
     for name, value in facts["leakage_suspects"].items():
         lines.append(
-            f"leakage? '{name}' alone predicts the target ({value:.3f}); drop it with "
-            f"--data.drop unless it is known beforehand"
+            f"leakage? '{name}' alone predicts the target ({value:.3f}); leave it out (of "
+            "features, or by --data.drop) unless it is known beforehand"
         )
     if facts["num_bad"]:
         place, reason = facts["bad"][0]
@@ -165,14 +184,14 @@ def suspects(task: Task, sample: Columns) -> dict[str, float]:
         if encoder.to_dict()["kind"] not in ("numbers", "categories"):
             continue
         (values_NF,) = encoder.encode(head).values()
-        names = getattr(encoder, "names", None) or [field.name for field in encoder.fields]
+        names = getattr(encoder, "owners", None) or [field.name for field in encoder.fields]
         for name, values_N in zip(names, np.nan_to_num(values_NF, nan=-1e9).T, strict=True):
             fitted = tree(max_leaf_nodes=MAX_LEAVES, random_state=0).fit(
                 values_N[:half, None], targets_N[:half]
             )
             score = float(fitted.score(values_N[half:, None], targets_N[half:]))
             if score >= limit:
-                found[name] = score
+                found[name] = max(score, found.get(name, 0.0))
     return found
 
 

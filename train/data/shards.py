@@ -4,9 +4,11 @@ A shard directory is named by the digest of all that its content depends on.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -20,8 +22,9 @@ from train.data import encoding, sources, splits
 from train.data.encoding import Encoded
 from train.data.report import REPORT, Report
 from train.data.splits import NAMES, TRAIN, Part
-from train.tasks import Arrays, Columns, InvalidRecord, Task
+from train.tasks import Arrays, Columns, InvalidRecord, LabelsTarget, Task
 from train.tasks.features import imported
+from train.tasks.records import is_missing
 
 # Part of every digest: raise it when encoding changes.
 ENCODING_VERSION = 2
@@ -75,6 +78,7 @@ def prepare(config: Config, root: str) -> Shards:
         {column: feature.model_dump() for column, feature in config.features.items()},
         config.text.model_dump(),
         [config.target, config.learn, config.task],
+        _texts_of(config),
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:20]
     url = storage.join(root, "data", key)
@@ -93,6 +97,20 @@ def prepare(config: Config, root: str) -> Shards:
             _write(config, opened, size_bytes, folder)
     with fs.open(summary_path, "r") as file:
         return Shards(url, json.load(file))
+
+
+def _texts_of(config: Config) -> list[str]:
+    """What a run depends on that is named by the config and kept elsewhere: a tokenizer, code."""
+    texts = [_text_of(config.text.tokenizer)] if config.text.tokenizer else []
+    paths = [feature.kind for feature in config.features.values()] + [config.task or ""]
+    try:
+        return texts + [
+            inspect.getsource(import_module(path.partition(":")[0]))
+            for path in paths
+            if ":" in path
+        ]
+    except (ImportError, OSError, TypeError):  # `define` says what is wrong, if anything is
+        return texts
 
 
 def define(config: Config) -> Task:
@@ -126,7 +144,8 @@ def _write(
         url = getattr(config.data, name)
         needed = [column for column in wanted if column]
         sources.check_columns(url, needed, sources.schema(blocks).names)
-    parts = splits.assign(config.data, opened)
+    time = config.features.get(config.data.split_time or "")
+    parts = splits.assign(config.data, opened, time.format if time else None)
     task, sample = fit(task, parts[0], drop_bad)
     report = Report(task, sample)
     with Writer(folder, task) as writer:
@@ -166,13 +185,12 @@ def fit(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
     rows_N = np.flatnonzero(part.codes_N == TRAIN)
 
     def fit_target(rows_N: np.ndarray) -> Any:
-        values = (
-            value
-            for _, columns in _read_rows(part, [task.target.column], rows_N)
-            for value in columns[task.target.column]
-        )
-        return task.target.fit(values)
+        values = _values(part, task.target.column, rows_N)
+        return task.target.fit(value for _, value in values)
 
+    if drop_bad and not isinstance(task.target, LabelsTarget):  # by far the most frequent
+        values = _values(part, task.target.column, rows_N)
+        rows_N = np.array([row for row, value in values if not is_missing(value)], np.int64)
     target, good_N = _without_bad(fit_target, part, rows_N, drop_bad)
     draws = np.random.Generator(np.random.Philox(0)).permutation(len(good_N))
     sample_N = np.sort(good_N[draws[:FIT_RECORDS]])
@@ -182,19 +200,29 @@ def fit(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
         return task.features.fit(columns), columns
 
     (features, sample), _ = _without_bad(fit_features, part, sample_N, drop_bad)
-    return type(task)(features, target), sample
+    return replace(task, features=features, target=target), sample
+
+
+def _values(part: Part, column: str, rows_N: np.ndarray) -> Iterator[tuple[int, Any]]:
+    for taken_N, columns in _read_rows(part, [column], rows_N):
+        yield from zip(taken_N.tolist(), columns[column], strict=True)
 
 
 def _sample(task: Task, part: Part, rows_N: np.ndarray) -> Columns:
-    """The records of some rows; of images, which are large, only the first few."""
+    """The records of some rows; of images, which are large, only up to the first there is."""
     images = list(task.features.images)
     names = [name for name in encoding.columns_of(task) if name not in images]
     collected: dict[str, list[Any]] = {name: [] for name in names}
     for _, columns in _read_rows(part, names, rows_N):
         for name, values in columns.items():
             collected[name].extend(values)
-    first = next(_read_rows(part, images, rows_N[:1]), None) if images else None
-    return {**collected, **({name: first[1][name] for name in images} if first else {})}
+    for name in images:
+        collected[name] = []
+        for _, value in _values(part, name, rows_N):
+            collected[name].append(value)
+            if not is_missing(value):
+                break
+    return collected
 
 
 def _without_bad(

@@ -1,7 +1,7 @@
 """Splits: which records train, which choose, which test. They never overlap."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from cluster.errors import UserError
 from train.config import Data
 from train.data import sources
 from train.data.sources import Block
-from train.tasks.numbers import Date
-from train.tasks.records import is_missing, text
+from train.tasks import InvalidRecord
+from train.tasks.numbers import Date, Number
+from train.tasks.records import is_missing, name_of
 
 MIN_TRAINING = 2
 TRAIN, VALID, TEST = 0, 1, 2
@@ -27,14 +28,13 @@ class Part:
     blocks: list[Block]
     codes_N: np.ndarray
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.codes_N)
 
-
-def assign(config: Data, opened: dict[str, list[Block]]) -> list[Part]:
+def assign(
+    config: Data, opened: dict[str, list[Block]], date_format: str | None = None
+) -> list[Part]:
     """Return the sources, those of the training records first.
 
+    date_format: of the dates of `split_time`, ISO 8601 if None.
     opened: the blocks of `data.train` and, where given, of `data.valid` and `data.test`. A split
     without a source of its own is taken from the training records: at random by `split_seed`
     alone, or by `split_key` all records of a key together, or by `split_time` the latest.
@@ -48,7 +48,7 @@ def assign(config: Data, opened: dict[str, list[Block]]) -> list[Part]:
     if config.split_key is not None:
         codes_N = _by_key(_values(blocks, config.split_key), config.split_seed, shares)
     elif config.split_time is not None:
-        codes_N = _by_order(_order_in_time(blocks, config.split_time), shares)
+        codes_N = _by_order(_order_in_time(blocks, config.split_time, date_format), shares)
     else:
         order = np.random.Generator(np.random.Philox(config.split_seed)).permutation(count)
         codes_N = _by_order(order[::-1], shares)
@@ -91,7 +91,7 @@ def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np
     cache: dict[str, int] = {}
 
     def code(value: Any) -> int:
-        key = "" if is_missing(value) else text(value)
+        key = "" if is_missing(value) else name_of(value)
         if key not in cache:
             digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
             place = int.from_bytes(digest, "big") / 2**64
@@ -103,19 +103,33 @@ def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np
     return np.fromiter((code(value) for value in values), np.int8)
 
 
-def _order_in_time(blocks: Sequence[Block], column: str) -> np.ndarray:
-    read: Callable[[Any], np.ndarray] = Date(column).read
-    parts = [
-        read(sources.columns(batch)[column]) for block in blocks for batch in block.read([column])
-    ]
-    seconds_N = np.concatenate(parts)
-    if np.isnan(seconds_N).any():
-        row = int(np.flatnonzero(np.isnan(seconds_N))[0])
-        raise UserError(
-            f"{place(blocks, row)}: column '{column}' is missing; data.split_time needs a date in "
-            "every record."
-        )
-    return np.argsort(seconds_N, kind="stable")
+def _order_in_time(blocks: Sequence[Block], column: str, date_format: str | None) -> np.ndarray:
+    """Rows by a column of dates, or of numbers that grow with time."""
+    parts = []
+    for block in blocks:
+        start = block.start
+        for batch in block.read([column]):
+            values = sources.columns(batch)[column]
+            try:
+                times_N = _times(column, values, date_format)
+            except InvalidRecord as error:
+                raise UserError(f"{block.place(start + (error.row or 0))}: {error}") from error
+            if np.isnan(times_N).any():
+                row = start + int(np.flatnonzero(np.isnan(times_N))[0])
+                raise UserError(
+                    f"{block.place(row)}: column '{column}' is missing; data.split_time needs a "
+                    "date in every record."
+                )
+            parts.append(times_N)
+            start += batch.num_rows
+    return np.argsort(np.concatenate(parts), kind="stable")
+
+
+def _times(column: str, values: Sequence[Any] | np.ndarray, date_format: str | None) -> np.ndarray:
+    try:
+        return Number(column).read(values)
+    except InvalidRecord:
+        return Date(column, date_format).read(values)
 
 
 def _values(blocks: Sequence[Block], column: str) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import Optim
-from train.tasks import Target
+from train.tasks import ClassTarget, LabelsTarget, Target
 from train.tasks.features import imported
 from train.tasks.targets import HUBER
 
@@ -23,22 +23,24 @@ def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
 
     Raises ValueError for a loss that is unknown, or a setting that the loss has no use for.
     """
-    weights_K = None
-    if optim.class_weights == "balanced":
-        counts = getattr(target, "counts", None)
-        if not counts:
-            raise ValueError("optim.class_weights is balanced, and the target has no classes")
-        counts_K = torch.tensor(counts, dtype=torch.float32, device=device)
-        weights_K = counts_K.sum() / (len(counts) * counts_K)
-    if target.loss == "cross_entropy":
+    balanced = optim.class_weights == "balanced"
+    smoothing = optim.label_smoothing
+    if isinstance(target, ClassTarget) and target.loss == ClassTarget.loss:
+        counts_K = torch.tensor(target.counts, dtype=torch.float32, device=device)
+        # Their mean over the training records is 1. Divided by nothing else, so that a sample
+        # counts the same whatever the others of its lane are.
+        weights_K = counts_K.sum() / (len(counts_K) * counts_K) if balanced else None
         return lambda outputs_BK, targets_B: F.cross_entropy(
-            outputs_BK, targets_B, weights_K, label_smoothing=optim.label_smoothing
-        )
-    if target.loss == "binary_cross_entropy":
-        smooth = optim.label_smoothing
+            outputs_BK, targets_B, weights_K, reduction="none", label_smoothing=smoothing
+        ).mean()
+    if isinstance(target, LabelsTarget) and target.loss == LabelsTarget.loss:
+        counts_K = torch.tensor(target.counts, dtype=torch.float32, device=device)
+        positive_K = (target.num_records - counts_K) / counts_K if balanced else None
         return lambda outputs_BK, targets_BK: F.binary_cross_entropy_with_logits(
-            outputs_BK, targets_BK * (1 - smooth) + smooth / 2, weights_K
+            outputs_BK, targets_BK * (1 - smoothing) + smoothing / 2, pos_weight=positive_K
         )
+    if balanced:
+        raise ValueError("optim.class_weights is balanced, and the target has no classes")
     if target.loss == "huber":
         return lambda outputs_B1, targets_B: F.huber_loss(outputs_B1[:, 0], targets_B, delta=HUBER)
     own: Loss = imported(target.loss)

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from train.tasks.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, shown, text
+from train.tasks.records import (
+    Arrays,
+    Columns,
+    InvalidRecord,
+    TensorSpec,
+    is_missing,
+    name_of,
+    shown,
+)
 
 # Codes that every column has; the names follow.
 UNSEEN, MISSING, FIRST = 0, 1, 2
@@ -81,7 +89,7 @@ class Categories:
 
 def _keys(column: str, values: Sequence[Any] | np.ndarray) -> list[str | None]:
     return [
-        value if type(value) is str and value else _key(column, row, value)
+        value if type(value) is str and value and value[-1] != "0" else _key(column, row, value)
         for row, value in enumerate(values)
     ]
 
@@ -91,7 +99,7 @@ def _key(column: str, row: int, value: Any) -> str | None:
         return None
     problem = "is no name" if isinstance(value, dict | list | tuple | np.ndarray) else None
     try:
-        name = text(value)
+        name = name_of(value)
     except ValueError as error:
         problem = str(error)
     if problem:

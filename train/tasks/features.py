@@ -1,5 +1,6 @@
 """Features: records → arrays. Every kind of column has its encoder; together they make a task's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,8 @@ ENCODERS: dict[str, type[Encoder]] = {
     "tokens": Texts,
     "image": Images,
 }
+# Names of inputs that hold several columns, and of the output.
+RESERVED = (Numbers.kind, Categories.kind, Texts.kind, "logits")
 # What a column may be said to be, besides the path of a user's own encoder.
 KINDS = (*COLUMNS, "category", "text", "image")
 
@@ -75,6 +78,11 @@ class Features:
         for column, given in kinds.items():
             options = {key: value for key, value in given.items() if value is not None}
             kind = options.pop("kind")
+            if column in RESERVED and kind not in (*COLUMNS, "category", "text"):
+                raise ValueError(
+                    f"a column of kind {kind} cannot be called '{column}', as an input is; "
+                    "rename it"
+                )
             if kind in COLUMNS:
                 numbers.append(
                     Date(column, options.get("format"))
@@ -111,6 +119,11 @@ class Features:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The arrays that `encode` returns, in order."""
         return tuple(spec for encoder in self.encoders for spec in encoder.inputs)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """How large a record's arrays are."""
+        return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in self.inputs)
 
     @cached_property
     def images(self) -> tuple[str, ...]:

@@ -16,14 +16,14 @@ from train.tasks.records import Arrays, Columns, InvalidRecord, TensorSpec, is_m
 
 DAY_S = 86_400.0
 YEAR_S = 365.2425 * DAY_S
-# A date's trend, and sine and cosine of its place in the day, in the week and in the year.
-DATE_PARTS = 7
+# What programs write for a number, date or truth that is not known.
+MISSING_WORDS = {"", "na", "n/a", "#n/a", "nan", "null", "none", "nat"}
 TRUE, FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number. NaN, infinity, null and the empty string count as missing."""
+    """A number. Null, NaN, infinity and words such as NA count as missing."""
 
     column: str
     kind: ClassVar[str] = "number"
@@ -69,6 +69,8 @@ class Date:
 
     def _seconds(self, row: int, value: Any) -> float:
         if is_missing(value):
+            return math.nan
+        if isinstance(value, str) and value.strip().lower() in MISSING_WORDS:
             return math.nan
         try:
             moment = self._moment(value)
@@ -127,18 +129,29 @@ class Numbers:
     @property
     def names(self) -> tuple[str, ...]:
         """What each place of the array is."""
-        names: list[str] = []
+        return tuple(name for _, name in self._places)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The column that each place of the array is of."""
+        return tuple(column for column, _ in self._places)
+
+    @property
+    def _places(self) -> list[tuple[str, str]]:
+        """Column and name of each place."""
+        places: list[tuple[str, str]] = []
         first = None
+        parts = ("trend", "day_sin", "day_cos", "week_sin", "week_cos", "year_sin", "year_cos")
         for each in self.columns:
+            column = each.column
             if not isinstance(each, Date):
-                names.append(each.column)
+                places.append((column, column))
                 continue
-            parts = ("trend", "day_sin", "day_cos", "week_sin", "week_cos", "year_sin", "year_cos")
-            names += [f"{each.column}.{part}" for part in parts]
+            places += [(column, f"{column}.{part}") for part in parts]
             if first is not None:
-                names.append(f"{each.column} - {first}")
-            first = first or each.column
-        return tuple(names)
+                places.append((column, f"{column} - {first}"))
+            first = first or column
+        return places
 
     def fit(self, columns: Columns) -> Self:
         """Take mean and deviation of every place; 0 and 1 where there are none."""
@@ -197,7 +210,9 @@ def _number(column: str, row: int, value: Any) -> float:
         return math.nan
     try:
         if isinstance(value, str | bytes):
-            value = text(value).strip() or "nan"
+            value = text(value).strip()
+            if value.lower() in MISSING_WORDS:
+                return math.nan
         elif isinstance(value, date | np.datetime64):
             raise TypeError("a date")
         return float(value)
@@ -212,6 +227,8 @@ def _truth(column: str, row: int, value: Any) -> float:
         return math.nan
     word = text(value).strip().lower() if not isinstance(value, bool | np.bool_) else str(value)
     word = word.lower()
+    if word in MISSING_WORDS:
+        return math.nan
     if word not in TRUE | FALSE:
         raise InvalidRecord(
             f"field '{column}' is {shown(value)}; expected true or false. Send one or null.", row

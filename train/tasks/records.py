@@ -1,5 +1,6 @@
 """Records as a user has them, arrays as a net takes them, and what describes the arrays."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ Record = Mapping[str, Any]
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 Arrays = dict[str, np.ndarray]
 Encoded = TypeVar("Encoded")
+# A whole number as programs write it that know floating-point numbers only.
+WHOLE = re.compile(r"-?[0-9]+\.0+")
 
 # Datatypes of the Open Inference Protocol; BYTES has no fixed item size.
 DTYPES: dict[str, np.dtype] = {
@@ -53,27 +56,36 @@ def encode_good(
     Returns what `encode` made of them (None of none), which they are, and which of the others is
     wrong why. Raises InvalidRecord for what is wrong with all alike.
     """
-    kept_N = np.arange(count)
-    bad: list[tuple[int, str]] = []
-    while len(kept_N):
-        try:
-            return encode(columns), kept_N, bad
-        except InvalidRecord as error:
-            if error.row is None:
-                raise
-            bad.append((int(kept_N[error.row]), str(error)))
-            columns = _without(columns, error.row)
-            kept_N = np.delete(kept_N, error.row)
-    return None, kept_N, bad
+    try:
+        return encode(columns), np.arange(count), []
+    except InvalidRecord as error:
+        if error.row is None:
+            raise
+    bad = dict(_bad(encode, columns, 0, count))
+    kept_N = np.array([row for row in range(count) if row not in bad], np.int64)
+    if not len(kept_N):
+        return None, kept_N, sorted(bad.items())
+    kept = {name: _taken(values, kept_N) for name, values in columns.items()}
+    return encode(kept), kept_N, sorted(bad.items())
 
 
-def _without(columns: Columns, row: int) -> Columns:
-    return {
-        name: np.delete(values, row, axis=0)
-        if isinstance(values, np.ndarray)
-        else [*values[:row], *values[row + 1 :]]
-        for name, values in columns.items()
-    }
+def _bad(
+    encode: Callable[[Columns], Any], columns: Columns, first: int, end: int
+) -> Iterator[tuple[int, str]]:
+    """Which of the records first..end-1 cannot be encoded, and why, found by halving."""
+    try:
+        encode({name: values[first:end] for name, values in columns.items()})
+    except InvalidRecord as error:
+        if end - first == 1:
+            yield first, str(error)
+            return
+        middle = (first + end) // 2
+        yield from _bad(encode, columns, first, middle)
+        yield from _bad(encode, columns, middle, end)
+
+
+def _taken(values: Sequence[Any] | np.ndarray, rows_N: np.ndarray) -> Sequence[Any] | np.ndarray:
+    return values[rows_N] if isinstance(values, np.ndarray) else [values[row] for row in rows_N]
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,9 @@ def num_rows(arrays: Arrays) -> int:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is not known: None, NaN, NaT or an empty string."""
+    """Whether a value is not known: None, NaN, NaT, an empty string, a file without bytes."""
+    if isinstance(value, dict):
+        value = value.get("bytes", value)
     if value is None:
         return True
     if isinstance(value, str | bytes):
@@ -139,6 +153,15 @@ def text(value: Any) -> str:
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
     return str(value)
+
+
+def name_of(value: Any) -> str:
+    """Return a value as the name of a class or category; 1, 1.0 and "1.0" are the same one.
+
+    Raises ValueError for bytes that are not UTF-8.
+    """
+    name = text(value)
+    return name.partition(".")[0] if WHOLE.fullmatch(name) else name
 
 
 def shown(value: Any) -> str:

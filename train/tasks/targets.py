@@ -13,7 +13,15 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from train.tasks.records import Arrays, InvalidRecord, TensorSpec, at_row, is_missing, shown, text
+from train.tasks.records import (
+    Arrays,
+    InvalidRecord,
+    TensorSpec,
+    at_row,
+    is_missing,
+    name_of,
+    shown,
+)
 
 # What several labels of a record are written with between them.
 SEPARATOR = "|"
@@ -178,12 +186,13 @@ class ClassTarget:
 class LabelsTarget:
     """Any number of K labels at once: a list of names, or a text with | between them.
 
-    counts: how many training records each label has.
+    counts: how many of the `num_records` training records each label has.
     """
 
     column: str
     classes: tuple[str, ...] = ()
     counts: tuple[int, ...] = field(default=(), compare=False)
+    num_records: int = field(default=0, compare=False)
 
     kind: ClassVar[str] = "labels"
     loss: ClassVar[str] = "binary_cross_entropy"
@@ -202,18 +211,21 @@ class LabelsTarget:
 
     def fit(self, values: Iterable[Any]) -> Self:
         counts: Counter[str] = Counter()
+        count = 0
         for row, value in enumerate(values):
             with at_row(row):
                 counts.update(set(self._split(value)))
+            count += 1
         if not counts:
             raise InvalidRecord(f"column '{self.column}' has no label in any record.")
         classes = tuple(sorted(counts))
-        return replace(self, classes=classes, counts=tuple(counts[name] for name in classes))
+        label_counts = tuple(counts[name] for name in classes)
+        return replace(self, classes=classes, counts=label_counts, num_records=count)
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float32 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
+        """Return uint8 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
         codes = {label: index for index, label in enumerate(self.classes)}
-        chosen_NK = np.zeros((len(values), len(codes)), np.float32)
+        chosen_NK = np.zeros((len(values), len(codes)), np.uint8)
         for row, value in enumerate(values):
             with at_row(row):
                 for label in self._split(value):
@@ -238,7 +250,7 @@ class LabelsTarget:
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
         """F1 over all labels together, the share of records with all labels right, log loss."""
         probabilities_NK = sigmoid(outputs["logits"]).astype(np.float64)
-        chosen_NK, true_NK = probabilities_NK >= 0.5, targets > 0.5
+        chosen_NK, true_NK = probabilities_NK >= 0.5, targets > 0
         hits = np.sum(chosen_NK & true_NK)
         likely_NK = np.where(true_NK, probabilities_NK, 1 - probabilities_NK)
         return {
@@ -267,11 +279,13 @@ class LabelsTarget:
             "column": self.column,
             "classes": list(self.classes),
             "counts": list(self.counts),
+            "num_records": self.num_records,
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
-        return cls(state["column"], tuple(state["classes"]), tuple(state["counts"]))
+        counts, num_records = tuple(state["counts"]), state["num_records"]
+        return cls(state["column"], tuple(state["classes"]), counts, num_records)
 
 
 @dataclass(frozen=True)
@@ -353,7 +367,7 @@ TARGETS: dict[str, type[Target]] = {
 
 def _label(column: str, value: Any) -> str:
     try:
-        return text(value)
+        return name_of(value)
     except ValueError as error:
         raise InvalidRecord(f"column '{column}' is {shown(value)}, which {error}.") from None
 

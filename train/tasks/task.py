@@ -1,7 +1,7 @@
 """A task: features and target together, as plain state."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from train.tasks.targets import TARGETS, Target
 class Task:
     """What a model is about. A user's own task is a subclass, named by package.module:Class.
 
-    `of` says what it is made of; `fit` makes it ready.
+    `of` says what it is made of; features and target are fitted apart.
     """
 
     features: Features
@@ -42,11 +42,6 @@ class Task:
         own = type(self)
         return "task" if own is Task else f"{own.__module__}:{own.__qualname__}"
 
-    def fit(self, columns: Columns, targets: Iterable[Any]) -> Self:
-        """Fit the features on training records, the target on all training values."""
-        target = self.target.fit(targets)
-        return replace(self, features=self.features.fit(columns), target=target)
-
     def encode(self, columns: Columns) -> tuple[Arrays, np.ndarray]:
         """Return the arrays of N records and their targets. Raises InvalidRecord."""
         targets_N = self.target.encode(columns[self.target.column])
@@ -69,5 +64,7 @@ class Task:
         """Raises ValueError for a kind that this version does not know."""
         features = Features.from_dict(state["features"])
         target = found(state["target"], TARGETS).from_dict(state["target"])
-        own: type[Task] = found(state, {"task": Task})
+        own = found(state, {"task": Task})
+        if not (isinstance(own, type) and issubclass(own, Task)):
+            raise ValueError(f"'{state['kind']}' is no subclass of train.tasks.Task")
         return own(features, target)

@@ -15,6 +15,8 @@ from train.tasks.records import Arrays, Columns, InvalidRecord, TensorSpec, is_m
 
 # The first tokens of a vocabulary that is trained here.
 UNKNOWN, BETWEEN = "[UNK]", "[SEP]"
+# What is beyond would be cut as tokens too, after it was read for nothing.
+MAX_TOKEN_CHARS = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Texts:
     @property
     def size(self) -> int:
         """How many token numbers there are."""
-        return int(self._tokenizer.get_vocab_size()) + 1
+        # A vocabulary may leave numbers out.
+        return max(self._tokenizer.get_vocab().values()) + 2
 
     def fit(self, columns: Columns) -> Self:
         """Train the tokenizer where none is given; measure how rare each token is."""
@@ -79,7 +82,10 @@ class Texts:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         assert self.tokenizer, "fit first"
-        tokenizer = Tokenizer.from_str(self.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"the tokenizer is no Tokenizers JSON: {error}") from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_tokens)
         return tokenizer
@@ -90,7 +96,8 @@ class Texts:
         return [] if number is None else [number]
 
     def _texts(self, column: str, columns: Columns) -> list[str]:
-        return [_text(column, row, value) for row, value in enumerate(columns[column])]
+        most = self.max_tokens * MAX_TOKEN_CHARS
+        return [_text(column, row, value)[:most] for row, value in enumerate(columns[column])]
 
     def _all(self, columns: Columns) -> Iterator[str]:
         for column in self.columns:
