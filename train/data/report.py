@@ -152,7 +152,11 @@ def picture(facts: Mapping[str, Any], column: str, path: Path) -> None:
     shares = [100 * facts["columns"][name]["missing"] for name in names]
     colours = ["tab:red" if name in facts["leakage_suspects"] else "tab:grey" for name in names]
     right.barh(names, shares, color=colours)
-    right.set(xlim=(0, 100), xlabel="% missing (red names: leakage suspects)", title="Columns")
+    right.set(
+        xlim=(0, max(5.0, 1.1 * max(shares))),
+        xlabel="% missing (red names: leakage suspects)",
+        title="Columns",
+    )
     for label in right.get_yticklabels():
         if label.get_text() in facts["leakage_suspects"]:
             label.set_color("tab:red")
