@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -68,6 +69,15 @@ def connect(*, num_cpus: int | None = None, dashboard: bool = False, metrics: bo
         _system_config={**LEAN_RAYLET, "enable_metrics_collection": metrics},
         **options,
     )
+
+
+def ray_data() -> ModuleType:
+    """Ray Data, without its bars and without a word on each of its plans."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data
 
 
 def is_local() -> bool:

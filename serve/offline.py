@@ -159,16 +159,16 @@ def _plan(
 
 def _run(blocks: list[Block], numbers: list[int], worker: dict[str, Any], workers: int) -> None:
     """Predict the given parts, each by one of the processes."""
-    import ray.data
+    from ray.exceptions import RayTaskError
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray_data = connect.ray_data()
     parts = [{"number": number} for number in numbers]
-    plan = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+    plan = ray_data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         Worker,
         fn_constructor_kwargs={**worker, "blocks": blocks},
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),
+        compute=ray_data.ActorPoolStrategy(size=min(workers, len(parts))),
     )
     columns = (
         TextColumn("parts"),
@@ -185,7 +185,7 @@ def _run(blocks: list[Block], numbers: list[int], worker: dict[str, Any], worker
                 rows += int(done["rows"])
                 rate = rows / (time.perf_counter() - started)
                 progress.update(bar, advance=1, rate=rate)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
         raise

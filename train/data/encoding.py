@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from cluster import connect
 from cluster.errors import UserError
 from train.data import sources
 from train.data.sources import Block
@@ -131,8 +132,9 @@ def _ahead(
 
 
 def _by_ray_data(task: Task, blocks: Sequence[Block], drop_bad: bool) -> Iterator[Encoded]:
-    import ray.data
+    from ray.exceptions import RayTaskError
 
+    ray_data = connect.ray_data()
     state = task.to_dict()
     specs = task.features.inputs
     target = task.target.encode([])
@@ -143,16 +145,14 @@ def _by_ray_data(task: Task, blocks: Sequence[Block], drop_bad: bool) -> Iterato
             for read in _read(own, blocks[number]):
                 yield _packed(_encode_batch(own, *read, drop_bad))
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+    ray_data.DataContext.get_current().execution_options.preserve_order = True
     numbers = [{"block": number} for number in range(len(blocks))]
-    plan = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+    plan = ray_data.from_items(numbers, override_num_blocks=len(numbers))
     plan = plan.map_batches(encode_blocks, batch_size=1, batch_format="numpy")
     try:
         for row in plan.iter_rows():
             yield _unpacked(row, specs, target)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from error
