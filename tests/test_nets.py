@@ -125,6 +125,25 @@ def test_an_answer_does_not_depend_on_the_batch_of_mixed_inputs(mixed):
         torch.testing.assert_close(net(*[each[row : row + 1] for each in tensors])[0], whole[row])
 
 
+def test_columns_without_any_value_are_encoded_and_learned_from():
+    kinds = {"n": "number", "d": "date", "c": "category", "t": "text"}
+    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "value")
+    records = {name: [None] * 6 for name in kinds}
+    task = fitted(task, records, range(6))
+    arrays = task.features.encode(records)
+    assert np.isnan(arrays["numbers"]).all()
+    assert (arrays["categories"] == 1).all()
+    assert not arrays["tokens"].any()
+    net = nets.build(Net(), task)
+    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    outputs = net.eval()(*[torch.from_numpy(array) for array in arrays.values()])
+    assert outputs.isfinite().all()
+    later = {"n": [3.5], "d": ["2024-01-01"], "c": ["x"], "t": ["words"]}
+    assert (
+        net(*[torch.from_numpy(a) for a in task.features.encode(later).values()]).isfinite().all()
+    )
+
+
 def test_a_metric_that_falls_is_gated_the_other_way():
     assert gate.judge("valid_mae", 1.0, 1.004, 0.005).accepted
     assert gate.judge("valid_mae", 1.0, 0.5, 0.005).accepted
