@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
+from fsspec.implementations.local import LocalFileSystem
 
 from cluster import storage
 
@@ -73,8 +74,14 @@ def parquet(stream: BinaryIO) -> pa.parquet.ParquetFile:
 def _csv_or_why(fs: Any, path: str, encoding: str) -> Iterator[pa.Table]:
     with fs.open(path, "rb", compression="infer") as stream:
         names, delimiter = _header(stream.read(CSV_BLOCK_BYTES), encoding)
+    # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
+    local = isinstance(fs, LocalFileSystem)
     try:
-        with fs.open(path, "rb", compression="infer") as stream:
+        with (
+            pa.input_stream(path, compression="detect")
+            if local
+            else fs.open(path, "rb", compression="infer")
+        ) as stream:
             yield from _csv(stream, names, delimiter, encoding)
     except (pa.ArrowInvalid, UnicodeError) as error:
         with fs.open(path, "rb", compression="infer") as stream:
