@@ -13,8 +13,9 @@ from train.loop.parallel import Worker
 from train.tasks import Arrays, Task
 from train.tasks.records import num_rows
 
-# Samples on which a net fits its normalisation and its whitening stem.
-FIT_SAMPLES = 5000
+# Samples on which a net fits its normalisation and its whitening stem: fewer where they are large,
+# as each becomes hundreds of times its bytes.
+FIT_SAMPLES, FIT_LEAST_SAMPLES, FIT_BYTES = 5000, 32, 5000 * 32 * 32 * 3
 
 
 def build_net(config: Config, task: Task) -> nn.Module:
@@ -33,7 +34,9 @@ def placed(net: nn.Module, config: Config, inputs: Arrays, worker: Worker) -> nn
     if hasattr(net, "fit_inputs"):
         count = num_rows(inputs)
         draws = order.generator(config.seed, 0, "fit").permutation(count)
-        ids = np.sort(draws[:FIT_SAMPLES])
+        row_bytes = sum(array[0].nbytes for array in inputs.values())
+        fitting = int(np.clip(FIT_BYTES // row_bytes, FIT_LEAST_SAMPLES, FIT_SAMPLES))
+        ids = np.sort(draws[:fitting])
         net.fit_inputs(*to_device(inputs, ids, torch.device("cpu")))  # type: ignore[operator]
     sharded = config.workers.parallel == "fsdp"
     if not sharded:  # FSDP takes contiguous weights only
