@@ -6,6 +6,7 @@ A shard directory is named by the digest of all that its content depends on.
 import hashlib
 import inspect
 import json
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -58,7 +59,16 @@ class Shards:
             spec.name: np.load(folder / f"input-{number}.npy", mmap_mode="r")
             for number, spec in enumerate(self.task.features.inputs)
         }
+        if name == NAMES[TRAIN]:
+            for array in inputs.values():
+                _read_at_random(array)
         return inputs, np.load(folder / "target.npy", mmap_mode="r")
+
+
+def _read_at_random(array: np.ndarray) -> None:
+    """Tell the system not to read ahead of each sample: it may be megabytes that nobody asks for."""
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        array.base.madvise(mmap.MADV_RANDOM)
 
 
 def prepare(config: Config, root: str) -> Shards:
