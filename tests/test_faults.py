@@ -95,9 +95,11 @@ def assert_same(root, expected):
 
 
 def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(undisturbed, tmp_path):
+    others = processes()
     process = start(tmp_path)
     wait_for(lambda: mid_epoch(tmp_path, 30), process)
-    workers = [pid for pid, command in processes().items() if "RayTrainWorker" in command]
+    started = {pid: command for pid, command in processes().items() if pid not in others}
+    workers = [pid for pid, command in started.items() if "RayTrainWorker" in command]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()
@@ -105,12 +107,13 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(undisturbed
 
 
 def test_a_killed_driver_continues_on_one_worker_and_ends_the_same(undisturbed, tmp_path):
+    others = processes()
     process = start(tmp_path)
     wait_for(lambda: mid_epoch(tmp_path, 30), process)
-    before = processes()
+    started = processes().keys() - others.keys()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not processes().keys() & before.keys())
+    wait_for(lambda: not processes().keys() & started)
     name = run_name(tmp_path)
     process = start(tmp_path, "--resume", name, "--workers.num", "1")
     assert process.wait(DEADLINE_S) == 0, (tmp_path / "log").read_text()

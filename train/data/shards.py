@@ -66,7 +66,7 @@ class Shards:
 
 
 def _read_at_random(array: np.ndarray) -> None:
-    """Tell the system not to read ahead of each sample: it may be megabytes that nobody asks for."""
+    """Tell the system not to read ahead: it may be megabytes for a sample, for nothing."""
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
         array.base.madvise(mmap.MADV_RANDOM)
 
