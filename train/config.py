@@ -385,6 +385,9 @@ class Config(Part):
         return self
 
 
+SAVE_CONFIG = "save-config"
+
+
 class _Command(BaseSettings, Config):
     """Train a model, compress it, and register it."""
 
@@ -396,7 +399,9 @@ class _Command(BaseSettings, Config):
         "looking at the records.",
     )
     save_config: Path | None = Field(
-        None, description="Write the options to this YAML file, with what was found by looking."
+        None,
+        validation_alias=SAVE_CONFIG,
+        description="Write the options to this YAML file, with what was found by looking.",
     )
 
 
@@ -418,7 +423,7 @@ def parse(argv: Sequence[str]) -> Command:
         problem = str(error).removeprefix("error parsing CLI: ")
         raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
     file = options.pop("config", None)
-    save_to = options.pop("save_config", None)
+    save_to = options.pop(SAVE_CONFIG, None)
     train = options.get("data", {}).get("train")
     if file is None and train is not None:
         base: dict[str, Any] = {"name": _name_of(train)}

@@ -113,7 +113,7 @@ def suited(kinds: set[str], num_looked_at: int) -> dict[str, Any]:
     small = num_looked_at < SMALL
     optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
     if "text" in kinds:
-        optim |= {"lr": 0.005, "epochs": 6}
+        optim |= {"lr": 0.005, "epochs": 40 if small else 6}
     else:
         optim |= {"lr": 0.002, "epochs": 40, "weight_decay": 0.01}
         if not small:
