@@ -21,7 +21,7 @@ from cluster.errors import UserError
 from train.config import Config
 from train.data import encoding, sources, splits
 from train.data.encoding import Encoded
-from train.data.report import REPORT, Report
+from train.data.report import Report
 from train.data.splits import NAMES, TRAIN, Part
 from train.tasks import Arrays, Columns, InvalidRecord, LabelsTarget, Task
 from train.tasks.features import imported
@@ -59,16 +59,14 @@ class Shards:
             spec.name: np.load(folder / f"input-{number}.npy", mmap_mode="r")
             for number, spec in enumerate(self.task.features.inputs)
         }
-        if name == NAMES[TRAIN]:
-            for array in inputs.values():
-                _read_at_random(array)
         return inputs, np.load(folder / "target.npy", mmap_mode="r")
 
 
-def _read_at_random(array: np.ndarray) -> None:
+def read_at_random(inputs: Arrays) -> None:
     """Tell the system not to read ahead: it may be megabytes for a sample, for nothing."""
-    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
-        array.base.madvise(mmap.MADV_RANDOM)
+    for array in inputs.values():
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            array.base.madvise(mmap.MADV_RANDOM)
 
 
 def prepare(config: Config, root: str) -> Shards:
@@ -336,6 +334,3 @@ class Writer:
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover 0..count in order, each of at most `size`."""
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-__all__ = ["REPORT", "Shards", "Writer", "batches", "define", "fit", "prepare"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from train.config import Config
 from train.data import order
 from train.data.augment import Augmentation
-from train.data.shards import Shards
+from train.data.shards import Shards, read_at_random
 from train.loop import building, evaluate, optimizers, parallel, precision, schedule, state
 from train.loop.checkpoint import State, Store
 from train.loop.figures import Event, Figures
@@ -76,6 +76,7 @@ class Loop:
         self._num_lanes, self._urgent, self._stepped = num_lanes, urgent, after_step
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
+        read_at_random(self._inputs)
         self._valid = shards.open("valid")
         self._metric = config.checkpoint.best or f"valid_{self._task.metric}"
 
