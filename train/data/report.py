@@ -8,7 +8,7 @@ import numpy as np
 
 from train.data.encoding import Encoded
 from train.data.splits import NAMES, TEST, TRAIN, VALID
-from train.tasks import Columns, Images, Task, ValueTarget
+from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
 from train.tasks.records import is_missing
 
 REPORT, PICTURE = "report.txt", "report.png"
@@ -46,8 +46,8 @@ class Report:
         targets_N = encoded.targets_N[codes_N == TRAIN]
         if isinstance(self._task.target, ValueTarget):
             self._targets.append(targets_N)
-        elif len(targets_N):
-            self._counts = self._counts + self._counted(targets_N)
+        elif isinstance(self._task.target, NamedTarget):  # not so one of a user's own
+            self._counts = self._counts + _counted(self._task.target, targets_N)
         self._num_records += len(encoded.rows_N)
         for name in self._black:
             images_NHWC = encoded.inputs[name]
@@ -78,15 +78,9 @@ class Report:
             values_N = np.concatenate(self._targets) * target.scale + target.mean
             quantiles = np.quantile(values_N, [0, 0.25, 0.5, 0.75, 1]).tolist()
             return {"quantiles": quantiles, "mean": float(values_N.mean())}
-        counts = [int(count) for count in np.atleast_1d(self._counts)]
-        return {"counts": dict(zip(getattr(target, "classes", ()), counts, strict=False))}
-
-    def _counted(self, targets_N: np.ndarray) -> np.ndarray:
-        """Records of each class, or of each label."""
-        if targets_N.ndim == 2:
-            return targets_N.sum(axis=0, dtype=np.int64)
-        classes = getattr(self._task.target, "classes", ())
-        return np.bincount(targets_N.astype(int), minlength=len(classes))
+        classes = target.classes if isinstance(target, NamedTarget) else ()
+        counts = np.broadcast_to(self._counts, len(classes)).tolist()
+        return {"counts": dict(zip(classes, counts, strict=True))}
 
     def write(self, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> None:
         facts = self.to_dict()
@@ -197,6 +191,13 @@ def suspects(task: Task, sample: Columns) -> dict[str, float]:
             if score >= limit:
                 found[name] = max(score, found.get(name, 0.0))
     return found
+
+
+def _counted(target: NamedTarget, targets_N: np.ndarray) -> np.ndarray:
+    """Records of each class, or of each label."""
+    if targets_N.ndim == 2:
+        return targets_N.sum(axis=0, dtype=np.int64)
+    return np.bincount(targets_N, minlength=len(target.classes))
 
 
 def _usual(targets_N: np.ndarray) -> float:

@@ -5,13 +5,15 @@ bundle as JSON.
 """
 
 from train.tasks.categories import Categories
+from train.tasks.classes import ClassTarget, LabelsTarget, NamedTarget
 from train.tasks.features import KINDS, Encoder, Features
 from train.tasks.images import Images
 from train.tasks.numbers import Numbers
 from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
-from train.tasks.targets import TARGETS, ClassTarget, LabelsTarget, Target, ValueTarget
-from train.tasks.task import Task
+from train.tasks.targets import Target
+from train.tasks.task import TARGETS, Task
 from train.tasks.texts import Texts
+from train.tasks.values import ValueTarget
 
 __all__ = [
     "KINDS",
@@ -25,6 +27,7 @@ __all__ = [
     "Images",
     "InvalidRecord",
     "LabelsTarget",
+    "NamedTarget",
     "Numbers",
     "Record",
     "Target",

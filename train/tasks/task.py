@@ -6,9 +6,15 @@ from typing import Any, Self
 
 import numpy as np
 
+from train.tasks.classes import ClassTarget, LabelsTarget
 from train.tasks.features import Features, found
 from train.tasks.records import Arrays, Columns
-from train.tasks.targets import TARGETS, Target
+from train.tasks.targets import Target
+from train.tasks.values import ValueTarget
+
+TARGETS: dict[str, type[Target]] = {
+    target.kind: target for target in (ClassTarget, LabelsTarget, ValueTarget)
+}
 
 
 @dataclass(frozen=True)
