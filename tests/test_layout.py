@@ -25,8 +25,8 @@ ALLOWED = {
         *("train.nets", "train.data", "train.loop"),
     },
     "train.compress": {
-        *("cluster", "train.tasks", "train.bundle", "train.config"),
-        *("train.nets", "train.data", "train.compress"),
+        *("cluster", "train.tasks", "train.bundle", "train.config", "train.report"),
+        *("train.nets", "train.data", "train.loop", "train.compress"),
     },
     "train.report": {"train.tasks", "train.bundle"},
     "train.fit": {"cluster", "train"},

@@ -305,16 +305,83 @@ class Checkpoint(Part):
     )
 
 
+Variant = Literal[
+    "bf16",
+    "fp16",
+    "int8",
+    "fp8",
+    "int8_static",
+    "int8_dynamic",
+    "int8_weights",
+    "pruned",
+    "pruned_int8",
+    "distilled",
+    "distilled_int8",
+]
+
+
+class Prune(Part):
+    """Whole channels removed, those first that matter least; then trained on."""
+
+    share: float = Field(0.3, gt=0, le=0.9, description="Share of channels removed in each layer.")
+    epochs: int = Field(4, ge=1, le=10_000, description="Epochs of training afterwards.")
+    rate: float = Field(
+        0.3, gt=0, le=10, description="Peak rates afterwards, as a share of those in optim."
+    )
+
+
+class Distill(Part):
+    """A smaller net that learns from the outputs of the trained one."""
+
+    net: Net | None = Field(
+        None, description="The student; by default the same net with half the widths."
+    )
+    epochs: int | None = Field(
+        None, ge=1, le=10_000, description="Epochs of the student; optim.epochs by default."
+    )
+    share: float = Field(
+        0.9, ge=0, le=1, description="Share of the loss that is the teacher's; when pruned too."
+    )
+    temperature: float = Field(
+        2.0, gt=0, le=100, description="Softens the teacher's probabilities; when pruned too."
+    )
+
+
 class Compress(Part):
-    variants: Sequence[Literal["int8_static"]] = Field(
-        ["int8_static"], description="Variants to make besides fp32."
+    variants: tuple[Variant, ...] = Field(
+        ("int8_static", "int8_dynamic", "int8_weights"),
+        description="Variants to make besides fp32. pruned… and distilled… train again.",
     )
     max_accuracy_drop: float = Field(
         0.005, ge=0, le=1, description="Largest accepted loss of a variant on held-out records."
     )
+    strict: bool = Field(
+        False,
+        description="Accept only what is within even at the far end of the confidence interval, "
+        "for which a drop of 0.005 takes thousands of validation records.",
+    )
+    optimize_for: Literal["throughput", "latency", "size"] = Field(
+        "throughput", description="What the default variant is best in, of those accepted."
+    )
     calibration_records: int = Field(
         512, ge=2, le=100_000, description="Training records to measure activation ranges on."
     )
+    calibration: tuple[Literal["minmax", "percentile", "entropy"], ...] = Field(
+        ("minmax", "percentile", "entropy"),
+        min_length=1,
+        description="Ways to choose activation ranges; the one that changes outputs least is kept.",
+    )
+    aware_epochs: int = Field(
+        2,
+        ge=0,
+        le=10_000,
+        description="Epochs of quantization-aware training where static int8 is not accepted.",
+    )
+    measure_seconds: float = Field(
+        20, gt=0, le=3600, description="Time to measure latencies, all variants together."
+    )
+    prune: Prune = Prune()
+    distill: Distill = Distill()
 
 
 class Registry(Part):
@@ -417,11 +484,7 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises UserError with one line that names the field.
     """
-    try:
-        options = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
-    except SettingsError as error:
-        problem = str(error).removeprefix("error parsing CLI: ")
-        raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
+    options = given(argv)
     file = options.pop("config", None)
     save_to = options.pop(SAVE_CONFIG, None)
     train = options.get("data", {}).get("train")
@@ -429,7 +492,16 @@ def parse(argv: Sequence[str]) -> Command:
         base: dict[str, Any] = {"name": _name_of(train)}
     else:
         base = load_yaml(Path(file or DEFAULT_CONFIG))
-    return Command(validate(_merge(base, options)), Path(save_to) if save_to else None)
+    return Command(validate(merge(base, options)), Path(save_to) if save_to else None)
+
+
+def given(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command line, by section. Raises UserError for an unknown one."""
+    try:
+        return CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
+    except SettingsError as error:
+        problem = str(error).removeprefix("error parsing CLI: ")
+        raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
 
 
 def save(config: Config, path: Path) -> None:
@@ -500,11 +572,11 @@ def _fields(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)
         if isinstance(inner, dict) and isinstance(value, dict):
-            value = _merge(inner, value)
+            value = merge(inner, value)
         merged[key] = value
     return merged

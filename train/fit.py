@@ -6,9 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,23 +17,19 @@ from train import report
 from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES
 from train.bundle.manifest import Tensor
-from train.compress import fastest, make_variants
+from train.compress import compress
 from train.config import Augment, Config
 from train.data import infer, order, shards
 from train.data.baseline import baseline
 from train.data.report import PICTURE, REPORT
 from train.data.shards import Shards
 from train.loop import schedule, trainer
-from train.loop.building import build_net, folded
+from train.loop.building import build_net
 from train.loop.checkpoint import trained
-from train.loop.events import Follower, until_it_fails
 from train.loop.figures import Event
 from train.loop.loop import LAST
-from train.loop.progress import ProgressDisplay
-from train.loop.run import LEAST_SAMPLES, Job, Run
+from train.loop.run import LEAST_SAMPLES, Run
 from train.nets.losses import loss_of
-
-PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
 
 def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -> Bundle:
@@ -53,25 +47,7 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     _check(config, data)
     run = _run(config, storage.join(root, "train"))
-    display = ProgressDisplay(config.optim.epochs)
-    record = until_it_fails(observe)
-
-    def show(event: Event) -> None:
-        display.show(event)
-        record(event)
-
-    with display, Follower(show) as follower:
-        trainer.train(
-            config,
-            run,
-            Job(
-                config.model_dump(mode="json"),
-                run.url,
-                data.url,
-                data.summary,
-                follower.events,
-            ),
-        )
+    trainer.train(config, run, data, observe=observe)
     location = storage.join(root, "bundles", run.name)
     with Bundle.create(location) as writer:
         _write(writer, config, data, run, started)
@@ -143,8 +119,7 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     for name in (REPORT, PICTURE):
         shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))
 
-    variants, test_outputs = make_variants(folded(net), config, data, writer)
-    default = fastest(variants)
+    made = compress(net, config, data, writer, run.url)
     steps = order.num_steps(data.summary["splits"]["train"]["num_records"], config.optim.batch_size)
     rates = [
         config.optim.lr * schedule.factor(config.optim, step, steps * config.optim.epochs)
@@ -152,8 +127,7 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     ]
     metric = f"valid_{task.metric}"
     report.curves(history, metric, rates, writer.file("report/curves.png"))
-    report.predictions(task, *data.open("test"), test_outputs[default], writer.file)
-    report.tradeoff(variants, f"test_{task.metric}", default, writer.file("report/variants.png"))
+    report.predictions(task, *data.open("test"), made.outputs, writer.file)
     writer.commit(
         Manifest(
             name=config.name,
@@ -162,17 +136,10 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
             inputs=[Tensor.of(spec) for spec in task.features.fields],
             outputs=[Tensor.of(spec) for spec in task.target.outputs],
             files=writer.files(),
-            versions=_versions(),
             seed=config.seed,
             data={"digest": data.summary["digest"], **data.summary["splits"]},
             config=config.model_dump(mode="json"),
-            metrics=variants["fp32"].metrics,
-            variants=variants,
-            default_variant=default,
             training_seconds=round(time.perf_counter() - started, 3),
+            **made.fields,
         )
     )
-
-
-def _versions() -> dict[str, Any]:
-    return {package: version(package) for package in PACKAGES}

@@ -1,12 +1,13 @@
 """manifest.json: what a bundle holds, what it was made of, and how each variant measured."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from train.tasks import TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILENAME = "manifest.json"
 
 
@@ -31,20 +32,83 @@ class File(Strict):
     size_bytes: int
 
 
+class Timing(Strict):
+    """How long one engine took for batches of one size: the median and the quartiles."""
+
+    engine: str
+    threads: int
+    batch_size: int
+    p50_ms: float
+    low_ms: float
+    high_ms: float
+
+
 class Variant(Strict):
     """One form of the net: what runs it, what it measured, and what the gate said."""
 
     engine: str = Field(description="Name of the engine that runs it.")
     file: str = Field(description="The engine's file, relative to the bundle.")
-    accepted: bool
-    reason: str = Field(description="Why the gate accepted or refused it.")
+    recipe: dict[str, Any] = Field(description="How it was made.")
+    verdict: Literal["accepted", "refused", "undecided"]
+    reason: str = Field(description="Why the gate accepted or refused it, with the figures.")
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics of this variant.")
+    drop: list[float] = Field(
+        description="How much worse than fp32 on the validation split, and the ends of the 95 % "
+        "confidence interval."
+    )
+    agreement: float = Field(description="Share of validation records answered as by fp32.")
+    batch_difference: float | None = Field(
+        description="How far answers differ between batches of 1, 7 and 64; null where labels do."
+    )
     size_bytes: int
-    p50_ms: float = Field(description="Median latency of one record, one thread, in ms.")
-    records_per_s: float = Field(description="Throughput at batch 32, one thread.")
+    profile: list[Timing] = Field(description="Measured on the host that the manifest names.")
     golden_tolerance: float = Field(
         description="Largest accepted difference from the golden outputs, absolute."
     )
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict == "accepted"
+
+    @property
+    def p50_ms(self) -> float:
+        """Median latency of one record on one thread of its engine."""
+        return self.ms(1)
+
+    @property
+    def records_per_s(self) -> float:
+        """Throughput at batches of 32 on one thread of its engine."""
+        return 32e3 / self.ms(32)
+
+    def ms(self, batch_size: int) -> float:
+        """Median milliseconds for a batch of one of the measured sizes, on one thread."""
+        return next(
+            timing.p50_ms
+            for timing in self.profile
+            if (timing.engine, timing.threads, timing.batch_size) == (self.engine, 1, batch_size)
+        )
+
+
+def ranked(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
+    """The accepted variants, the best first.
+
+    optimize_for: "latency" of one record, "throughput" of the best batch, both on one thread, or
+    "size" in bytes, and of equal ones the throughput.
+    """
+
+    def cost(name: str) -> tuple[float, float]:
+        variant = variants[name]
+        of_engine = [t for t in variant.profile if (t.engine, t.threads) == (variant.engine, 1)]
+        per_record_ms = min(timing.p50_ms / timing.batch_size for timing in of_engine)
+        match optimize_for:
+            case "latency":
+                return variant.p50_ms, per_record_ms
+            case "size":
+                return float(variant.size_bytes), per_record_ms
+            case _:
+                return per_record_ms, variant.p50_ms
+
+    return sorted((name for name, variant in variants.items() if variant.accepted), key=cost)
 
 
 class Manifest(Strict):
@@ -61,5 +125,9 @@ class Manifest(Strict):
     config: dict[str, Any]
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics of the net itself.")
     variants: dict[str, Variant]
+    skipped: dict[str, str] = Field(description="Variants that could not be made, and why.")
     default_variant: str
+    optimize_for: str = Field(description="By what the default variant was chosen.")
+    eager: list[Timing] = Field(description="The net as torch runs it, uncompiled, to compare.")
+    host: dict[str, Any] = Field(description="The machine that was measured.")
     training_seconds: float

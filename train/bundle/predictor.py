@@ -7,8 +7,10 @@ from typing import Self
 
 import numpy as np
 
+from train.bundle import engines
 from train.bundle.bundle import Bundle, CorruptBundle
-from train.bundle.engines import ENGINES, Engine
+from train.bundle.engines import Engine
+from train.bundle.manifest import ranked
 from train.tasks import Arrays, Columns, Record, Task
 
 logger = logging.getLogger(__name__)
@@ -25,34 +27,35 @@ class Predictor:
 
     @classmethod
     def load(cls, bundle: Bundle, variant: str | None = None, *, num_threads: int = 1) -> Self:
-        """Load `variant`, the bundle's default when None, and run the golden self-test.
+        """Load `variant` and run the golden self-test.
 
-        Raises CorruptBundle when the engine does not answer as it did when the bundle was made,
-        ValueError for a variant that is unknown or that the gate refused.
+        When None, the bundle's default; the next best, told in the log, where this machine lacks
+        its engine or computes it differently.
+
+        Raises CorruptBundle when no such variant answers as it did when the bundle was made,
+        ValueError for a variant that is unknown or that the gate did not accept.
         """
         manifest = bundle.manifest
-        variant = variant or manifest.default_variant
-        accepted = [name for name, entry in manifest.variants.items() if entry.accepted]
-        if variant not in accepted:
-            came = "was refused by the gate" if variant in manifest.variants else "is unknown"
+        accepted = ranked(manifest.variants, manifest.optimize_for)
+        if variant is not None and variant not in accepted:
+            entry = manifest.variants.get(variant)
+            came = f"was {entry.verdict} by the gate" if entry else "is unknown"
+            if entry and entry.verdict == "undecided":
+                came = "was left undecided by the gate"
             raise ValueError(
-                f"variant '{variant}' {came}; '{manifest.name}' has {', '.join(accepted)}."
+                f"variant '{variant}' {came}; '{manifest.name}' has {', '.join(sorted(accepted))}."
             )
-        entry = manifest.variants[variant]
-        engine = ENGINES[entry.engine].load(bundle.path / entry.file, num_threads=num_threads)
-        inputs, expected = bundle.golden(variant)
-        outputs = engine.run(inputs)
-        if not expected:
-            raise CorruptBundle(f"'{bundle.path}' has no golden outputs of variant '{variant}'.")
-        for name, values in expected.items():
-            difference = float(np.max(np.abs(outputs[name] - values)))
-            if not difference <= entry.golden_tolerance:
-                raise CorruptBundle(
-                    f"variant '{variant}' of '{bundle.path}' answers '{name}' {difference:.3g} "
-                    f"away from its golden outputs; at most {entry.golden_tolerance:.3g} is "
-                    "accepted. This processor computes it differently: name another variant."
-                )
-        return cls(bundle, bundle.task, variant, engine)
+        names = [variant] if variant else list(dict.fromkeys([manifest.default_variant, *accepted]))
+        problems = []
+        for name in names:
+            try:
+                engine = _tested(bundle, name, num_threads)
+            except _Unfit as error:
+                logger.warning("%s", error)
+                problems.append(str(error))
+            else:
+                return cls(bundle, bundle.task, name, engine)
+        raise CorruptBundle(problems[0])
 
     def encode(self, columns: Columns) -> Arrays:
         """Return the arrays of N records. Raises InvalidRecord."""
@@ -65,3 +68,32 @@ class Predictor:
     def predict(self, records: Sequence[Record]) -> Arrays:
         """Return the predictions for records, one row each. Raises InvalidRecord."""
         return self.run(self.task.features.encode_records(records))
+
+
+class _Unfit(Exception):
+    """A variant that this machine cannot run as it was."""
+
+
+def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
+    """Load a variant's engine and let it answer the golden inputs. Raises _Unfit."""
+    entry = bundle.manifest.variants[variant]
+    inputs, expected = bundle.golden(variant)
+    if not expected:
+        raise CorruptBundle(f"'{bundle.path}' has no golden outputs of variant '{variant}'.")
+    try:
+        engine = engines.find(entry.engine).load(bundle.path / entry.file, num_threads=num_threads)
+        outputs = engine.run(inputs)
+    except Exception as error:  # engines raise many kinds
+        raise _Unfit(
+            f"variant '{variant}' of '{bundle.path}' cannot be run by {entry.engine} here "
+            f"({' '.join(str(error).split())[:200]}): name another variant."
+        ) from error
+    for name, values in expected.items():
+        difference = float(np.max(np.abs(outputs[name] - values)))
+        if not difference <= entry.golden_tolerance:
+            raise _Unfit(
+                f"variant '{variant}' of '{bundle.path}' answers '{name}' {difference:.3g} "
+                f"away from its golden outputs; at most {entry.golden_tolerance:.3g} is "
+                "accepted. This processor computes it differently: name another variant."
+            )
+    return engine

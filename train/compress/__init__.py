@@ -1,5 +1,5 @@
 """Compression: smaller and faster variants of a net, and the gate that accepts or refuses them."""
 
-from train.compress.compress import fastest, make_variants
+from train.compress.compress import Compressed, compress
 
-__all__ = ["fastest", "make_variants"]
+__all__ = ["Compressed", "compress"]

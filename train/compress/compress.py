@@ -1,101 +1,240 @@
 """Make the variants of a net, measure them, and let the gate decide."""
 
-import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from train.bundle.bundle import BundleWriter
-from train.bundle.engines import Engine, OnnxRuntimeEngine
-from train.bundle.manifest import Variant
-from train.compress import export, gate, measure, quantize
+from cluster.errors import Failed
+from train import nets, report
+from train.bundle import Bundle, BundleWriter, engines
+from train.bundle.engines import Engine
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.bundle.manifest import Timing, Variant, ranked
+from train.compress import gate, measure, table
+from train.compress.export import ExportError
+from train.compress.gate import Verdict
+from train.compress.measure import Measured
+from train.compress.recipes import OWN, Made, Skipped, Workshop
 from train.config import Config
-from train.data import order
 from train.data.shards import Shards, batches
-from train.tasks import Arrays, Task
+from train.nets.engine import TorchEngine
+from train.tasks import Arrays
 
 BATCH_SIZE = 256
 NUM_GOLDEN = 8
 # Another processor may round differently: relative to the largest golden output.
-GOLDEN_TOLERANCE = {"fp32": 1e-3, "int8_static": 0.1}
+TOLERANCE, TOLERANCE_REDUCED = 1e-3, 0.1
+FULL = ("fp32", "pruned", "distilled", "int8_weights")
+EAGER = "eager fp32"
+PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
 
-def make_variants(
-    net: nn.Module, config: Config, shards: Shards, writer: BundleWriter
-) -> tuple[dict[str, Variant], dict[str, Arrays]]:
-    """Write fp32 and each of `compress.variants` into the bundle.
+@dataclass(frozen=True)
+class Compressed:
+    """The variants of a net.
 
-    Returns what each measured, and each one's outputs on the test split. The gate compares the
-    validation split, so that the test split stays apart from every choice.
+    skipped: those that could not be made, and why. outputs: of the default one, on the test split.
     """
-    task = shards.task
-    train_inputs, _ = shards.open("train")
-    splits = {name: shards.open(name) for name in ("valid", "test")}
-    calibration = _sample(train_inputs, config.compress.calibration_records, config.seed)
 
-    paths: dict[str, Path] = {"fp32": writer.file("variants/fp32/model.onnx")}
-    sample = {name: np.resize(array, (32, *array.shape[1:])) for name, array in calibration.items()}
-    export.to_onnx(net, task.features.inputs, sample, paths["fp32"])
-    for variant in config.compress.variants:
-        paths[variant] = writer.file(f"variants/{variant}/model.onnx")
-        quantize.int8_static(paths["fp32"], paths[variant], calibration)
+    variants: dict[str, Variant]
+    skipped: dict[str, str]
+    default: str
+    eager: list[Timing]
+    host: dict[str, Any]
+    optimize_for: str
+    outputs: Arrays
 
-    num_threads = os.cpu_count() or 1
-    fast = {
-        name: OnnxRuntimeEngine.load(path, num_threads=num_threads) for name, path in paths.items()
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What of it a manifest tells."""
+        return {
+            "metrics": self.variants["fp32"].metrics,
+            "variants": self.variants,
+            "skipped": self.skipped,
+            "default_variant": self.default,
+            "optimize_for": self.optimize_for,
+            "eager": self.eager,
+            "host": self.host,
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+def compress(
+    net: nn.Module,
+    config: Config,
+    shards: Shards,
+    writer: BundleWriter,
+    runs: str,
+    *,
+    earlier: Bundle | None = None,
+    own: Mapping[str, Path] | None = None,
+) -> Compressed:
+    """Write fp32 and each of `compress.variants` into the bundle, with golden outputs of each.
+
+    net: the trained net. runs: where nets that are trained again are kept.
+    earlier: a bundle of the same net; what is in it and made alike is not made again.
+    own: ONNX files made elsewhere, by the name of the variant.
+
+    The gate compares the validation split, so that the test split stays apart from every choice.
+    Raises Failed when a file cannot be written.
+    """
+    with TemporaryDirectory(prefix="compress-") as scratch:
+        judge = _Judge(config, shards)
+        shop = Workshop(
+            net, config, shards, writer, Path(scratch), runs, judge.passes, earlier=earlier
+        )
+        made, skipped = _make(shop, own or {})
+        eager = TorchEngine(
+            nets.folded(net), [spec.name for spec in shards.task.features.inputs], "fp32", 1
+        )
+        chosen, timings, eager_timings = _measure(made, eager, judge.golden_inputs, config)
+        variants, golden, outputs = {}, {}, {}
+        for name, engine in chosen.items():
+            variants[name], golden[name], outputs[name] = judge.judged(
+                name, made[name], engine, timings[name], writer.path
+            )
+        writer.golden(judge.golden_inputs, golden)
+    optimize_for = config.compress.optimize_for
+    best = ranked(variants, optimize_for)[0]
+    result = Compressed(
+        variants, skipped, best, eager_timings, measure.host(), optimize_for, outputs[best]
+    )
+    metric = f"test_{shards.task.metric}"
+    report.tradeoff(variants, metric, best, writer.file("report/variants.png"))
+    table.write(result, metric, writer.file("report/variants.md"))
+    return result
+
+
+def _make(shop: Workshop, own: Mapping[str, Path]) -> tuple[dict[str, Made], dict[str, str]]:
+    made: dict[str, Made] = {}
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(["fp32", *shop.config.compress.variants, *own]):
+        try:
+            made[name] = _taken(shop, name, own[name]) if name in own else shop.make(name)
+        except (Skipped, ExportError) as error:
+            skipped[name] = str(error)
+            print(f"{name} is left out: {error}", file=sys.stderr)
+        except OSError as error:
+            raise Failed(
+                f"variant '{name}' cannot be written: {error.strerror or error}; no bundle was "
+                "made, and what was trained is kept."
+            ) from error
+    if reason := made["fp32"].recipe.get("not_exported"):
+        print(f"fp32 is run by torch, as the net cannot be exported: {reason}", file=sys.stderr)
+    return made, skipped
+
+
+def _taken(shop: Workshop, name: str, source: Path) -> Made:
+    """A file made elsewhere."""
+    target = shop.folder(name) / "model.onnx"
+    target.write_bytes(source.read_bytes())
+    return Made(target, {"key": OWN})
+
+
+def _measure(
+    made: Mapping[str, Made], eager: Engine, inputs: Arrays, config: Config
+) -> tuple[dict[str, Measured], dict[str, list[Timing]], list[Timing]]:
+    """Return the best engine for each variant, all that was measured of it, and of eager fp32."""
+    loaded: dict[Measured, Engine] = {Measured(EAGER, "torch", 1): eager}
+    for name, variant in made.items():
+        for engine in engines.found_for(variant.path):
+            for threads in measure.thread_counts():
+                kind = engines.find(engine)
+                try:
+                    candidate = kind.load(variant.path, num_threads=threads)
+                    candidate.run(inputs)
+                except Exception as error:  # engines raise many kinds
+                    reason = " ".join(str(error).split())[:200]
+                    print(f"{engine} does not run {name}: {reason}", file=sys.stderr)
+                    break
+                loaded[Measured(name, engine, threads)] = candidate
+    timings = measure.profiles(loaded, inputs, config.compress.measure_seconds)
+    best = {}
+    for name in made:
+        of_variant = [key for key in loaded if key.variant == name and key.threads == 1]
+        best[name] = min(of_variant, key=lambda key: _cost(timings[key], config))
+    by_variant = {
+        name: [timing for key in loaded if key.variant == name for timing in timings[key]]
+        for name in made
     }
-    single = {name: OnnxRuntimeEngine.load(path, num_threads=1) for name, path in paths.items()}
-    golden_inputs = _first(splits["test"][0], NUM_GOLDEN)
-    golden = {name: engine.run(golden_inputs) for name, engine in single.items()}
-    writer.golden(golden_inputs, golden)
+    return best, by_variant, timings[Measured(EAGER, "torch", 1)]
 
-    outputs = {
-        split: {name: _run(engine, inputs) for name, engine in fast.items()}
-        for split, (inputs, _) in splits.items()
-    }
-    metrics = {name: _metrics(task, splits, outputs, name) for name in paths}
-    metric = f"valid_{task.metric}"
-    speeds = measure.speeds(single, golden_inputs)
-    variants: dict[str, Variant] = {}
-    for name, path in paths.items():
+
+def _cost(timings: list[Timing], config: Config) -> float:
+    if config.compress.optimize_for == "latency":
+        return timings[0].p50_ms
+    return min(timing.p50_ms / timing.batch_size for timing in timings)
+
+
+class _Judge:
+    """Compares variants with fp32 on the held-out splits."""
+
+    def __init__(self, config: Config, shards: Shards) -> None:
+        self._config, self._task = config.compress, shards.task
+        self._splits = {name: shards.open(name) for name in ("valid", "test")}
+        self._reference: Arrays | None = None
+        self.golden_inputs = _first(self._splits["test"][0], NUM_GOLDEN)
+
+    def passes(self, path: Path, reference: Path) -> bool:
+        """Whether the drop of an ONNX file from another is within what is accepted."""
+        inputs, targets_N = self._splits["valid"]
+        before, after = (
+            _run(OnnxRuntimeEngine.load(each, num_threads=measure.num_cores()), inputs)
+            for each in (reference, path)
+        )
+        comparison = gate.compare(self._task, before, after, targets_N)
+        strict = self._config.strict
+        verdict = gate.judge(comparison, self._config.max_accuracy_drop, strict=strict, batch=0.0)
+        return verdict.verdict == "accepted"
+
+    def judged(
+        self, name: str, made: Made, measured: Measured, timings: list[Timing], folder: Path
+    ) -> tuple[Variant, Arrays, Arrays]:
+        """Return what is to be known of a variant, and its outputs: golden, and of the test split.
+
+        fp32 comes first: the others are compared with it.
+        """
+        kind = engines.find(measured.engine)
+        fast = kind.load(made.path, num_threads=measure.num_cores())
+        inputs, targets_N = self._splits["valid"]
+        valid, test = (_run(fast, self._splits[split][0]) for split in ("valid", "test"))
+        if self._reference is None:
+            assert name == "fp32"
+            self._reference = valid
+        single = kind.load(made.path, num_threads=1)
+        golden = single.run(self.golden_inputs)
+        batch = gate.batch_difference(self._task, single, _first(inputs, max(gate.BATCH_SIZES)))
+        comparison = gate.compare(self._task, self._reference, valid, targets_N)
         verdict = gate.judge(
-            metric,
-            metrics["fp32"][metric],
-            metrics[name][metric],
-            config.compress.max_accuracy_drop,
+            comparison, self._config.max_accuracy_drop, strict=self._config.strict, batch=batch
         )
-        largest = max(float(np.max(np.abs(array))) for array in golden[name].values())
-        variants[name] = Variant(
-            engine=OnnxRuntimeEngine.name,
-            file=path.relative_to(writer.path).as_posix(),
-            accepted=verdict.accepted,
+        if name == "fp32":
+            verdict = Verdict("accepted", "it is what the others are compared with")
+        tests = self._task.metrics(test, self._splits["test"][1], "test")
+        largest = max(float(np.max(np.abs(array))) for array in golden.values())
+        tolerance = TOLERANCE if name in FULL else TOLERANCE_REDUCED
+        variant = Variant(
+            engine=measured.engine,
+            file=made.path.relative_to(folder).as_posix(),
+            recipe=made.recipe,
+            verdict=verdict.verdict,
             reason=verdict.reason,
-            metrics=metrics[name],
-            size_bytes=path.stat().st_size,
-            p50_ms=speeds[name].p50_ms,
-            records_per_s=speeds[name].records_per_s,
-            golden_tolerance=GOLDEN_TOLERANCE[name] * max(1.0, largest),
+            metrics={**self._task.metrics(valid, targets_N, "valid"), **tests},
+            drop=[comparison.drop, comparison.low, comparison.high],
+            agreement=comparison.agreement,
+            batch_difference=batch if np.isfinite(batch) else None,
+            size_bytes=sum(file.stat().st_size for file in made.path.parent.iterdir()),
+            profile=timings,
+            golden_tolerance=tolerance * max(1.0, largest),
         )
-    return variants, outputs["test"]
-
-
-def fastest(variants: dict[str, Variant]) -> str:
-    """Return the accepted variant with the highest throughput."""
-    accepted = [name for name, variant in variants.items() if variant.accepted]
-    return max(accepted, key=lambda name: variants[name].records_per_s)
-
-
-def _metrics(
-    task: Task,
-    splits: dict[str, tuple[Arrays, np.ndarray]],
-    outputs: dict[str, dict[str, Arrays]],
-    variant: str,
-) -> dict[str, float]:
-    merged: dict[str, float] = {}
-    for split, (_, targets) in splits.items():
-        merged |= task.metrics(outputs[split][variant], targets, split)
-    return merged
+        return variant, golden, test
 
 
 def _run(engine: Engine, inputs: Arrays) -> Arrays:
@@ -105,12 +244,6 @@ def _run(engine: Engine, inputs: Arrays) -> Arrays:
         for part in batches(count, BATCH_SIZE)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _sample(inputs: Arrays, count: int, seed: int) -> Arrays:
-    total = len(next(iter(inputs.values())))
-    ids = np.sort(order.generator(seed, 0, "calib").permutation(total)[:count])
-    return {name: array[ids] for name, array in inputs.items()}
 
 
 def _first(inputs: Arrays, count: int) -> Arrays:

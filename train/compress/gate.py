@@ -1,25 +1,167 @@
 """The gate: a variant is served only if held-out records say that it may be."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+
+from train.bundle.engines import Engine
+from train.tasks import Arrays, ClassTarget, Task
+from train.tasks.records import num_rows
 from train.tasks.targets import LOWER_IS_BETTER
+from train.tasks.values import ValueTarget
 
 # A count of records is never exactly a fraction of them.
 EPSILON = 1e-9
+Z_95 = 1.959964
+RESAMPLES = 1000
+BATCH_SIZES = (1, 7, 64)
+# How far an answer may depend on the batch it travelled in.
+MAX_BATCH_DIFFERENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against fp32 on the same records.
+
+    drop: how much worse the metric is; low, high: its 95 % confidence interval.
+    agreement: share of records with the same answer; for numbers the R² of one by the other.
+    """
+
+    metric: str
+    reference: float
+    value: float
+    drop: float
+    low: float
+    high: float
+    agreement: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    accepted: bool
+    verdict: Literal["accepted", "refused", "undecided"]
     reason: str
 
 
-def judge(metric: str, reference: float, value: float, max_drop: float) -> Verdict:
-    """Accept a variant whose held-out `value` is at most `max_drop` worse than fp32's."""
-    lower_is_better = metric.endswith(LOWER_IS_BETTER)
-    drop = value - reference if lower_is_better else reference - value
-    figures = f"{metric} {value:.4f} against {reference:.4f} in fp32"
+def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray) -> Comparison:
+    """Compare a variant's outputs with fp32's for the same records, by the task's metric."""
+    target, metric = task.target, task.metric
+    before = target.metrics(reference, targets_N)[metric]
+    after = target.metrics(outputs, targets_N)[metric]
+    sign = 1.0 if metric.endswith(LOWER_IS_BETTER) else -1.0
+    if isinstance(target, ClassTarget) and metric == "accuracy":
+        low, high = _of_matched_shares(
+            reference["logits"].argmax(axis=1) == targets_N,
+            outputs["logits"].argmax(axis=1) == targets_N,
+        )
+    else:
+        low, high = _by_bootstrap(task, reference, outputs, targets_N, sign)
+    return Comparison(
+        metric=metric,
+        reference=before,
+        value=after,
+        drop=sign * (after - before),
+        low=low,
+        high=high,
+        agreement=_agreement(task, reference, outputs),
+    )
+
+
+def judge(comparison: Comparison, max_drop: float, *, strict: bool, batch: float) -> Verdict:
+    """Accept a variant that was measured to be at most `max_drop` worse than fp32.
+
+    Beyond that it is refused if even the near end of the interval is beyond, or if it is worse by
+    more than chance; else undecided: more held-out records would tell. strict: accept only if the
+    far end of the interval is within.
+    batch: the largest difference between the answers for a record in batches of several sizes.
+    """
+    c = comparison
+    figures = (
+        f"{c.metric} {c.value:.4f} against {c.reference:.4f} in fp32, "
+        f"{c.drop:+.4f} worse [{c.low:+.4f}, {c.high:+.4f}], agreement {c.agreement:.4f}"
+    )
+    if not batch <= MAX_BATCH_DIFFERENCE:
+        return Verdict(
+            "refused",
+            f"answers depend on the batch they travel in, by {batch:.2g} "
+            f"(at most {MAX_BATCH_DIFFERENCE:g} is accepted); {figures}",
+        )
     # A NaN compares false and is refused.
-    if drop <= max_drop + EPSILON:
-        return Verdict(True, f"{figures}: within {max_drop:g}")
-    return Verdict(False, f"{figures}: {drop:.4f} worse, more than the accepted {max_drop:g}")
+    if c.drop <= max_drop + EPSILON:
+        if not strict or c.high <= max_drop + EPSILON:
+            return Verdict("accepted", f"{figures}: within {max_drop:g}")
+        return Verdict("undecided", f"{figures}: the interval reaches beyond {max_drop:g}")
+    if c.low <= 0:
+        return Verdict(
+            "undecided", f"{figures}: more than {max_drop:g}, and no more than chance may make"
+        )
+    return Verdict("refused", f"{figures}: more than the accepted {max_drop:g}")
+
+
+def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
+    """Return how far answers for the same records differ between batches of 1, 7 and 64.
+
+    The largest difference of a probability, or of a value in standard deviations of the target;
+    infinite where a label differs.
+    """
+    most = min(max(BATCH_SIZES), num_rows(inputs))
+    answers = []
+    for size in BATCH_SIZES:
+        parts = [slice(start, min(start + size, most)) for start in range(0, most, size)]
+        outputs = [engine.run({name: array[p] for name, array in inputs.items()}) for p in parts]
+        logits_NK = np.concatenate([part["logits"] for part in outputs])
+        answers.append(task.target.decode({"logits": logits_NK}))
+    scale = task.target.scale if isinstance(task.target, ValueTarget) else 1.0
+    largest = 0.0
+    for other in answers[1:]:
+        for name, values in answers[0].items():
+            if values.dtype == object:
+                if any(a != b for a, b in zip(values, other[name], strict=True)):
+                    return float("inf")
+            else:
+                largest = max(largest, float(np.abs(values - other[name]).max()) / scale)
+    return largest
+
+
+def _of_matched_shares(before_N: np.ndarray, after_N: np.ndarray) -> tuple[float, float]:
+    """The interval of the difference of two shares of the same records, by their discordant ones.
+
+    Agresti and Min, Statistics in Medicine 24 (2005), pages 729 to 740: Wald's interval, whose
+    test is McNemar's, after half a record is added to each of the four cells.
+    """
+    count = len(before_N) + 2
+    lost = int(np.sum(before_N & ~after_N)) + 0.5
+    won = int(np.sum(after_N & ~before_N)) + 0.5
+    middle = (lost - won) / count
+    reach = Z_95 * np.sqrt(lost + won - (lost - won) ** 2 / count) / count
+    return float(middle - reach), float(middle + reach)
+
+
+def _by_bootstrap(
+    task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray, sign: float
+) -> tuple[float, float]:
+    """The percentile interval over records drawn again, the same for both.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    draws = np.random.default_rng(0)
+    drops = []
+    for _ in range(RESAMPLES):
+        ids = draws.integers(0, len(targets_N), len(targets_N))
+        before, after = (
+            task.target.metrics({"logits": each["logits"][ids]}, targets_N[ids])[task.metric]
+            for each in (reference, outputs)
+        )
+        drops.append(sign * (after - before))
+    low, high = np.nanquantile(drops, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _agreement(task: Task, reference: Arrays, outputs: Arrays) -> float:
+    before, after = task.target.decode(reference), task.target.decode(outputs)
+    if "label" in before:
+        return float(np.mean(before["label"] == after["label"]))
+    (name,) = before
+    spread = float(np.var(before[name]))
+    error = float(np.mean((after[name] - before[name]) ** 2))
+    return 1 - error / spread if spread else float(error == 0)

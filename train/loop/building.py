@@ -24,13 +24,8 @@ def build_net(config: Config, task: Task) -> nn.Module:
     return nets.build(config.net, task, smallest)
 
 
-def folded(net: nn.Module) -> nn.Module:
-    """The net in its inference form."""
-    return net.folded() if hasattr(net, "folded") else net.eval()  # type: ignore[operator]
-
-
-def placed(net: nn.Module, config: Config, inputs: Arrays, worker: Worker) -> nn.Module:
-    """Fit the net's inputs and bring it to the device, whole or in shards."""
+def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
+    """Let a net set its normalisation from a sample of the training records."""
     if hasattr(net, "fit_inputs"):
         count = num_rows(inputs)
         draws = order.generator(config.seed, 0, "fit").permutation(count)
@@ -38,6 +33,10 @@ def placed(net: nn.Module, config: Config, inputs: Arrays, worker: Worker) -> nn
         fitting = int(np.clip(FIT_BYTES // row_bytes, FIT_LEAST_SAMPLES, FIT_SAMPLES))
         ids = np.sort(draws[:fitting])
         net.fit_inputs(*to_device(inputs, ids, torch.device("cpu")))  # type: ignore[operator]
+
+
+def placed(net: nn.Module, config: Config, worker: Worker) -> nn.Module:
+    """Bring a net to the worker's device, whole or in shards."""
     sharded = config.workers.parallel == "fsdp"
     if not sharded:  # FSDP takes contiguous weights only
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

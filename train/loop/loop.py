@@ -19,10 +19,20 @@ from train.config import Config
 from train.data import order
 from train.data.augment import Augmentation
 from train.data.shards import Shards, read_at_random
-from train.loop import building, evaluate, optimizers, parallel, precision, schedule, state
+from train.loop import (
+    building,
+    evaluate,
+    lessons,
+    optimizers,
+    parallel,
+    precision,
+    schedule,
+    state,
+)
 from train.loop.checkpoint import State, Store
 from train.loop.figures import Event, Figures
 from train.loop.parallel import Buffers, Worker
+from train.loop.run import NO_LESSON, Lesson
 from train.nets.losses import loss_of
 from train.tasks import Task
 from train.tasks.targets import LOWER_IS_BETTER
@@ -56,6 +66,7 @@ class Loop:
     observe: told on rank 0 of the start, of steps, epochs, and checkpoints that failed.
     urgent: whether a checkpoint is wanted now, say because this machine will be taken away.
     after_step: called after every step.
+    lesson: where the net starts, and its teacher, if it has one.
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class Loop:
         urgent: Callable[[], bool] = lambda: False,
         after_step: Callable[[], None] = lambda: None,
         build: Callable[[Config, Task], nn.Module] = building.build_net,
+        lesson: Lesson = NO_LESSON,
     ) -> None:
         assert worker.world_size <= num_lanes
         self._config, self._worker, self._store = config, worker, store
@@ -93,7 +105,13 @@ class Loop:
         self._autocast = precision.autocast(dtype, worker.device)
         self._scaler = precision.scaler(dtype, worker.device)
         torch.manual_seed(config.seed)
-        self._net = building.placed(build(config, self._task), config, self._inputs, worker)
+        net = build(config, self._task)
+        if not lessons.start(net, lesson):
+            building.fit_inputs(net, config, self._inputs)
+        self._net = building.placed(net, config, worker)
+        self._teacher = (
+            lessons.Teacher(lesson, self._task, worker) if lesson.teacher is not None else None
+        )
         self._ema = state.Average(self._net, optim.ema_decay) if optim.ema_decay else None
         self._optimizers = optimizers.build(optim, self._net, dtype)
         self._groups = [
@@ -203,6 +221,9 @@ class Loop:
         if mixed.share < 1:
             other = self._criterion(outputs_BK, mixed.others_B)
             loss = mixed.share * loss + (1 - mixed.share) * other
+        if self._teacher is not None:
+            with self._autocast:
+                loss = self._teacher.blended(loss, mixed.inputs, outputs_BK)
         return loss
 
     def _after_step(self) -> None:

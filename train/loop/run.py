@@ -166,6 +166,27 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a net learns from besides the records.
+
+    start: URL of the weights to start from, whose shapes it takes.
+    teacher: URL of the weights of a net whose outputs are learned; teacher_net: its net's config.
+    share: of the loss that is the teacher's. temperature: of its probabilities.
+    quantized: compute weights and activations as int8 will.
+    """
+
+    start: str | None = None
+    teacher: str | None = None
+    teacher_net: dict[str, Any] | None = None
+    share: float = 0.0
+    temperature: float = 1.0
+    quantized: bool = False
+
+
+NO_LESSON = Lesson()
+
+
+@dataclass(frozen=True)
 class Job:
     """What the workers are sent: plain values, and where to send events.
 
@@ -177,6 +198,7 @@ class Job:
     shards_url: str
     shards_summary: dict[str, Any]
     events: Events
+    lesson: Lesson = NO_LESSON
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

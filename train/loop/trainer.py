@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -12,17 +13,46 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cluster import connect
 from cluster.errors import Failed, UserError
 from train.config import Config, Workers
+from train.data.shards import Shards
+from train.loop.events import Follower, until_it_fails
+from train.loop.figures import Event
 from train.loop.local import LocalTorchTrainer
+from train.loop.progress import ProgressDisplay
 from train.loop.resize import CheckpointBeforeResize
-from train.loop.run import Job, Run
+from train.loop.run import NO_LESSON, Job, Lesson, Run
 from train.loop.worker import work
 
 # How often an elastic run looks whether the cluster has grown or shrunk.
 RESIZE_EVERY_S = 10
 
 
-def train(config: Config, run: Run, job: Job) -> None:
-    """Run the loop on Ray Train. Raises Failed with the reason, UserError if nothing fits."""
+def train(
+    config: Config,
+    run: Run,
+    shards: Shards,
+    *,
+    observe: Callable[[Event], None] = lambda event: None,
+    lesson: Lesson = NO_LESSON,
+) -> None:
+    """Run the loop on Ray Train, shown on the terminal.
+
+    observe: told of every event of training besides the terminal, from another thread.
+    Raises Failed with the reason, UserError if nothing fits.
+    """
+    display = ProgressDisplay(config.optim.epochs)
+    record = until_it_fails(observe)
+
+    def show(event: Event) -> None:
+        display.show(event)
+        record(event)
+
+    with display, Follower(show) as follower:
+        values = config.model_dump(mode="json")
+        events = follower.events
+        _run(config, run, Job(values, run.url, shards.url, shards.summary, events, lesson))
+
+
+def _run(config: Config, run: Run, job: Job) -> None:
     fit = check_resources(config.workers)
     least, most = config.workers.num
     if connect.is_local():  # which neither grows nor shrinks

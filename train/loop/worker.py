@@ -65,6 +65,7 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
                 num_lanes=run.num_lanes,
                 observe=job.events.send,
                 after_step=after_step,
+                lesson=job.lesson,
                 **options,
             ).run()
     except Diverged as error:

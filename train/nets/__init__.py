@@ -1,6 +1,8 @@
 """Nets: small torch modules. They take a task's arrays as encoded; normalisation is inside."""
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from train.config import Net
 from train.nets.combined import CombinedNet, image_net
@@ -8,7 +10,7 @@ from train.nets.convnet import ConvNet
 from train.tasks import Images, Task
 from train.tasks.features import imported
 
-__all__ = ["ConvNet", "build"]
+__all__ = ["ConvNet", "build", "folded", "resize"]
 
 
 def build(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
@@ -31,3 +33,33 @@ def build(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
             return image_net(config, images, task.target.num_outputs, smallest_side)
         case _:
             return CombinedNet(config, task, smallest_side)
+
+
+def folded(net: nn.Module) -> nn.Module:
+    """Return the net in its inference form."""
+    return net.folded() if hasattr(net, "folded") else net.eval()  # type: ignore[operator]
+
+
+def resize(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give `net` weights and, where channels have been removed from them, their shapes.
+
+    Raises RuntimeError if they are not of such a net.
+    """
+    for name, value in weights.items():
+        path, _, key = name.rpartition(".")
+        layer = net.get_submodule(path)
+        before = getattr(layer, key, None)
+        if before is None or before.shape == value.shape:
+            continue
+        if isinstance(before, nn.Parameter):
+            setattr(layer, key, nn.Parameter(value.clone(), before.requires_grad))
+        else:
+            setattr(layer, key, value.clone())
+        match layer:
+            case nn.Conv2d():
+                layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+            case nn.Linear():
+                layer.out_features, layer.in_features = layer.weight.shape
+            case nn.BatchNorm2d() | nn.BatchNorm1d():
+                layer.num_features = len(value)
+    net.load_state_dict(dict(weights))

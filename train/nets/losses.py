@@ -18,6 +18,32 @@ from train.tasks.values import HUBER
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def distillation(target: Target, temperature: float) -> Loss:
+    """Return the loss against a teacher's outputs [B, K] for the same samples.
+
+    Classes: Hinton et al., https://arxiv.org/abs/1503.02531, with the gradient's scale kept.
+    Labels: each one's cross-entropy, likewise softened. Other outputs: the squared difference.
+    """
+    if isinstance(target, ClassTarget):
+        return lambda outputs_BK, teacher_BK: (
+            F.kl_div(
+                F.log_softmax(outputs_BK / temperature, dim=1),
+                F.log_softmax(teacher_BK / temperature, dim=1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            * temperature**2
+        )
+    if isinstance(target, LabelsTarget):
+        return lambda outputs_BK, teacher_BK: (
+            F.binary_cross_entropy_with_logits(
+                outputs_BK / temperature, torch.sigmoid(teacher_BK / temperature)
+            )
+            * temperature**2
+        )
+    return F.mse_loss
+
+
 def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
     """Return the loss of a target, with the weights and the smoothing that are configured.
 

@@ -1,0 +1,48 @@
+"""OpenVINO, which reads ONNX files itself; where the package is installed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from train.tasks import Arrays
+
+
+class OpenVinoEngine:
+    """OpenVINO on the processor."""
+
+    suffix: ClassVar[str] = ".onnx"
+
+    def __init__(self, compiled: Any, num_threads: int) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = {output: output.get_any_name() for output in compiled.outputs}
+        self._num_threads = num_threads
+
+    @classmethod
+    def available(cls) -> bool:
+        return find_spec("openvino") is not None
+
+    @classmethod
+    def load(cls, path: Path, *, num_threads: int) -> Self:
+        import openvino
+
+        options = {
+            "INFERENCE_NUM_THREADS": num_threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            # It would take bf16 by itself where the processor has it.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        return cls(openvino.Core().compile_model(str(path), "CPU", options), num_threads)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        results = self._request.infer(inputs, share_inputs=True)
+        return {name: results[output].copy() for output, name in self._outputs.items()}
+
+    def describe(self) -> dict[str, Any]:
+        import openvino
+
+        return {
+            "engine": f"openvino {openvino.get_version()}",
+            "provider": "CPU",
+            "threads": self._num_threads,
+        }

@@ -1,0 +1,162 @@
+"""python -m train.compress: compress a model again, add a variant, export one for the edge.
+
+python -m train.compress MODEL [--compress.option VALUE …]
+python -m train.compress add MODEL --variant NAME --onnx FILE
+python -m train.compress export MODEL --to DIR [--variant NAME]
+"""
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from cluster import connect, storage
+
+connect.prepare_environment()
+
+from cluster.errors import Failed, UserError, run_command
+from train import config as configs
+from train import nets
+from train.bundle import Bundle, CorruptBundle, registry
+from train.bundle.bundle import BASELINE, FEATURES
+from train.compress import compress, edge
+from train.config import Config
+from train.data import shards
+from train.data.shards import Shards
+
+WEIGHTS = "weights.safetensors"
+# What may be given besides compress.…: where things are, and who works.
+MAY_CHANGE = ("compress", "data", "registry", "storage", "workers")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    match list(argv):
+        case ["export", *rest]:
+            return _export(rest)
+        case ["add", *rest]:
+            return _add(rest)
+        case rest:
+            return _again(rest)
+
+
+def _export(argv: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m train.compress export")
+    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle")
+    parser.add_argument("--to", required=True, type=Path, help="folder to write")
+    parser.add_argument("--variant", help="the bundle's default if not given")
+    parser.add_argument("--storage.path", dest="storage", default="runs", help="with the registry")
+    options = parser.parse_args(argv)
+    return edge.export(_load(options.model, options.storage), options.variant, options.to)
+
+
+def _add(argv: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m train.compress add")
+    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle")
+    parser.add_argument("--variant", required=True, help="the new variant's name")
+    parser.add_argument("--onnx", required=True, type=Path, help="its file")
+    options, rest = parser.parse_known_args(argv)
+    if not options.onnx.is_file():
+        raise UserError(f"--onnx is '{options.onnx}', which is no file; give an ONNX file.")
+    return _make(options.model, rest, {options.variant: options.onnx})
+
+
+def _again(argv: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.compress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle")
+    options, rest = parser.parse_known_args(argv)
+    return _make(options.model, rest, {})
+
+
+def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str, Any]:
+    """Make a model's variants anew, in a bundle of their own, and register it."""
+    given = configs.given(argv)
+    if wrong := sorted(given.keys() - set(MAY_CHANGE)):
+        raise UserError(
+            f"option --{wrong[0]} belongs to training; accepted are those of "
+            f"{', '.join(MAY_CHANGE)}."
+        )
+    path = given.get("storage", {}).get("path", "runs")
+    earlier = _load(model, path)
+    manifest = earlier.manifest
+    values = configs.merge(manifest.config, given)
+    values["storage"]["path"], values["resume"] = path, None
+    config = configs.validate(values)
+    names = [name for name in manifest.variants if name in own or name == "fp32"]
+    if taken := [name for name in names if name in own]:
+        raise UserError(f"'{manifest.name}' has a variant '{taken[0]}' already; give another name.")
+    root = storage.resolve(path)
+    data = _data(config, earlier, root)
+    registry.check(root, config.registry.metric)
+
+    name = f"{manifest.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-compressed"
+    location = storage.join(root, "bundles", name)
+    with Bundle.create(location) as writer:
+        shutil.copytree(earlier.path / "report", writer.path / "report")
+        for file in (WEIGHTS, FEATURES, BASELINE):
+            shutil.copyfile(earlier.path / file, writer.file(file))
+        net = nets.build(config.net, data.task)
+        net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
+        runs = storage.join(root, "train", earlier.path.name)
+        made = compress(net, config, data, writer, runs, earlier=earlier, own=own)
+        wanted = [*own] or [name for name in config.compress.variants if name != "fp32"]
+        if wanted and not any(_accepted(made.variants.get(name)) for name in wanted):
+            raise Failed(
+                f"no variant was accepted, and '{model}' stays as it is: "
+                + "; ".join(
+                    f"{name}: {made.variants[name].reason}"
+                    if name in made.variants
+                    else f"{name}: {made.skipped[name]}"
+                    for name in wanted
+                )
+            )
+        writer.commit(
+            manifest.model_copy(
+                update={
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "files": writer.files(),
+                    "config": config.model_dump(mode="json"),
+                    **made.fields,
+                }
+            )
+        )
+    bundle = Bundle.load(location)
+    if not config.registry.enabled:
+        return registry.summary(bundle)
+    with registry.Recording(root, config.name, manifest.config) as recording:
+        published = registry.publish(bundle, recording, root, config.registry.metric)
+    return registry.summary(bundle) | published
+
+
+def _accepted(variant: Any) -> bool:
+    return variant is not None and variant.accepted
+
+
+def _load(model: str, path: str) -> Bundle:
+    try:
+        return Bundle.load(registry.resolve(model, storage.resolve(path))[0])
+    except CorruptBundle as error:
+        raise UserError(str(error)) from error
+
+
+def _data(config: Config, bundle: Bundle, root: str) -> Shards:
+    """The encoded records that the model was trained on. Raises UserError for others."""
+    connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
+    data = shards.prepare(config, root)
+    if data.task.to_dict() != bundle.manifest.task:
+        raise UserError(
+            f"'{config.data.train}' no longer holds the records that '{bundle.manifest.name}' was "
+            "trained on; give --data.train, and --data.test, where they are."
+        )
+    return data
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,280 @@
+"""Recipes: how each variant is made of a trained net."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from train import nets
+from train.bundle import Bundle, BundleWriter
+from train.compress import export, weights
+from train.compress.export import ExportError
+from train.compress.prune import Unprunable, remove_channels
+from train.compress.retrain import Retrainer
+from train.compress.static import Quantizer
+from train.config import Config, Net
+from train.data import order
+from train.data.shards import Shards
+from train.nets import engine
+from train.nets.losses import loss_of
+from train.tasks import Arrays, ClassTarget
+
+TRIAL_RECORDS = 512
+IMPORTANCE_RECORDS = 256
+# Rates of quantization-aware training, as a share of those in optim.
+AWARE_RATE = 0.1
+# Options that change how variants are judged, not how they are made.
+JUDGING = {"variants", "optimize_for", "measure_seconds", "strict"}
+
+
+class Skipped(Exception):
+    """A variant that cannot be made here. The message says why."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A variant's file, and how it came to be."""
+
+    path: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A net that variants are made of: the trained one, a pruned one, a student."""
+
+    name: str
+    net: nn.Module
+    config: Net
+
+
+class Workshop:
+    """What the recipes share.
+
+    net: the trained net. passes: whether the gate accepts a file, told by held-out records.
+    earlier: a bundle of the same weights, whose variants are taken where the recipe is the same.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Config,
+        shards: Shards,
+        writer: BundleWriter,
+        scratch: Path,
+        runs: str,
+        passes: Callable[[Path, Path], bool],
+        earlier: Bundle | None = None,
+    ) -> None:
+        self.config, self.task, self.shards, self.scratch = config, shards.task, shards, scratch
+        self.passes = passes
+        self._writer, self._runs, self._earlier = writer, runs, earlier
+        self._bases = {"fp32": Base("fp32", net, config.net)}
+        self._exported: dict[str, Path | ExportError] = {}
+        self._retrainer: Retrainer | None = None
+        inputs, targets_N = shards.open("train")
+        ids = _spread(targets_N, config, shards.task.target)
+        self.calibration = _rows(inputs, np.sort(ids[: config.compress.calibration_records]))
+        # Of data too few for both, some are used twice.
+        others = ids[config.compress.calibration_records :]
+        self.trial = _rows(inputs, np.sort(others if len(others) >= 2 else ids)[:TRIAL_RECORDS])
+
+    def make(self, variant: str) -> Made:
+        """Return a variant, made or taken from the earlier bundle. Raises Skipped."""
+        options = self.config.compress.model_dump(mode="json", exclude=JUDGING)
+        key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+        if self._earlier is not None:
+            entry = self._earlier.manifest.variants.get(variant)
+            if entry is not None and entry.recipe.get("key") in (key, OWN):
+                source = self._earlier.path / entry.file
+                shutil.copytree(source.parent, self.folder(variant), dirs_exist_ok=True)
+                return Made(self.folder(variant) / source.name, entry.recipe)
+        made = RECIPES[variant](self, variant)
+        return Made(made.path, {"key": key, **made.recipe})
+
+    def folder(self, variant: str) -> Path:
+        return self._writer.file(f"variants/{variant}/-").parent
+
+    def onnx(self, base: Base) -> Path:
+        """The base as ONNX in fp32. Raises ExportError, the same one each time."""
+        if base.name not in self._exported:
+            sample = {
+                name: np.resize(array, (32, *array.shape[1:]))
+                for name, array in self.calibration.items()
+            }
+            path = self.scratch / f"{base.name}.onnx"
+            try:
+                net = nets.folded(copy.deepcopy(base.net))
+                export.to_onnx(net, self.task.features.inputs, sample, path)
+                self._exported[base.name] = path
+            except ExportError as error:
+                self._exported[base.name] = error
+        found = self._exported[base.name]
+        if isinstance(found, ExportError):
+            raise found
+        return found
+
+    def base(self, name: str) -> Base:
+        """The net called fp32, pruned or distilled, trained if need be. Raises Skipped."""
+        if name not in self._bases:
+            self._bases[name] = {"pruned": self._prune, "distilled": self._distil}[name]()
+        return self._bases[name]
+
+    def aware(self, base: Base) -> Base:
+        """The base after quantization-aware training."""
+        epochs = self.config.compress.aware_epochs
+        trained = self.retrainer.go_on(
+            f"{base.name}-aware", base.net.state_dict(), epochs, AWARE_RATE, quantized=True
+        )
+        net = copy.deepcopy(base.net)
+        nets.resize(net, trained)
+        return Base(f"{base.name}-aware", net, base.config)
+
+    @property
+    def retrainer(self) -> Retrainer:
+        if self._retrainer is None:
+            weights = self._bases["fp32"].net.state_dict()
+            self._retrainer = Retrainer(self.config, self.shards, weights, self._runs)
+        return self._retrainer
+
+    def _prune(self) -> Base:
+        prune = self.config.compress.prune
+        net = copy.deepcopy(self._bases["fp32"].net)
+        inputs, targets_N = self.shards.open("train")
+        ids = np.sort(_spread(targets_N, self.config, self.task.target)[:IMPORTANCE_RECORDS])
+        tensors = tuple(torch.from_numpy(array) for array in _rows(inputs, ids).values())
+        loss = loss_of(self.task.target, self.config.optim, torch.device("cpu"))
+        try:
+            remove_channels(net, tensors, torch.from_numpy(targets_N[ids]), loss, prune.share)
+        except Unprunable as error:
+            raise Skipped(str(error)) from error
+        trained = self.retrainer.go_on("pruned", net.state_dict(), prune.epochs, prune.rate)
+        nets.resize(net, trained)
+        return Base("pruned", net, self.config.net)
+
+    def _distil(self) -> Base:
+        distill, net = self.config.compress.distill, self.config.net
+        if net.own is not None and distill.net is None:
+            raise Skipped(f"{net.own} has no widths to halve; give --compress.distill.net")
+        student = distill.net or net.model_copy(
+            update={
+                "widths": [max(width // 2, 1) for width in net.widths],
+                "hidden": [max(width // 2, 1) for width in net.hidden],
+                "text_width": max(net.text_width // 8 * 4, 4),
+            }
+        )
+        try:
+            built = nets.build(student, self.task)
+        except ValueError as error:
+            raise Skipped(f"compress.distill.net: {error}") from error
+        nets.resize(built, self.retrainer.distil(student, distill.epochs or self._epochs))
+        return Base("distilled", built, student)
+
+    @property
+    def _epochs(self) -> int:
+        return self.config.optim.epochs
+
+
+# As a recipe's key: a variant that was not made here.
+OWN = "own"
+
+
+def _fp32(shop: Workshop, variant: str, *, base: str = "fp32") -> Made:
+    """The net as it is, in ONNX; by torch where it cannot be exported."""
+    found = shop.base(base)
+    try:
+        source = shop.onnx(found)
+    except ExportError as error:
+        net = nets.folded(copy.deepcopy(found.net))
+        path = engine.save(net, found.config, shop.task, "fp32", shop.folder(variant))
+        return Made(path, {"not_exported": str(error)})
+    return Made(Path(shutil.copyfile(source, shop.folder(variant) / "model.onnx")))
+
+
+def _torch(shop: Workshop, variant: str, *, precision: engine.Precision, gpu: bool) -> Made:
+    if gpu and not torch.cuda.is_available():
+        raise Skipped(f"{variant} is for GPUs, and this machine has none")
+    base = shop.base("fp32")
+    net = nets.folded(copy.deepcopy(base.net))
+    return Made(engine.save(net, base.config, shop.task, precision, shop.folder(variant)))
+
+
+def _of_onnx(shop: Workshop, variant: str, *, write: Callable[[Path, Path], None]) -> Made:
+    path = shop.folder(variant) / "model.onnx"
+    write(shop.onnx(shop.base("fp32")), path)
+    return Made(path)
+
+
+def _int8_static(shop: Workshop, variant: str, *, base: str = "fp32") -> Made:
+    """Static int8; where the gate says no, with sensitive layers in float, then trained for it."""
+    found = shop.base(base)
+    reference = shop.onnx(shop.base("fp32"))
+    path = shop.folder(variant) / "model.onnx"
+    quantizer = _calibrated(shop, found)
+    recipe: dict[str, Any] = {"calibration": quantizer.method, "error": round(quantizer.error, 6)}
+    quantizer.write(path)
+    if shop.passes(path, reference):
+        return Made(path, recipe)
+    layers = quantizer.most_sensitive()
+    trial = shop.scratch / "trial_layers.onnx"
+    count = 1
+    while count <= len(layers) // 2:
+        quantizer.write(trial, layers[:count])
+        if shop.passes(trial, reference):
+            shutil.copyfile(trial, path)
+            return Made(path, {**recipe, "kept_float": layers[:count]})
+        count *= 2
+    if shop.config.compress.aware_epochs:
+        quantizer = _calibrated(shop, shop.aware(found))
+        quantizer.write(trial)
+        if shop.passes(trial, reference):
+            shutil.copyfile(trial, path)
+            aware = {"aware_epochs": shop.config.compress.aware_epochs}
+            error = round(quantizer.error, 6)
+            return Made(path, {"calibration": quantizer.method, "error": error, **aware})
+    return Made(path, recipe)
+
+
+def _calibrated(shop: Workshop, base: Base) -> Quantizer:
+    scratch = shop.scratch / f"static-{base.name}"
+    scratch.mkdir(exist_ok=True)
+    methods = shop.config.compress.calibration
+    return Quantizer.calibrate(shop.onnx(base), scratch, shop.calibration, shop.trial, methods)
+
+
+RECIPES: dict[str, Callable[[Workshop, str], Made]] = {
+    "fp32": _fp32,
+    "bf16": partial(_torch, precision="bf16", gpu=False),
+    "fp16": partial(_torch, precision="fp16", gpu=True),
+    "int8": partial(_torch, precision="int8", gpu=True),
+    "fp8": partial(_torch, precision="fp8", gpu=True),
+    "int8_static": _int8_static,
+    "int8_dynamic": partial(_of_onnx, write=weights.int8_dynamic),
+    "int8_weights": partial(_of_onnx, write=weights.int8_weights),
+    "pruned": partial(_fp32, base="pruned"),
+    "pruned_int8": partial(_int8_static, base="pruned"),
+    "distilled": partial(_fp32, base="distilled"),
+    "distilled_int8": partial(_int8_static, base="distilled"),
+}
+
+
+def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
+    """Ids of training records in an order in which all classes come soon, else at random."""
+    ids = order.generator(config.seed, 0, "calib").permutation(len(targets_N))
+    if not isinstance(target, ClassTarget):
+        return ids
+    first = np.unique(targets_N[ids], return_index=True)[1]
+    return np.concatenate([ids[first], np.delete(ids, first)])
+
+
+def _rows(inputs: Arrays, ids: np.ndarray) -> Arrays:
+    return {name: np.array(array[ids]) for name, array in inputs.items()}

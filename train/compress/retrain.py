@@ -1,0 +1,88 @@
+"""Training again for a variant: the same loop, on the same workers, from the net's own weights."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, replace
+
+import safetensors.torch
+from torch import Tensor
+
+from cluster import storage
+from train.config import Augment, Checkpoint, Config, Net, Optim, Stop
+from train.data.shards import Shards
+from train.loop import trainer
+from train.loop.checkpoint import trained
+from train.loop.lessons import WEIGHTS
+from train.loop.loop import LAST
+from train.loop.run import Lesson, Run
+
+Weights = dict[str, Tensor]
+
+
+class Retrainer:
+    """Trains nets that learn from a trained one. Every part that is done is found again.
+
+    url: folder for the runs.
+    """
+
+    def __init__(self, config: Config, shards: Shards, weights: Weights, url: str) -> None:
+        self._config, self._shards, self._url = config, shards, url
+        self._teacher = self._keep(weights)
+
+    def distil(self, student: Net, epochs: int) -> Weights:
+        """Return the weights of a student that learned from the net's outputs."""
+        config = self._config.model_copy(
+            update={"net": student, "optim": _with(self._config.optim, epochs, 1.0)}
+        )
+        return self._train("distilled", config, self._taught())
+
+    def go_on(
+        self, words: str, weights: Weights, epochs: int, rate: float, *, quantized: bool = False
+    ) -> Weights:
+        """Return weights after more epochs, taught by the net. quantized: as int8."""
+        config = self._config.model_copy(
+            update={
+                "optim": _with(self._config.optim, epochs, rate),
+                # What it starts from has seen small images.
+                "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
+            }
+        )
+        start = self._keep(weights)
+        return self._train(words, config, replace(self._taught(), start=start, quantized=quantized))
+
+    def _taught(self) -> Lesson:
+        distill = self._config.compress.distill
+        return Lesson(
+            teacher=self._teacher,
+            teacher_net=self._config.net.model_dump(mode="json"),
+            share=distill.share,
+            temperature=distill.temperature,
+        )
+
+    def _train(self, words: str, config: Config, lesson: Lesson) -> Weights:
+        config = config.model_copy(
+            update={"checkpoint": Checkpoint(best=LAST), "stop": Stop(), "resume": None}
+        )
+        # What it depends on names it, so that the same is not trained twice.
+        of = [config.model_dump(mode="json", include={"net", "optim", "augment"}), asdict(lesson)]
+        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+        url = storage.join(self._url, f"{words}-{key}")
+        fs, path = storage.filesystem(storage.join(url, "run.json"))
+        run = Run.open(url) if fs.exists(path) else Run.start(url, config)
+        print(f"{words}: training for {config.optim.epochs} epochs", file=sys.stderr)
+        trainer.train(config, run, self._shards, lesson=lesson)
+        return trained(run.store(config.checkpoint.keep))[0]
+
+    def _keep(self, weights: Weights) -> str:
+        """Write weights where workers find them; return the folder's URL."""
+        data = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
+        url = storage.join(self._url, f"weights-{hashlib.sha256(data).hexdigest()[:12]}")
+        with storage.written_whole(url, last=WEIGHTS) as folder:
+            (folder / WEIGHTS).write_bytes(data)
+        return url
+
+
+def _with(optim: Optim, epochs: int, rate: float) -> Optim:
+    rates = {name: getattr(optim, name) * rate for name in ("lr", "vector_lr", "head_lr")}
+    return optim.model_copy(update={"epochs": epochs, **rates})

@@ -1,0 +1,49 @@
+"""Quantization-aware training: weights and activations rounded as int8 will round them.
+
+After Jacob et al., https://arxiv.org/abs/1712.05877; gradients pass through the rounding where the
+value is within range. torch.ao.quantization, which did this, is no longer developed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def install(net: nn.Module) -> None:
+    """Let a net's convolutions and linear layers compute as int8 will. Names stay as they are."""
+    for layer in net.modules():
+        if type(layer) in _ROUNDED:
+            layer.__class__ = _ROUNDED[type(layer)]
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(_activation(x), _weight(self.weight), self.bias)
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(_activation(x), _weight(self.weight), self.bias)
+
+
+_ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2d, nn.Linear: _Linear}
+
+
+def _weight(weight: Tensor) -> Tensor:
+    """Round to int8 with a scale for each output channel."""
+    largest = weight.detach().abs().flatten(1).amax(dim=1)
+    scale = (largest / 127).clamp_min(1e-12).float()
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127)
+
+
+def _activation(x: Tensor) -> Tensor:
+    """Round to 256 steps between the least and the largest value of the batch."""
+    if not x.is_floating_point():
+        return x
+    x = x.float()
+    low, high = torch.aminmax(x.detach())
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-12)
+    zero = (-low / scale).round().to(torch.int32).clamp(0, 255)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
