@@ -1,16 +1,42 @@
-"""Export, int8 and the gate."""
+"""Variants, the gate, measurement and the edge, against numpy, torch and each other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
 
-from train.compress import export, gate, quantize
-from train.compress.measure import speeds
-from train.nets import ConvNet
-from train.tasks import TensorSpec
+from tests.conftest import make_config
+from tests.server import REPOSITORY
+from tests.test_columns import fitted
+from train import nets
+from train.bundle import BundleWriter
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.compress import edge, export, gate, prune, recipes, weights
+from train.compress.compress import compress
+from train.compress.measure import BATCH_SIZES, Measured, profiles
+from train.compress.static import Quantizer
+from train.config import Net, validate
+from train.data.shards import Shards
+from train.loop.building import build_net
+from train.loop.checkpoint import Store
+from train.loop.checkpoint import trained as trained_in
+from train.loop.loop import Loop
+from train.loop.parallel import Worker
+from train.loop.run import Lesson
+from train.nets import ConvNet, engine, fake_quant
+from train.nets.losses import distillation
+from train.tasks import ClassTarget, Task, TensorSpec
+from train.tasks.values import ValueTarget
 
 SPECS = (TensorSpec("image", "UINT8", (8, 8, 1)),)
+ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -19,18 +45,28 @@ def images(rng):
 
 
 @pytest.fixture
-def exported(tmp_path, images):
+def net(images):
     torch.manual_seed(0)
     net = ConvNet((8, 8, 1), 10, [16, 16], whiten=True)
     net.fit_inputs(torch.from_numpy(images["image"]))
+    return net.eval()
+
+
+@pytest.fixture
+def exported(net, tmp_path, images):
     path = tmp_path / "fp32.onnx"
-    export.to_onnx(net.eval().folded(), SPECS, images, path)
+    export.to_onnx(net.folded(), SPECS, images, path)
     return path
 
 
-def test_the_exported_net_takes_any_batch(exported, images):
-    from train.bundle.engines import OnnxRuntimeEngine
+def logits(path, inputs):
+    return OnnxRuntimeEngine.load(path, num_threads=1).run(inputs)["logits"]
 
+
+# Export
+
+
+def test_the_exported_net_takes_any_batch(exported, images):
     engine = OnnxRuntimeEngine.load(exported, num_threads=1)
     for count in (1, 2, 40):
         part = {"image": images["image"][:count]}
@@ -52,21 +88,47 @@ def test_an_export_that_differs_from_torch_is_refused(tmp_path, images):
         export.to_onnx(Unstable(), SPECS, images, tmp_path / "unstable.onnx")
 
 
-def test_int8_has_unsigned_activations_and_weights_per_channel(exported, tmp_path, images):
+class Eigenvalues(torch.nn.Module):
+    """Uses what ONNX has no operator for."""
+
+    def __init__(self, task=None):
+        super().__init__()
+        self.head = torch.nn.Linear(8, 10)
+
+    def forward(self, image):
+        square = image.float()[..., 0] / 16
+        return self.head(torch.linalg.eigvalsh(square + square.mT))
+
+
+def test_an_operator_that_cannot_be_exported_is_named(tmp_path, images):
+    with pytest.raises(export.ExportError, match="aten._linalg_eigh"):
+        export.to_onnx(Eigenvalues(), SPECS, images, tmp_path / "net.onnx")
+
+
+# Static int8
+
+
+@pytest.fixture
+def quantizer(exported, tmp_path, images):
+    methods = ("minmax", "percentile", "entropy")
+    return Quantizer.calibrate(exported, tmp_path, images, images, methods)
+
+
+def test_int8_has_unsigned_activations_and_weights_per_channel(quantizer, exported, tmp_path):
     path = tmp_path / "int8.onnx"
-    quantize.int8_static(exported, path, images)
+    quantizer.write(path)
     graph = onnx.load(path).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear"]
-    weights = [
+    kernels = [
         constants[node.input[0]]
         for node in dequantized
         if node.input[0] in constants and len(constants[node.input[0]].dims) == 4
     ]
-    assert len(weights) == 5, "the stem and two convolutions in each block"
-    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
+    assert len(kernels) == 5, "the stem and two convolutions in each block"
+    assert {tensor.data_type for tensor in kernels} == {onnx.TensorProto.INT8}
     for node in dequantized:
-        if node.input[0] in {tensor.name for tensor in weights}:
+        if node.input[0] in {tensor.name for tensor in kernels}:
             scale = constants[node.input[1]]
             assert list(scale.dims) == [constants[node.input[0]].dims[0]]
     activations = [node for node in graph.node if node.op_type == "QuantizeLinear"]
@@ -75,14 +137,199 @@ def test_int8_has_unsigned_activations_and_weights_per_channel(exported, tmp_pat
     assert path.stat().st_size < exported.stat().st_size
 
 
+def test_the_calibration_that_changes_outputs_least_is_kept(exported, tmp_path, images):
+    alone = {
+        method: Quantizer.calibrate(exported, tmp_path, images, images, (method,)).error
+        for method in ("minmax", "percentile", "entropy")
+    }
+    best = Quantizer.calibrate(exported, tmp_path, images, images, tuple(alone))
+    assert best.method == min(alone, key=alone.__getitem__)
+    assert best.error == pytest.approx(min(alone.values()))
+    assert len(set(alone.values())) > 1
+
+
+def test_the_most_sensitive_layer_is_found_and_stays_in_float(net, tmp_path, images):
+    folded = net.folded()
+    with torch.no_grad():  # one value a thousand times the others: its range leaves them no steps
+        folded.second[0].bias[0] = 1e5
+    path = tmp_path / "net.onnx"
+    export.to_onnx(folded, SPECS, images, path)
+    quantizer = Quantizer.calibrate(path, tmp_path, images, images, ("minmax",))
+    layers = quantizer.most_sensitive()
+    assert len(layers) == 6
+    assert quantizer.error_without(layers[:1]) < quantizer.error
+    errors = [quantizer.error_without((layer,)) for layer in layers]
+    assert errors == sorted(errors)
+    quantizer.write(tmp_path / "kept.onnx", layers[:2])
+    kept = onnx.load(tmp_path / "kept.onnx").graph
+    floats = [tensor for tensor in kept.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert sum(len(tensor.dims) >= 2 for tensor in floats) >= 1
+
+
+# Int8 weights
+
+
+@pytest.fixture
+def table(rng, tmp_path):
+    """A net of an embedding and matrices, its task's arrays and its file."""
+
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(300, 32)
+            self.first = torch.nn.Linear(32, 64)
+            self.head = torch.nn.Linear(64, 3)
+
+        def forward(self, codes):
+            return self.head(F.relu(self.first(self.table(codes).mean(dim=1))))
+
+    torch.manual_seed(0)
+    net = Words().eval()
+    arrays = {"codes": rng.integers(0, 300, (64, 5), dtype=np.int32)}
+    path = tmp_path / "table.onnx"
+    export.to_onnx(net, (TensorSpec("codes", "INT32", (5,)),), arrays, path)
+    return net, arrays, path
+
+
+def rounded(weight, axis):
+    """int8 and back, in numpy."""
+    others = tuple(each for each in range(weight.ndim) if each != axis)
+    scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(127)
+    return np.rint(weight / scale) * scale
+
+
+def test_int8_weights_answers_as_the_net_with_rounded_weights(table, tmp_path):
+    net, arrays, path = table
+    weights.int8_weights(path, tmp_path / "int8.onnx")
+    with torch.no_grad():
+        for layer in (net.table, net.first):
+            layer.weight.copy_(torch.from_numpy(rounded(layer.weight.numpy(), 0)))
+        expected = net(torch.from_numpy(arrays["codes"])).numpy()
+    np.testing.assert_allclose(logits(tmp_path / "int8.onnx", arrays), expected, atol=1e-5)
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * path.stat().st_size
+
+
+def test_int8_dynamic_multiplies_in_int8_with_a_scale_for_each_record(table, tmp_path):
+    net, arrays, path = table
+    weights.int8_dynamic(path, tmp_path / "int8.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert "MatMulInteger" in kinds
+    with torch.no_grad():
+        table_VD = rounded(net.table.weight.numpy(), 0)
+        x = table_VD[arrays["codes"]].mean(axis=1)
+        scale = np.abs(x).max(axis=1, keepdims=True) / 127
+        hidden = np.rint(x / scale) * scale @ rounded(net.first.weight.numpy(), 0).T
+        hidden = np.maximum(hidden + net.first.bias.numpy(), 0)
+        expected = hidden @ net.head.weight.numpy().T + net.head.bias.numpy()
+    np.testing.assert_allclose(logits(tmp_path / "int8.onnx", arrays), expected, atol=2e-3)
+    whole = logits(tmp_path / "int8.onnx", arrays)
+    alone = logits(tmp_path / "int8.onnx", {"codes": arrays["codes"][:1]})
+    np.testing.assert_allclose(whole[:1], alone, atol=1e-6)
+
+
+# The gate
+
+
+def three_classes():
+    return Task.of({"x": {"kind": "number"}}, "y", "class").__class__(
+        Task.of({"x": {"kind": "number"}}, "y", "class").features,
+        ClassTarget("y", ("a", "b", "c"), (1, 1, 1)),
+    )
+
+
+def outputs_for(answers_N):
+    return {"logits": np.eye(3, dtype=np.float32)[answers_N] * 5}
+
+
 @pytest.mark.parametrize(
-    ("value", "accepted"),
-    [(0.99, True), (0.985, True), (0.9849, False), (1.0, True), (float("nan"), False)],
+    ("lost", "won", "strict", "verdict"),
+    [
+        (0, 0, False, "accepted"),
+        (5, 0, False, "accepted"),  # 0.005 exactly
+        (6, 4, False, "accepted"),
+        (8, 2, False, "undecided"),  # worse by 0.006, which chance may do
+        (30, 5, False, "refused"),
+        (0, 0, True, "accepted"),
+        (5, 0, True, "undecided"),  # within, and the interval is not
+        (30, 5, True, "refused"),
+    ],
 )
-def test_the_gate_accepts_up_to_the_allowed_drop(value, accepted):
-    verdict = gate.judge("valid_accuracy", 0.99, value, 0.005)
-    assert verdict.accepted is accepted
-    assert "0.9900" in verdict.reason
+def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
+    targets_N = np.zeros(1000, np.int64)
+    before_N, after_N = np.zeros(1000, np.int64), np.zeros(1000, np.int64)
+    before_N[:won], after_N[won : won + lost] = 1, 1
+    comparison = gate.compare(
+        three_classes(), outputs_for(before_N), outputs_for(after_N), targets_N
+    )
+    assert comparison.drop == pytest.approx((lost - won) / 1000)
+    assert comparison.agreement == pytest.approx(1 - (lost + won) / 1000)
+    judged = gate.judge(comparison, 0.005, strict=strict, batch=0.0)
+    assert judged.verdict == verdict
+    assert f"{comparison.value:.4f}" in judged.reason
+
+
+def test_the_interval_covers_the_true_drop_as_often_as_it_says(rng):
+    covered = 0
+    for _ in range(400):
+        draws_N = rng.random(300)
+        # Right by both 0.8, lost 0.07, won 0.04.
+        before_N, after_N = draws_N < 0.87, (draws_N < 0.8) | (draws_N > 0.96)
+        low, high = gate._of_matched_shares(before_N, after_N)
+        covered += low <= 0.03 <= high
+    assert 0.92 <= covered / 400 <= 0.985
+
+
+def test_the_bootstrap_agrees_with_the_interval_of_matched_shares(rng):
+    before_N, after_N = rng.random(2000) < 0.9, rng.random(2000) < 0.88
+    targets_N = np.zeros(2000, np.int64)
+    each = [outputs_for(np.where(right, 0, 1)) for right in (before_N, after_N)]
+    low, high = gate._by_bootstrap(three_classes(), *each, targets_N, -1.0)
+    np.testing.assert_allclose([low, high], gate._of_matched_shares(before_N, after_N), atol=0.0035)
+
+
+def test_numbers_are_compared_by_their_metric():
+    task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
+    targets_N = np.linspace(-1, 1, 500).astype(np.float32)
+    before = {"logits": targets_N[:, None]}
+    after = {"logits": targets_N[:, None] * np.float32(0.9)}
+    comparison = gate.compare(task, before, after, targets_N)
+    assert comparison.metric == "r2"
+    assert comparison.drop == pytest.approx(0.01, abs=1e-4)
+    assert comparison.low < 0.01 < comparison.high
+    assert gate.judge(comparison, 0.005, strict=False, batch=0.0).verdict == "refused"
+    assert gate.judge(comparison, 0.02, strict=False, batch=0.0).verdict == "accepted"
+
+
+def test_a_figure_that_is_no_number_is_refused():
+    nothing = gate.Comparison("accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0)
+    assert gate.judge(nothing, 0.5, strict=False, batch=0.0).verdict == "refused"
+
+
+class Leaning:
+    """Adds to every answer a little of the batch's mean, as a scale for a whole batch would."""
+
+    def __init__(self, share):
+        self._share = share
+
+    def run(self, inputs):
+        own = inputs["x"]
+        return {"logits": own + self._share * own.mean(axis=0, keepdims=True)}
+
+
+def test_answers_that_depend_on_the_batch_are_refused(rng):
+    inputs = {"x": rng.normal(size=(64, 3)).astype(np.float32)}
+    task = three_classes()
+    assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
+    difference = gate.batch_difference(task, Leaning(1e-3), inputs)
+    assert difference > gate.MAX_BATCH_DIFFERENCE
+    targets_N = np.zeros(64, np.int64)
+    same = gate.compare(task, {"logits": inputs["x"]}, {"logits": inputs["x"]}, targets_N)
+    verdict = gate.judge(same, 0.005, strict=False, batch=difference)
+    assert verdict.verdict == "refused"
+    assert "batch" in verdict.reason
+
+
+# Measurement
 
 
 class Slow:
@@ -98,6 +345,399 @@ class Slow:
 
 
 def test_the_faster_engine_measures_faster(images):
-    measured = speeds({"slow": Slow(160), "fast": Slow(40)}, images)
-    assert measured["fast"].records_per_s > measured["slow"].records_per_s
-    assert measured["fast"].p50_ms < measured["slow"].p50_ms
+    engines = {Measured(name, "e", 1): Slow(work) for name, work in (("slow", 160), ("fast", 40))}
+    slow, fast = profiles(engines, images, seconds=0.1).values()
+    assert [timing.batch_size for timing in slow] == list(BATCH_SIZES)
+    for one, other in zip(slow, fast, strict=True):
+        assert other.p50_ms < one.p50_ms
+        assert one.low_ms <= one.p50_ms <= one.high_ms
+
+
+# Pruning, distillation, quantization-aware training
+
+
+def test_pruning_removes_channels_and_the_rest_is_found_again(images):
+    torch.manual_seed(0)
+    net = ConvNet((8, 8, 1), 10, [32, 64], whiten=True)
+    pixels = torch.from_numpy(images["image"])
+    net.fit_inputs(pixels)
+    before = sum(param.numel() for param in net.parameters())
+    stem = net.stem.weight.clone()
+    prune.remove_channels(net, (pixels,), torch.arange(40) % 10, F.cross_entropy, 0.5)
+    assert [block.conv1.out_channels for block in net.blocks] == [16, 32]
+    assert net.head.weight.shape == (10, 32)
+    torch.testing.assert_close(net.stem.weight, stem)
+    assert not net.stem.weight.requires_grad
+    assert sum(param.numel() for param in net.parameters()) < 0.4 * before
+    again = ConvNet((8, 8, 1), 10, [32, 64], whiten=True)
+    nets.resize(again, net.state_dict())
+    torch.testing.assert_close(again.eval()(pixels), net.eval()(pixels))
+    torch.testing.assert_close(again.folded()(pixels), net(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_the_channels_that_matter_are_kept(images):
+    """A channel that nothing reads goes before the others."""
+    torch.manual_seed(0)
+    net = ConvNet((8, 8, 1), 10, [32, 32], whiten=True)
+    pixels = torch.from_numpy(images["image"])
+    net.fit_inputs(pixels)
+    unread = torch.arange(32) % 2 == 0
+    with torch.no_grad():
+        net.head.weight[:, unread] = 0
+        net.blocks[1].conv2.weight[unread] = 0
+    kept = net.head.weight[:, ~unread].clone()
+    prune.remove_channels(net, (pixels,), torch.arange(40) % 10, F.cross_entropy, 0.5)
+    torch.testing.assert_close(net.head.weight, kept)
+
+
+def test_what_cannot_be_pruned_says_why():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    with pytest.raises(prune.Unprunable):
+        prune.remove_channels(net, (torch.ones(3, 4),), torch.zeros(3).long(), F.cross_entropy, 0.3)
+
+
+def test_distillation_is_the_divergence_from_the_teacher(rng):
+    student, teacher = (torch.from_numpy(rng.normal(size=(6, 3))) for _ in range(2))
+    loss = distillation(ClassTarget("y", ("a", "b", "c"), (1, 1, 1)), 2.0)
+    p, q = (np.exp(x.numpy() / 2) for x in (teacher, student))
+    p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
+    expected = 4 * np.mean(np.sum(p * np.log(p / q), axis=1))
+    assert loss(student, teacher).item() == pytest.approx(expected)
+    assert loss(teacher, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert distillation(ValueTarget("y"), 2.0)(student, teacher).item() == pytest.approx(
+        np.mean((student.numpy() - teacher.numpy()) ** 2)
+    )
+
+
+def run_loop(config, shards, folder, lesson):
+    store = Store(str(folder), keep=1)
+    Loop(config, shards, ALONE, store, num_lanes=2, lesson=lesson).run()
+    return trained_in(store)[0]
+
+
+def test_a_student_learns_what_only_its_teacher_knows(digits, config, tmp_path):
+    """The teacher answers with the classes shifted by one; the targets say otherwise."""
+    teacher = build_net(config, digits.task)
+    inputs, targets_N = digits.open("train")
+    teacher.load_state_dict(run_loop(config, digits, tmp_path / "teacher", Lesson()))
+    with torch.no_grad():
+        teacher.head.weight.copy_(teacher.head.weight.roll(1, 0))
+        teacher.head.bias.copy_(teacher.head.bias.roll(1, 0))
+    (tmp_path / "taught").mkdir()
+    from safetensors.torch import save_file
+
+    save_file(teacher.state_dict(), tmp_path / "taught/weights.safetensors")
+    lesson = Lesson(
+        teacher=str(tmp_path / "taught"),
+        teacher_net=config.net.model_dump(mode="json"),
+        share=1.0,
+        temperature=2.0,
+    )
+    student = make_config(net={"widths": [16, 16]})
+    weights = run_loop(student, digits, tmp_path / "student", lesson)
+    net = build_net(student, digits.task)
+    net.load_state_dict(weights)
+    with torch.no_grad():
+        answers_N = net.eval()(torch.from_numpy(inputs["image"][:500])).argmax(dim=1).numpy()
+    assert np.mean(answers_N == (targets_N[:500] + 1) % 10) > 0.8
+
+
+def test_training_goes_on_from_given_weights(digits, config, tmp_path):
+    weights = run_loop(config, digits, tmp_path / "first", Lesson())
+    from safetensors.torch import save_file
+
+    (tmp_path / "start").mkdir()
+    save_file(weights, tmp_path / "start/weights.safetensors")
+    still = config.model_copy(
+        update={
+            "optim": config.optim.model_copy(
+                update={"epochs": 1, "lr": 1e-9, "vector_lr": 1e-9, "head_lr": 1e-9}
+            )
+        }
+    )
+    again = run_loop(still, digits, tmp_path / "again", Lesson(start=str(tmp_path / "start")))
+    for name, value in weights.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(again[name], value, rtol=0, atol=1e-5)
+
+
+def test_fake_quantization_rounds_as_int8_does(rng):
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    x = rng.normal(size=(5, 16)).astype(np.float32)
+    weight, bias = layer[0].weight.detach().numpy().copy(), layer[0].bias.detach().numpy()
+    names = list(layer.state_dict())
+    fake_quant.install(layer)
+    assert list(layer.state_dict()) == names
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    scale = (high - low) / np.float32(255)
+    zero = np.rint(-low / scale)
+    rounded_x = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+    expected = rounded_x @ rounded(weight, 0).T + bias
+    result = layer(torch.from_numpy(x))
+    np.testing.assert_allclose(result.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+    result.sum().backward()
+    assert layer[0].weight.grad.abs().sum() > 0
+
+
+# The torch engine, and whole bundles
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_the_torch_engine_answers_as_the_net(net, digits, tmp_path, precision, tolerance):
+    net = ConvNet((8, 8, 1), 10, [16, 32], whiten=True)
+    inputs, _ = digits.open("test")
+    pixels = {"image": np.array(inputs["image"][:32])}
+    net.fit_inputs(torch.from_numpy(pixels["image"]))
+    with torch.no_grad():
+        expected = net.eval()(torch.from_numpy(pixels["image"])).numpy()
+    path = engine.save(net.folded(), Net(widths=[16, 32]), digits.task, precision, tmp_path / "t")
+    loaded = engine.TorchEngine.load(path, num_threads=1)
+    result = loaded.run(pixels)["logits"]
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, atol=tolerance * np.abs(expected).max())
+    assert loaded.describe()["threads"] == 1
+    if precision == "bf16":
+        assert (tmp_path / "t/weights.safetensors").stat().st_size < 30_000
+
+
+def test_a_net_that_cannot_be_exported_is_run_by_torch(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "__name__", __name__)
+    config = make_config(
+        net=f"{__name__}:Eigenvalues",
+        compress={"variants": ["int8_static", "bf16"], "measure_seconds": 0.01},
+    )
+    torch.manual_seed(0)
+    made = compress(
+        Eigenvalues(), config, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs")
+    )
+    assert made.variants["fp32"].engine.startswith("torch")
+    assert "aten._linalg_eigh" in made.variants["fp32"].recipe["not_exported"]
+    assert "aten._linalg_eigh" in made.skipped["int8_static"]
+    assert "cannot be exported: operator aten._linalg_eigh" in capsys.readouterr().err
+
+
+def test_variants_for_gpus_are_left_out_without_one(digits, config, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    net = build_net(config, digits.task)
+    compress_options = {"variants": ["fp8"], "measure_seconds": 0.01}
+    values = make_config(compress=compress_options)
+    made = compress(net, values, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"))
+    assert list(made.variants) == ["fp32"]
+    assert "GPU" in made.skipped["fp8"]
+
+
+def test_calibration_sees_every_class(digits, config, tmp_path):
+    few = make_config(compress={"calibration_records": 10})
+    shop = recipes.Workshop(
+        build_net(config, digits.task),
+        few,
+        digits,
+        BundleWriter(tmp_path),
+        tmp_path,
+        "",
+        lambda *_: True,
+    )
+    inputs, targets_N = digits.open("train")
+    classes = {
+        int(targets_N[np.flatnonzero((inputs["image"] == image).all(axis=(1, 2, 3)))[0]])
+        for image in shop.calibration["image"]
+    }
+    assert classes == set(range(10))
+    assert len(shop.trial["image"]) == recipes.TRIAL_RECORDS
+
+
+def test_a_full_disk_while_variants_are_written_is_told(digits, config, tmp_path, monkeypatch):
+    from cluster.errors import Failed
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(recipes.RECIPES, "int8_weights", full)
+    values = make_config(compress={"variants": ["int8_weights"], "measure_seconds": 0.01})
+    net = build_net(config, digits.task)
+    with pytest.raises(Failed, match="'int8_weights' cannot be written: No space left"):
+        compress(net, values, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"))
+
+
+# The edge
+
+ALONE_ENVIRONMENT = """
+import sys
+for name in ("torch", "ray", "train", "serve", "cluster"):
+    sys.modules[name] = None
+"""
+
+
+def run_alone(code, folder):
+    """Run code in a process that can import neither torch nor ray nor anything of ours."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE_ENVIRONMENT + code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path):
+    from tests.test_bundle import shards_of
+    from train.bundle import Predictor
+
+    edge.export(bundle, None, tmp_path)
+    images = np.array(Shards(*shards_of(bundle, trained)).open("test")[0]["image"])
+    np.save(tmp_path / "images.npy", images)
+    code = """
+import json, numpy as np, onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+images = np.load("images.npy")
+print(json.dumps(session.run(["label"], {"image": images})[0].tolist()))
+"""
+    labels = json.loads(run_alone(code, tmp_path))
+    assert labels == Predictor.load(bundle).run({"image": images})["label"].tolist()
+
+
+def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
+    from tests.test_tasks import image_bytes
+
+    edge.export(bundle, None, tmp_path)
+    (tmp_path / "image.png").write_bytes(image_bytes(rng.integers(0, 256, (9, 9), np.uint8)))
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 15
+    assert "probabilities" in code
+    assert "0." in run_alone(code, tmp_path)
+
+
+def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path):
+    kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
+    moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
+    records = {
+        "n": [1e9 + 1, -2.5, None, 3.0, float("inf"), 0.0],
+        "b": [True, False, None, True, False, True],
+        "c": ["x", "y", None, "x", "never seen", "x"],
+        "d": [str(m) if not np.isnat(m) else None for m in np.resize(moments, 6)],
+        "e": [str(m) if not np.isnat(m) else None for m in np.resize(moments[::-1], 6)],
+    }
+    seen = {name: values[:4] + values[5:] for name, values in records.items()}
+    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "class")
+    task = fitted(task, seen, ["p", "q", "p", "q", "p"])
+    arrays = task.features.encode(records)
+    torch.manual_seed(0)
+    net = nets.build(Net(hidden=[16]), task)
+    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    path = tmp_path / "net.onnx"
+    export.to_onnx(nets.folded(net), task.features.inputs, arrays, path)
+    expected = task.target.decode(OnnxRuntimeEngine.load(path, num_threads=1).run(arrays))
+    model = onnx.load(path)
+    edge.put_inside(model, task)
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "edge.onnx")
+    seconds = {
+        name: np.array(
+            [
+                np.nan if value is None else np.datetime64(value, "s").astype(int)
+                for value in records[name]
+            ]
+        )
+        for name in ("d", "e")
+    }
+    given = {
+        "n": np.array([np.nan if value is None else value for value in records["n"]]),
+        "b": np.array([np.nan if value is None else float(value) for value in records["b"]]),
+        "c": np.array([value or "" for value in records["c"]], object),
+        **seconds,
+    }
+    result = OnnxRuntimeEngine.load(tmp_path / "edge.onnx", num_threads=1).run(given)
+    assert result["label"].tolist() == expected["label"].tolist()
+    np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=1e-5)
+
+
+# The command
+
+
+def run_compress(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "train.compress", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def production(root):
+    from train.bundle import registry
+
+    return registry.resolve("models:/digits@production", str(root))
+
+
+@pytest.mark.ray
+def test_a_variant_with_wrong_weights_is_refused_and_production_stays(
+    bundle, storage_path, tmp_path
+):
+    model = onnx.load(bundle.path / bundle.manifest.variants["fp32"].file)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
+            scaled = numpy_helper.to_array(tensor) * np.float32(1.3)
+            tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+    onnx.save(model, tmp_path / "scaled.onnx")
+    before = production(storage_path)
+    done = run_compress(
+        *("add", "models:/digits@production", "--variant", "scaled"),
+        *("--onnx", str(tmp_path / "scaled.onnx"), "--storage.path", str(storage_path)),
+        *("--compress.measure_seconds", "0.1"),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "scaled: accuracy 0." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert production(storage_path) == before
+
+
+@pytest.mark.ray
+def test_the_choice_is_made_again_without_making_the_variants_again(bundle, storage_path, tmp_path):
+    done = run_compress(
+        *("models:/digits@production", "--storage.path", str(storage_path)),
+        *("--compress.optimize_for", "size", "--compress.measure_seconds", "0.1"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    sizes = {
+        name: entry["bytes"] for name, entry in result["variants"].items() if entry["accepted"]
+    }
+    assert result["default_variant"] == min(sizes, key=sizes.__getitem__)
+    assert result["alias"] == "production"
+    again = Path(result["bundle"])
+    for name, entry in bundle.manifest.variants.items():
+        assert (again / entry.file).read_bytes() == (bundle.path / entry.file).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["models:/nothing@production"], "models:/nothing@production"),
+        (["MODEL", "--optim.lr", "0.1"], "--optim belongs to training"),
+        (["MODEL", "--compress.variants", "[int4]"], "compress.variants"),
+        (
+            ["add", "MODEL", "--variant", "x", "--onnx", "none.onnx"],
+            "'none.onnx', which is no file",
+        ),
+        (["add", "MODEL", "--variant", "fp32", "--onnx", "README.md"], "has a variant 'fp32'"),
+        (["export", "MODEL", "--to", "/proc/nothing"], "cannot be written"),
+        (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),
+    ],
+)
+def test_wrong_input_gets_one_line(bundle, storage_path, arguments, words):
+    given = [str(bundle.path) if each == "MODEL" else each for each in arguments]
+    done = run_compress(*given, "--storage.path", str(storage_path))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_calibration_must_cover_the_classes():
+    assert validate({**make_config().model_dump(), "compress": {"calibration_records": 5}})

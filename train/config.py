@@ -323,10 +323,10 @@ Variant = Literal[
 class Prune(Part):
     """Whole channels removed, those first that matter least; then trained on."""
 
-    share: float = Field(0.3, gt=0, le=0.9, description="Share of channels removed in each layer.")
-    epochs: int = Field(4, ge=1, le=10_000, description="Epochs of training afterwards.")
+    share: float = Field(0.25, gt=0, le=0.9, description="Share of channels removed in each layer.")
+    epochs: int = Field(6, ge=1, le=10_000, description="Epochs of training afterwards.")
     rate: float = Field(
-        0.3, gt=0, le=10, description="Peak rates afterwards, as a share of those in optim."
+        0.5, gt=0, le=10, description="Peak rates afterwards, as a share of those in optim."
     )
 
 

@@ -15,7 +15,7 @@ from cluster import connect, storage
 from cluster.errors import UserError
 from train import report
 from train.bundle import Bundle, BundleWriter, Manifest
-from train.bundle.bundle import BASELINE, FEATURES
+from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import Tensor
 from train.compress import compress
 from train.config import Augment, Config
@@ -30,6 +30,7 @@ from train.loop.figures import Event
 from train.loop.loop import LAST
 from train.loop.run import LEAST_SAMPLES, Run
 from train.nets.losses import loss_of
+from train.tasks import ClassTarget
 
 
 def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -> Bundle:
@@ -71,6 +72,12 @@ def _check(config: Config, data: Shards) -> None:
         )
     if config.augment != Augment() and not images:
         raise UserError("augment is for images, and the records hold none; leave it out.")
+    least = len(task.target.classes) if isinstance(task.target, ClassTarget) else 2
+    if config.compress.calibration_records < least:
+        raise UserError(
+            f"compress.calibration_records is {config.compress.calibration_records}, and there are "
+            f"{least} classes: ranges would be those of some classes only; give at least {least}."
+        )
     smallest = order.smallest_batch(
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size
     )
@@ -111,7 +118,7 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     weights, history = trained(run.store(config.checkpoint.keep))
     net = build_net(config, task)
     net.load_state_dict(weights)
-    safetensors.torch.save_file(net.state_dict(), writer.file("weights.safetensors"))
+    safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
     writer.json(FEATURES, task.to_dict())
     writer.json(BASELINE, baseline(data))
     writer.json("report/history.json", history)

@@ -164,30 +164,83 @@ def mistakes(
 
 
 def tradeoff(variants: Mapping[str, Variant], metric: str, default: str, path: Path) -> None:
-    """Each variant's metric against its throughput; the marker's area is its size in bytes."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    largest = max(variant.size_bytes for variant in variants.values())
-    for name, variant in variants.items():
-        _mark(axes, name, variant, metric, largest, chosen=name == default)
-    axes.margins(0.3)
-    # Without a least span, the smallest difference would fill the picture.
-    low, high = axes.get_ylim()
-    middle, reach = (low + high) / 2, max((high - low) / 2, 0.02)
-    axes.set_ylim(middle - reach, middle + reach)
-    axes.set(
-        xlabel="records/s, one thread, batch 32", ylabel=metric, title="Variants (area: bytes)"
+    """Each variant's metric against its latency and its throughput, on one thread.
+
+    The marker's area is the size in bytes; a line joins the accepted variants that no other one
+    beats in both.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    panels = (
+        (left, "ms for one record", {name: variant.p50_ms for name, variant in variants.items()}),
+        (right, "records/s in batches of 32", {n: v.records_per_s for n, v in variants.items()}),
     )
+    for axes, words, speeds in panels:
+        faster = 1 if axes is right else -1
+        for name in variants:
+            _mark(axes, variants, name, speeds[name], metric, chosen=name == default)
+        best = _frontier(variants, metric, {name: faster * x for name, x in speeds.items()})
+        axes.plot(
+            [speeds[name] for name in best],
+            [variants[name].metrics[metric] for name in best],
+            color="grey",
+            linestyle="--",
+            zorder=0,
+        )
+        axes.set(xscale="log", xlabel=words)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("{x:,g}")
+        axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
+        axes.margins(0.2, 0.35)
+    # Without a least span, the smallest difference would fill the picture.
+    low, high = left.get_ylim()
+    middle, reach = (low + high) / 2, max((high - low) / 2, 0.01)
+    left.set_ylim(middle - reach, middle + reach)
+    left.set(ylabel=metric)
+    figure.suptitle("Variants; area: bytes; green: accepted by the gate; bold: the default")
     _save(figure, path)
 
 
+def _frontier(
+    variants: Mapping[str, Variant], metric: str, speeds: Mapping[str, float]
+) -> list[str]:
+    """The accepted variants that are better than every faster one, the fastest first."""
+    sign = -1 if metric.endswith(LOWER_IS_BETTER) else 1
+    best: list[str] = []
+    for name in sorted(variants, key=lambda name: -speeds[name]):
+        value = sign * variants[name].metrics[metric]
+        if variants[name].accepted and (
+            not best or value > sign * variants[best[-1]].metrics[metric]
+        ):
+            best.append(name)
+    return best
+
+
 def _mark(
-    axes: Axes, name: str, variant: Variant, metric: str, largest: int, *, chosen: bool
+    axes: Axes,
+    variants: Mapping[str, Variant],
+    name: str,
+    speed: float,
+    metric: str,
+    *,
+    chosen: bool,
 ) -> None:
-    colour = "tab:green" if variant.accepted else "tab:red"
-    point = (variant.records_per_s, variant.metrics[metric])
+    variant = variants[name]
+    colours = {"accepted": "tab:green", "refused": "tab:red", "undecided": "tab:orange"}
+    colour = colours[variant.verdict]
+    largest = max(variant.size_bytes for variant in variants.values())
+    point = (speed, variant.metrics[metric])
     axes.scatter(*point, s=600 * variant.size_bytes / largest, color=colour, alpha=0.6)
-    words = [name, *(["default"] if chosen else []), *([] if variant.accepted else ["refused"])]
-    axes.annotate(", ".join(words), point, textcoords="offset points", xytext=(0, 16), ha="center")
+    axes.annotate(
+        name if variant.accepted else f"{name}, {variant.verdict}",
+        point,
+        textcoords="offset points",
+        # Aslant, as equal metrics make one line.
+        xytext=(2, 8),
+        rotation=40,
+        rotation_mode="anchor",
+        fontsize=8,
+        fontweight="bold" if chosen else "normal",
+    )
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

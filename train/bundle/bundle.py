@@ -21,6 +21,7 @@ from train.tasks import Arrays, Task
 GOLDEN = "golden.npz"
 FEATURES = "features.json"
 BASELINE = "baseline.json"
+WEIGHTS = "weights.safetensors"
 
 
 class CorruptBundle(Exception):

@@ -16,7 +16,7 @@ from urllib.request import url2pathname
 
 from cluster import storage
 from cluster.errors import UserError
-from train.bundle.bundle import Bundle
+from train.bundle.bundle import WEIGHTS, Bundle
 from train.tasks.targets import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "variants": {
             name: {
                 "accepted": variant.accepted,
+                "verdict": variant.verdict,
                 **variant.metrics,
                 "bytes": variant.size_bytes,
                 "p50_ms": round(variant.p50_ms, 4),
@@ -109,8 +110,8 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None)
     """Add the bundle to its run and register it as a new version of its model.
 
     The version becomes production if it is no worse in `metric` (the task's own on the validation
-    split when None) than the one that is, else candidate; stderr says which and why. Returns
-    {"version", "alias", "uri"}.
+    split when None) than the one that is, or is the same net with other variants, else candidate;
+    stderr says which and why. Returns {"version", "alias", "uri"}.
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
@@ -125,17 +126,20 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None)
     if current is None and not _exists(client, manifest.name):
         client.create_registered_model(manifest.name)
     metrics = manifest.variants[manifest.default_variant].metrics
+    weights = manifest.files[WEIGHTS].sha256
     version = client.create_model_version(
         manifest.name,
         source=f"{run.info.artifact_uri}/{ARTIFACT}",
         run_id=run_id,
-        tags={key: repr(figure) for key, figure in metrics.items()},
+        tags={WEIGHTS: weights, **{key: repr(figure) for key, figure in metrics.items()}},
     ).version
     alias, reason = PRODUCTION, "no version is in production yet"
     if current is not None:
         before = current.tags.get(metric)
         reason = f"{metric} {value:.4f} against {before} of version {current.version}"
-        if before is None or _worse(metric, value, float(before)):
+        if current.tags.get(WEIGHTS) == weights:
+            reason += ", which is the same net, compressed anew and accepted by the gate"
+        elif before is None or _worse(metric, value, float(before)):
             alias = CANDIDATE
     client.set_registered_model_alias(manifest.name, alias, version)
     print(f"{manifest.name} version {version} is {alias}: {reason}", file=sys.stderr)

@@ -22,13 +22,12 @@ from cluster.errors import Failed, UserError, run_command
 from train import config as configs
 from train import nets
 from train.bundle import Bundle, CorruptBundle, registry
-from train.bundle.bundle import BASELINE, FEATURES
+from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, edge
 from train.config import Config
 from train.data import shards
 from train.data.shards import Shards
 
-WEIGHTS = "weights.safetensors"
 # What may be given besides compress.…: where things are, and who works.
 MAY_CHANGE = ("compress", "data", "registry", "storage", "workers")
 

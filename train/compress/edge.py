@@ -4,6 +4,7 @@ Inside go the scaling of numbers, the parts of dates, the codes of categories, p
 labels. Texts are split into tokens outside, by the tokenizer that is put beside the file.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from tokenizers import Tokenizer
 
 from cluster.errors import UserError
 from train.bundle import Bundle
@@ -18,6 +20,7 @@ from train.bundle.manifest import Variant
 from train.tasks import Categories, ClassTarget, Images, LabelsTarget, Numbers, Task, Texts
 from train.tasks.categories import FIRST, MISSING, UNSEEN
 from train.tasks.numbers import DAY_S, YEAR_S, Date
+from train.tasks.texts import BETWEEN
 from train.tasks.values import ValueTarget
 
 MODEL, TOKENIZER, README = "model.onnx", "tokenizer.json", "README.md"
@@ -39,7 +42,7 @@ def export(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, Any]:
         )
     task = bundle.task
     model = onnx.load(str(bundle.path / found.file))
-    _put_inside(model, task)
+    put_inside(model, task)
     onnx.checker.check_model(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def _portable(variant: Variant) -> bool:
     return variant.accepted and variant.file.endswith(".onnx")
 
 
-def _put_inside(model: onnx.ModelProto, task: Task) -> None:
+def put_inside(model: onnx.ModelProto, task: Task) -> None:
     """Add what comes before and after the net to its graph."""
     before, after = _Graph(), _Graph()
     given = {value.name: value for value in model.graph.input}
@@ -184,67 +187,91 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
 
 def _readme(bundle: Bundle, variant: str, model: onnx.ModelProto) -> str:
     manifest, task = bundle.manifest, bundle.task
-    lines = ["import numpy as np", "import onnxruntime", ""]
-    fields = []
+    script = _Script()
     for encoder in task.features.encoders:
-        imports, given = _sample(encoder)
-        lines[:0] = imports
-        fields += given
-    outputs = ", ".join(value.name for value in model.graph.output)
+        script.add(encoder)
     names = [value.name for value in model.graph.output]
-    lines += [
-        f'session = onnxruntime.InferenceSession("{MODEL}")',
-        "inputs = {",
-        *(f"    {field}," for field in fields),
-        "}",
-        f"{outputs} = session.run({names}, inputs)"
-        if len(names) > 1
-        else f"({outputs},) = session.run({names}, inputs)",
-        f"print({outputs})",
-    ]
-    code = "\n".join(lines)
     metric = f"test_{task.metric}"
-    value = manifest.variants[variant].metrics[metric]
     classes = getattr(task.target, "classes", ())
-    known = (
-        f"\nClasses, in the order of `probabilities`: {', '.join(classes)}.\n" if classes else ""
-    )
+    known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
     return f"""# {manifest.name}, {variant}
 
 One file, `{MODEL}`, predicts `{task.target.column}` with onnxruntime alone.
-{metric}: {value:.4f}
+{metric}: {manifest.variants[variant].metrics[metric]:.4f}
 
 The first dimension of every input is the number of records.
 
 ```python
-{code}
+{script.text(names)}
 ```
-{known}"""
+
+{known}
+"""
 
 
-def _sample(encoder: Any) -> tuple[list[str], list[str]]:
-    """Lines to import, and one record's inputs."""
-    match encoder:
-        case Images():
-            height, width, channels = encoder.shape_HWC
-            mode = "L" if channels == 1 else "RGB"
-            opened = f'Image.open("image.png").convert("{mode}").resize(({width}, {height}), 2)'
-            shape = f"(1, {height}, {width}, {channels})"
-            return ["from PIL import Image"], [
-                f'"{encoder.column}": np.asarray({opened}).reshape{shape}'
+class _Script:
+    """The lines that run the file for one record."""
+
+    def __init__(self) -> None:
+        self._imports = ["import numpy as np", "import onnxruntime"]
+        self._before: list[str] = []
+        self._inputs: list[str] = []
+
+    def add(self, encoder: Any) -> None:
+        match encoder:
+            case Images():
+                height, width, channels = encoder.shape_HWC
+                mode = "L" if channels == 1 else "RGB"
+                brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
+                self._imports.append("from PIL import Image, ImageOps")
+                self._before += [
+                    f'image = Image.open("image.png").convert("{mode}")',
+                    f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
+                    f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
+                ]
+                self._inputs.append(f'"{encoder.column}": pixels,')
+            case Numbers():
+                notes = {"date": "seconds since 1970, UTC", "boolean": "1 or 0", "number": "number"}
+                for each in encoder.columns:
+                    note = f"  # {notes[each.kind]}, or nan"
+                    self._inputs.append(f'"{each.column}": np.array([np.nan]),{note}')
+            case Categories():
+                for column, names in zip(encoder.columns, encoder.names_C, strict=True):
+                    name = json.dumps(names[0] if names else "")
+                    self._inputs.append(f'"{column}": np.array([{name}], object),')
+            case Texts():
+                self._add_texts(encoder)
+            case _:
+                for spec in encoder.inputs:
+                    shape = (1, *spec.shape)
+                    self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
+
+    def _add_texts(self, encoder: Texts) -> None:
+        """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
+        mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
+        between = "" if mark is None else f"[{mark}] * bool(ids) + "
+        most = encoder.max_tokens
+        self._imports.append("from tokenizers import Tokenizer")
+        self._before += [
+            f'tokenizer, ids = Tokenizer.from_file("{TOKENIZER}"), []',
+            f"for text in {['a text'] * len(encoder.columns)}:  # {', '.join(encoder.columns)}",
+            f"    ids += {between}tokenizer.encode(text).ids",
+            f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
+        ]
+        self._inputs.append(f'"{encoder.kind}": np.array([ids], np.int32),')
+
+    def text(self, outputs: list[str]) -> str:
+        names = ", ".join(outputs)
+        return "\n".join(
+            [
+                *dict.fromkeys(self._imports),
+                "",
+                *self._before,
+                "inputs = {",
+                *(f"    {line}" for line in self._inputs),
+                "}",
+                f'session = onnxruntime.InferenceSession("{MODEL}")',
+                f"[{names}] = session.run({outputs}, inputs)",
+                f"print({names})",
             ]
-        case Numbers():
-            note = {"date": "  # seconds since 1970, UTC", "boolean": "  # 1 or 0"}
-            return [], [
-                f'"{each.column}": np.array([np.nan])' + note.get(each.kind, "")
-                for each in encoder.columns
-            ]
-        case Categories():
-            return [], [
-                f'"{column}": np.array(["{names[0] if names else ""}"], object)'
-                for column, names in zip(encoder.columns, encoder.names_C, strict=True)
-            ]
-        case Texts():
-            return ["from tokenizers import Tokenizer"], [f'"{encoder.kind}": tokens(["a text"])']
-        case _:
-            return [], [f'"{spec.name}": np.zeros((1, *{spec.shape}))' for spec in encoder.inputs]
+        )

@@ -215,9 +215,12 @@ def _of_onnx(shop: Workshop, variant: str, *, write: Callable[[Path, Path], None
 
 
 def _int8_static(shop: Workshop, variant: str, *, base: str = "fp32") -> Made:
-    """Static int8; where the gate says no, with sensitive layers in float, then trained for it."""
+    """Static int8; where that costs too much, with sensitive layers in float, then trained for it.
+
+    What pruning or distillation cost already is not asked of quantization.
+    """
     found = shop.base(base)
-    reference = shop.onnx(shop.base("fp32"))
+    reference = shop.onnx(found)
     path = shop.folder(variant) / "model.onnx"
     quantizer = _calibrated(shop, found)
     recipe: dict[str, Any] = {"calibration": quantizer.method, "error": round(quantizer.error, 6)}

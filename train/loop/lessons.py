@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from cluster import storage
 from train import nets
+from train.bundle.bundle import WEIGHTS
 from train.config import Net
 from train.loop.parallel import Worker
 from train.loop.run import Lesson
 from train.nets import fake_quant
 from train.nets.losses import distillation
 from train.tasks import Task
-
-WEIGHTS = "weights.safetensors"
 
 
 def start(net: nn.Module, lesson: Lesson) -> bool:

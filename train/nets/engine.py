@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from train import nets
+from train.bundle.bundle import WEIGHTS
 from train.config import Net
 from train.tasks import Arrays, Task
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
-FILE, WEIGHTS = "net.json", "weights.safetensors"
+FILE = "net.json"
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,7 +85,7 @@ class TorchEngine:
             return {"logits": self._forward(*tensors).float().cpu().numpy()}
 
     def _forward(self, *tensors: Tensor) -> Tensor:
-        return self._net(*tensors)  # type: ignore[no-any-return]
+        return self._net(*tensors)
 
     def describe(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if self._device.type == "cuda" else "CPU"
@@ -112,7 +113,7 @@ class CompiledTorchEngine(TorchEngine):
         return torch.cuda.is_available() or which("g++") is not None or which("clang++") is not None
 
     def _forward(self, *tensors: Tensor) -> Tensor:
-        return self._compiled(*tensors)  # type: ignore[no-any-return]
+        return self._compiled(*tensors)
 
 
 def _quantize(net: nn.Module, precision: str) -> None:
