@@ -8,7 +8,7 @@ import pytest
 
 from train.bundle import Bundle, CorruptBundle, Predictor
 from train.bundle import manifest as manifests
-from train.bundle.engines import OnnxRuntimeEngine
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.data.shards import Shards
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
+from safetensors.torch import save_file
 
 from tests.conftest import make_config
 from tests.server import REPOSITORY
@@ -22,7 +23,7 @@ from train.compress import edge, export, gate, prune, recipes, weights
 from train.compress.compress import compress
 from train.compress.measure import BATCH_SIZES, Measured, profiles
 from train.compress.static import Quantizer
-from train.config import Net, validate
+from train.config import Net
 from train.data.shards import Shards
 from train.loop.building import build_net
 from train.loop.checkpoint import Store
@@ -101,7 +102,7 @@ class Eigenvalues(torch.nn.Module):
 
 
 def test_an_operator_that_cannot_be_exported_is_named(tmp_path, images):
-    with pytest.raises(export.ExportError, match="aten._linalg_eigh"):
+    with pytest.raises(export.ExportError, match=r"aten\._linalg_eigh"):
         export.to_onnx(Eigenvalues(), SPECS, images, tmp_path / "net.onnx")
 
 
@@ -231,10 +232,8 @@ def test_int8_dynamic_multiplies_in_int8_with_a_scale_for_each_record(table, tmp
 
 
 def three_classes():
-    return Task.of({"x": {"kind": "number"}}, "y", "class").__class__(
-        Task.of({"x": {"kind": "number"}}, "y", "class").features,
-        ClassTarget("y", ("a", "b", "c"), (1, 1, 1)),
-    )
+    features = Task.of({"x": {"kind": "number"}}, "y", "class").features
+    return Task(features, ClassTarget("y", ("a", "b", "c"), (1, 1, 1)))
 
 
 def outputs_for(answers_N):
@@ -263,7 +262,7 @@ def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
     )
     assert comparison.drop == pytest.approx((lost - won) / 1000)
     assert comparison.agreement == pytest.approx(1 - (lost + won) / 1000)
-    judged = gate.judge(comparison, 0.005, strict=strict, batch=0.0)
+    judged = gate.judge(comparison, 0.005, strict=strict)
     assert judged.verdict == verdict
     assert f"{comparison.value:.4f}" in judged.reason
 
@@ -287,22 +286,34 @@ def test_the_bootstrap_agrees_with_the_interval_of_matched_shares(rng):
     np.testing.assert_allclose([low, high], gate._of_matched_shares(before_N, after_N), atol=0.0035)
 
 
-def test_numbers_are_compared_by_their_metric():
+def test_numbers_are_compared_by_their_metric(rng):
     task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
     targets_N = np.linspace(-1, 1, 500).astype(np.float32)
     before = {"logits": targets_N[:, None]}
-    after = {"logits": targets_N[:, None] * np.float32(0.9)}
+    noise_N = rng.normal(size=500).astype(np.float32) * np.sqrt(targets_N.var() / 100)
+    after = {"logits": (targets_N + noise_N)[:, None]}
     comparison = gate.compare(task, before, after, targets_N)
     assert comparison.metric == "r2"
-    assert comparison.drop == pytest.approx(0.01, abs=1e-4)
-    assert comparison.low < 0.01 < comparison.high
-    assert gate.judge(comparison, 0.005, strict=False, batch=0.0).verdict == "refused"
-    assert gate.judge(comparison, 0.02, strict=False, batch=0.0).verdict == "accepted"
+    assert comparison.drop == pytest.approx(np.mean(noise_N**2) / targets_N.var(), rel=1e-4)
+    assert 0.008 < comparison.low < comparison.drop < comparison.high < 0.0125
+    assert gate.judge(comparison, 0.005).verdict == "refused"
+    assert gate.judge(comparison, 0.02).verdict == "accepted"
 
 
 def test_a_figure_that_is_no_number_is_refused():
-    nothing = gate.Comparison("accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0)
-    assert gate.judge(nothing, 0.5, strict=False, batch=0.0).verdict == "refused"
+    nothing = gate.Comparison("accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0, 0.0)
+    assert gate.judge(nothing, 0.5).verdict == "refused"
+
+
+def test_the_same_labels_with_other_probabilities_are_refused_of_the_same_net():
+    answers_N = np.arange(300) % 3
+    sharper = {"logits": outputs_for(answers_N)["logits"] * 3}
+    comparison = gate.compare(three_classes(), outputs_for(answers_N), sharper, answers_N)
+    assert comparison.drop == 0
+    before = np.exp([5.0, 0, 0]) / np.exp([5.0, 0, 0]).sum()
+    assert comparison.change == pytest.approx(1 - before[0], rel=1e-3)
+    assert gate.judge(comparison, 0.005).verdict == "accepted"
+    assert gate.judge(comparison, 0.005, max_change=0.01).verdict == "refused"
 
 
 class Leaning:
@@ -324,7 +335,7 @@ def test_answers_that_depend_on_the_batch_are_refused(rng):
     assert difference > gate.MAX_BATCH_DIFFERENCE
     targets_N = np.zeros(64, np.int64)
     same = gate.compare(task, {"logits": inputs["x"]}, {"logits": inputs["x"]}, targets_N)
-    verdict = gate.judge(same, 0.005, strict=False, batch=difference)
+    verdict = gate.judge(same, 0.005, batch=difference)
     assert verdict.verdict == "refused"
     assert "batch" in verdict.reason
 
@@ -424,8 +435,6 @@ def test_a_student_learns_what_only_its_teacher_knows(digits, config, tmp_path):
         teacher.head.weight.copy_(teacher.head.weight.roll(1, 0))
         teacher.head.bias.copy_(teacher.head.bias.roll(1, 0))
     (tmp_path / "taught").mkdir()
-    from safetensors.torch import save_file
-
     save_file(teacher.state_dict(), tmp_path / "taught/weights.safetensors")
     lesson = Lesson(
         teacher=str(tmp_path / "taught"),
@@ -438,22 +447,18 @@ def test_a_student_learns_what_only_its_teacher_knows(digits, config, tmp_path):
     net = build_net(student, digits.task)
     net.load_state_dict(weights)
     with torch.no_grad():
-        answers_N = net.eval()(torch.from_numpy(inputs["image"][:500])).argmax(dim=1).numpy()
-    assert np.mean(answers_N == (targets_N[:500] + 1) % 10) > 0.8
+        answers_N = (
+            net.eval()(torch.from_numpy(np.array(inputs["image"][:500]))).argmax(dim=1).numpy()
+        )
+    assert np.mean(answers_N == (targets_N[:500] + 1) % 10) > 0.6
 
 
 def test_training_goes_on_from_given_weights(digits, config, tmp_path):
     weights = run_loop(config, digits, tmp_path / "first", Lesson())
-    from safetensors.torch import save_file
-
     (tmp_path / "start").mkdir()
     save_file(weights, tmp_path / "start/weights.safetensors")
     still = config.model_copy(
-        update={
-            "optim": config.optim.model_copy(
-                update={"epochs": 1, "lr": 1e-9, "vector_lr": 1e-9, "head_lr": 1e-9}
-            )
-        }
+        update={"optim": config.optim.model_copy(update={"name": "sgd", "epochs": 1, "lr": 1e-9})}
     )
     again = run_loop(still, digits, tmp_path / "again", Lesson(start=str(tmp_path / "start")))
     for name, value in weights.items():
@@ -498,11 +503,11 @@ def test_the_torch_engine_answers_as_the_net(net, digits, tmp_path, precision, t
     np.testing.assert_allclose(result, expected, atol=tolerance * np.abs(expected).max())
     assert loaded.describe()["threads"] == 1
     if precision == "bf16":
-        assert (tmp_path / "t/weights.safetensors").stat().st_size < 30_000
+        whole = sum(value.nbytes for value in net.folded().state_dict().values())
+        assert (tmp_path / "t/weights.safetensors").stat().st_size < 0.6 * whole
 
 
-def test_a_net_that_cannot_be_exported_is_run_by_torch(digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "__name__", __name__)
+def test_a_net_that_cannot_be_exported_is_run_by_torch(digits, tmp_path, capsys):
     config = make_config(
         net=f"{__name__}:Eigenvalues",
         compress={"variants": ["int8_static", "bf16"], "measure_seconds": 0.01},
@@ -692,7 +697,9 @@ def test_a_variant_with_wrong_weights_is_refused_and_production_stays(
         *("--compress.measure_seconds", "0.1"),
     )
     assert done.returncode == 1, done.stderr
-    assert "scaled: accuracy 0." in done.stderr
+    assert "no variant was accepted" in done.stderr
+    assert "scaled: answers are others" in done.stderr
+    assert "accuracy 0." in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert production(storage_path) == before
@@ -737,7 +744,3 @@ def test_wrong_input_gets_one_line(bundle, storage_path, arguments, words):
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_calibration_must_cover_the_classes():
-    assert validate({**make_config().model_dump(), "compress": {"calibration_records": 5}})

@@ -13,8 +13,9 @@ from train import config as configs
 from train import nets
 from train.compress import export, gate
 from train.config import Net, Optim
+from train.configs.curves import Curves
 from train.data import infer, shards
-from train.loop.building import build_net, folded
+from train.loop.building import build_net
 from train.loop.checkpoint import Store, trained
 from train.loop.loop import Loop
 from train.loop.parallel import Worker
@@ -22,6 +23,7 @@ from train.nets.losses import loss_of
 from train.nets.tables import NumberPieces
 from train.nets.texts import Bag, Transformer
 from train.tasks import ClassTarget, LabelsTarget, Task, ValueTarget
+from train.tasks.features import Features
 
 
 def test_pieces_are_as_full_as_numpy_says(rng):
@@ -112,7 +114,7 @@ def test_a_net_for_every_kind_of_input_exports_with_the_same_answers(mixed, tmp_
     tensors = [torch.from_numpy(array) for array in arrays.values()]
     before = net.eval()(*tensors)
     assert before.isfinite().all()
-    export.to_onnx(folded(net), task.features.inputs, arrays, tmp_path / "net.onnx")
+    export.to_onnx(nets.folded(net), task.features.inputs, arrays, tmp_path / "net.onnx")
     torch.testing.assert_close(net(*tensors), before, rtol=1e-3, atol=1e-4)
 
 
@@ -145,9 +147,13 @@ def test_columns_without_any_value_are_encoded_and_learned_from():
 
 
 def test_a_metric_that_falls_is_gated_the_other_way():
-    assert gate.judge("valid_mae", 1.0, 1.004, 0.005).accepted
-    assert gate.judge("valid_mae", 1.0, 0.5, 0.005).accepted
-    assert not gate.judge("valid_mae", 1.0, 1.1, 0.005).accepted
+    task = Curves(Features(()), ValueTarget("y", mean=0.0, scale=1.0))
+    targets_N = np.zeros(100, np.float32)
+    by = {size: {"logits": np.full((100, 1), size, np.float32)} for size in (0.5, 1.0, 1.004, 1.1)}
+    for size, verdict in ((1.004, "accepted"), (0.5, "accepted"), (1.1, "refused")):
+        comparison = gate.compare(task, by[1.0], by[size], targets_N)
+        assert comparison.drop == pytest.approx(size - 1, abs=1e-6)
+        assert gate.judge(comparison, 0.005).verdict == verdict
 
 
 def test_an_own_net_that_is_none_is_refused():
@@ -186,4 +192,4 @@ def test_the_example_of_an_own_task_learns(tmp_path, rng):
     inputs, _ = prepared.open("test")
     sample = {name: np.array(array[:8]) for name, array in inputs.items()}
     specs = prepared.task.features.inputs
-    export.to_onnx(folded(net), specs, sample, tmp_path / "net.onnx")
+    export.to_onnx(nets.folded(net), specs, sample, tmp_path / "net.onnx")

@@ -355,6 +355,13 @@ class Compress(Part):
     max_accuracy_drop: float = Field(
         0.005, ge=0, le=1, description="Largest accepted loss of a variant on held-out records."
     )
+    max_change: float = Field(
+        0.03,
+        ge=0,
+        le=10,
+        description="Largest accepted mean change of the probabilities (half the sum of the "
+        "differences), or of values in deviations, by forms of the same net.",
+    )
     strict: bool = Field(
         False,
         description="Accept only what is within even at the far end of the confidence interval, "

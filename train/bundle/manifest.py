@@ -57,6 +57,10 @@ class Variant(Strict):
         "confidence interval."
     )
     agreement: float = Field(description="Share of validation records answered as by fp32.")
+    change: float = Field(
+        description="Mean change of validation answers from fp32: half the sum over probabilities, "
+        "or of values in standard deviations of the target."
+    )
     batch_difference: float | None = Field(
         description="How far answers differ between batches of 1, 7 and 64; null where labels do."
     )

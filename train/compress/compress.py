@@ -1,5 +1,6 @@
 """Make the variants of a net, measure them, and let the gate decide."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.bundle.manifest import Timing, Variant, ranked
 from train.compress import gate, measure, table
 from train.compress.export import ExportError
-from train.compress.gate import Verdict
+from train.compress.gate import Comparison, Verdict
 from train.compress.measure import Measured
 from train.compress.recipes import OWN, Made, Skipped, Workshop
 from train.config import Config
@@ -32,6 +33,8 @@ NUM_GOLDEN = 8
 # Another processor may round differently: relative to the largest golden output.
 TOLERANCE, TOLERANCE_REDUCED = 1e-3, 0.1
 FULL = ("fp32", "pruned", "distilled", "int8_weights")
+# How variants are called that are not the trained net, but one that learned from it.
+OTHER_NETS = ("pruned", "distilled")
 EAGER = "eager fp32"
 PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -190,9 +193,16 @@ class _Judge:
             for each in (reference, path)
         )
         comparison = gate.compare(self._task, before, after, targets_N)
-        strict = self._config.strict
-        verdict = gate.judge(comparison, self._config.max_accuracy_drop, strict=strict, batch=0.0)
-        return verdict.verdict == "accepted"
+        return self._verdict(comparison, same_net=True).verdict == "accepted"
+
+    def _verdict(self, comparison: Comparison, *, same_net: bool, batch: float = 0.0) -> Verdict:
+        return gate.judge(
+            comparison,
+            self._config.max_accuracy_drop,
+            max_change=self._config.max_change if same_net else math.inf,
+            strict=self._config.strict,
+            batch=batch,
+        )
 
     def judged(
         self, name: str, made: Made, measured: Measured, timings: list[Timing], folder: Path
@@ -212,9 +222,8 @@ class _Judge:
         golden = single.run(self.golden_inputs)
         batch = gate.batch_difference(self._task, single, _first(inputs, max(gate.BATCH_SIZES)))
         comparison = gate.compare(self._task, self._reference, valid, targets_N)
-        verdict = gate.judge(
-            comparison, self._config.max_accuracy_drop, strict=self._config.strict, batch=batch
-        )
+        same_net = not name.startswith(OTHER_NETS)
+        verdict = self._verdict(comparison, same_net=same_net, batch=batch)
         if name == "fp32":
             verdict = Verdict("accepted", "it is what the others are compared with")
         tests = self._task.metrics(test, self._splits["test"][1], "test")
@@ -229,6 +238,7 @@ class _Judge:
             metrics={**self._task.metrics(valid, targets_N, "valid"), **tests},
             drop=[comparison.drop, comparison.low, comparison.high],
             agreement=comparison.agreement,
+            change=comparison.change,
             batch_difference=batch if np.isfinite(batch) else None,
             size_bytes=sum(file.stat().st_size for file in made.path.parent.iterdir()),
             profile=timings,

@@ -1,5 +1,6 @@
 """The gate: a variant is served only if held-out records say that it may be."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,8 @@ class Comparison:
 
     drop: how much worse the metric is; low, high: its 95 % confidence interval.
     agreement: share of records with the same answer; for numbers the R² of one by the other.
+    change: mean difference of the answers: half the sum over probabilities, or of values in
+    standard deviations of the target.
     """
 
     metric: str
@@ -35,6 +38,7 @@ class Comparison:
     low: float
     high: float
     agreement: float
+    change: float
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,25 @@ def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarra
         low=low,
         high=high,
         agreement=_agreement(task, reference, outputs),
+        change=_change(task, reference, outputs),
     )
 
 
-def judge(comparison: Comparison, max_drop: float, *, strict: bool, batch: float) -> Verdict:
+def judge(
+    comparison: Comparison,
+    max_drop: float,
+    *,
+    max_change: float = math.inf,
+    strict: bool = False,
+    batch: float = 0.0,
+) -> Verdict:
     """Accept a variant that was measured to be at most `max_drop` worse than fp32.
 
     Beyond that it is refused if even the near end of the interval is beyond, or if it is worse by
     more than chance; else undecided: more held-out records would tell. strict: accept only if the
     far end of the interval is within.
+    max_change: for a form of the same net, whose answers must be those of fp32 but for rounding:
+    wrong weights may leave the labels as they are, and the probabilities are nonsense.
     batch: the largest difference between the answers for a record in batches of several sizes.
     """
     c = comparison
@@ -87,6 +101,12 @@ def judge(comparison: Comparison, max_drop: float, *, strict: bool, batch: float
             f"(at most {MAX_BATCH_DIFFERENCE:g} is accepted); {figures}",
         )
     # A NaN compares false and is refused.
+    if not c.change <= max_change:
+        return Verdict(
+            "refused",
+            f"answers are others, by {c.change:.4f} in the mean (at most {max_change:g} is "
+            f"accepted of the same net); {figures}",
+        )
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
             return Verdict("accepted", f"{figures}: within {max_drop:g}")
@@ -111,7 +131,7 @@ def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
         outputs = [engine.run({name: array[p] for name, array in inputs.items()}) for p in parts]
         logits_NK = np.concatenate([part["logits"] for part in outputs])
         answers.append(task.target.decode({"logits": logits_NK}))
-    scale = task.target.scale if isinstance(task.target, ValueTarget) else 1.0
+    scale = _scale(task)
     largest = 0.0
     for other in answers[1:]:
         for name, values in answers[0].items():
@@ -155,6 +175,19 @@ def _by_bootstrap(
         drops.append(sign * (after - before))
     low, high = np.nanquantile(drops, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _change(task: Task, reference: Arrays, outputs: Arrays) -> float:
+    before, after = task.target.decode(reference), task.target.decode(outputs)
+    if "probabilities" in before:
+        difference_NK = np.abs(after["probabilities"] - before["probabilities"])
+        return float(difference_NK.sum(axis=1).mean() / 2)
+    (name,) = before
+    return float(np.abs(after[name] - before[name]).mean()) / _scale(task)
+
+
+def _scale(task: Task) -> float:
+    return task.target.scale if isinstance(task.target, ValueTarget) else 1.0
 
 
 def _agreement(task: Task, reference: Arrays, outputs: Arrays) -> float:

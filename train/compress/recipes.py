@@ -33,7 +33,7 @@ IMPORTANCE_RECORDS = 256
 # Rates of quantization-aware training, as a share of those in optim.
 AWARE_RATE = 0.1
 # Options that change how variants are judged, not how they are made.
-JUDGING = {"variants", "optimize_for", "measure_seconds", "strict"}
+JUDGING = {"variants", "optimize_for", "measure_seconds"}
 
 
 class Skipped(Exception):
