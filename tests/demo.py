@@ -27,7 +27,7 @@ sys.path[0] = str(REPOSITORY)
 
 from cluster import storage
 from tests import server
-from train import config as configs
+from train import commandline
 from train.data import shards
 
 CONNECTIONS = 8
@@ -83,7 +83,7 @@ def train() -> dict[str, Any]:
 
 def test_split() -> tuple[np.ndarray, list[str]]:
     """Return the images [N, H, W, C] and labels that training did not see."""
-    config = configs.parse([]).config
+    config = commandline.parse([]).config
     data = shards.prepare(config, storage.resolve(config.storage.path))
     inputs, targets = data.open("test")
     classes = data.summary["task"]["target"]["classes"]
@@ -152,7 +152,7 @@ def show(
         )
     console.print()
     console.print(table)
-    database = storage.tracking_uri(storage.resolve(configs.parse([]).config.storage.path))
+    database = storage.tracking_uri(storage.resolve(commandline.parse([]).config.storage.path))
     console.print("Where to look next", style="bold")
     for line in (
         f"pictures   {result['bundle']}/report/",

@@ -3,11 +3,11 @@
 import pytest
 
 from cluster.errors import UserError
-from train import config
+from train import commandline
 
 
 def test_options_win_over_the_file():
-    parsed = config.parse(
+    parsed = commandline.parse(
         ["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"]
     ).config
     assert parsed.name == "digits"
@@ -15,10 +15,10 @@ def test_options_win_over_the_file():
 
 
 def test_the_shipped_configs_are_valid():
-    files = sorted(config.CONFIGS.glob("*.yaml"))
+    files = sorted(commandline.CONFIGS.glob("*.yaml"))
     assert files
     for file in files:
-        assert config.parse(["--config", str(file)]).config.name == file.stem
+        assert commandline.parse(["--config", str(file)]).config.name == file.stem
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_shipped_configs_are_valid():
 )
 def test_a_wrong_option_is_named_with_what_is_accepted(arguments, words):
     with pytest.raises(UserError) as caught:
-        config.parse(arguments)
+        commandline.parse(arguments)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -61,7 +61,7 @@ def test_a_wrong_file_is_named_with_what_is_accepted(tmp_path, text, words):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        config.parse(["--config", str(file)])
+        commandline.parse(["--config", str(file)])
     message = str(caught.value)
     assert "\n" not in message
     for word in words:

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from tests import server
 from tests.gloo import run_workers
 from tests.test_end_to_end import processes
-from train.config import parse
+from train.commandline import parse
 from train.data import order, shards
 from train.loop.checkpoint import Store, trained
 from train.loop.loop import Loop

@@ -11,7 +11,7 @@ import yaml
 from cluster.errors import UserError
 from tests.conftest import run_main
 from tests.test_tasks import image_bytes
-from train import config as configs
+from train import commandline
 from train.config import validate
 from train.data import infer
 
@@ -113,12 +113,12 @@ def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
 
 def test_a_command_with_a_file_alone_needs_no_config(tmp_path):
     arguments = ["--data.train", "some/My Table.csv", "--target", "y", "--save-config", "a.yaml"]
-    parsed, save_to = configs.parse(arguments)
+    parsed, save_to = commandline.parse(arguments)
     assert save_to == Path("a.yaml")
     assert parsed.name == "my-table"
     assert not parsed.features
     path = tmp_path / "saved.yaml"
-    configs.save(parsed, path)
+    commandline.save(parsed, path)
     assert validate(yaml.safe_load(path.read_text())) == parsed
 
 

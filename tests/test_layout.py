@@ -15,6 +15,7 @@ ALLOWED = {
     "train.tasks": {"cluster", "train.tasks"},
     "train.bundle": {"cluster", "train.tasks", "train.bundle"},
     "train.config": {"cluster", "train.tasks", "train.config"},
+    "train.commandline": {"cluster", "train.config"},
     # Read by training and by offline inference alike.
     "train.data.formats": {"cluster", "train.tasks"},
     "train.data.sources": {"cluster", "train.tasks", "train.data.formats"},
@@ -29,6 +30,7 @@ ALLOWED = {
         *("train.nets", "train.data", "train.loop", "train.compress"),
     },
     "train.report": {"train.tasks", "train.bundle"},
+    "train.compress.__main__": {"cluster", "train"},
     "train.fit": {"cluster", "train"},
     "train": {"cluster", "train"},
     "tune": {"cluster", "train", "tune"},

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from tests.conftest import make_config
 from tests.test_columns import fitted
-from train import config as configs
-from train import nets
+from train import commandline, nets
 from train.compress import export, gate
 from train.config import Net, Optim
 from train.configs.curves import Curves
@@ -171,7 +170,7 @@ def test_the_example_of_an_own_task_learns(tmp_path, rng):
     path = tmp_path / "curves.parquet"
     pa.parquet.write_table(pa.table({"curve": curves.tolist(), "value": waves}), path)
     options = ["--config", "train/configs/curves.yaml", "--data.train", str(path)]
-    config = infer.complete(configs.parse([*options, "--workers.num", "1"]).config)
+    config = infer.complete(commandline.parse([*options, "--workers.num", "1"]).config)
     prepared = shards.prepare(config, str(tmp_path / "runs"))
     store = Store(str(tmp_path / "checkpoints"), keep=1)
     history = []

@@ -19,11 +19,11 @@ connect.prepare_environment()
 import ray  # noqa: F401 - before the threads of `main`, which would both import it
 
 from cluster.errors import run_command
-from train import config as configs
+from train import commandline
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    config, save_to = configs.parse(argv)
+    config, save_to = commandline.parse(argv)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "train.fit")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     config = infer.complete(config)
     if save_to:
-        configs.save(config, save_to)
+        commandline.save(config, save_to)
     root = storage.resolve(config.storage.path)
     if not config.registry.enabled:
         return registry.summary(fit(config))

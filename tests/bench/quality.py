@@ -26,10 +26,10 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 
 from cluster import connect
-from train import config as configs
+from train import commandline
 from train.fit import fit
 
-CONFIGS = configs.CONFIGS
+CONFIGS = commandline.CONFIGS
 
 
 def boosting(train: pd.DataFrame, test: pd.DataFrame, target: str, columns: list[str]) -> float:
@@ -71,7 +71,7 @@ def ours(name: str, train: pd.DataFrame, test: pd.DataFrame, seed: int, root: Pa
         *("--data.train", str(files["train"]), "--data.test", str(files["test"])),
         *("--storage.path", str(root), "--workers.num", "1"),
     ]
-    bundle = fit(configs.parse(options).config)
+    bundle = fit(commandline.parse(options).config)
     return float(bundle.manifest.metrics[f"test_{bundle.task.metric}"])
 
 
@@ -82,7 +82,7 @@ def compare(
     seeds: int,
     root: Path,
 ) -> dict[str, object]:
-    config = configs.parse(["--config", str(CONFIGS / f"{name}.yaml")]).config
+    config = commandline.parse(["--config", str(CONFIGS / f"{name}.yaml")]).config
     columns = list(config.features)
     rows = []
     started = time.perf_counter()

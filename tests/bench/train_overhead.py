@@ -27,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
 from tests.test_tasks import image_bytes
-from train.config import Config, parse
+from train.commandline import parse
+from train.config import Config
 from train.data import shards
 from train.loop.checkpoint import Store, trained
 from train.loop.loop import Loop

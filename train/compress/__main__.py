@@ -19,12 +19,11 @@ from cluster import connect, storage
 connect.prepare_environment()
 
 from cluster.errors import Failed, UserError, run_command
-from train import config as configs
-from train import nets
+from train import commandline, nets
 from train.bundle import Bundle, CorruptBundle, registry
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, edge
-from train.config import Config
+from train.config import Config, validate
 from train.data import shards
 from train.data.shards import Shards
 
@@ -76,7 +75,7 @@ def _again(argv: Sequence[str]) -> dict[str, Any]:
 
 def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str, Any]:
     """Make a model's variants anew, in a bundle of their own, and register it."""
-    given = configs.given(argv)
+    given = commandline.given(argv)
     if wrong := sorted(given.keys() - set(MAY_CHANGE)):
         raise UserError(
             f"option --{wrong[0]} belongs to training; accepted are those of "
@@ -85,9 +84,9 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     path = given.get("storage", {}).get("path", "runs")
     earlier = _load(model, path)
     manifest = earlier.manifest
-    values = configs.merge(manifest.config, given)
+    values = commandline.merge(manifest.config, given)
     values["storage"]["path"], values["resume"] = path, None
-    config = configs.validate(values)
+    config = validate(values)
     names = [name for name in manifest.variants if name in own or name == "fp32"]
     if taken := [name for name in names if name in own]:
         raise UserError(f"'{manifest.name}' has a variant '{taken[0]}' already; give another name.")

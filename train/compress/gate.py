@@ -64,7 +64,7 @@ def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarra
         metric=metric,
         reference=before,
         value=after,
-        drop=sign * (after - before),
+        drop=sign * (after - before) + 0.0,  # no negative zero
         low=low,
         high=high,
         agreement=_agreement(task, reference, outputs),

@@ -17,14 +17,21 @@ WIDTH = 160
 
 def write(made: "Compressed", metric: str, path: Path) -> None:
     """Print the variants on stderr, and write them as Markdown with the gate's reasons."""
-    columns = ("variant", "engine", "verdict", metric, "worse [95 %]", "bytes", "ms, batch 1")
+    columns = (
+        "variant",
+        "engine",
+        "verdict",
+        metric,
+        "worse on valid [95 %]",
+        "bytes",
+        "ms, batch 1",
+    )
     table = Table(box=None, pad_edge=False)
     for place, column in enumerate((*columns, "records/s, batch 32")):
         table.add_column(column, justify="left" if place < 3 else "right")
     for row in _rows(made, metric):
         table.add_row(*row)
-    console = Console(stderr=True, highlight=False)
-    console.print(table, soft_wrap=True, no_wrap=True, width=WIDTH)
+    Console(stderr=True, highlight=False, width=WIDTH).print(table)
     table.box, table.pad_edge = box.MARKDOWN, True
     with path.open("w") as file:
         Console(file=file, width=WIDTH).print(table)
