@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
+from tests.alone import edge_labels, run_alone
 from tests.conftest import make_config
 from tests.server import REPOSITORY
 from tests.test_columns import fitted
@@ -568,25 +569,6 @@ def test_a_full_disk_while_variants_are_written_is_told(digits, config, tmp_path
 
 # The edge
 
-ALONE_ENVIRONMENT = """
-import sys
-for name in ("torch", "ray", "train", "serve", "cluster"):
-    sys.modules[name] = None
-"""
-
-
-def run_alone(code, folder):
-    """Run code in a process that can import neither torch nor ray nor anything of ours."""
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE_ENVIRONMENT + code],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path):
     from tests.test_bundle import shards_of
@@ -594,14 +576,7 @@ def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path)
 
     edge.export(bundle, None, tmp_path)
     images = np.array(Shards(*shards_of(bundle, trained)).open("test")[0]["image"])
-    np.save(tmp_path / "images.npy", images)
-    code = """
-import json, numpy as np, onnxruntime
-session = onnxruntime.InferenceSession("model.onnx")
-images = np.load("images.npy")
-print(json.dumps(session.run(["label"], {"image": images})[0].tolist()))
-"""
-    labels = json.loads(run_alone(code, tmp_path))
+    labels = edge_labels(tmp_path, "image", images)
     assert labels == Predictor.load(bundle).run({"image": images})["label"].tolist()
 
 

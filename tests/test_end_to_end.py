@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from tests import server
+from tests.alone import edge_labels
 from tests.conftest import run_main
 from tests.test_rest import v2_body
 from tests.test_tasks import image_bytes
+from train.compress import edge
 from train.config import validate
 from train.data import shards
 
@@ -52,14 +54,14 @@ def test_training_prints_one_json_object_that_holds_the_result(trained, bundle):
     assert trained["uri"] == "models:/digits@production"
     assert Path(trained["bundle"]) == bundle.path
     assert trained["metrics"]["test_accuracy"] > 0.95
-    assert set(trained["variants"]) == {"fp32", "int8_static"}
+    assert set(trained["variants"]) == {"fp32", "int8_static", "int8_dynamic", "int8_weights"}
     for variant in trained["variants"].values():
         assert {"accepted", "test_accuracy", "bytes", "p50_ms"} <= set(variant)
     assert bundle.manifest.variants[trained["default_variant"]].accepted
 
 
 def test_a_served_model_answers_every_protocol_and_leaves_no_process(
-    trained, test_split, storage_path, tmp_path
+    trained, bundle, test_split, storage_path, tmp_path
 ):
     before = processes()
     images, labels = test_split
@@ -68,6 +70,8 @@ def test_a_served_model_answers_every_protocol_and_leaves_no_process(
         answer = httpx.post(f"{url}/v2/models/digits/infer", json=v2_body(images)).json()
         by_tensor = answer["outputs"][0]["data"]
         assert np.mean(np.array(by_tensor) == labels) > 0.95
+        edge.export(bundle, None, tmp_path / "edge")
+        assert edge_labels(tmp_path / "edge", "image", np.array(images)) == by_tensor
         instances = [
             {"b64": base64.b64encode(image_bytes(image.squeeze())).decode()} for image in images
         ]

@@ -30,11 +30,11 @@ def test_split(bundle):
     return inputs["image"], targets
 
 
-def v2_body(images):
+def v2_body(images, name="image"):
     return {
         "inputs": [
             {
-                "name": "image",
+                "name": name,
                 "shape": list(images.shape),
                 "datatype": "UINT8",
                 "data": images.ravel().tolist(),
