@@ -126,7 +126,7 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
     for name in (REPORT, PICTURE):
         shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))
 
-    made = compress(net, config, data, writer, run.url)
+    made = compress(net, config, data, writer, storage.resolve(config.storage.path))
     steps = order.num_steps(data.summary["splits"]["train"]["num_records"], config.optim.batch_size)
     rates = [
         config.optim.lr * schedule.factor(config.optim, step, steps * config.optim.epochs)

@@ -4,6 +4,7 @@ Only drivers talk to it, never workers or replicas.
 """
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -136,7 +137,7 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None)
     alias, reason = PRODUCTION, "no version is in production yet"
     if current is not None:
         before = current.tags.get(metric)
-        reason = f"{metric} {value:.4f} against {before} of version {current.version}"
+        reason = f"{metric} {value:.4f} against {float(before or math.nan):.4f} of version {current.version}"
         if current.tags.get(WEIGHTS) == weights:
             reason += ", which is the same net, compressed anew and accepted by the gate"
         elif before is None or _worse(metric, value, float(before)):

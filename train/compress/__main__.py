@@ -7,6 +7,7 @@ python -m train.compress export MODEL --to DIR [--variant NAME]
 
 import argparse
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,6 +76,7 @@ def _again(argv: Sequence[str]) -> dict[str, Any]:
 
 def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str, Any]:
     """Make a model's variants anew, in a bundle of their own, and register it."""
+    started = time.perf_counter()
     given = commandline.given(argv)
     if wrong := sorted(given.keys() - set(MAY_CHANGE)):
         raise UserError(
@@ -102,8 +104,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
             shutil.copyfile(earlier.path / file, writer.file(file))
         net = nets.build(config.net, data.task)
         net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
-        runs = storage.join(root, "train", earlier.path.name)
-        made = compress(net, config, data, writer, runs, earlier=earlier, own=own)
+        made = compress(net, config, data, writer, root, earlier=earlier, own=own)
         wanted = [*own] or [name for name in config.compress.variants if name != "fp32"]
         if wanted and not any(_accepted(made.variants.get(name)) for name in wanted):
             raise Failed(
@@ -126,11 +127,12 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
             )
         )
     bundle = Bundle.load(location)
+    summary = registry.summary(bundle) | {"seconds": round(time.perf_counter() - started, 3)}
     if not config.registry.enabled:
-        return registry.summary(bundle)
+        return summary
     with registry.Recording(root, config.name, manifest.config) as recording:
         published = registry.publish(bundle, recording, root, config.registry.metric)
-    return registry.summary(bundle) | published
+    return summary | published
 
 
 def _accepted(variant: Any) -> bool:

@@ -74,14 +74,14 @@ def compress(
     config: Config,
     shards: Shards,
     writer: BundleWriter,
-    runs: str,
+    root: str,
     *,
     earlier: Bundle | None = None,
     own: Mapping[str, Path] | None = None,
 ) -> Compressed:
     """Write fp32 and each of `compress.variants` into the bundle, with golden outputs of each.
 
-    net: the trained net. runs: where nets that are trained again are kept.
+    net: the trained net. root: the storage path, for nets that are trained again.
     earlier: a bundle of the same net; what is in it and made alike is not made again.
     own: ONNX files made elsewhere, by the name of the variant.
 
@@ -91,7 +91,7 @@ def compress(
     with TemporaryDirectory(prefix="compress-") as scratch:
         judge = _Judge(config, shards)
         shop = Workshop(
-            net, config, shards, writer, Path(scratch), runs, judge.passes, earlier=earlier
+            net, config, shards, writer, Path(scratch), root, judge.passes, earlier=earlier
         )
         made, skipped = _make(shop, own or {})
         eager = TorchEngine(

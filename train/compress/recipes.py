@@ -23,12 +23,15 @@ from train.compress.retrain import Retrainer
 from train.compress.static import Quantizer
 from train.config import Config, Net
 from train.data import order
-from train.data.shards import Shards
+from train.data.shards import Shards, batches
 from train.nets import engine
 from train.nets.losses import loss_of
 from train.tasks import Arrays, ClassTarget
 
 TRIAL_RECORDS = 512
+# Records with extreme outputs, to calibrate on beside those drawn; among how many they are sought.
+EXTREME_RECORDS, MOST_SEARCHED = 64, 50_000
+SEARCH_BATCH = 1000
 IMPORTANCE_RECORDS = 256
 # Rates of quantization-aware training, as a share of those in optim.
 AWARE_RATE = 0.1
@@ -71,22 +74,24 @@ class Workshop:
         shards: Shards,
         writer: BundleWriter,
         scratch: Path,
-        runs: str,
+        root: str,
         passes: Callable[[Path, Path], bool],
         earlier: Bundle | None = None,
     ) -> None:
         self.config, self.task, self.shards, self.scratch = config, shards.task, shards, scratch
         self.passes = passes
-        self._writer, self._runs, self._earlier = writer, runs, earlier
+        self._writer, self._root, self._earlier = writer, root, earlier
         self._bases = {"fp32": Base("fp32", net, config.net)}
         self._exported: dict[str, Path | ExportError] = {}
         self._retrainer: Retrainer | None = None
         inputs, targets_N = shards.open("train")
         ids = _spread(targets_N, config, shards.task.target)
-        self.calibration = _rows(inputs, np.sort(ids[: config.compress.calibration_records]))
+        count = config.compress.calibration_records
         # Of data too few for both, some are used twice.
-        others = ids[config.compress.calibration_records :]
-        self.trial = _rows(inputs, np.sort(others if len(others) >= 2 else ids)[:TRIAL_RECORDS])
+        others = ids[count:] if len(ids) >= count + 2 else ids
+        far = _extremes(net, inputs, ids[:MOST_SEARCHED])
+        self.calibration = _rows(inputs, np.union1d(ids[:count], far[0::2]))
+        self.trial = _rows(inputs, np.union1d(others[:TRIAL_RECORDS], far[1::2]))
 
     def make(self, variant: str) -> Made:
         """Return a variant, made or taken from the earlier bundle. Raises Skipped."""
@@ -143,7 +148,7 @@ class Workshop:
     def retrainer(self) -> Retrainer:
         if self._retrainer is None:
             weights = self._bases["fp32"].net.state_dict()
-            self._retrainer = Retrainer(self.config, self.shards, weights, self._runs)
+            self._retrainer = Retrainer(self.config, self.shards, weights, self._root)
         return self._retrainer
 
     def _prune(self) -> Base:
@@ -277,6 +282,25 @@ def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
         return ids
     first = np.unique(targets_N[ids], return_index=True)[1]
     return np.concatenate([ids[first], np.delete(ids, first)])
+
+
+@torch.inference_mode()
+def _extremes(net: nn.Module, inputs: Arrays, ids: np.ndarray) -> np.ndarray:
+    """Ids of the records whose outputs are farthest from the mean, the farthest first.
+
+    Numbers have no bounds, and a range that was measured without the largest would cut them off.
+    None where all inputs are bounded.
+    """
+    if all(array.dtype != np.float32 for array in inputs.values()):
+        return ids[:0]
+    copied = nets.folded(copy.deepcopy(net)).cpu()
+    parts = [
+        copied(*(torch.from_numpy(array) for array in _rows(inputs, ids[part]).values()))
+        for part in batches(len(ids), SEARCH_BATCH)
+    ]
+    outputs_NK = torch.cat(parts).numpy()
+    deviations_NK = np.abs(outputs_NK - outputs_NK.mean(axis=0)) / (outputs_NK.std(axis=0) + 1e-12)
+    return ids[np.argsort(-deviations_NK.max(axis=1), kind="stable")[:EXTREME_RECORDS]]
 
 
 def _rows(inputs: Arrays, ids: np.ndarray) -> Arrays:

@@ -23,11 +23,12 @@ Weights = dict[str, Tensor]
 class Retrainer:
     """Trains nets that learn from a trained one. Every part that is done is found again.
 
-    url: folder for the runs.
+    root: the storage path; its folder `train` keeps the runs, by the digest of the net's weights.
     """
 
-    def __init__(self, config: Config, shards: Shards, weights: Weights, url: str) -> None:
-        self._config, self._shards, self._url = config, shards, url
+    def __init__(self, config: Config, shards: Shards, weights: Weights, root: str) -> None:
+        self._config, self._shards = config, shards
+        self._url = storage.join(root, "train", f"of-{_digest(_bytes(weights))}")
         self._teacher = self._keep(weights)
 
     def distil(self, student: Net, epochs: int) -> Weights:
@@ -66,8 +67,7 @@ class Retrainer:
         )
         # What it depends on names it, so that the same is not trained twice.
         of = [config.model_dump(mode="json", include={"net", "optim", "augment"}), asdict(lesson)]
-        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
-        url = storage.join(self._url, f"{words}-{key}")
+        url = storage.join(self._url, f"{words}-{_digest(json.dumps(of, sort_keys=True).encode())}")
         fs, path = storage.filesystem(storage.join(url, "run.json"))
         run = Run.open(url) if fs.exists(path) else Run.start(url, config)
         print(f"{words}: training for {config.optim.epochs} epochs", file=sys.stderr)
@@ -76,11 +76,19 @@ class Retrainer:
 
     def _keep(self, weights: Weights) -> str:
         """Write weights where workers find them; return the folder's URL."""
-        data = safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
-        url = storage.join(self._url, f"weights-{hashlib.sha256(data).hexdigest()[:12]}")
+        data = _bytes(weights)
+        url = storage.join(self._url, f"weights-{_digest(data)}")
         with storage.written_whole(url, last=WEIGHTS) as folder:
             (folder / WEIGHTS).write_bytes(data)
         return url
+
+
+def _bytes(weights: Weights) -> bytes:
+    return safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _with(optim: Optim, epochs: int, rate: float) -> Optim:

@@ -31,8 +31,10 @@ def save(net: nn.Module, config: Net, task: Task, precision: Precision, folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = HALVES.get(precision)
+    # Buffers, such as the edges of bins, keep their precision.
+    matrices = {name for name, param in net.named_parameters() if param.ndim > 1}
     weights = {
-        name: value.to(dtype) if dtype and value.is_floating_point() and value.ndim > 1 else value
+        name: value.to(dtype) if dtype and name in matrices else value
         for name, value in net.state_dict().items()
     }
     safetensors.torch.save_file(
