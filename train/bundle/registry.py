@@ -136,11 +136,11 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None)
     ).version
     alias, reason = PRODUCTION, "no version is in production yet"
     if current is not None:
-        before = current.tags.get(metric)
-        reason = f"{metric} {value:.4f} against {float(before or math.nan):.4f} of version {current.version}"
+        before = float(current.tags.get(metric, math.nan))
+        reason = f"{metric} {value:.4f} against {before:.4f} of version {current.version}"
         if current.tags.get(WEIGHTS) == weights:
             reason += ", which is the same net, compressed anew and accepted by the gate"
-        elif before is None or _worse(metric, value, float(before)):
+        elif _worse(metric, value, before):
             alias = CANDIDATE
     client.set_registered_model_alias(manifest.name, alias, version)
     print(f"{manifest.name} version {version} is {alias}: {reason}", file=sys.stderr)

@@ -66,7 +66,9 @@ class Retrainer:
             update={"checkpoint": Checkpoint(best=LAST), "stop": Stop(), "resume": None}
         )
         # What it depends on names it, so that the same is not trained twice.
-        of = [config.model_dump(mode="json", include={"net", "optim", "augment"}), asdict(lesson)]
+        options = config.model_dump(mode="json", include={"net", "optim", "augment"})
+        weights = [url and url.rsplit("/", 1)[-1] for url in (lesson.start, lesson.teacher)]
+        of = [options, {**asdict(lesson), "start": weights[0], "teacher": weights[1]}]
         url = storage.join(self._url, f"{words}-{_digest(json.dumps(of, sort_keys=True).encode())}")
         fs, path = storage.filesystem(storage.join(url, "run.json"))
         run = Run.open(url) if fs.exists(path) else Run.start(url, config)
