@@ -227,29 +227,33 @@ def _int8_static(shop: Workshop, variant: str, *, base: str = "fp32") -> Made:
     found = shop.base(base)
     reference = shop.onnx(found)
     path = shop.folder(variant) / "model.onnx"
-    quantizer = _calibrated(shop, found)
-    recipe: dict[str, Any] = {"calibration": quantizer.method, "error": round(quantizer.error, 6)}
-    quantizer.write(path)
-    if shop.passes(path, reference):
-        return Made(path, recipe)
-    layers = quantizer.most_sensitive()
-    trial = shop.scratch / "trial_layers.onnx"
-    count = 1
-    while count <= len(layers) // 2:
-        quantizer.write(trial, layers[:count])
-        if shop.passes(trial, reference):
-            shutil.copyfile(trial, path)
-            return Made(path, {**recipe, "kept_float": layers[:count]})
-        count *= 2
-    if shop.config.compress.aware_epochs:
+    made = _kept_where_needed(shop, _calibrated(shop, found), reference, path)
+    if made is None and shop.config.compress.aware_epochs:
         quantizer = _calibrated(shop, shop.aware(found))
-        quantizer.write(trial)
-        if shop.passes(trial, reference):
-            shutil.copyfile(trial, path)
-            aware = {"aware_epochs": shop.config.compress.aware_epochs}
-            error = round(quantizer.error, 6)
-            return Made(path, {"calibration": quantizer.method, "error": error, **aware})
-    return Made(path, recipe)
+        made = _kept_where_needed(shop, quantizer, reference, path)
+        if made is not None:
+            return Made(path, {**made, "aware_epochs": shop.config.compress.aware_epochs})
+    return Made(path, made or {})
+
+
+def _kept_where_needed(
+    shop: Workshop, quantizer: Quantizer, reference: Path, path: Path
+) -> dict[str, Any] | None:
+    """Write the form with the fewest layers in float that the gate accepts, and describe it.
+
+    None where half of the layers are not enough; all that rule the error are left in float then.
+    """
+    layers = quantizer.most_sensitive()
+    least = len(quantizer.ruling(layers))
+    counts = [least, *(2**n for n in range(len(layers)) if least < 2**n <= len(layers) // 2)]
+    for count in counts:
+        quantizer.write(path, layers[:count])
+        if shop.passes(path, reference):
+            error = quantizer.error_without(layers[:count])
+            kept = {"kept_float": layers[:count]} if count else {}
+            return {"calibration": quantizer.method, "error": round(error, 6), **kept}
+    quantizer.write(path, layers[:least])
+    return None
 
 
 def _calibrated(shop: Workshop, base: Base) -> Quantizer:

@@ -119,6 +119,21 @@ class Quantizer:
         layers = [node.name for node in nodes if node.op_type in LAYERS]
         return sorted(layers, key=lambda layer: self.error_without((layer,)))
 
+    def ruling(self, layers: Sequence[str]) -> list[str]:
+        """The first of `layers` that make more than half of the error each: left in float.
+
+        Often it is the first convolution, which costs next to nothing in float.
+        """
+        kept: list[str] = []
+        error = self.error
+        for layer in layers[: len(layers) // 2]:
+            without = self.error_without((*kept, layer))
+            if without > error / 2:
+                break
+            kept.append(layer)
+            error = without
+        return kept
+
 
 def _ranges(prepared: Path, scratch: Path, calibration: Arrays, method: Any) -> Any:
     with _quiet():
