@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from train.bundle import Bundle, CorruptBundle, Predictor
+from train.bundle import Bundle, CorruptBundle, Predictor, engines
 from train.bundle import manifest as manifests
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.bundle.manifest import ranked
 from train.data.shards import Shards
 
 
@@ -125,13 +127,54 @@ class Wrong(OnnxRuntimeEngine):
 
 
 def test_an_engine_that_answers_differently_is_refused(bundle, monkeypatch):
-    monkeypatch.setitem(Predictor.load.__globals__["ENGINES"], "onnxruntime", Wrong)
+    monkeypatch.setattr(engines, "find", lambda name: Wrong)
     with pytest.raises(CorruptBundle, match="golden"):
         Predictor.load(bundle)
 
 
+def test_where_one_variant_is_computed_differently_the_next_best_is_used(
+    bundle, monkeypatch, caplog
+):
+    manifest = bundle.manifest
+    default = manifest.default_variant
+    wrong_file = manifest.variants[default].file
+
+    class WrongOnce(OnnxRuntimeEngine):
+        @classmethod
+        def load(cls, path, *, num_threads):
+            kind = Wrong if str(path).endswith(wrong_file) else OnnxRuntimeEngine
+            return kind.load(path, num_threads=num_threads)
+
+    monkeypatch.setattr(engines, "find", lambda name: WrongOnce)
+    predictor = Predictor.load(bundle)
+    accepted = ranked(manifest.variants, manifest.optimize_for)
+    assert predictor.variant == next(name for name in accepted if name != default)
+    assert f"'{default}'" in caplog.text
+    with pytest.raises(CorruptBundle, match="golden"):
+        Predictor.load(bundle, default)
+
+
+def test_a_default_that_was_not_accepted_is_not_served(bundle):
+    manifest = bundle.manifest
+    name = manifest.default_variant
+    refused = manifest.variants[name].model_copy(update={"verdict": "refused"})
+    changed = manifest.model_copy(update={"variants": {**manifest.variants, name: refused}})
+    assert Predictor.load(replace(bundle, manifest=changed)).variant != name
+    with pytest.raises(ValueError, match="was refused by the gate"):
+        Predictor.load(replace(bundle, manifest=changed), name)
+
+
+def test_a_bundle_of_another_format_says_so(bundle, tmp_path):
+    copy = tmp_path / "old"
+    shutil.copytree(bundle.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    with pytest.raises(CorruptBundle, match="has format 1; this version reads 2"):
+        Bundle.load(str(copy))
+
+
 def test_an_unknown_variant_names_the_known_ones(bundle):
-    with pytest.raises(ValueError, match=r"'int4' is unknown; 'digits' has fp32, int8_static"):
+    with pytest.raises(ValueError, match=r"'int4' is unknown; 'digits' has fp32, int8_dyn"):
         Predictor.load(bundle, "int4")
 
 

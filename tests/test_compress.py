@@ -563,8 +563,61 @@ def test_a_full_disk_while_variants_are_written_is_told(digits, config, tmp_path
     monkeypatch.setitem(recipes.RECIPES, "int8_weights", full)
     values = make_config(compress={"variants": ["int8_weights"], "measure_seconds": 0.01})
     net = build_net(config, digits.task)
-    with pytest.raises(Failed, match="'int8_weights' cannot be written: No space left"):
+    with pytest.raises(Failed, match="cannot be written: No space left"):
         compress(net, values, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"))
+
+
+def test_a_variant_that_fails_does_not_end_the_others(digits, config, tmp_path, monkeypatch):
+    def broken(*_):
+        raise AssertionError("scale issue")
+
+    monkeypatch.setitem(recipes.RECIPES, "int8_weights", broken)
+    values = make_config(
+        compress={"variants": ["int8_weights", "int8_dynamic"], "measure_seconds": 0.01}
+    )
+    net = build_net(config, digits.task)
+    made = compress(net, values, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"))
+    assert made.skipped == {"int8_weights": "AssertionError: scale issue"}
+    assert set(made.variants) == {"fp32", "int8_dynamic"}
+
+
+def test_what_is_no_form_of_the_net_is_left_out(digits, config, tmp_path, exported):
+    """A net of nine outputs, one that answers NaN, and no ONNX at all."""
+    net = build_net(config, digits.task)
+    inputs, _ = digits.open("train")
+    sample = {"image": np.array(inputs["image"][:8])}
+    nine = ConvNet((8, 8, 1), 9, [16], whiten=False).eval()
+    nothing = ConvNet((8, 8, 1), 10, [16], whiten=False).eval()
+    paths = {name: tmp_path / f"{name}.onnx" for name in ("nine", "nothing", "text")}
+    specs = digits.task.features.inputs
+    export.to_onnx(nine.folded(), specs, sample, paths["nine"])
+    export.to_onnx(nothing.folded(), specs, sample, paths["nothing"])
+    model = onnx.load(paths["nothing"])
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor) * np.float32("nan")
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, paths["nothing"])
+    paths["text"].write_text("no ONNX")
+    alone = make_config(compress={"variants": [], "measure_seconds": 0.01})
+    made = compress(
+        net, alone, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"), own=paths
+    )
+    assert list(made.variants) == ["fp32"]
+    assert "[8, 9]}; expected logits [N, 10]" in made.skipped["nine"]
+    assert "NaN" in made.skipped["nothing"]
+    assert made.skipped["text"].startswith("onnxruntime: ")
+
+
+def test_extreme_outputs_are_calibrated_on(rng):
+    """One record in a thousand is far out; drawn ones alone would miss it."""
+    values = rng.normal(size=(5000, 1)).astype(np.float32)
+    values[1234], values[2345] = 40, -30
+    found = recipes._extremes(torch.nn.Linear(1, 2), {"numbers": values}, np.arange(5000))
+    assert found[:2].tolist() == [1234, 2345]
+    assert len(found) == recipes.EXTREME_RECORDS
+    pixels = {"image": np.zeros((9, 2, 2, 1), np.uint8)}
+    assert len(recipes._extremes(torch.nn.Linear(1, 2), pixels, np.arange(9))) == 0
 
 
 # The edge
@@ -691,7 +744,7 @@ def test_the_choice_is_made_again_without_making_the_variants_again(bundle, stor
     sizes = {
         name: entry["bytes"] for name, entry in result["variants"].items() if entry["accepted"]
     }
-    assert result["default_variant"] == min(sizes, key=sizes.__getitem__)
+    assert sizes[result["default_variant"]] == min(sizes.values())
     assert result["alias"] == "production"
     again = Path(result["bundle"])
     for name, entry in bundle.manifest.variants.items():
@@ -709,6 +762,8 @@ def test_the_choice_is_made_again_without_making_the_variants_again(bundle, stor
             "'none.onnx', which is no file",
         ),
         (["add", "MODEL", "--variant", "fp32", "--onnx", "README.md"], "has a variant 'fp32'"),
+        (["add", "MODEL", "--variant", "../x", "--onnx", "README.md"], "'../x'; expected small"),
+        (["MODEL", "--compress.calibration_records", "5"], "there are 10 classes"),
         (["export", "MODEL", "--to", "/proc/nothing"], "cannot be written"),
         (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),
     ],

@@ -1,6 +1,7 @@
 """Model versions and aliases, in a real MLflow."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 from cluster.errors import UserError
 from train.bundle import registry
+from train.bundle.bundle import WEIGHTS
+from train.bundle.manifest import File
 
 
 def publish(bundle, root, metric):
@@ -22,13 +25,27 @@ def publish(bundle, root, metric):
 
 
 def with_metric(bundle, metric, value):
-    """The bundle as if its default variant had another figure."""
+    """The bundle as if it were of another net, its default variant with another figure."""
     manifest = bundle.manifest
     name = manifest.default_variant
     variant = manifest.variants[name]
     changed = variant.model_copy(update={"metrics": {**variant.metrics, metric: value}})
     variants = {**manifest.variants, name: changed}
-    return replace(bundle, manifest=manifest.model_copy(update={"variants": variants}))
+    weights = File(sha256=secrets.token_hex(32), size_bytes=1)
+    update = {"variants": variants, "files": {**manifest.files, WEIGHTS: weights}}
+    return replace(bundle, manifest=manifest.model_copy(update=update))
+
+
+def test_the_same_net_with_other_variants_takes_the_place_of_the_one_before(bundle, tmp_path):
+    root = str(tmp_path)
+    better = with_metric(bundle, "valid_accuracy", 0.99)
+    worse = with_metric(bundle, "valid_accuracy", 0.98)
+    same = replace(
+        worse, manifest=worse.manifest.model_copy(update={"files": better.manifest.files})
+    )
+    assert publish(better, root, "valid_accuracy")["alias"] == "production"
+    assert publish(worse, root, "valid_accuracy")["alias"] == "candidate"
+    assert publish(same, root, "valid_accuracy")["alias"] == "production"
 
 
 def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):

@@ -293,6 +293,7 @@ class Checkpoint(Part):
 
 
 Variant = Literal[
+    "fp32",
     "bf16",
     "fp16",
     "int8",
@@ -310,7 +311,13 @@ Variant = Literal[
 class Prune(Part):
     """Whole channels removed, those first that matter least; then trained on."""
 
-    share: float = Field(0.25, gt=0, le=0.9, description="Share of channels removed in each layer.")
+    share: float = Field(
+        0.25,
+        gt=0,
+        le=0.9,
+        description="Share of channels removed in each layer; the rest is rounded down to blocks "
+        "of 16.",
+    )
     epochs: int = Field(6, ge=1, le=10_000, description="Epochs of training afterwards.")
     rate: float = Field(
         0.5, gt=0, le=10, description="Peak rates afterwards, as a share of those in optim."
@@ -320,7 +327,7 @@ class Prune(Part):
 class Distill(Part):
     """A smaller net that learns from the outputs of the trained one."""
 
-    net: Net | None = Field(
+    net: Annotated[Net | None, BeforeValidator(_own_alone)] = Field(
         None, description="The student; by default the same net with half the widths."
     )
     epochs: int | None = Field(
@@ -340,7 +347,11 @@ class Compress(Part):
         description="Variants to make besides fp32. pruned… and distilled… train again.",
     )
     max_accuracy_drop: float = Field(
-        0.005, ge=0, le=1, description="Largest accepted loss of a variant on held-out records."
+        0.005,
+        ge=0,
+        le=1,
+        description="Largest accepted loss of a variant on held-out records, in the task's metric; "
+        "of errors in standard deviations of the target.",
     )
     max_change: float = Field(
         0.03,
@@ -372,7 +383,10 @@ class Compress(Part):
         description="Epochs of quantization-aware training where static int8 is not accepted.",
     )
     measure_seconds: float = Field(
-        20, gt=0, le=3600, description="Time to measure latencies, all variants together."
+        20,
+        gt=0,
+        le=3600,
+        description="Rounds of measuring latencies begin for so long; there are at least five.",
     )
     prune: Prune = Prune()
     distill: Distill = Distill()

@@ -18,6 +18,7 @@ from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import Tensor
 from train.compress import compress
+from train.compress.recipes import check_calibration
 from train.config import Augment, Config
 from train.data import infer, order, shards
 from train.data.baseline import baseline
@@ -30,7 +31,6 @@ from train.loop.figures import Event
 from train.loop.loop import LAST
 from train.loop.run import LEAST_SAMPLES, Run
 from train.nets.losses import loss_of
-from train.tasks import ClassTarget
 
 
 def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -> Bundle:
@@ -72,12 +72,7 @@ def _check(config: Config, data: Shards) -> None:
         )
     if config.augment != Augment() and not images:
         raise UserError("augment is for images, and the records hold none; leave it out.")
-    least = len(task.target.classes) if isinstance(task.target, ClassTarget) else 2
-    if config.compress.calibration_records < least:
-        raise UserError(
-            f"compress.calibration_records is {config.compress.calibration_records}, and there are "
-            f"{least} classes: ranges would be those of some classes only; give at least {least}."
-        )
+    check_calibration(config, task)
     smallest = order.smallest_batch(
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size
     )

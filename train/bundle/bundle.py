@@ -101,7 +101,9 @@ class Bundle:
         """
         path = storage.fetch(location, last=manifests.FILENAME)
         try:
-            manifest = Manifest.model_validate_json((path / manifests.FILENAME).read_bytes())
+            content = (path / manifests.FILENAME).read_bytes()
+            _check_format(path, content)
+            manifest = Manifest.model_validate_json(content)
         except OSError as error:
             raise CorruptBundle(
                 f"'{path}' has no readable {manifests.FILENAME}; it is no complete bundle. "
@@ -114,11 +116,6 @@ class Bundle:
                 f"{path / manifests.FILENAME}: {where or 'content'}: {first['msg']}. "
                 "Train the model again or name another version."
             ) from error
-        if manifest.format_version != manifests.FORMAT_VERSION:
-            raise CorruptBundle(
-                f"'{path}' has format {manifest.format_version}; "
-                f"this version reads {manifests.FORMAT_VERSION}."
-            )
         needed = {FEATURES, GOLDEN, *(variant.file for variant in manifest.variants.values())}
         if unlisted := sorted(needed - manifest.files.keys()):
             raise CorruptBundle(
@@ -143,6 +140,19 @@ class Bundle:
         with np.load(io.BytesIO((self.path / GOLDEN).read_bytes()), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return (_below(arrays, "inputs/"), _below(arrays, f"outputs/{variant}/"))
+
+
+def _check_format(path: Path, content: bytes) -> None:
+    """Raises CorruptBundle for a manifest of another format, whose fields are others too."""
+    try:
+        found = json.loads(content)["format_version"]
+    except (ValueError, TypeError, KeyError):
+        return  # no manifest; validation says what is wrong
+    if found != manifests.FORMAT_VERSION:
+        raise CorruptBundle(
+            f"'{path}' has format {found}; this version reads {manifests.FORMAT_VERSION}. "
+            "Train the model again."
+        )
 
 
 _REMEDY = "Copy the bundle again, or name another version."

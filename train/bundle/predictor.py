@@ -45,7 +45,9 @@ class Predictor:
             raise ValueError(
                 f"variant '{variant}' {came}; '{manifest.name}' has {', '.join(sorted(accepted))}."
             )
-        names = [variant] if variant else list(dict.fromkeys([manifest.default_variant, *accepted]))
+        names = [variant] if variant else accepted
+        if variant is None and manifest.default_variant in accepted:
+            names = list(dict.fromkeys([manifest.default_variant, *accepted]))
         problems = []
         for name in names:
             try:
@@ -55,7 +57,7 @@ class Predictor:
                 problems.append(str(error))
             else:
                 return cls(bundle, bundle.task, name, engine)
-        raise CorruptBundle(problems[0])
+        raise CorruptBundle((problems or [f"'{bundle.path}' has no accepted variant."])[0])
 
     def encode(self, columns: Columns) -> Arrays:
         """Return the arrays of N records. Raises InvalidRecord."""

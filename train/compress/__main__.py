@@ -6,6 +6,8 @@ python -m train.compress export MODEL --to DIR [--variant NAME]
 """
 
 import argparse
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,21 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import nn
 
 from cluster import connect, storage
 
 connect.prepare_environment()
 
 from cluster.errors import Failed, UserError, run_command
-from train import commandline, nets
+from train import commandline, nets, report
 from train.bundle import Bundle, CorruptBundle, registry
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, edge
+from train.compress.recipes import RECIPES, check_calibration
 from train.config import Config, validate
 from train.data import shards
 from train.data.shards import Shards
 
 # What may be given besides compress.…: where things are, and who works.
+NAME = "[a-z0-9][a-z0-9_-]{0,62}"
 MAY_CHANGE = ("compress", "data", "registry", "storage", "workers")
 
 
@@ -58,6 +63,10 @@ def _add(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--variant", required=True, help="the new variant's name")
     parser.add_argument("--onnx", required=True, type=Path, help="its file")
     options, rest = parser.parse_known_args(argv)
+    if not re.fullmatch(NAME, options.variant):
+        raise UserError(
+            f"--variant is '{options.variant}'; expected small letters, digits, _ and -."
+        )
     if not options.onnx.is_file():
         raise UserError(f"--onnx is '{options.onnx}', which is no file; give an ONNX file.")
     return _make(options.model, rest, {options.variant: options.onnx})
@@ -89,20 +98,20 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     values = commandline.merge(manifest.config, given)
     values["storage"]["path"], values["resume"] = path, None
     config = validate(values)
-    names = [name for name in manifest.variants if name in own or name == "fp32"]
-    if taken := [name for name in names if name in own]:
+    if taken := [name for name in own if name in manifest.variants or name in RECIPES]:
         raise UserError(f"'{manifest.name}' has a variant '{taken[0]}' already; give another name.")
     root = storage.resolve(path)
     data = _data(config, earlier, root)
-    registry.check(root, config.registry.metric)
-
-    name = f"{manifest.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-compressed"
+    if config.registry.enabled:
+        registry.check(root, config.registry.metric)
+    now = datetime.now(UTC)
+    name = f"{manifest.name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-compressed"
     location = storage.join(root, "bundles", name)
     with Bundle.create(location) as writer:
         shutil.copytree(earlier.path / "report", writer.path / "report")
         for file in (WEIGHTS, FEATURES, BASELINE):
             shutil.copyfile(earlier.path / file, writer.file(file))
-        net = nets.build(config.net, data.task)
+        net = _built(config, data)
         net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
         made = compress(net, config, data, writer, root, earlier=earlier, own=own)
         wanted = [*own] or [name for name in config.compress.variants if name != "fp32"]
@@ -116,10 +125,11 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
                     for name in wanted
                 )
             )
+        report.predictions(data.task, *data.open("test"), made.outputs, writer.file)
         writer.commit(
             manifest.model_copy(
                 update={
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "created": now.isoformat(timespec="seconds"),
                     "files": writer.files(),
                     "config": config.model_dump(mode="json"),
                     **made.fields,
@@ -130,7 +140,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     summary = registry.summary(bundle) | {"seconds": round(time.perf_counter() - started, 3)}
     if not config.registry.enabled:
         return summary
-    with registry.Recording(root, config.name, manifest.config) as recording:
+    with registry.Recording(root, config.name, bundle.manifest.config) as recording:
         published = registry.publish(bundle, recording, root, config.registry.metric)
     return summary | published
 
@@ -142,7 +152,15 @@ def _accepted(variant: Any) -> bool:
 def _load(model: str, path: str) -> Bundle:
     try:
         return Bundle.load(registry.resolve(model, storage.resolve(path))[0])
-    except CorruptBundle as error:
+    except (CorruptBundle, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _built(config: Config, data: Shards) -> nn.Module:
+    """The model's net. Raises UserError where its class is not there."""
+    try:
+        return nets.build(config.net, data.task)
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
@@ -150,7 +168,8 @@ def _data(config: Config, bundle: Bundle, root: str) -> Shards:
     """The encoded records that the model was trained on. Raises UserError for others."""
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     data = shards.prepare(config, root)
-    if data.task.to_dict() != bundle.manifest.task:
+    check_calibration(config, data.task)
+    if data.summary["digest"] != bundle.manifest.data["digest"]:
         raise UserError(
             f"'{config.data.train}' no longer holds the records that '{bundle.manifest.name}' was "
             "trained on; give --data.train, and --data.test, where they are."

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, compose, helper, numpy_helper
 from tokenizers import Tokenizer
 
 from cluster.errors import UserError
@@ -38,9 +38,16 @@ def export(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, Any]:
     accepted = [each for each, entry in manifest.variants.items() if _portable(entry)]
     if found is None or not _portable(found):
         raise UserError(
-            f"variant '{name}' cannot be exported; accepted ones in ONNX are {', '.join(accepted)}."
+            f"variant '{name}' cannot be exported; accepted ones in ONNX are "
+            f"{', '.join(accepted) or 'none'}."
         )
     task = bundle.task
+    outputs = {spec.name for spec in task.target.outputs} | {"labels"}
+    if taken := sorted(outputs & {spec.name for spec in task.features.fields}):
+        raise UserError(
+            f"column '{taken[0]}' is called as an output of the edge file is; rename it and train "
+            "again."
+        )
     model = onnx.load(str(bundle.path / found.file))
     put_inside(model, task)
     onnx.checker.check_model(model)
@@ -49,7 +56,10 @@ def export(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, Any]:
         onnx.save(model, str(folder / MODEL))
         for encoder in task.features.encoders:
             if isinstance(encoder, Texts):
-                (folder / TOKENIZER).write_text(encoder.tokenizer)
+                tokenizer = Tokenizer.from_str(encoder.tokenizer)
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
+                (folder / TOKENIZER).write_text(tokenizer.to_str())
         (folder / README).write_text(_readme(bundle, name, model))
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror}; give another.") from error
@@ -63,6 +73,11 @@ def _portable(variant: Variant) -> bool:
 
 def put_inside(model: onnx.ModelProto, task: Task) -> None:
     """Add what comes before and after the net to its graph."""
+    # A column may be called like something inside the net.
+    prefixed = compose.add_prefix(
+        model, "net.", rename_inputs=False, rename_outputs=False, rename_functions=False
+    )
+    model.CopyFrom(prefixed)
     before, after = _Graph(), _Graph()
     given = {value.name: value for value in model.graph.input}
     inputs: list[ValueInfoProto] = []
@@ -249,12 +264,13 @@ class _Script:
     def _add_texts(self, encoder: Texts) -> None:
         """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
         mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
-        between = "" if mark is None else f"[{mark}] * bool(ids) + "
+        between = "" if mark is None else f"[{mark}] * (number > 0) + "
         most = encoder.max_tokens
         self._imports.append("from tokenizers import Tokenizer")
         self._before += [
             f'tokenizer, ids = Tokenizer.from_file("{TOKENIZER}"), []',
-            f"for text in {['a text'] * len(encoder.columns)}:  # {', '.join(encoder.columns)}",
+            f"texts = {['a text'] * len(encoder.columns)}  # {', '.join(encoder.columns)}",
+            "for number, text in enumerate(texts):",
             f"    ids += {between}tokenizer.encode(text).ids",
             f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
         ]

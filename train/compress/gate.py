@@ -16,6 +16,8 @@ from train.tasks.values import ValueTarget
 EPSILON = 1e-9
 Z_95 = 1.959964
 RESAMPLES = 1000
+# Metrics in the target's own unit, whatever that is.
+IN_UNITS = ("rmse", "mae")
 BATCH_SIZES = (1, 7, 64)
 # How far an answer may depend on the batch it travelled in.
 MAX_BATCH_DIFFERENCE = 1e-5
@@ -25,7 +27,8 @@ MAX_BATCH_DIFFERENCE = 1e-5
 class Comparison:
     """A variant against fp32 on the same records.
 
-    drop: how much worse the metric is; low, high: its 95 % confidence interval.
+    drop: how much worse the metric is, an error in standard deviations of the target; low, high:
+    its 95 % confidence interval.
     agreement: share of records with the same answer; for numbers the R² of one by the other.
     change: mean difference of the answers: half the sum over probabilities, or of values in
     standard deviations of the target.
@@ -50,9 +53,11 @@ class Verdict:
 def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray) -> Comparison:
     """Compare a variant's outputs with fp32's for the same records, by the task's metric."""
     target, metric = task.target, task.metric
-    before = target.metrics(reference, targets_N)[metric]
-    after = target.metrics(outputs, targets_N)[metric]
+    before = _metric(task, reference, targets_N)
+    after = _metric(task, outputs, targets_N)
     sign = 1.0 if metric.endswith(LOWER_IS_BETTER) else -1.0
+    if metric in IN_UNITS:
+        sign /= _scale(task)
     if isinstance(target, ClassTarget) and metric == "accuracy":
         low, high = _of_matched_shares(
             reference["logits"].argmax(axis=1) == targets_N,
@@ -109,7 +114,8 @@ def judge(
         )
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
-            return Verdict("accepted", f"{figures}: within {max_drop:g}")
+            beyond = ", though the interval reaches beyond" if c.high > max_drop + EPSILON else ""
+            return Verdict("accepted", f"{figures}: within {max_drop:g}{beyond}")
         return Verdict("undecided", f"{figures}: the interval reaches beyond {max_drop:g}")
     if c.low <= 0:
         return Verdict(
@@ -143,6 +149,10 @@ def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
     return largest
 
 
+def _metric(task: Task, outputs: Arrays, targets_N: np.ndarray) -> float:
+    return task.metrics(outputs, targets_N, "valid")[f"valid_{task.metric}"]
+
+
 def _of_matched_shares(before_N: np.ndarray, after_N: np.ndarray) -> tuple[float, float]:
     """The interval of the difference of two shares of the same records, by their discordant ones.
 
@@ -169,7 +179,7 @@ def _by_bootstrap(
     for _ in range(RESAMPLES):
         ids = draws.integers(0, len(targets_N), len(targets_N))
         before, after = (
-            task.target.metrics({"logits": each["logits"][ids]}, targets_N[ids])[task.metric]
+            _metric(task, {"logits": each["logits"][ids]}, targets_N[ids])
             for each in (reference, outputs)
         )
         drops.append(sign * (after - before))
@@ -182,8 +192,9 @@ def _change(task: Task, reference: Arrays, outputs: Arrays) -> float:
     if "probabilities" in before:
         difference_NK = np.abs(after["probabilities"] - before["probabilities"])
         return float(difference_NK.sum(axis=1).mean() / 2)
-    (name,) = before
-    return float(np.abs(after[name] - before[name]).mean()) / _scale(task)
+    numbers = [name for name, values in before.items() if values.dtype != object]
+    changes = [np.abs(after[name] - before[name]).mean() / _scale(task) for name in numbers]
+    return float(max(changes, default=0.0))
 
 
 def _scale(task: Task) -> float:
@@ -194,7 +205,11 @@ def _agreement(task: Task, reference: Arrays, outputs: Arrays) -> float:
     before, after = task.target.decode(reference), task.target.decode(outputs)
     if "label" in before:
         return float(np.mean(before["label"] == after["label"]))
-    (name,) = before
-    spread = float(np.var(before[name]))
-    error = float(np.mean((after[name] - before[name]) ** 2))
+    numbers = [name for name, values in before.items() if values.dtype != object]
+    return min((_explained(before[name], after[name]) for name in numbers), default=1.0)
+
+
+def _explained(before_N: np.ndarray, after_N: np.ndarray) -> float:
+    spread = float(np.var(before_N))
+    error = float(np.mean((after_N - before_N) ** 2))
     return 1 - error / spread if spread else float(error == 0)

@@ -39,6 +39,7 @@ def remove_channels(
     learning = {name: param.requires_grad for name, param in net.named_parameters()}
     before = _size(net)
     net.eval()
+    width = net(*inputs).shape
     try:
         with _quiet():
             pruner = torch_pruning.pruner.BasePruner(
@@ -52,11 +53,16 @@ def remove_channels(
             loss(net(*inputs).float(), targets_N).backward()
             pruner.step()
             net.zero_grad(set_to_none=True)
-            net(*inputs)
+            after = net(*inputs).shape
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise Unprunable(f"channels cannot be removed from {type(net).__name__}: {reason}") from (
             error
+        )
+    if after != width:
+        raise Unprunable(
+            f"{type(net).__name__} would lose outputs; call its last layer head, as only that one "
+            "keeps them"
         )
     for name, param in net.named_parameters():
         param.requires_grad_(learning[name])

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cluster.errors import UserError
 from train import nets
 from train.bundle import Bundle, BundleWriter
 from train.compress import export, weights
@@ -26,12 +27,14 @@ from train.data import order
 from train.data.shards import Shards, batches
 from train.nets import engine
 from train.nets.losses import loss_of
-from train.tasks import Arrays, ClassTarget
+from train.tasks import Arrays, ClassTarget, Task
 
 TRIAL_RECORDS = 512
 # Records with extreme outputs, to calibrate on beside those drawn; among how many they are sought.
 EXTREME_RECORDS, MOST_SEARCHED = 64, 50_000
-SEARCH_BATCH = 1000
+# They are sought in batches of so many bytes: a net makes hundreds of times as many of them.
+SEARCH_BYTES = 2**20
+SAMPLE_RECORDS = 32
 IMPORTANCE_RECORDS = 256
 # Rates of quantization-aware training, as a share of those in optim.
 AWARE_RATE = 0.1
@@ -84,14 +87,37 @@ class Workshop:
         self._bases = {"fp32": Base("fp32", net, config.net)}
         self._exported: dict[str, Path | ExportError] = {}
         self._retrainer: Retrainer | None = None
-        inputs, targets_N = shards.open("train")
-        ids = _spread(targets_N, config, shards.task.target)
-        count = config.compress.calibration_records
-        # Of data too few for both, some are used twice.
-        others = ids[count:] if len(ids) >= count + 2 else ids
-        far = _extremes(net, inputs, ids[:MOST_SEARCHED])
-        self.calibration = _rows(inputs, np.union1d(ids[:count], far[0::2]))
-        self.trial = _rows(inputs, np.union1d(others[:TRIAL_RECORDS], far[1::2]))
+        self._inputs, targets_N = shards.open("train")
+        self._ids = _spread(targets_N, config, shards.task.target)
+
+    @cached_property
+    def calibration(self) -> Arrays:
+        """Records to measure ranges on: drawn, all classes among them, and of extreme outputs."""
+        drawn = self._ids[: self.config.compress.calibration_records]
+        return _rows(self._inputs, np.union1d(drawn, self._extremes[0::2]))
+
+    @cached_property
+    def trial(self) -> Arrays:
+        """Others, to compare ways of quantizing on; of data too few for both, some of the same."""
+        count = self.config.compress.calibration_records
+        others = self._ids[count:] if len(self._ids) >= count + 2 else self._ids
+        return _rows(self._inputs, np.union1d(others[:TRIAL_RECORDS], self._extremes[1::2]))
+
+    @cached_property
+    def _extremes(self) -> np.ndarray:
+        return _extremes(self._bases["fp32"].net, self._inputs, self._ids)
+
+    @property
+    def kept(self) -> list[str]:
+        """Variants made elsewhere that the earlier bundle has."""
+        entries = self._earlier.manifest.variants if self._earlier is not None else {}
+        return [name for name, entry in entries.items() if entry.recipe.get("key") == OWN]
+
+    def taken(self, variant: str, source: Path) -> Made:
+        """A variant made elsewhere, from its ONNX file."""
+        path = self.folder(variant) / "model.onnx"
+        shutil.copyfile(source, path)
+        return Made(path, {"key": OWN})
 
     def make(self, variant: str) -> Made:
         """Return a variant, made or taken from the earlier bundle. Raises Skipped."""
@@ -112,9 +138,10 @@ class Workshop:
     def onnx(self, base: Base) -> Path:
         """The base as ONNX in fp32. Raises ExportError, the same one each time."""
         if base.name not in self._exported:
+            rows = _rows(self._inputs, np.sort(self._ids[:SAMPLE_RECORDS]))
             sample = {
-                name: np.resize(array, (32, *array.shape[1:]))
-                for name, array in self.calibration.items()
+                name: np.resize(array, (SAMPLE_RECORDS, *array.shape[1:]))
+                for name, array in rows.items()
             }
             path = self.scratch / f"{base.name}.onnx"
             try:
@@ -138,7 +165,12 @@ class Workshop:
         """The base after quantization-aware training."""
         epochs = self.config.compress.aware_epochs
         trained = self.retrainer.go_on(
-            f"{base.name}-aware", base.net.state_dict(), epochs, AWARE_RATE, quantized=True
+            f"{base.name}-aware",
+            base.config,
+            base.net.state_dict(),
+            epochs,
+            AWARE_RATE,
+            quantized=True,
         )
         net = copy.deepcopy(base.net)
         nets.resize(net, trained)
@@ -162,14 +194,16 @@ class Workshop:
             remove_channels(net, tensors, torch.from_numpy(targets_N[ids]), loss, prune.share)
         except Unprunable as error:
             raise Skipped(str(error)) from error
-        trained = self.retrainer.go_on("pruned", net.state_dict(), prune.epochs, prune.rate)
+        trained = self.retrainer.go_on(
+            "pruned", self.config.net, net.state_dict(), prune.epochs, prune.rate
+        )
         nets.resize(net, trained)
         return Base("pruned", net, self.config.net)
 
     def _distil(self) -> Base:
         distill, net = self.config.compress.distill, self.config.net
         if net.own is not None and distill.net is None:
-            raise Skipped(f"{net.own} has no widths to halve; give --compress.distill.net")
+            raise Skipped(f"{net.own} has no widths to halve; give --compress.distill.net.own")
         student = distill.net or net.model_copy(
             update={
                 "widths": [max(width // 2, 1) for width in net.widths],
@@ -231,8 +265,7 @@ def _int8_static(shop: Workshop, variant: str, *, base: str = "fp32") -> Made:
     if made is None and shop.config.compress.aware_epochs:
         quantizer = _calibrated(shop, shop.aware(found))
         made = _kept_where_needed(shop, quantizer, reference, path)
-        if made is not None:
-            return Made(path, {**made, "aware_epochs": shop.config.compress.aware_epochs})
+        return Made(path, {**(made or {}), "aware_epochs": shop.config.compress.aware_epochs})
     return Made(path, made or {})
 
 
@@ -279,6 +312,17 @@ RECIPES: dict[str, Callable[[Workshop, str], Made]] = {
 }
 
 
+def check_calibration(config: Config, task: Task) -> None:
+    """Raises UserError for a calibration that cannot see all classes."""
+    least = len(task.target.classes) if isinstance(task.target, ClassTarget) else 2
+    count = config.compress.calibration_records
+    if count < least:
+        raise UserError(
+            f"compress.calibration_records is {count}, and there are {least} classes: ranges would "
+            f"be those of some classes only; give at least {least}."
+        )
+
+
 def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
     """Ids of training records in an order in which all classes come soon, else at random."""
     ids = order.generator(config.seed, 0, "calib").permutation(len(targets_N))
@@ -298,9 +342,12 @@ def _extremes(net: nn.Module, inputs: Arrays, ids: np.ndarray) -> np.ndarray:
     if all(array.dtype != np.float32 for array in inputs.values()):
         return ids[:0]
     copied = nets.folded(copy.deepcopy(net)).cpu()
+    row_bytes = sum(array[0].nbytes for array in inputs.values())
+    size = int(np.clip(SEARCH_BYTES // row_bytes, 1, 1000))
+    ids = ids[: min(MOST_SEARCHED, 50 * size)]
     parts = [
         copied(*(torch.from_numpy(array) for array in _rows(inputs, ids[part]).values()))
-        for part in batches(len(ids), SEARCH_BATCH)
+        for part in batches(len(ids), size)
     ]
     outputs_NK = torch.cat(parts).numpy()
     deviations_NK = np.abs(outputs_NK - outputs_NK.mean(axis=0)) / (outputs_NK.std(axis=0) + 1e-12)

@@ -39,11 +39,19 @@ class Retrainer:
         return self._train("distilled", config, self._taught())
 
     def go_on(
-        self, words: str, weights: Weights, epochs: int, rate: float, *, quantized: bool = False
+        self,
+        words: str,
+        net: Net,
+        weights: Weights,
+        epochs: int,
+        rate: float,
+        *,
+        quantized: bool = False,
     ) -> Weights:
         """Return weights after more epochs, taught by the net. quantized: as int8."""
         config = self._config.model_copy(
             update={
+                "net": net,
                 "optim": _with(self._config.optim, epochs, rate),
                 # What it starts from has seen small images.
                 "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
@@ -69,6 +77,7 @@ class Retrainer:
         options = config.model_dump(mode="json", include={"net", "optim", "augment"})
         weights = [url and url.rsplit("/", 1)[-1] for url in (lesson.start, lesson.teacher)]
         of = [options, {**asdict(lesson), "start": weights[0], "teacher": weights[1]}]
+        of.append({"lanes": Run.count_lanes(config)})
         url = storage.join(self._url, f"{words}-{_digest(json.dumps(of, sort_keys=True).encode())}")
         fs, path = storage.filesystem(storage.join(url, "run.json"))
         run = Run.open(url) if fs.exists(path) else Run.start(url, config)

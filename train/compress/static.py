@@ -79,7 +79,7 @@ class Quantizer:
             ranges = _ranges(prepared, scratch, calibration, METHODS[method])
             made = cls(prepared, trial, reference, method, ranges, float("inf"))
             candidates.append(cls(*(vars(made) | {"error": made.error_without(())}).values()))
-        return min(candidates, key=lambda candidate: candidate.error)
+        return min(candidates, key=lambda candidate: np.nan_to_num(candidate.error, nan=np.inf))
 
     def write(self, target: Path, kept_float: Sequence[str] = ()) -> None:
         """Write the int8 form, in which the named layers stay in float, as QDQ.

@@ -60,6 +60,8 @@ def resize(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 layer.out_channels, layer.in_channels = layer.weight.shape[:2]
             case nn.Linear():
                 layer.out_features, layer.in_features = layer.weight.shape
+            case nn.LayerNorm():
+                layer.normalized_shape = tuple(value.shape)
             case nn.BatchNorm2d() | nn.BatchNorm1d():
                 layer.num_features = len(value)
     net.load_state_dict(dict(weights))

@@ -82,7 +82,7 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
         return image_net(config, encoder, config.widths[-1], smallest_side)
     raise ValueError(
         f"the inputs of {type(encoder).__name__} need a net of your own; give "
-        "--net package.module:Class"
+        "--net.own package.module:Class"
     )
 
 

@@ -73,7 +73,13 @@ class TorchEngine:
         task = Task.from_dict(state["task"])
         net = nets.folded(nets.build(Net.model_validate(state["net"]), task))
         weights = safetensors.torch.load_file(path.with_name(WEIGHTS))
-        nets.resize(net, {name: value.float() for name, value in weights.items()})
+        nets.resize(
+            net,
+            {
+                name: value.float() if value.dtype in HALVES.values() else value
+                for name, value in weights.items()
+            },
+        )
         names = [spec.name for spec in task.features.inputs]
         return cls(net.eval(), names, state["precision"], num_threads)
 

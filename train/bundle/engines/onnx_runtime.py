@@ -36,6 +36,8 @@ class OnnxRuntimeEngine:
         # What a provider cannot compute, the processor does.
         providers = list(dict.fromkeys([cls.provider, CPU]))
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        if cls.provider not in session.get_providers():  # it goes on without, in silence
+            raise RuntimeError(f"{cls.provider} cannot be loaded on this machine")
         return cls(session, num_threads)
 
     def run(self, inputs: Arrays) -> Arrays:
