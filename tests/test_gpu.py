@@ -6,6 +6,8 @@ import torch
 
 from tests.conftest import make_config
 from tests.test_trouble import Told, job_of
+from train.bundle import BundleWriter
+from train.compress import compress
 from train.loop import evaluate
 from train.loop.building import build_net
 from train.loop.checkpoint import Store, trained
@@ -82,3 +84,18 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(config, digits, tm
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert told.of("halved")
     assert told.of("epoch")
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp16", "int8", "fp8"])
+def test_variants_for_gpus_answer_as_the_net(variant, config, digits, tmp_path):
+    if variant in ("int8", "fp8"):
+        pytest.importorskip("torchao")
+    store = Store(str(tmp_path / "checkpoints"), keep=2)
+    Loop(options(config), digits, GPU, store, num_lanes=1).run()
+    net = build_net(config, digits.task)
+    net.load_state_dict(trained(store)[0])
+    wanted = options(config, compress={"variants": [variant], "measure_seconds": 1})
+    writer = BundleWriter(tmp_path / "bundle")
+    made = compress(net, wanted, digits, writer, str(tmp_path / "runs"))
+    assert made.skipped == {}
+    assert made.variants[variant].agreement > 0.98

@@ -136,7 +136,8 @@ def _compress(
     optimize_for = config.compress.optimize_for
     default = ranked(variants, optimize_for)[0]
     eager_profile = timings[Measured(EAGER, "torch", 1)]
-    host = measure.host()
+    engines_here = {key.engine: each.describe() for key, each in loaded.items() if key.threads == 1}
+    host = {**measure.host(), "engines": engines_here}
     result = Compressed(
         variants, skipped, default, eager_profile, host, optimize_for, outputs[default]
     )

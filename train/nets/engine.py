@@ -7,6 +7,7 @@ is `net.json` (what to build, and in which precision) and `weights.safetensors` 
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import which
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -116,8 +117,6 @@ class CompiledTorchEngine(TorchEngine):
 
     @classmethod
     def available(cls) -> bool:
-        from shutil import which
-
         return torch.cuda.is_available() or which("g++") is not None or which("clang++") is not None
 
     def _forward(self, *tensors: Tensor) -> Tensor:
