@@ -383,7 +383,7 @@ class Compress(Part):
         description="Epochs of quantization-aware training where static int8 is not accepted.",
     )
     measure_seconds: float = Field(
-        20,
+        10,
         gt=0,
         le=3600,
         description="Rounds of measuring latencies begin for so long; there are at least five.",
