@@ -3,8 +3,10 @@
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +31,8 @@ METHODS = {
 CALIBRATION_BATCH = 32
 # Layers whose arithmetic is worth quantizing; what lies between them follows.
 LAYERS = ("Conv", "Gemm", "MatMul")
+# A layer with at most this share of all weights may stay in float though int8 would be accepted.
+SMALL = 0.05
 
 
 class _Batch(CalibrationDataReader):
@@ -78,7 +82,7 @@ class Quantizer:
         for method in methods:
             ranges = _ranges(prepared, scratch, calibration, METHODS[method])
             made = cls(prepared, trial, reference, method, ranges, float("inf"))
-            candidates.append(cls(*(vars(made) | {"error": made.error_without(())}).values()))
+            candidates.append(replace(made, error=made.error_without(())))
         return min(candidates, key=lambda candidate: np.nan_to_num(candidate.error, nan=np.inf))
 
     def write(self, target: Path, kept_float: Sequence[str] = ()) -> None:
@@ -115,12 +119,10 @@ class Quantizer:
 
     def most_sensitive(self) -> list[str]:
         """The layers, those first without whose quantization the error falls most."""
-        nodes = onnx.load(str(self.prepared)).graph.node
-        layers = [node.name for node in nodes if node.op_type in LAYERS]
-        return sorted(layers, key=lambda layer: self.error_without((layer,)))
+        return sorted(self._sizes, key=lambda layer: self.error_without((layer,)))
 
     def ruling(self, layers: Sequence[str]) -> list[str]:
-        """The first of `layers` that make more than half of the error each: left in float.
+        """The first of `layers` that make more than half of the error each, if they are small.
 
         Often it is the first convolution, which costs next to nothing in float.
         """
@@ -128,11 +130,22 @@ class Quantizer:
         error = self.error
         for layer in layers[: len(layers) // 2]:
             without = self.error_without((*kept, layer))
-            if without > error / 2:
+            if without > error / 2 or self._sizes[layer] > SMALL * sum(self._sizes.values()):
                 break
             kept.append(layer)
             error = without
         return kept
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Values in the weights of each layer."""
+        graph = onnx.load(str(self.prepared)).graph
+        sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+        return {
+            node.name: sum(sizes.get(name, 0) for name in node.input)
+            for node in graph.node
+            if node.op_type in LAYERS
+        }
 
 
 def _ranges(prepared: Path, scratch: Path, calibration: Arrays, method: Any) -> Any:
