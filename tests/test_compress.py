@@ -1,9 +1,4 @@
-"""Variants, the gate, measurement and the edge, against numpy, torch and each other."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""Variants and how they are measured, against numpy, torch and each other."""
 
 import numpy as np
 import onnx
@@ -13,19 +8,15 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from tests.alone import edge_labels, run_alone
 from tests.conftest import make_config
-from tests.server import REPOSITORY
-from tests.test_columns import fitted
 from train import nets
 from train.bundle import BundleWriter
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
-from train.compress import edge, export, gate, prune, recipes, weights
+from train.compress import export, prune, recipes, weights
 from train.compress.compress import compress
 from train.compress.measure import BATCH_SIZES, Measured, profiles
 from train.compress.static import Quantizer
 from train.config import Net
-from train.data.shards import Shards
 from train.loop.building import build_net
 from train.loop.checkpoint import Store
 from train.loop.checkpoint import trained as trained_in
@@ -34,7 +25,7 @@ from train.loop.parallel import Worker
 from train.loop.run import Lesson
 from train.nets import ConvNet, engine, fake_quant
 from train.nets.losses import distillation
-from train.tasks import ClassTarget, Task, TensorSpec
+from train.tasks import ClassTarget, TensorSpec
 from train.tasks.values import ValueTarget
 
 SPECS = (TensorSpec("image", "UINT8", (8, 8, 1)),)
@@ -229,118 +220,6 @@ def test_int8_dynamic_multiplies_in_int8_with_a_scale_for_each_record(table, tmp
     np.testing.assert_allclose(whole[:1], alone, atol=1e-6)
 
 
-# The gate
-
-
-def three_classes():
-    features = Task.of({"x": {"kind": "number"}}, "y", "class").features
-    return Task(features, ClassTarget("y", ("a", "b", "c"), (1, 1, 1)))
-
-
-def outputs_for(answers_N):
-    return {"logits": np.eye(3, dtype=np.float32)[answers_N] * 5}
-
-
-@pytest.mark.parametrize(
-    ("lost", "won", "strict", "verdict"),
-    [
-        (0, 0, False, "accepted"),
-        (5, 0, False, "accepted"),  # 0.005 exactly
-        (6, 4, False, "accepted"),
-        (8, 2, False, "undecided"),  # worse by 0.006, which chance may do
-        (30, 5, False, "refused"),
-        (0, 0, True, "accepted"),
-        (5, 0, True, "undecided"),  # within, and the interval is not
-        (30, 5, True, "refused"),
-    ],
-)
-def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
-    targets_N = np.zeros(1000, np.int64)
-    before_N, after_N = np.zeros(1000, np.int64), np.zeros(1000, np.int64)
-    before_N[:won], after_N[won : won + lost] = 1, 1
-    comparison = gate.compare(
-        three_classes(), outputs_for(before_N), outputs_for(after_N), targets_N
-    )
-    assert comparison.drop == pytest.approx((lost - won) / 1000)
-    assert comparison.agreement == pytest.approx(1 - (lost + won) / 1000)
-    judged = gate.judge(comparison, 0.005, strict=strict)
-    assert judged.verdict == verdict
-    assert f"{comparison.value:.4f}" in judged.reason
-
-
-def test_the_interval_covers_the_true_drop_as_often_as_it_says(rng):
-    covered = 0
-    for _ in range(400):
-        draws_N = rng.random(300)
-        # Right by both 0.8, lost 0.07, won 0.04.
-        before_N, after_N = draws_N < 0.87, (draws_N < 0.8) | (draws_N > 0.96)
-        low, high = gate._of_matched_shares(before_N, after_N)
-        covered += low <= 0.03 <= high
-    assert 0.92 <= covered / 400 <= 0.985
-
-
-def test_the_bootstrap_agrees_with_the_interval_of_matched_shares(rng):
-    before_N, after_N = rng.random(2000) < 0.9, rng.random(2000) < 0.88
-    targets_N = np.zeros(2000, np.int64)
-    each = [outputs_for(np.where(right, 0, 1)) for right in (before_N, after_N)]
-    low, high = gate._by_bootstrap(three_classes(), *each, targets_N, -1.0)
-    np.testing.assert_allclose([low, high], gate._of_matched_shares(before_N, after_N), atol=0.0035)
-
-
-def test_numbers_are_compared_by_their_metric(rng):
-    task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
-    targets_N = np.linspace(-1, 1, 500).astype(np.float32)
-    before = {"logits": targets_N[:, None]}
-    noise_N = rng.normal(size=500).astype(np.float32) * np.sqrt(targets_N.var() / 100)
-    after = {"logits": (targets_N + noise_N)[:, None]}
-    comparison = gate.compare(task, before, after, targets_N)
-    assert comparison.metric == "r2"
-    assert comparison.drop == pytest.approx(np.mean(noise_N**2) / targets_N.var(), rel=1e-4)
-    assert 0.008 < comparison.low < comparison.drop < comparison.high < 0.0125
-    assert gate.judge(comparison, 0.005).verdict == "refused"
-    assert gate.judge(comparison, 0.02).verdict == "accepted"
-
-
-def test_a_figure_that_is_no_number_is_refused():
-    nothing = gate.Comparison("accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0, 0.0)
-    assert gate.judge(nothing, 0.5).verdict == "refused"
-
-
-def test_the_same_labels_with_other_probabilities_are_refused_of_the_same_net():
-    answers_N = np.arange(300) % 3
-    sharper = {"logits": outputs_for(answers_N)["logits"] * 3}
-    comparison = gate.compare(three_classes(), outputs_for(answers_N), sharper, answers_N)
-    assert comparison.drop == 0
-    before = np.exp([5.0, 0, 0]) / np.exp([5.0, 0, 0]).sum()
-    assert comparison.change == pytest.approx(1 - before[0], rel=1e-3)
-    assert gate.judge(comparison, 0.005).verdict == "accepted"
-    assert gate.judge(comparison, 0.005, max_change=0.01).verdict == "refused"
-
-
-class Leaning:
-    """Adds to every answer a little of the batch's mean, as a scale for a whole batch would."""
-
-    def __init__(self, share):
-        self._share = share
-
-    def run(self, inputs):
-        own = inputs["x"]
-        return {"logits": own + self._share * own.mean(axis=0, keepdims=True)}
-
-
-def test_answers_that_depend_on_the_batch_are_refused(rng):
-    inputs = {"x": rng.normal(size=(64, 3)).astype(np.float32)}
-    task = three_classes()
-    assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
-    difference = gate.batch_difference(task, Leaning(1e-3), inputs)
-    assert difference > gate.MAX_BATCH_DIFFERENCE
-    targets_N = np.zeros(64, np.int64)
-    same = gate.compare(task, {"logits": inputs["x"]}, {"logits": inputs["x"]}, targets_N)
-    verdict = gate.judge(same, 0.005, batch=difference)
-    assert verdict.verdict == "refused"
-    assert "batch" in verdict.reason
-
-
 # Measurement
 
 
@@ -523,9 +402,8 @@ def test_a_net_that_cannot_be_exported_is_run_by_torch(digits, tmp_path, capsys)
     assert "cannot be exported: operator aten._linalg_eigh" in capsys.readouterr().err
 
 
-def test_variants_for_gpus_are_left_out_without_one(digits, config, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_variants_for_gpus_are_left_out_without_one(digits, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     net = build_net(config, digits.task)
     compress_options = {"variants": ["fp8"], "measure_seconds": 0.01}
     values = make_config(compress=compress_options)
@@ -618,159 +496,3 @@ def test_extreme_outputs_are_calibrated_on(rng):
     assert len(found) == recipes.EXTREME_RECORDS
     pixels = {"image": np.zeros((9, 2, 2, 1), np.uint8)}
     assert len(recipes._extremes(torch.nn.Linear(1, 2), pixels, np.arange(9))) == 0
-
-
-# The edge
-
-
-def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path):
-    from tests.test_bundle import shards_of
-    from train.bundle import Predictor
-
-    edge.export(bundle, None, tmp_path)
-    images = np.array(Shards(*shards_of(bundle, trained)).open("test")[0]["image"])
-    labels = edge_labels(tmp_path, "image", images)
-    assert labels == Predictor.load(bundle).run({"image": images})["label"].tolist()
-
-
-def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
-    from tests.test_tasks import image_bytes
-
-    edge.export(bundle, None, tmp_path)
-    (tmp_path / "image.png").write_bytes(image_bytes(rng.integers(0, 256, (9, 9), np.uint8)))
-    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 15
-    assert "probabilities" in code
-    assert "0." in run_alone(code, tmp_path)
-
-
-def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path):
-    kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
-    moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
-    records = {
-        "n": [1e9 + 1, -2.5, None, 3.0, float("inf"), 0.0],
-        "b": [True, False, None, True, False, True],
-        "c": ["x", "y", None, "x", "never seen", "x"],
-        "d": [str(m) if not np.isnat(m) else None for m in np.resize(moments, 6)],
-        "e": [str(m) if not np.isnat(m) else None for m in np.resize(moments[::-1], 6)],
-    }
-    seen = {name: values[:4] + values[5:] for name, values in records.items()}
-    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "class")
-    task = fitted(task, seen, ["p", "q", "p", "q", "p"])
-    arrays = task.features.encode(records)
-    torch.manual_seed(0)
-    net = nets.build(Net(hidden=[16]), task)
-    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
-    path = tmp_path / "net.onnx"
-    export.to_onnx(nets.folded(net), task.features.inputs, arrays, path)
-    expected = task.target.decode(OnnxRuntimeEngine.load(path, num_threads=1).run(arrays))
-    model = onnx.load(path)
-    edge.put_inside(model, task)
-    onnx.checker.check_model(model)
-    onnx.save(model, tmp_path / "edge.onnx")
-    seconds = {
-        name: np.array(
-            [
-                np.nan if value is None else np.datetime64(value, "s").astype(int)
-                for value in records[name]
-            ]
-        )
-        for name in ("d", "e")
-    }
-    given = {
-        "n": np.array([np.nan if value is None else value for value in records["n"]]),
-        "b": np.array([np.nan if value is None else float(value) for value in records["b"]]),
-        "c": np.array([value or "" for value in records["c"]], object),
-        **seconds,
-    }
-    result = OnnxRuntimeEngine.load(tmp_path / "edge.onnx", num_threads=1).run(given)
-    assert result["label"].tolist() == expected["label"].tolist()
-    np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=1e-5)
-
-
-# The command
-
-
-def run_compress(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "train.compress", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-def production(root):
-    from train.bundle import registry
-
-    return registry.resolve("models:/digits@production", str(root))
-
-
-@pytest.mark.ray
-def test_a_variant_with_wrong_weights_is_refused_and_production_stays(
-    bundle, storage_path, tmp_path
-):
-    model = onnx.load(bundle.path / bundle.manifest.variants["fp32"].file)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
-            scaled = numpy_helper.to_array(tensor) * np.float32(1.3)
-            tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
-    onnx.save(model, tmp_path / "scaled.onnx")
-    before = production(storage_path)
-    done = run_compress(
-        *("add", "models:/digits@production", "--variant", "scaled"),
-        *("--onnx", str(tmp_path / "scaled.onnx"), "--storage.path", str(storage_path)),
-        *("--compress.measure_seconds", "0.1"),
-    )
-    assert done.returncode == 1, done.stderr
-    assert "no variant was accepted" in done.stderr
-    assert "scaled: answers are others" in done.stderr
-    assert "accuracy 0." in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert production(storage_path) == before
-
-
-@pytest.mark.ray
-def test_the_choice_is_made_again_without_making_the_variants_again(bundle, storage_path, tmp_path):
-    done = run_compress(
-        *("models:/digits@production", "--storage.path", str(storage_path)),
-        *("--compress.optimize_for", "size", "--compress.measure_seconds", "0.1"),
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    sizes = {
-        name: entry["bytes"] for name, entry in result["variants"].items() if entry["accepted"]
-    }
-    assert sizes[result["default_variant"]] == min(sizes.values())
-    assert result["alias"] == "production"
-    again = Path(result["bundle"])
-    for name, entry in bundle.manifest.variants.items():
-        assert (again / entry.file).read_bytes() == (bundle.path / entry.file).read_bytes(), name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["models:/nothing@production"], "models:/nothing@production"),
-        (["MODEL", "--optim.lr", "0.1"], "--optim belongs to training"),
-        (["MODEL", "--compress.variants", "[int4]"], "compress.variants"),
-        (
-            ["add", "MODEL", "--variant", "x", "--onnx", "none.onnx"],
-            "'none.onnx', which is no file",
-        ),
-        (["add", "MODEL", "--variant", "fp32", "--onnx", "README.md"], "has a variant 'fp32'"),
-        (["add", "MODEL", "--variant", "../x", "--onnx", "README.md"], "'../x'; expected small"),
-        (["MODEL", "--compress.calibration_records", "5"], "there are 10 classes"),
-        (["export", "MODEL", "--to", "/proc/nothing"], "cannot be written"),
-        (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),
-    ],
-)
-def test_wrong_input_gets_one_line(bundle, storage_path, arguments, words):
-    given = [str(bundle.path) if each == "MODEL" else each for each in arguments]
-    done = run_compress(*given, "--storage.path", str(storage_path))
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr

@@ -215,12 +215,9 @@ class Workshop:
             built = nets.build(student, self.task)
         except ValueError as error:
             raise Skipped(f"compress.distill.net: {error}") from error
-        nets.resize(built, self.retrainer.distil(student, distill.epochs or self._epochs))
+        epochs = distill.epochs or self.config.optim.epochs
+        nets.resize(built, self.retrainer.distil(student, epochs))
         return Base("distilled", built, student)
-
-    @property
-    def _epochs(self) -> int:
-        return self.config.optim.epochs
 
 
 # As a recipe's key: a variant that was not made here.
