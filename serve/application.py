@@ -1,37 +1,148 @@
 """The Ray Serve application: what `serve run serve.app` deploys."""
 
+import asyncio
+import logging
+import os
 import socket
 import sys
-from typing import NoReturn
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
 from ray._private.worker import global_worker
-from starlette.applications import Starlette
+from ray.exceptions import RayTaskError
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.handle import DeploymentHandle
 
-from cluster import connect, storage
+from cluster import connect
 from cluster.errors import EXIT_USER_ERROR, UserError
+from serve import autoscale, front, gateway, ingress, repository, tracing
 from serve import config as configs
-from serve.config import ServeConfig
+from serve.accesslog import AccessLog
+from serve.config import FrontConfig, ServeConfig
 from serve.dataplane import DataPlane
-from serve.protocol import rest
-from train.bundle import Bundle, CorruptBundle, Predictor, registry
+from serve.errors import RequestError
+from serve.host import Host
+from serve.metrics import Snapshot
+from serve.profile import Profile
+from serve.protocol import grpc
+from serve.protocol.rest import Rest
+from serve.security import Keys
+from serve.served import Served, State
+from train.bundle import Bundle, CorruptBundle, Predictor
+from train.bundle.manifest import ranked
 
-HOST, PORT = "127.0.0.1", 8000
+logger = logging.getLogger(__name__)
+
+# Serve's own loopback connections to a replica live longer than HAProxy leaves them idle.
+KEEP_ALIVE_S = 120
+
+
+# One for all replicas of a model.
+Repository = serve.deployment(repository.Repository).options(
+    name="repository", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+)
+
+
+class Follower:
+    """The repository, as a replica asks it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        async def call(*arguments: Any) -> Any:
+            try:
+                return await getattr(self._handle, method).remote(*arguments)
+            except RayTaskError as error:
+                # Ray adds its traceback to the message; the cause has the words for a client.
+                raise error.cause if isinstance(error.cause, RequestError) else error from None
+
+        return call
 
 
 @serve.ingress()
+@grpc.answers_grpc
 class Model:
     """One replica of a model. Ready once its golden self-test has passed."""
 
-    def __init__(self, location: str, version: str, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, state: State, handle: DeploymentHandle) -> None:
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._config = config
+        self._served = Served(state, self._load)
+        self._repository = Follower(handle)
+        keys = Keys.load(config.keys) if config.keys else None
+        host = Host(self._served, config, self._repository, keys)
+        log = AccessLog(_logs() / f"access_{state.name}_{self._replica}.jsonl", config.access_log)
+        self._rest = Rest(host, log=log, tracer=tracing.tracer(config.traces, "halyard"))
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+        gateway.register(self._rest)
+        grpc.local = grpc.InferenceService(host, self._rest.metrics)
+
+    def __serve_build_asgi_app__(self) -> Rest:
+        # For what comes by way of Ray's own proxy.
+        return self._rest
+
+    async def forward(
+        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Answer a request that the front has taken; (status, headers, body)."""
+        return await front.call(self._rest, method, path, headers, body)
+
+    async def index(self) -> list[dict[str, Any]]:
+        return await self._repository.index()
+
+    async def metrics(self) -> Snapshot:
+        return await self._repository.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {autoscale.ROWS: float(self._served.rows())}
+
+    def _load(self, location: str, version: str) -> DataPlane:
+        config = self._config
         bundle = Bundle.load(location)
         predictor = Predictor.load(bundle, config.variant, num_threads=config.threads)
-        self._plane = DataPlane(predictor, version, config)
-        self._config = config
+        plane = DataPlane(predictor, version, config)
+        plane.warm_up()
+        return plane
 
-    def __serve_build_asgi_app__(self) -> Starlette:
-        return rest.build(self._plane, self._config)
+    async def _follow(self) -> None:
+        """Serve what the repository says, and tell it what was counted."""
+        revision, problem = self._served.state.revision, None
+        while True:
+            metrics = self._rest.snapshot(self._replica)
+            try:
+                state = await self._repository.follow(self._replica, revision, problem, metrics)
+                if state is not None:
+                    revision, problem = state.revision, None
+                    await self._served.install(state)
+            except CorruptBundle as error:
+                problem = str(error)
+            except Exception:
+                logger.exception("the repository could not be asked; asking again")
+                await asyncio.sleep(repository.POLL_S)
+
+
+@serve.ingress()
+class Front:
+    """What belongs to none of several models."""
+
+    def __init__(self, config: FrontConfig) -> None:
+        keys = Keys.load(config.keys) if config.keys else None
+        self._front = front.Front(
+            config.models,
+            lambda name: Follower(serve.get_app_handle(name)),
+            lambda authorization: keys.check(authorization, time.monotonic()) if keys else None,
+            max_body_bytes=config.max_body_bytes,
+            body_timeout_s=config.body_timeout_s,
+        )
+        gateway.register(self._front)
+
+    def __serve_build_asgi_app__(self) -> front.Front:
+        return self._front
 
 
 # Ray Serve hands the key=value arguments to a function of one parameter.
@@ -39,46 +150,100 @@ def app(arguments: dict[str, str]) -> serve.Application:
     """Find the model in the registry, check its bundle, and return the application."""
     try:
         config = configs.validate(arguments)
-        location, version = registry.resolve(config.model, storage.resolve(config.storage))
-        bundle = Bundle.load(location)
-        _check_variant(bundle, config)
+        state = repository.resolve(config)
+        profile = _check(state, config)
         joined = ray.is_initialized() or connect.join_running()
         if not joined:
-            _check_port()
+            for port in filter(None, (config.port, config.grpc_port)):
+                _check_port(port)
     except (UserError, CorruptBundle) as error:
         _refuse(error)
     if not joined:
+        if config.tls_cert:
+            # HAProxy as Ray sets it up speaks no TLS; Ray's own proxy does.
+            os.environ[ingress.HAPROXY] = "0"
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
-        connect.connect(num_cpus=config.replicas * config.threads)
+        connect.connect(num_cpus=config.replica_range[1] * config.threads)
+        _start(config)
     deployment = serve.deployment(Model).options(
-        name=bundle.manifest.name,
-        num_replicas=config.replicas,
+        name=state.name,
         # The data plane's own queue decides what waits and what is refused.
-        max_ongoing_requests=config.max_queue_rows + config.max_batch_rows,
+        max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": config.threads},
+        **autoscale.options(config, profile),
     )
-    return deployment.bind(location, version, config)
+    return deployment.bind(config, state, Repository.bind(config, state))
 
 
-def _check_variant(bundle: Bundle, config: ServeConfig) -> None:
-    accepted = [name for name, variant in bundle.manifest.variants.items() if variant.accepted]
-    if config.variant is not None and config.variant not in accepted:
-        raise UserError(
-            f"variant '{config.variant}' is not an accepted variant of {config.model}; "
-            f"accepted are {', '.join(accepted)}."
-        )
+def several(arguments: dict[str, Any]) -> serve.Application:
+    """Return the front of several models; see serve/configs/multi.yaml."""
+    try:
+        config = configs.validate_front(arguments)
+    except UserError as error:
+        _refuse(error)
+    options = {"num_cpus": 0}
+    return (
+        serve.deployment(Front)
+        .options(name="front", max_ongoing_requests=100_000, ray_actor_options=options)
+        .bind(config)
+    )
 
 
-def _check_port() -> None:
+def _logs() -> Path:
+    return Path(ray._private.worker._global_node.get_logs_dir_path(), "serve")
+
+
+def _start(config: ServeConfig) -> None:
+    """Start Serve with this server's addresses; `serve run` then finds it started."""
+    http = HTTPOptions(
+        host=config.host,
+        port=config.port,
+        keep_alive_timeout_s=KEEP_ALIVE_S,
+        ssl_certfile=config.tls_cert,
+        ssl_keyfile=config.tls_key,
+    )
+    functions = ["serve.protocol.grpc.add_to_server"] if config.grpc_port else []
+    port = config.grpc_port or configs.GRPC_PORT
+    serve.start(
+        http_options=http,
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=functions),
+    )
+
+
+def _check(state: State, config: ServeConfig) -> Profile:
+    """Check what each replica will; return the profile of the default version's variant.
+
+    Raises UserError, CorruptBundle.
+    """
+    for location in state.locations.values():
+        manifest = Bundle.load(location).manifest
+        accepted = ranked(manifest.variants, manifest.optimize_for)
+        if config.variant is not None and config.variant not in accepted:
+            raise UserError(
+                f"variant '{config.variant}' is not an accepted variant of {config.model}; "
+                f"accepted are {', '.join(accepted)}."
+            )
+    if config.keys:
+        Keys.load(config.keys)
+    tracing.tracer(config.traces, "halyard")
+    for path in (config.tls_cert, config.tls_key):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"'{path}' is not a file; expected one in PEM format.")
+    manifest = Bundle.load(state.locations[state.default]).manifest
+    variant = manifest.variants[config.variant or manifest.default_variant]
+    return Profile.of(variant, config.threads)
+
+
+def _check_port(port: int) -> None:
     """Raises UserError if something listens where the server will."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, PORT))
+            probe.bind((configs.HOST, port))
         except OSError:
             raise UserError(
-                f"port {PORT} is taken by another program; stop that one first "
-                f"(ss -ltnp 'sport = :{PORT}' names it)."
+                f"port {port} is taken by another program; stop that one first "
+                f"(ss -ltnp 'sport = :{port}' names it)."
             ) from None
 
 

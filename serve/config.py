@@ -1,11 +1,15 @@
 """Every knob of a server."""
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import UserError
+
+HOST, HTTP_PORT, GRPC_PORT = "127.0.0.1", 8000, 9000
+RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 class ServeConfig(BaseModel):
@@ -18,37 +22,172 @@ class ServeConfig(BaseModel):
         min_length=1,
         description="models:/NAME@ALIAS, models:/NAME/VERSION, or the location of a bundle.",
     )
+    also: str = Field(
+        "", description="Versions and aliases of the model to serve beside it, such as candidate,2."
+    )
     variant: str | None = Field(
         None, description="Variant to serve; the bundle's default when not given."
     )
     storage: str = Field("runs", description="Storage path whose registry has the model.")
-    replicas: int = Field(1, ge=1, le=1000, description="Copies of the model.")
+
+    replicas: str = Field(
+        "1", description="Copies of the model, or MIN-MAX; 0-MAX lets it go when nobody asks."
+    )
     threads: int = Field(1, ge=1, le=256, description="Threads of each replica's engine.")
-    max_batch_rows: int = Field(
-        64, ge=1, le=4096, description="Most rows that the engine is given at once."
+    target_rows: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Rows in progress per replica that autoscaling aims at; from the measured "
+        "profile when not given.",
+    )
+    upscale_delay_s: float = Field(
+        1, ge=0, le=3600, description="How long there must be too much to do."
+    )
+    downscale_delay_s: float = Field(
+        60, ge=0, le=86_400, description="How long there must be too little to do."
+    )
+
+    max_batch_rows: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Most rows that the engine is given at once; from the measured profile when "
+        "not given.",
+    )
+    batch_wait_ms: float = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="How long an idle engine waits for a batch to fill; 0 is best for most.",
     )
     max_queue_rows: int = Field(
         1024, ge=1, le=1_000_000, description="Waiting rows per replica before 503 is answered."
     )
+    timeout_s: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="Longest that a request waits for its answer; a client may ask for less.",
+    )
+    priorities: int = Field(
+        3, ge=1, le=100, description="Levels of priority: 1 goes first; the middle one is default."
+    )
+
     max_rows: int = Field(
         1024, ge=1, le=1_000_000, description="Most rows in one request; more is answered by 413."
-    )
-    timeout_s: float = Field(
-        30, gt=0, le=3600, description="Longest that a request waits for its answer."
     )
     max_body_bytes: int = Field(
         64 * 2**20, ge=1, le=2**31, description="Largest request body; more is answered by 413."
     )
+    body_timeout_s: float = Field(
+        10, gt=0, le=3600, description="Longest that a body may take to arrive; then 408."
+    )
+
+    cache_bytes: int = Field(
+        0, ge=0, le=2**40, description="Memory of each replica for answers given; 0 keeps none."
+    )
+    cache_ttl_s: float = Field(300, gt=0, le=1e9, description="How long an answer is kept.")
+
+    keys: str | None = Field(
+        None, description="File of hashed keys (python -m serve.security); without, all may ask."
+    )
+    tls_cert: str | None = Field(None, description="PEM certificate; the server speaks HTTPS.")
+    tls_key: str | None = Field(None, description="PEM key of the certificate.")
+    host: str = Field(HOST, min_length=1, description="Address to listen on.")
+    port: int = Field(HTTP_PORT, ge=1, le=65535, description="HTTP port.")
+    grpc_port: int = Field(GRPC_PORT, ge=0, le=65535, description="gRPC port; 0 is none.")
+
+    access_log: Literal["all", "errors", "none"] = Field(
+        "all", description="Which requests are logged, as JSON lines in Ray's session logs."
+    )
+    traces: str | None = Field(
+        None, description="OTLP endpoint (http://HOST:4318/v1/traces) that gets a trace of each."
+    )
+
+    @field_validator("replicas")
+    @classmethod
+    def _replicas_in_order(cls, value: str) -> str:
+        match = RANGE.fullmatch(value)
+        if match is None and (not value.isdecimal() or not 1 <= int(value) <= 1000):
+            raise ValueError("expected a number from 1 to 1000, or MIN-MAX such as 1-4")
+        if match and not 0 <= int(match[1]) < int(match[2]) <= 1000:
+            raise ValueError("the first of MIN-MAX must be less than the second, at most 1000")
+        return value
+
+    @model_validator(mode="after")
+    def _tls_whole(self) -> "ServeConfig":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Least and most replicas; the same where there is no autoscaling."""
+        match = RANGE.fullmatch(self.replicas)
+        return (int(match[1]), int(match[2])) if match else (int(self.replicas),) * 2
+
+    @property
+    def references(self) -> list[str]:
+        """`model`, and the others to serve beside it, in the words of the registry."""
+        others = [part.strip() for part in self.also.split(",") if part.strip()]
+        name = re.split(r"[@/]", self.model.removeprefix("models:/"))[0]
+        return [
+            self.model,
+            *(
+                f"models:/{name}/{other}" if other.isdecimal() else f"models:/{name}@{other}"
+                for other in others
+            ),
+        ]
+
+
+class FrontConfig(BaseModel):
+    """What the front of several models accepts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: list[str] = Field(
+        min_length=1, description="Applications of models, named as their models are."
+    )
+    keys: str | None = Field(None, description="File of hashed keys, as of the models.")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, le=2**31, description="Largest request body.")
+    body_timeout_s: float = Field(10, gt=0, le=3600, description="Longest that a body may take.")
+
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 def validate(values: Mapping[str, Any]) -> ServeConfig:
     """Raises UserError for the first key that is unknown or wrong."""
+    given = dict(values)
+    # A config file has numbers and lists where a command line has words.
+    for key in ("replicas", "also"):
+        if isinstance(given.get(key), int):
+            given[key] = str(given[key])
+        if isinstance(given.get(key), list):
+            given[key] = ",".join(map(str, given[key]))
+    config = _validated(given, ServeConfig)
+    if config.also and not config.model.startswith("models:/"):
+        raise UserError(f"option also={config.also} needs a model of the registry, models:/….")
+    return config
+
+
+def validate_front(values: Mapping[str, Any]) -> FrontConfig:
+    """Raises UserError for the first key that is unknown or wrong."""
+    return _validated(values, FrontConfig)
+
+
+def _validated(values: Mapping[str, Any], kind: type[Options]) -> Options:
     try:
-        return ServeConfig.model_validate(dict(values))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
         if first["type"] == "extra_forbidden":
-            known = ", ".join(ServeConfig.model_fields)
+            known = ", ".join(kind.model_fields)
             raise UserError(f"unknown option '{key}'; accepted are {known}.") from error
-        raise UserError(f"option {key}={first['input']}: {first['msg'].lower()}.") from error
+        if not key:
+            raise UserError(f"{problem}.") from error
+        raise UserError(f"option {key}={first['input']}: {problem}.") from error

@@ -1,14 +1,19 @@
 """The data plane: the one path from records to predictions that every protocol takes."""
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from serve.admission import Terms
 from serve.batcher import Batcher
+from serve.cache import Cache
 from serve.config import ServeConfig
-from serve.errors import BadRequest, NotFound, TimedOut
+from serve.errors import BadRequest
+from serve.metrics import PlaneMetrics
+from serve.profile import Profile
 from train.bundle import Predictor
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns, InvalidRecord
@@ -18,18 +23,27 @@ MAX_INLINE_BYTES = 65_536
 
 
 class DataPlane:
-    """One model, one variant."""
+    """One model, one version, one variant."""
 
     def __init__(self, predictor: Predictor, version: str, config: ServeConfig) -> None:
         self._predictor = predictor
-        self._timeout_s = config.timeout_s
-        self._batcher = Batcher(
-            predictor.run,
-            max_batch_rows=config.max_batch_rows,
-            max_queue_rows=config.max_queue_rows,
-        )
         self._images = predictor.task.features.images
         self.version = version
+        self.metrics = PlaneMetrics()
+        manifest = predictor.bundle.manifest
+        self.batcher = Batcher(
+            predictor.run,
+            Profile.of(manifest.variants[predictor.variant], config.threads),
+            max_batch_rows=config.max_batch_rows,
+            max_queue_rows=config.max_queue_rows,
+            wait_s=config.batch_wait_ms / 1e3,
+            metrics=self.metrics,
+        )
+        self._cache: Cache | None = None
+        if config.cache_bytes:
+            digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+            identity = f"{digest} {predictor.variant}"
+            self._cache = Cache(config.cache_bytes, config.cache_ttl_s, identity, self.metrics)
 
     @property
     def manifest(self) -> Manifest:
@@ -43,38 +57,41 @@ class DataPlane:
     def variant(self) -> str:
         return self._predictor.variant
 
-    def check_name(self, name: str, version: str | None = None) -> None:
-        """Raises NotFound for another model or version than the one served here."""
-        if name != self.name:
-            raise NotFound(f"model '{name[:100]}' is not served here; '{self.name}' is.")
-        if version is not None and version != self.version:
-            raise NotFound(
-                f"version '{version[:100]}' of '{name}' is not served here; {self.version} is."
-            )
+    def warm_up(self) -> None:
+        """Run each batch size that will be common, before the first request needs it."""
+        golden, _ = self._predictor.bundle.golden(self.variant)
+        row = {name: array[:1] for name, array in golden.items()}
+        rows = 1
+        while rows <= self.batcher.max_batch_rows:
+            self._predictor.run({name: np.repeat(array, rows, 0) for name, array in row.items()})
+            rows *= 2
 
-    async def infer(self, columns: Columns) -> Arrays:
+    async def infer(self, columns: Columns, terms: Terms) -> Arrays:
         """Return predictions, a row for each record.
 
         columns: every field of the model, with a value for each record.
         Raises BadRequest for a record that cannot be encoded, Overloaded, TimedOut.
         """
         try:
-            async with asyncio.timeout(self._timeout_s):
-                rows = await self._encoded(columns)
-                return await self._batcher.submit(rows)
+            rows = await self._encoded(columns)
         except InvalidRecord as error:
             several = error.row is not None and len(next(iter(columns.values()))) > 1
             where = f"record {error.row}: " if several else ""
             raise BadRequest(f"{where}{error}") from error
-        except TimeoutError:
-            raise TimedOut(f"no answer within {self._timeout_s:g} s; try again later.") from None
+        if self._cache is None:
+            return await self.batcher.submit(rows, terms)
+        return await self._cache.answer(
+            rows, terms.deadline, lambda: self.batcher.submit(rows, terms)
+        )
+
+    def close(self) -> None:
+        self.batcher.close()
 
     async def _encoded(self, columns: Columns) -> Arrays:
         """Encode in a thread what takes long: a small file may hold a large image."""
         encode = self._predictor.encode
         files = any(_is_list(columns[name]) for name in self._images)
-        sizes = [_size_bytes(values) for values in columns.values()]
-        if not files and sum(sizes) <= MAX_INLINE_BYTES:
+        if not files and sum(map(_size_bytes, columns.values())) <= MAX_INLINE_BYTES:
             return encode(columns)
         return await asyncio.to_thread(encode, columns)
 

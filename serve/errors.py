@@ -1,29 +1,104 @@
-"""What a request can be answered besides a prediction, each with its HTTP status."""
+"""What a request can be answered besides a prediction, each with its HTTP status.
+
+RequestError
+├── BadRequest 400
+├── Unauthorized 401, Forbidden 403
+├── NotFound 404
+├── BadMethod 405
+├── SlowBody 408
+├── BodyTooLarge 413
+├── ClientGone 499           nobody is there to be answered
+└── TryLater                 says when to come again
+    ├── RateLimited 429
+    ├── Overloaded 503
+    ├── Unavailable 503
+    └── TimedOut 504
+"""
+
+import math
+from collections.abc import Sequence
 
 
 class RequestError(Exception):
     """A request that gets no prediction. The message says why and, where it helps, what to do."""
 
     status = 500
-    headers: dict[str, str] = {}  # noqa: RUF012
+    # What metrics count it as.
+    reason = "error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
 
 
 class BadRequest(RequestError):
-    status = 400
+    status, reason = 400, "bad_request"
+
+
+class Unauthorized(RequestError):
+    status, reason = 401, "unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(RequestError):
+    status, reason = 403, "forbidden"
 
 
 class NotFound(RequestError):
-    status = 404
+    status, reason = 404, "not_found"
+
+
+class BadMethod(RequestError):
+    status, reason = 405, "bad_method"
+
+    def __init__(self, message: str, allowed: Sequence[str]) -> None:
+        super().__init__(message)
+        self._allowed = allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Allow": ", ".join(self._allowed)}
+
+
+class SlowBody(RequestError):
+    status, reason = 408, "slow_body"
 
 
 class BodyTooLarge(RequestError):
-    status = 413
+    status, reason = 413, "too_large"
 
 
-class Overloaded(RequestError):
-    status = 503
-    headers = {"Retry-After": "1"}  # noqa: RUF012
+class ClientGone(RequestError):
+    status, reason = 499, "client_gone"
 
 
-class TimedOut(RequestError):
-    status = 504
+class TryLater(RequestError):
+    """retry_after_s: when an answer is likely; rounded up to whole seconds, as HTTP has it."""
+
+    def __init__(self, message: str, retry_after_s: float = 1, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.reason = reason or type(self).reason
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class RateLimited(TryLater):
+    status, reason = 429, "rate"
+
+
+class Overloaded(TryLater):
+    status, reason = 503, "overloaded"
+
+
+class Unavailable(TryLater):
+    status, reason = 503, "unavailable"
+
+
+class TimedOut(TryLater):
+    status, reason = 504, "timeout"

@@ -1,6 +1,12 @@
-"""The ingress: HAProxy in front of the replicas where it runs, else Ray Serve's own proxy."""
+"""The ingress: HAProxy in front of the replicas where it runs, else Ray Serve's own proxy.
+
+    source <(python -m serve.ingress)
+
+sets in a shell what a cluster, or `serve run` of a config file, needs before it starts.
+"""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -12,19 +18,24 @@ HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 ENVIRONMENT = {
     HAPROXY: "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gateway:middlewares",
+    # Else a Python process reads a line for each request; replicas count them already.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # A prediction may be asked for twice: what a dying replica leaves unanswered, another answers.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # A replica that is gone is noticed within a second.
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
 }
 
 
 def prepare_environment() -> None:
     """Set what is not set already; fall back to Ray's own proxy, saying so, without HAProxy."""
     connect.prepare_environment()
-    if HAPROXY in os.environ:
-        return
-    problem = haproxy_problem()
-    if problem is not None:
+    if HAPROXY not in os.environ and (problem := haproxy_problem()):
         print(f"HAProxy does not run here ({problem}); using Ray's own proxy.", file=sys.stderr)
+        os.environ[HAPROXY] = "0"
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, "0" if problem is not None and name == HAPROXY else value)
+        os.environ.setdefault(name, value)
 
 
 def haproxy_problem() -> str | None:
@@ -36,3 +47,13 @@ def haproxy_problem() -> str | None:
     except (ImportError, OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None
+
+
+def main() -> None:
+    prepare_environment()
+    for name in (*connect.ENVIRONMENT, *ENVIRONMENT):
+        print(f"export {name}={shlex.quote(os.environ[name])}")
+
+
+if __name__ == "__main__":
+    main()

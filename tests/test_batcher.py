@@ -6,14 +6,21 @@ import threading
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher
-from serve.errors import Overloaded
+from serve.admission import Terms
+from serve.batcher import SHORT_S, Batcher
+from serve.errors import Overloaded, TimedOut
+from serve.profile import Profile
+
+
+def long():
+    """Batches so long that they run in the engine's thread."""
+    return Profile([1, 4], [2 * SHORT_S, 4 * SHORT_S])
 
 
 class HeldEngine:
     """Doubles its input; each batch waits until the test frees it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.batches: list[list[float]] = []
         self.free = threading.Semaphore(0)
 
@@ -35,18 +42,28 @@ async def until(condition):
             await asyncio.sleep(0)
 
 
-def make(**limits):
+def make(profile=None, **limits):
     engine = HeldEngine()
-    return engine, Batcher(engine.run, **{"max_batch_rows": 4, "max_queue_rows": 8, **limits})
+    return engine, Batcher(engine.run, profile or long(), **{"max_batch_rows": 4, **limits})
+
+
+def ask(batcher, *values, seconds=60, **terms):
+    deadline = asyncio.get_running_loop().time() + seconds
+    return batcher.submit(rows(*values), Terms(deadline, **terms))
+
+
+async def busy(**limits):
+    """A batcher whose engine holds a batch with the row 0."""
+    engine, batcher = make(**limits)
+    first = ask(batcher, 0)
+    await until(lambda: engine.batches == [[0]])
+    return engine, batcher, first
 
 
 def test_requests_that_wait_for_the_engine_share_its_next_batch():
     async def scenario():
-        engine, batcher = make()
-        answers = [asyncio.create_task(batcher.submit(rows(0)))]
-        await until(lambda: engine.batches == [[0]])
-        answers += [asyncio.create_task(batcher.submit(rows(i))) for i in (1, 2, 3)]
-        await asyncio.sleep(0)
+        engine, batcher, first = await busy()
+        answers = [first, *(ask(batcher, i) for i in (1, 2, 3))]
         engine.free.release(2)
         results = await asyncio.gather(*answers)
         assert engine.batches == [[0], [1, 2, 3]]
@@ -55,44 +72,40 @@ def test_requests_that_wait_for_the_engine_share_its_next_batch():
     asyncio.run(scenario())
 
 
-def test_a_batch_is_never_larger_than_allowed():
+def test_requests_of_many_rows_are_split_and_joined_so_that_batches_are_full():
     async def scenario():
-        engine, batcher = make(max_queue_rows=20)
+        engine, batcher, first = await busy(max_queue_rows=100)
+        large = ask(batcher, *range(1, 7))
+        small = ask(batcher, 7, 8)
         engine.free.release(10)
-        first = asyncio.create_task(batcher.submit(rows(0)))
-        others = [asyncio.create_task(batcher.submit(rows(i, i))) for i in range(1, 4)]
-        large = await batcher.submit(rows(*range(10)))
-        await asyncio.gather(first, *others)
-        assert max(len(batch) for batch in engine.batches) <= 4
-        assert large["y"].tolist() == [2 * i for i in range(10)]
+        await first
+        assert (await large)["y"].tolist() == [2 * i for i in range(1, 7)]
+        assert (await small)["y"].tolist() == [14, 16]
+        assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8]]
 
     asyncio.run(scenario())
 
 
-def test_an_error_reaches_its_batch_and_no_other():
+def test_one_row_that_the_engine_fails_on_fails_alone():
     async def scenario():
-        engine, batcher = make()
-        bad = asyncio.create_task(batcher.submit(rows(13)))
-        await until(lambda: engine.batches == [[13]])
-        good = asyncio.create_task(batcher.submit(rows(1)))
-        engine.free.release(2)
-        with pytest.raises(ValueError, match="unlucky"):
-            await bad
-        assert (await good)["y"].tolist() == [2]
+        engine, batcher, first = await busy()
+        answers = [ask(batcher, i) for i in (1, 13, 2)]
+        engine.free.release(20)
+        await first
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        assert [type(result) for result in results] == [dict, ValueError, dict]
+        assert [results[0]["y"].tolist(), results[2]["y"].tolist()] == [[2], [4]]
 
     asyncio.run(scenario())
 
 
-def test_what_nobody_waits_for_is_not_computed():
+def test_what_nobody_waits_for_is_not_computed_and_counts_no_more():
     async def scenario():
-        engine, batcher = make()
-        first = asyncio.create_task(batcher.submit(rows(0)))
-        await until(lambda: engine.batches == [[0]])
-        gone = asyncio.create_task(batcher.submit(rows(1)))
-        stays = asyncio.create_task(batcher.submit(rows(2)))
-        await asyncio.sleep(0)
+        engine, batcher, first = await busy()
+        gone, stays = ask(batcher, 1), ask(batcher, 2)
+        assert batcher.rows == 3
         gone.cancel()
-        await asyncio.sleep(0)
+        await until(lambda: batcher.rows == 2)
         engine.free.release(2)
         await asyncio.gather(first, stays)
         assert engine.batches == [[0], [2]]
@@ -100,16 +113,112 @@ def test_what_nobody_waits_for_is_not_computed():
     asyncio.run(scenario())
 
 
+def test_a_request_whose_time_is_up_is_told_so_while_the_engine_is_busy():
+    async def scenario():
+        engine, batcher, first = await busy()
+        late = ask(batcher, 1, seconds=0.2)
+        with pytest.raises(TimedOut):
+            await late
+        assert not first.done()
+        engine.free.release(2)
+        await first
+        assert engine.batches == [[0]]
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_answered_in_time_is_refused_at_once_and_told_when_to_come_again():
+    async def scenario():
+        engine, batcher, first = await busy(profile=Profile([4], [1.0]), max_batch_rows=4)
+        waiting = [ask(batcher, i) for i in range(8)]
+        # About one second for the batch that runs, two for what waits, a quarter for its own.
+        with pytest.raises(Overloaded) as refused:
+            ask(batcher, 9, seconds=1.5)
+        assert refused.value.reason == "deadline"
+        assert 1 <= int(refused.value.headers["Retry-After"]) <= 3
+        ask(batcher, 9, seconds=10)
+        engine.free.release(10)
+        await asyncio.gather(first, *waiting)
+
+    asyncio.run(scenario())
+
+
 def test_the_queue_is_bounded():
     async def scenario():
-        engine, batcher = make(max_queue_rows=2)
-        waiting = [asyncio.create_task(batcher.submit(rows(0)))]
-        await until(lambda: engine.batches == [[0]])
-        waiting += [asyncio.create_task(batcher.submit(rows(i))) for i in (1, 2)]
-        await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="2 rows are waiting"):
-            await batcher.submit(rows(3))
+        engine, batcher, first = await busy(max_queue_rows=2)
+        waiting = [first, ask(batcher, 1), ask(batcher, 2)]
+        with pytest.raises(Overloaded, match="2 rows are waiting") as refused:
+            ask(batcher, 3)
+        assert refused.value.reason == "queue_full"
         engine.free.release(2)
         await asyncio.gather(*waiting)
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_makes_room_for_a_smaller_client():
+    async def scenario():
+        engine, batcher, first = await busy(max_queue_rows=6)
+        greedy = [ask(batcher, i, client="greedy") for i in range(1, 7)]
+        modest = ask(batcher, 9, client="modest")
+        with pytest.raises(Overloaded):
+            await greedy[-1]
+        engine.free.release(10)
+        await asyncio.gather(first, modest, *greedy[:-1])
+
+    asyncio.run(scenario())
+
+
+def test_clients_take_turns_and_priorities_go_first():
+    async def scenario():
+        engine, batcher, first = await busy(max_batch_rows=1)
+        waiting = [ask(batcher, i, client="a", priority=2) for i in (1, 2, 3)]
+        waiting += [ask(batcher, i, client="b", priority=2) for i in (11, 12)]
+        waiting += [ask(batcher, 21, client="a", priority=1)]
+        engine.free.release(10)
+        await asyncio.gather(first, *waiting)
+        assert engine.batches == [[0], [21], [1], [11], [2], [12], [3]]
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_engine_waits_for_a_batch_to_fill_only_as_long_as_it_may():
+    async def scenario():
+        engine, batcher = make(wait_s=30)
+        engine.free.release(10)
+        full = [ask(batcher, i) for i in range(4)]
+        await asyncio.gather(*full)
+        assert engine.batches == [[0, 1, 2, 3]]
+        # The slack of this one runs out long before the wait does.
+        await ask(batcher, 5, seconds=0.3)
+        assert engine.batches[1:] == [[5]]
+
+    asyncio.run(scenario())
+
+
+def test_a_short_batch_holds_what_arrived_together_and_runs_without_a_thread():
+    async def scenario():
+        seen = []
+
+        def run(batch):
+            seen.append((threading.current_thread(), batch["x"].tolist()))
+            return batch
+
+        batcher = Batcher(run, Profile([1, 64], [SHORT_S / 10, SHORT_S / 2]), max_batch_rows=64)
+        await asyncio.gather(*(ask(batcher, i) for i in range(5)))
+        assert seen == [(threading.main_thread(), [0, 1, 2, 3, 4])]
+
+    asyncio.run(scenario())
+
+
+def test_after_a_standstill_requests_are_let_in_again():
+    async def scenario():
+        profile = Profile([1], [2 * SHORT_S])
+        engine, batcher = make(profile=profile)
+        engine.free.release(1000)
+        profile.ratio = 1e6
+        for _ in range(200):
+            await ask(batcher, 1, seconds=1)
+        assert profile.ratio < 10
 
     asyncio.run(scenario())

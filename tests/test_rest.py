@@ -2,14 +2,15 @@
 
 import base64
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from serve.config import ServeConfig, validate
-from serve.dataplane import DataPlane
-from serve.protocol import rest
+from serve.config import validate
+from serve.security import Key, Keys
+from tests.serving import make_rest
 from tests.test_tasks import image_bytes
 from train.bundle import Predictor
 from train.config import validate as validate_run
@@ -18,8 +19,7 @@ from train.data import shards
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    plane = DataPlane(Predictor.load(bundle), "3", ServeConfig())
-    with TestClient(rest.build(plane, ServeConfig(max_body_bytes=100_000))) as client:
+    with TestClient(make_rest(bundle, max_body_bytes=100_000)) as client:
         yield client
 
 
@@ -63,7 +63,8 @@ def test_metadata_describes_the_model(client):
     answer = client.get("/v2/models/digits").json()
     assert answer["versions"] == ["3"]
     assert answer["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}]
-    assert client.get("/v2/models/digits/versions/3").json() == answer
+    for version in ("3", "production"):
+        assert client.get(f"/v2/models/digits/versions/{version}").json() == answer
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,14 @@ def test_metadata_describes_the_model(client):
         ("/v2/models/..%2f..%2fetc", 404),
         ("/v2/models/digits/versions/4", 404),
         ("/v2/models/digits/infer", 405),
+        ("/v2/models", 200),
+        ("/v2/models/digits/config", 200),
+        ("/v2/models/digits/stats", 200),
+        ("/metrics", 200),
+        ("/v2/repository/index", 405),
         ("/nowhere", 404),
         ("/docs/assets/../../secret", 404),
+        ("/docs/assets/index.html", 404),
     ],
 )
 def test_each_path_answers_with_its_status(client, path, status):
@@ -100,6 +107,9 @@ def test_each_path_answers_with_its_status(client, path, status):
         ("/v1/models/digits:predict", b'{"instances": [{"b64": "AAAA"}]}', 400),
         ("/v1/models/other:predict", b"{}", 404),
         ("/v2/models/digits/infer", b" " * 100_001, 413),
+        ("/v2/models/digits/infer", b"[" * 10_000, 400),
+        ("/v2/repository/models/other/load", b"", 404),
+        ("/v2/repository/models/..%2fdigits/load", b"", 404),
     ],
 )
 def test_each_error_is_one_json_object(client, path, body, status):
@@ -124,24 +134,97 @@ def test_the_documented_examples_work_as_they_stand(client):
         assert client.get(path).status_code == 200
 
 
-def test_an_engine_failure_shows_no_insides(bundle):
-    plane = DataPlane(Predictor.load(bundle), "1", ServeConfig())
+def test_an_engine_failure_shows_no_insides(bundle, caplog):
+    rest = make_rest(bundle)
 
-    async def fail(records):
+    def fail(inputs):
         raise RuntimeError("secret path")
 
-    plane.infer = fail
-    client = TestClient(rest.build(plane, ServeConfig()), raise_server_exceptions=False)
-    response = client.post(
-        "/v2/models/digits/infer", json=v2_body(np.zeros((1, 8, 8, 1)).astype(np.uint8))
-    )
+    plane = rest._host.find("digits")
+    plane.batcher._run = fail
+    response = TestClient(rest).post("/v2/models/digits/infer", json=v2_body(ZEROS))
     assert response.status_code == 500
     assert "secret" not in response.text
+    assert "secret path" in caplog.text
+
+
+ZEROS = np.zeros((1, 8, 8, 1), np.uint8)
+
+
+def test_a_body_may_be_the_pixels_or_the_file_alone(client, test_split):
+    images = test_split[0][:3]
+    expected = client.post("/v2/models/digits/infer", json=v2_body(images)).json()["outputs"]
+    raw = {"Inference-Header-Content-Length": "0"}
+    answer = client.post("/v2/models/digits/infer", content=images.tobytes(), headers=raw)
+    assert answer.json()["outputs"] == expected
+    png = image_bytes(images[0].squeeze())
+    answer = client.post("/v2/models/digits/infer", content=png, headers=raw)
+    assert answer.json()["outputs"][0]["data"] == expected[0]["data"][:1]
+    for wrong in (b"", b"x" * 63, b"x" * 64 * 2000):
+        response = client.post("/v2/models/digits/infer", content=wrong, headers=raw)
+        assert response.status_code in (400, 413)
+
+
+def test_every_answer_has_the_id_of_its_request(client):
+    given = client.get("/v2", headers={"X-Request-ID": "mine"})
+    assert given.headers["x-request-id"] == "mine"
+    made = {client.get("/nowhere").headers["x-request-id"] for _ in range(3)}
+    assert len(made) == 3
+
+
+def test_a_request_may_say_how_long_it_waits(client):
+    body = {**v2_body(ZEROS), "parameters": {"timeout": 1}}
+    response = client.post("/v2/models/digits/infer", json=body)
+    assert response.status_code in (503, 504)
+    assert int(response.headers["Retry-After"]) >= 1
+    body["parameters"] = {"timeout": 20_000_000, "priority": 1}
+    assert client.post("/v2/models/digits/infer", json=body).status_code == 200
+    body["parameters"] = {"priority": 9}
+    assert client.post("/v2/models/digits/infer", json=body).status_code == 400
+
+
+def test_an_unloaded_model_says_so_until_it_is_loaded(bundle):
+    with TestClient(make_rest(bundle)) as client:
+        assert client.post("/v2/repository/index").json()[0]["state"] == "READY"
+        assert client.post("/v2/repository/models/digits/unload").status_code == 200
+        assert client.post("/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
+
+
+def test_keys_open_what_they_are_for(bundle):
+    both, other = "hk_" + "a" * 43, "hk_" + "b" * 43
+    keys = Keys(
+        [
+            Key(name="both", sha256=sha256(both.encode()).hexdigest(), admin=True),
+            Key(name="other", sha256=sha256(other.encode()).hexdigest(), models=["x"], rate=2),
+        ]
+    )
+    with TestClient(make_rest(bundle, keys=keys)) as client:
+
+        def status(path, key=None, method="GET"):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return client.request(method, path, headers=headers).status_code
+
+        assert status("/v2/health/ready") == 200
+        assert status("/docs") == 200
+        assert status("/v2/models/digits") == 401
+        assert status("/v2/models/digits", "hk_" + "c" * 43) == 401
+        assert status("/v2/models/digits", both) == 200
+        assert status("/v2/models/digits", other) == 403
+        assert status("/v2/repository/models/digits/load", both, "POST") == 200
+        assert status("/v2/repository/models/digits/load", other, "POST") == 403
+        assert status("/v2/models/digits", other) == 429
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [({"replica": "2"}, "replicas"), ({"replicas": "two"}, "two"), ({"threads": "0"}, "threads")],
+    [
+        ({"replica": "2"}, "replicas"),
+        ({"replicas": "two"}, "two"),
+        ({"replicas": "3-2"}, "first of MIN-MAX"),
+        ({"threads": "0"}, "threads"),
+        ({"tls_cert": "a"}, "go together"),
+        ({"model": "/some/path", "also": "2"}, "registry"),
+    ],
 )
 def test_a_wrong_server_option_is_named(arguments, word):
     from cluster.errors import UserError

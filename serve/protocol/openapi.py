@@ -3,12 +3,22 @@
 import base64
 import io
 import math
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
+from swagger_ui_bundle import swagger_ui_path
 
+from serve.errors import NotFound
+from serve.protocol.http import Answer, Request
 from train.bundle.manifest import Manifest, Tensor
+
+ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 
 # The page's parts come from the server itself: it works without the internet.
 PAGE = """<!doctype html>
@@ -16,18 +26,52 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Halyard</title>
+<title>Halyard: {name}</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css">
 </head>
 <body>
 <div id="ui"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script>
 <script>
-SwaggerUIBundle({url: "/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1})
+SwaggerUIBundle({{
+    url: "/v2/models/{name}/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1
+}})
 </script>
 </body>
 </html>
 """
+
+
+def page(model: str) -> str:
+    return PAGE.format(name=quote(model))
+
+
+def list_page(models: Sequence[str]) -> str:
+    """Return a page that leads to the page of each model."""
+    links = "".join(
+        f'<li><a href="/v2/models/{quote(model)}/docs">{escape(model)}</a></li>' for model in models
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Halyard</title>'
+        f"<h1>Models</h1><ul>{links}</ul></html>"
+    )
+
+
+async def asset(request: Request) -> Answer:
+    """A file of the page. Raises NotFound."""
+    name = request.path.rpartition("/")[2]
+    if name not in ASSETS:
+        raise NotFound(f"/docs/assets/{name[:100]}: there is nothing here. See /docs.")
+    return Answer(_file(name), content_type=ASSETS[name])
+
+
+async def root(request: Request) -> Answer:
+    return Answer(b"", 307, headers={"Location": "/docs"})
+
+
+@cache
+def _file(name: str) -> bytes:
+    return Path(swagger_ui_path, name).read_bytes()
 
 
 def document(manifest: Manifest) -> dict[str, Any]:

@@ -1,158 +1,154 @@
-"""HTTP: the routes of the Open Inference Protocol v2 and KServe V1, as an ASGI application."""
+"""The routes of the Open Inference Protocol v2 and KServe V1 for one model."""
 
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+import time
 
-import orjson
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
-
-from serve.config import ServeConfig
+from serve.accesslog import AccessLog
+from serve.admission import Terms
 from serve.dataplane import DataPlane
-from serve.errors import BodyTooLarge, RequestError
-from serve.protocol import openapi, v1, v2
+from serve.host import Host
+from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
+from serve.protocol import describe, openapi, v1, v2
+from serve.protocol.http import GET, POST, Answer, Http, Request, Routes, html, json
+from serve.security import check_scope
+from serve.tracing import Tracer
+from train.tasks import Arrays, Columns
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-def build(plane: DataPlane, config: ServeConfig) -> Starlette:
-    """Return the application that serves one data plane."""
-    return Starlette(
-        routes=Rest(plane, config).routes(),
-        exception_handlers={
-            RequestError: _request_error,
-            HTTPException: _http_error,
-            Exception: _failure,
-        },
-    )
+MODEL = r"/v2/models/(?P<name>[^/]+)"
+HEADER_LENGTH = v2.HEADER_LENGTH.encode()
+VERSIONED = MODEL + r"(?:/versions/(?P<version>[^/]+))?"
 
 
-class Rest:
+class Rest(Http):
     """Handlers, in the order of their routes."""
 
-    def __init__(self, plane: DataPlane, config: ServeConfig) -> None:
-        self._plane = plane
-        self._max_body_bytes = config.max_body_bytes
-        self._max_rows = config.max_rows
+    def __init__(
+        self, host: Host, *, log: AccessLog | None = None, tracer: Tracer | None = None
+    ) -> None:
+        super().__init__(host.key, log=log, tracer=tracer)
+        self._host = host
+        self.config = host.config
+        self._find = _routes(self).find
 
-    def routes(self) -> list[Route | Mount]:
-        versioned = "/v2/models/{name}/versions/{version}"
-        return [
-            Route("/v2/models/{name}/infer", self.infer, methods=["POST"]),
-            Route(f"{versioned}/infer", self.infer, methods=["POST"]),
-            Route("/v1/models/{name}:predict", self.predict, methods=["POST"]),
-            Route("/v2", self.server),
-            Route("/v2/health/live", self.live),
-            Route("/v2/health/ready", self.live),
-            Route("/v2/models/{name}", self.model),
-            Route(versioned, self.model),
-            Route("/v2/models/{name}/ready", self.ready),
-            Route(f"{versioned}/ready", self.ready),
-            Route("/v1/models/{name}", self.ready),
-            Route("/openapi.json", self.openapi),
-            Route("/docs", self.docs),
-            Mount("/docs/assets", StaticFiles(directory=Path(swagger_ui_path))),
-            Route("/", self.root),
-        ]
+    async def handle(self, request: Request) -> Answer:
+        handler, parts = self._find(request.method, request.path)
+        request.model = parts.get("name") or self._host.name
+        request.version = parts.get("version")
+        return await handler(request)
 
-    async def infer(self, request: Request) -> Response:
-        plane = self._plane
-        plane.check_name(request.path_params["name"], request.path_params.get("version"))
-        body = await self._body(request)
-        header_length = request.headers.get(v2.HEADER_LENGTH)
-        inference = v2.decode(body, header_length, plane.manifest, self._max_rows)
-        predictions = await plane.infer(inference.columns)
+    async def infer(self, request: Request) -> Answer:
+        request.protocol = "v2"
+        plane, body, began = await self._begin(request)
+        header_length = request.header(HEADER_LENGTH)
+        inference = v2.decode(body, header_length, plane.manifest, self.config.max_rows)
+        terms = self._host.terms(inference.parameters, request.client)
+        predictions = await self._predictions(request, plane, inference.columns, terms, began)
+        replied = time.perf_counter()
         content, json_length = v2.encode(inference, predictions, plane.manifest, plane.version)
+        plane.metrics.stages["reply"].observe(time.perf_counter() - replied)
         if json_length is None:
-            return Response(content, media_type="application/json")
+            return Answer(content)
         headers = {v2.HEADER_LENGTH: str(json_length)}
-        return Response(content, media_type="application/octet-stream", headers=headers)
+        return Answer(content, content_type="application/octet-stream", headers=headers)
 
-    async def predict(self, request: Request) -> Response:
-        plane = self._plane
-        plane.check_name(request.path_params["name"])
-        columns = v1.decode(await self._body(request), plane.manifest, self._max_rows)
-        predictions = await plane.infer(columns)
-        return Response(v1.encode(predictions), media_type="application/json")
+    async def predict(self, request: Request) -> Answer:
+        request.protocol = "v1"
+        plane, body, began = await self._begin(request)
+        columns = v1.decode(body, plane.manifest, self.config.max_rows)
+        terms = self._host.terms({}, request.client)
+        return Answer(v1.encode(await self._predictions(request, plane, columns, terms, began)))
 
-    async def server(self, request: Request) -> Response:
-        version = self._plane.manifest.format_version
-        return _json({"name": "halyard", "version": str(version), "extensions": v2.EXTENSIONS})
+    async def server(self, request: Request) -> Answer:
+        return json(describe.server())
 
-    async def live(self, request: Request) -> Response:
-        return Response()
+    async def live(self, request: Request) -> Answer:
+        return json({"live": True})
 
-    async def model(self, request: Request) -> Response:
-        plane = self._plane
-        plane.check_name(request.path_params["name"], request.path_params.get("version"))
-        manifest = plane.manifest
-        return _json(
-            {
-                "name": plane.name,
-                "versions": [plane.version],
-                "platform": manifest.variants[plane.variant].engine,
-                "inputs": [tensor.model_dump() for tensor in manifest.inputs],
-                "outputs": [tensor.model_dump() for tensor in manifest.outputs],
-                "parameters": {"variant": plane.variant},
-            }
-        )
+    async def health(self, request: Request) -> Answer:
+        ready = self._host.ready()
+        return json({"ready": ready}, 200 if ready else 503)
 
-    async def ready(self, request: Request) -> Response:
-        self._plane.check_name(request.path_params["name"], request.path_params.get("version"))
-        return _json({"name": self._plane.name, "ready": True})
+    async def models(self, request: Request) -> Answer:
+        return json({"models": [self._host.name]})
 
-    async def openapi(self, request: Request) -> Response:
-        return _json(openapi.document(self._plane.manifest))
+    async def model(self, request: Request) -> Answer:
+        return json(describe.metadata(self._plane(request), self._host.versions))
 
-    async def docs(self, request: Request) -> Response:
-        return HTMLResponse(openapi.PAGE)
+    async def ready(self, request: Request) -> Answer:
+        return json({"name": self._plane(request).name, "ready": True})
 
-    async def root(self, request: Request) -> Response:
-        return RedirectResponse("/docs")
+    async def model_config(self, request: Request) -> Answer:
+        return json(describe.config(self._plane(request), self.config))
 
-    async def _body(self, request: Request) -> bytes:
-        """Raises BodyTooLarge as soon as that is known, before the rest is received."""
-        declared = request.headers.get("content-length", "")
-        size_bytes = int(declared) if declared.isdecimal() else 0
-        chunks: list[bytes] = []
-        received = 0
-        async for chunk in request.stream():
-            received += len(chunk)
-            if max(size_bytes, received) > self._max_body_bytes:
-                raise BodyTooLarge(
-                    f"the body has {max(size_bytes, received)} bytes; "
-                    f"at most {self._max_body_bytes} are accepted."
-                )
-            chunks.append(chunk)
-        return b"".join(chunks)
+    async def stats(self, request: Request) -> Answer:
+        return json({"model_stats": [describe.statistics(self._plane(request))]})
+
+    async def index(self, request: Request) -> Answer:
+        return json(await self._host.repository.index())
+
+    async def load(self, request: Request) -> Answer:
+        check_scope(request.key, request.model, admin=True)
+        return json(await self._host.repository.load(request.model))
+
+    async def unload(self, request: Request) -> Answer:
+        check_scope(request.key, request.model, admin=True)
+        await self._host.repository.unload(request.model)
+        return json({})
+
+    async def prometheus(self, request: Request) -> Answer:
+        return Answer(exposition(await self._host.repository.metrics()), content_type=CONTENT_TYPE)
+
+    async def openapi(self, request: Request) -> Answer:
+        return json(openapi.document(self._host.find(self._host.name).manifest))
+
+    async def docs(self, request: Request) -> Answer:
+        return html(openapi.page(self._host.name))
+
+    def snapshot(self, replica: str) -> Snapshot:
+        """What this replica counted, by version; of no version what was asked of none."""
+        none = {"model": "", "version": "", "variant": "", "replica": replica}
+        return merged([self._host.snapshot(replica), self.metrics.snapshot(none)])
+
+    def _plane(self, request: Request) -> DataPlane:
+        """Raises NotFound, Unavailable, Forbidden."""
+        check_scope(request.key, request.model)
+        plane = self._host.find(request.model, request.version)
+        request.metrics, request.version = plane.metrics, plane.version
+        return plane
+
+    async def _begin(self, request: Request) -> tuple[DataPlane, bytes, float]:
+        plane = self._plane(request)
+        body = await request.body(self.config.max_body_bytes, self.config.body_timeout_s)
+        return plane, body, time.perf_counter()
+
+    async def _predictions(
+        self, request: Request, plane: DataPlane, columns: Columns, terms: Terms, began: float
+    ) -> Arrays:
+        request.rows = len(next(iter(columns.values())))
+        plane.metrics.stages["parse"].observe(time.perf_counter() - began)
+        return await request.while_connected(plane.infer(columns, terms))
 
 
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    content = orjson.dumps(value)
-    return Response(content, status, headers=headers, media_type="application/json")
-
-
-async def _request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _json({"error": str(error)}, error.status, error.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail.lower()}."
-    if error.status_code == 404:
-        message += " See /docs."
-    return _json({"error": message}, error.status_code, dict(error.headers or {}))
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    # What went wrong is in the log; a client gets none of the server's insides.
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    return _json({"error": "the server failed to answer this request."}, 500)
+def _routes(rest: Rest) -> Routes:
+    return Routes(
+        {
+            VERSIONED + "/infer": (POST, rest.infer),
+            r"/v1/models/(?P<name>[^/:]+):predict": (POST, rest.predict),
+            "/v2/?": (GET, rest.server),
+            "/v2/health/live": (GET, rest.live),
+            "/v2/health/ready": (GET, rest.health),
+            "/v[12]/models": (GET, rest.models),
+            VERSIONED: (GET, rest.model),
+            VERSIONED + "/ready": (GET, rest.ready),
+            r"/v1/models/(?P<name>[^/:]+)": (GET, rest.ready),
+            VERSIONED + "/config": (GET, rest.model_config),
+            VERSIONED + "/stats": (GET, rest.stats),
+            "/v2/repository/index": (POST, rest.index),
+            "/v2/repository/models/(?P<name>[^/]+)/load": (POST, rest.load),
+            "/v2/repository/models/(?P<name>[^/]+)/unload": (POST, rest.unload),
+            "/metrics": (GET, rest.prometheus),
+            f"(?:{MODEL})?/openapi.json": (GET, rest.openapi),
+            f"(?:{MODEL})?/docs": (GET, rest.docs),
+            "/docs/assets/[^/]+": (GET, openapi.asset),
+            "/": (GET, openapi.root),
+        }
+    )

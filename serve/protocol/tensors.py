@@ -25,6 +25,21 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
     raw: the tensor's binary data, or None when its JSON holds "data".
     Raises BadRequest that names the tensor.
     """
+    name, datatype, shape = declared(tensor)
+    where, count = f"input '{name}'", math.prod(shape)
+    if raw is not None:
+        values = _from_raw(raw, datatype, count, where)
+    else:
+        data = _field(tensor, "data", list, where)
+        base64_encoded = (tensor.get("parameters") or {}).get("content_type") == "base64"
+        values = _from_json(data, datatype, count, where, base64_encoded=base64_encoded)
+        if None in data and count != shape[0]:
+            raise BadRequest(f"{where}: null may stand for a row's one value only.")
+    return name, values.reshape(shape)
+
+
+def declared(tensor: Any) -> tuple[str, str, list[int]]:
+    """Return name, datatype and shape of an input tensor. Raises BadRequest that names it."""
     name = _field(tensor, "name", str, "input")
     where = f"input '{name}'"
     datatype = _field(tensor, "datatype", str, where)
@@ -39,16 +54,7 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
         raise BadRequest(
             f"{where}: shape must be 1 to {MAX_RANK} whole numbers from 0; the first is the batch."
         )
-    count = math.prod(shape)
-    if raw is not None:
-        values = _from_raw(raw, datatype, count, where)
-    else:
-        data = _field(tensor, "data", list, where)
-        base64_encoded = (tensor.get("parameters") or {}).get("content_type") == "base64"
-        values = _from_json(data, datatype, count, where, base64_encoded=base64_encoded)
-        if None in data and count != shape[0]:
-            raise BadRequest(f"{where}: null may stand for a row's one value only.")
-    return name, values.reshape(shape)
+    return name, datatype, shape
 
 
 def encode_json(name: str, array: np.ndarray) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def _strings_from_raw(raw: memoryview, count: int, where: str) -> np.ndarray:
         raise BadRequest(
             f"{where}: its binary data is not {count} elements of a 4-byte length and its bytes."
         )
-    return _objects(values)
+    return objects(values)
 
 
 def _from_json(
@@ -128,7 +134,7 @@ def _from_json(
     try:
         # Of floating-point numbers null becomes NaN; nothing else can hold it.
         holds_all = not unknown or datatype[0] == "F"
-        return np.array(values, DTYPES[datatype]) if holds_all else _objects(values)
+        return np.array(values, DTYPES[datatype]) if holds_all else objects(values)
     except OverflowError:
         known = [value for value in values if value is not None]
         raise BadRequest(
@@ -157,7 +163,7 @@ def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
 def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:
     if not all(isinstance(value, str | None) for value in values):
         raise BadRequest(f"{where}: data of BYTES must be strings, or null.")
-    return _objects(
+    return objects(
         [
             None
             if value is None
@@ -176,7 +182,7 @@ def from_base64(value: str, where: str) -> bytes:
         raise BadRequest(f"{where}: not valid base64 ({error}).") from error
 
 
-def _objects(values: list[Any]) -> np.ndarray:
+def objects(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = values
     return array

@@ -1,7 +1,8 @@
 """Open Inference Protocol v2, REST: request body → fields, predictions → response body."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,20 +12,30 @@ from serve.errors import BadRequest, BodyTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
+from train.tasks.records import DTYPES
 
 HEADER_LENGTH = "inference-header-content-length"
-EXTENSIONS = ["binary_tensor_data"]
+EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+]
 MAX_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """id: the client's, given back. outputs: name → whether as binary; all as `binary` if empty."""
+    """id: the client's, given back. outputs: name → whether as binary; all as `binary` if empty.
+
+    parameters: the request's own, such as timeout and priority.
+    """
 
     id: str | None
     columns: Columns
-    outputs: dict[str, bool]
-    binary: bool
+    outputs: dict[str, bool] = field(default_factory=dict)
+    binary: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def decode(
@@ -40,6 +51,8 @@ def decode(
                 f"{HEADER_LENGTH} is '{header_length[:40]}'; the body has {len(body)} bytes."
             )
         split = int(header_length)
+        if split == 0:
+            return InferRequest(None, _raw_columns(view, manifest, max_rows))
     request = parse_json(view[:split])
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
@@ -51,11 +64,13 @@ def decode(
         arrays[name] = array
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
+    parameters = _parameters(request)
     return InferRequest(
         id=_optional(request, "id", str),
-        columns=_columns(arrays, manifest, max_rows),
-        outputs=_requested(request.get("outputs"), manifest),
-        binary=bool(_parameters(request).get("binary_data_output")),
+        columns=columns_of(arrays, manifest, max_rows),
+        outputs=requested(request.get("outputs"), manifest),
+        binary=bool(parameters.get("binary_data_output")),
+        parameters=parameters,
     )
 
 
@@ -120,7 +135,7 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
-def _columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
+def columns_of(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
     """Row i of every tensor makes record i."""
     fields = {tensor.name: tensor for tensor in manifest.inputs}
     if arrays.keys() != fields.keys():
@@ -145,7 +160,31 @@ def _columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -
     return columns
 
 
-def _requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:
+def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int) -> Columns:
+    """A raw binary request: the body is the one input's data, with no JSON before it.
+
+    Of an image, pixels of one or more, or else one file.
+    """
+    if len(manifest.inputs) != 1:
+        raise BadRequest(
+            f"'{manifest.name}' has {len(manifest.inputs)} inputs; a body without JSON "
+            f"({HEADER_LENGTH}: 0) is for models with one."
+        )
+    tensor = manifest.inputs[0]
+    if not len(raw):
+        raise BadRequest("the body is empty.")
+    dtype = DTYPES[tensor.datatype]
+    row_bytes = dtype.itemsize * math.prod(tensor.shape[1:])
+    if tensor.datatype != "BYTES" and len(raw) % row_bytes == 0:
+        check_rows(len(raw) // row_bytes, max_rows)
+        array = np.frombuffer(raw, dtype.newbyteorder("<")).reshape(tensor.shape)
+        return {tensor.name: array}
+    if tensor.datatype != "BYTES" and len(tensor.shape) != 4:
+        raise BadRequest(f"the body has {len(raw)} bytes; a row has {row_bytes}.")
+    return {tensor.name: [bytes(raw)]}
+
+
+def requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:
     if outputs is None:
         return {}
     known = [tensor.name for tensor in manifest.outputs]

@@ -1,0 +1,53 @@
+"""The access log: a JSON object on a line for each request, written aside from its path."""
+
+import asyncio
+import logging
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+FLUSH_S = 0.5
+FILE_BYTES, FILES = 64 * 2**20, 5
+# Lines kept when the disk is slower than the requests; more are counted and left out.
+MAX_LINES = 100_000
+
+Level = Literal["all", "errors", "none"]
+
+
+class AccessLog:
+    """Collects lines and writes them some times a second. Belongs to one event loop."""
+
+    def __init__(self, path: Path, level: Level) -> None:
+        self._level = level
+        self._lines: list[dict[str, Any]] = []
+        self._dropped = 0
+        self._due = False
+        self._logger = logging.Logger(f"halyard.access.{path}")
+        if level != "none":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._logger.addHandler(
+                RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, delay=True)
+            )
+
+    def add(self, status: int, line: dict[str, Any]) -> None:
+        if self._level == "none" or (self._level == "errors" and status < 400):
+            return
+        if len(self._lines) >= MAX_LINES:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+
+    def _flush(self) -> None:
+        lines, self._lines, self._due = self._lines, [], False
+        if self._dropped:
+            lines.append({"dropped": self._dropped})
+            self._dropped = 0
+        asyncio.get_running_loop().run_in_executor(None, self._write, lines)
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._logger.info("%s", b"\n".join(map(orjson.dumps, lines)).decode())

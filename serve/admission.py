@@ -1,0 +1,207 @@
+"""Admission: what each request is granted, and the line it waits in.
+
+A request whose answer cannot be ready by its deadline is refused at once: an error now is worth
+more to its client than one later, and the engine computes only what somebody will read.
+"""
+
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from serve.errors import BadRequest, Overloaded
+from serve.profile import Profile
+
+# Estimates err; this much more time than expected must be left.
+MARGIN = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request is granted.
+
+    deadline: time of the event loop's clock, seconds. priority: 1 goes first. client: whose share
+    of the engine it takes.
+    """
+
+    deadline: float
+    priority: int = 1
+    client: str = ""
+
+
+def terms(
+    parameters: Mapping[str, Any],
+    *,
+    now: float,
+    timeout_s: float,
+    priorities: int,
+    client: str,
+    asked_s: float | None = None,
+) -> Terms:
+    """Read the protocol's `timeout` (microseconds) and `priority` (0 or none: the middle level).
+
+    timeout_s: the server's limit. asked_s: what is left of the client's own time, if it says.
+    Raises BadRequest.
+    """
+    limit_s = timeout_s if asked_s is None else min(timeout_s, max(asked_s, 0))
+    microseconds = parameters.get("timeout")
+    if microseconds is not None:
+        if type(microseconds) is not int or microseconds < 0:
+            raise BadRequest("parameter 'timeout' must be a whole number of microseconds.")
+        if microseconds:
+            limit_s = min(limit_s, microseconds / 1e6)
+    priority = parameters.get("priority") or (priorities + 1) // 2
+    if type(priority) is not int or not 1 <= priority <= priorities:
+        raise BadRequest(f"parameter 'priority' must be a whole number from 0 to {priorities}.")
+    return Terms(now + limit_s, priority, client)
+
+
+class Waits(Protocol):
+    """What can stand in the line."""
+
+    terms: Terms
+
+    @property
+    def rows_left(self) -> int: ...
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for its answer any more."""
+        ...
+
+    def refuse(self, error: Exception) -> None: ...
+
+
+Job = TypeVar("Job", bound=Waits)
+
+
+class FairQueue(Generic[Job]):
+    """By priority, then fair between clients by rows, then in order of arrival.
+
+    Start-time fair queueing (Goyal et al. 1996): each job is tagged with the row at which it would
+    start if its client had its equal share; the smallest tag goes first.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, float, int, Job]] = []
+        self._order = itertools.count()
+        self._clock: dict[int, float] = defaultdict(float)
+        self._next: dict[tuple[int, str], float] = {}
+        self._rows_of_client: dict[str, int] = {}
+        self._rows_of_level: dict[int, int] = defaultdict(int)
+        self.rows = 0
+
+    def push(self, job: Job) -> None:
+        level, client, count = job.terms.priority, job.terms.client, job.rows_left
+        tag = max(self._clock[level], self._next.get((level, client), 0.0))
+        self._next[level, client] = tag + count
+        heapq.heappush(self._heap, (level, tag, next(self._order), job))
+        self._count(job, count)
+
+    def first(self) -> Job | None:
+        """The job whose turn it is; those that are gone leave."""
+        while self._heap:
+            job = self._heap[0][3]
+            if not job.gone:
+                return job
+            heapq.heappop(self._heap)
+        self._clock.clear()
+        self._next.clear()
+        return None
+
+    def took(self, rows: int) -> None:
+        """Take `rows` of the first job's rows; with its last ones it leaves the line."""
+        level, tag, _, job = self._heap[0]
+        self._clock[level] = tag
+        self._count(job, -rows)
+        if job.rows_left == rows:
+            heapq.heappop(self._heap)
+
+    def left(self, job: Job) -> None:
+        """A job has gone before its turn: its rows count no more."""
+        if job.rows_left:
+            self._count(job, -job.rows_left)
+
+    def ahead(self, terms: Terms, count: int) -> int:
+        """About how many rows are answered before those of a job that came now."""
+        if not self.rows:
+            return 0
+        rows = sum(n for level, n in self._rows_of_level.items() if level <= terms.priority)
+        own = self._rows_of_client.get(terms.client, 0)
+        others = len(self._rows_of_client) - (own > 0)
+        return min(rows, (own + count) * (others + 1))
+
+    def make_room(self, terms: Terms, count: int) -> list[Job]:
+        """The latest jobs of whoever has the most waiting, to go in favour of a smaller client.
+
+        Empty where the newcomer itself has, with `count` more, as much waiting as anyone.
+        """
+        if not self._rows_of_client:
+            return []
+        greediest = max(self._rows_of_client, key=lambda name: self._rows_of_client[name])
+        spare = self._rows_of_client[greediest] - self._rows_of_client.get(terms.client, 0) - count
+        if greediest == terms.client or spare < count:
+            return []
+        theirs = [entry for entry in self._heap if entry[3].terms.client == greediest]
+        theirs = [entry for entry in theirs if not entry[3].gone and entry[0] >= terms.priority]
+        chosen: list[Job] = []
+        freed = 0
+        for entry in sorted(theirs, key=lambda entry: entry[:3], reverse=True):
+            if freed >= count:
+                break
+            chosen.append(entry[3])
+            freed += entry[3].rows_left
+        return chosen if freed >= count else []
+
+    def _count(self, job: Job, change: int) -> None:
+        self.rows += change
+        self._rows_of_level[job.terms.priority] += change
+        client = job.terms.client
+        rows = self._rows_of_client.get(client, 0) + change
+        if rows:
+            self._rows_of_client[client] = rows
+        else:
+            del self._rows_of_client[client]
+
+
+class Admission:
+    """Says of each request whether it may wait, and if not, why not and when to come again."""
+
+    def __init__(self, queue: FairQueue[Any], profile: Profile, max_queue_rows: int) -> None:
+        self._queue = queue
+        self._profile = profile
+        self._max_queue_rows = max_queue_rows
+
+    def check(self, terms: Terms, count: int, *, now: float, busy_until: float, batch: int) -> None:
+        """Raises Overloaded for a request of `count` rows that cannot be answered in time.
+
+        busy_until: when the engine is expected to be free. batch: rows it takes at once.
+        """
+        per_row_s = self._profile.seconds(batch) / batch
+        busy_s = max(busy_until - now, 0)
+        wait_s = busy_s + per_row_s * self._queue.ahead(terms, count)
+        own_s = self._profile.seconds(min(count, batch)) + per_row_s * max(count - batch, 0)
+        left_s = terms.deadline - now
+        if not busy_s and not self._queue.rows:
+            # Nothing else shows that the engine has become fast again.
+            own_s = min(own_s, self._profile.measured(count))
+        if MARGIN * (wait_s + own_s) > left_s:
+            raise Overloaded(
+                f"the answer would take about {wait_s + own_s:.3g} s and may take "
+                f"{max(left_s, 0):.3g} s; {self._queue.rows} rows are waiting.",
+                wait_s + own_s - left_s,
+                "deadline",
+            )
+        if self._queue.rows and self._queue.rows + count > self._max_queue_rows:
+            evicted = self._queue.make_room(terms, count)
+            full = Overloaded(
+                f"{self._queue.rows} rows are waiting already.",
+                busy_s + per_row_s * self._queue.rows,
+                "queue_full",
+            )
+            if not evicted:
+                raise full
+            for job in evicted:
+                job.refuse(full)

@@ -1,0 +1,231 @@
+"""`python -m serve.loadtest URL [options]`: see the package."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from cluster.errors import UserError, run_command
+from serve.loadtest import target as targets
+from serve.loadtest.client import run
+from serve.loadtest.load import Closed, Load, Poisson
+from serve.loadtest.report import Report
+from serve.loadtest.search import find_rate
+from serve.loadtest.target import Target
+
+CLOSED_CONNECTIONS, OPEN_CONNECTIONS = 32, 512
+MAX_SHOWN = 300
+
+
+class Options(BaseModel):
+    """Every option of the command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: CliPositionalArg[str] = Field(description="The server, http://HOST:PORT.")
+    connections: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description=f"Closed loop: each sends its next request when it has its answer "
+        f"({CLOSED_CONNECTIONS}). With --rate: most that are open at once ({OPEN_CONNECTIONS}).",
+    )
+    rate: float | None = Field(
+        None, gt=0, le=1e6, description="Poisson arrivals, requests/s; with --find-rate, the first."
+    )
+    duration: float = Field(10, gt=0, le=86_400, description="Seconds that are measured.")
+    warmup: float = Field(3, ge=0, le=3600, description="Seconds before, left out.")
+    timeout: float = Field(10, gt=0, le=3600, description="Seconds that a request may take.")
+    retry: int = Field(
+        0, ge=0, le=100, description="Tries again after a failed connection or a 503."
+    )
+    seed: int = Field(0, ge=0, description="Of arrivals and of random requests.")
+    p99: float | None = Field(None, gt=0, description="Milliseconds that count as in time.")
+    find_rate: bool = Field(
+        False, description="Find the highest Poisson rate with the p99 within --p99 and 99 % ok."
+    )
+    model: str | None = Field(
+        None, min_length=1, description="Model to ask; the one that /v2/models names if not given."
+    )
+    rows: int = Field(1, ge=1, le=100_000, description="Random rows in each request to a model.")
+    pool: int = Field(64, ge=1, le=10_000, description="Different requests of random rows.")
+    path: str | None = Field(
+        None, description="For any other server: the path, asked by POST with --body, else by GET."
+    )
+    body: list[Path] = Field(
+        [], description="File to post to --path; several, given one by one, are sent in turn."
+    )
+    content_type: str = Field(targets.BYTES, description="Of --body.")
+    header: list[str] = Field(
+        [], description='"Name: value", sent with each request; may be repeated.'
+    )
+    api_key: str | None = Field(None, description="Sent as 'Authorization: Bearer …'.")
+    picture: Path | None = Field(None, description="PNG to draw latencies and throughput into.")
+
+
+class _Command(BaseSettings, Options):
+    """Load an HTTP inference server and tell how many answers came, how late, and how many not."""
+
+    # Apart: settings of this kind are also read from the environment, PATH as --path.
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m serve.loadtest", cli_kebab_case=True, cli_implicit_flags=True
+    )
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    options = parse(argv)
+    target = _target(options)
+    status, answer = targets.probe(target, options.timeout)
+    if not 200 <= status < 300:
+        shown = " ".join(answer.decode(errors="replace").split())[:MAX_SHOWN]
+        _tell(f"warning: the first answer is {status}: {shown}")
+    if options.find_rate:
+        return _find_rate(options, target)
+    report = _measure(options, target, _load(options))
+    _show(options, report)
+    return report.as_dict(options.p99)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Raises UserError with one line that names the option."""
+    # Apart, as pydantic-settings divides lists at commas, which paths and headers may have.
+    lists = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--body", "--header"):
+        lists.add_argument(name, action="append", default=[])
+    try:
+        listed, rest = lists.parse_known_args(argv)
+        given = CliSettingsSource(_Command, cli_parse_args=rest, cli_exit_on_error=False)()
+        options = Options.model_validate({**given, **vars(listed)})
+    except (SettingsError, argparse.ArgumentError) as error:
+        problem = str(error).removeprefix("error parsing CLI: ")
+        raise UserError(f"{problem}; --help lists the options.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise UserError(f"option --{name}: {first['msg'].lower()}.") from error
+    _check(options)
+    return options
+
+
+def _check(options: Options) -> None:
+    """Raises UserError for options that do not go together."""
+    targets.split(options.url)
+    if options.find_rate and options.p99 is None:
+        raise UserError("--find-rate needs the bound: give --p99 MILLISECONDS.")
+    if options.body and options.path is None:
+        raise UserError("--body needs the path to post to: give --path, such as /predict.")
+    if options.path is not None and not options.path.startswith("/"):
+        raise UserError(f"--path is '{options.path[:100]}'; it must begin with /.")
+    if options.path is not None and options.model is not None:
+        raise UserError("give --model, or --path for a server of another kind; not both.")
+    # Before the run, not after it.
+    drawn = options.picture
+    if drawn is not None and not (drawn.suffix == ".png" and drawn.parent.is_dir()):
+        raise UserError(f"--picture is '{drawn}'; expected a name.png in a folder that is there.")
+
+
+def _target(options: Options) -> Target:
+    headers = _headers(options)
+    if options.path is None:
+        model = options.model or targets.served_model(options.url, headers, options.timeout)
+        requests = targets.infer_requests(
+            options.url,
+            model,
+            headers,
+            num_requests=options.pool,
+            rows=options.rows,
+            seed=options.seed,
+            timeout_s=options.timeout,
+        )
+        return Target(options.url, requests)
+    bodies: list[bytes | None] = [_read(path) for path in options.body]
+    kind = options.content_type
+    return Target(
+        options.url,
+        [
+            targets.request(
+                options.url, options.path, body=body, content_type=kind, headers=headers
+            )
+            for body in bodies or [None]
+        ],
+    )
+
+
+def _headers(options: Options) -> dict[str, str]:
+    headers = {}
+    for line in options.header:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or any(mark in line for mark in "\r\n"):
+            raise UserError(f"--header is '{line[:100]}'; expected \"Name: value\".")
+        headers[name.strip()] = value.strip()
+    if options.api_key is not None:
+        headers["Authorization"] = f"Bearer {options.api_key}"
+    return headers
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--body: '{path}' cannot be read: {error.strerror}.") from error
+
+
+def _load(options: Options) -> Load:
+    if options.rate is None:
+        return Closed(options.connections or CLOSED_CONNECTIONS)
+    return Poisson(options.rate, options.connections or OPEN_CONNECTIONS)
+
+
+def _measure(options: Options, target: Target, load: Load) -> Report:
+    return run(
+        target,
+        load,
+        warmup_s=options.warmup,
+        duration_s=options.duration,
+        timeout_s=options.timeout,
+        retries=options.retry,
+        seed=options.seed,
+    )
+
+
+def _find_rate(options: Options, target: Target) -> dict[str, Any]:
+    assert options.p99 is not None
+    connections = options.connections or OPEN_CONNECTIONS
+    search = find_rate(
+        lambda rate_per_s: _measure(options, target, Poisson(rate_per_s, connections)),
+        options.p99,
+        options.rate or 100,
+        _tell,
+    )
+    if search.best is None:
+        _tell(f"no rate held a p99 of {options.p99:g} ms")
+        return {"find_rate": search.as_dict()}
+    _show(options, search.best)
+    return {**search.best.as_dict(options.p99), "find_rate": search.as_dict()}
+
+
+def _show(options: Options, report: Report) -> None:
+    _tell(report.table(options.p99))
+    if options.picture is not None:
+        # Imported here: it takes half a second, and most runs draw nothing.
+        from serve.loadtest import picture
+
+        picture.draw(report, options.picture, options.p99)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

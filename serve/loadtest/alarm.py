@@ -1,0 +1,78 @@
+"""Wake-ups at exact times: event loops round their timers to whole milliseconds."""
+
+import asyncio
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+# From <sys/timerfd.h> and <time.h> of Linux.
+CLOCK_MONOTONIC, TFD_NONBLOCK, TFD_TIMER_ABSTIME = 1, 0o4000, 1
+
+
+class Alarm(Protocol):
+    def at(self, when_s: float) -> None:
+        """Call back once at this time of time.monotonic(); it replaces what was set before."""
+
+    def close(self) -> None: ...
+
+
+def alarm(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Alarm:
+    """Return the most exact alarm of this system."""
+    if hasattr(ctypes.CDLL(None), "timerfd_create"):
+        return KernelAlarm(loop, call)
+    return LoopAlarm(loop, call)
+
+
+class _Times(ctypes.Structure):
+    """struct itimerspec."""
+
+    _fields_ = [
+        ("interval_s", ctypes.c_long),
+        ("interval_ns", ctypes.c_long),
+        ("value_s", ctypes.c_long),
+        ("value_ns", ctypes.c_long),
+    ]
+
+
+class KernelAlarm:
+    """By Linux's timerfd, within some 50 microseconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        self._loop, self._call = loop, call
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._file = self._libc.timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK)
+        if self._file < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create failed")
+        loop.add_reader(self._file, self._ring)
+
+    def at(self, when_s: float) -> None:
+        # A time that has passed rings at once; zero would mean never.
+        seconds, nanoseconds = divmod(max(1, round(when_s * 1e9)), 1_000_000_000)
+        times = _Times(0, 0, seconds, nanoseconds)
+        self._libc.timerfd_settime(self._file, TFD_TIMER_ABSTIME, ctypes.byref(times), None)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._file)
+        os.close(self._file)
+
+    def _ring(self) -> None:
+        os.read(self._file, 8)
+        self._call()
+
+
+class LoopAlarm:
+    """By the event loop's timers: a millisecond early or late."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        self._loop, self._call = loop, call
+        self._timer: asyncio.TimerHandle | None = None
+
+    def at(self, when_s: float) -> None:
+        self.close()
+        self._timer = self._loop.call_later(max(0.0, when_s - time.monotonic()), self._call)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,172 @@
+"""The repository: which versions of a model its replicas serve, and how that changes.
+
+One per application. It alone asks the registry; replicas ask it, and wait for changes.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster import storage
+from cluster.errors import UserError
+from serve.config import ServeConfig
+from serve.errors import BadRequest, NotFound
+from serve.metrics import Snapshot, merged
+from serve.served import State
+from train.bundle import Bundle, CorruptBundle, Predictor, registry
+
+# How long a replica waits for a change before it asks again.
+POLL_S = 2.0
+# A replica that has not asked for this long is gone.
+FORGET_S = 15.0
+# How long a load waits for every replica to serve what was loaded.
+SWITCH_S = 60.0
+
+
+@dataclass
+class Replica:
+    """What a replica said when it asked last. at: of the monotonic clock."""
+
+    revision: int
+    problem: str | None
+    metrics: Snapshot
+    at: float
+
+
+def resolve(config: ServeConfig, revision: int = 0) -> State:
+    """Ask the registry for what a configuration names. Raises UserError, CorruptBundle."""
+    root = storage.resolve(config.storage)
+    locations: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for reference in config.references:
+        location, version = registry.resolve(reference, root)
+        locations[version] = location
+        if "@" in reference:
+            aliases[reference.rpartition("@")[2]] = version
+    default = next(iter(locations))
+    name = Bundle.load(locations[default]).manifest.name
+    return State(revision, name, default, locations, aliases)
+
+
+class Repository:
+    """Keeps the state that replicas follow. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        state: State | None = None,
+        find: Callable[[ServeConfig, int], State] = resolve,
+    ) -> None:
+        self._config = config
+        self._find = find
+        # After a crash nobody tells the state: the registry does.
+        self._state = state or find(config, time.time_ns())
+        self._changed = asyncio.Event()
+        self._replicas: dict[str, Replica] = {}
+        self._loading = asyncio.Lock()
+
+    async def state(self) -> State:
+        return self._state
+
+    async def follow(
+        self, replica: str, revision: int, problem: str | None, metrics: Snapshot
+    ) -> State | None:
+        """Return the state once it is another than `revision`, or None after a while.
+
+        revision: of the state that the replica was given last. problem: why it could not go over
+        to that one, and serves the one before.
+        """
+        self._replicas[replica] = Replica(revision, problem, metrics, time.monotonic())
+        if self._state.revision == revision:
+            try:
+                await asyncio.wait_for(self._changed.wait(), POLL_S)
+            except TimeoutError:
+                return None
+        return self._state
+
+    async def metrics(self) -> Snapshot:
+        """Return what all replicas counted, some seconds ago at most."""
+        return merged(replica.metrics for replica in self._alive().values())
+
+    async def index(self) -> list[dict[str, Any]]:
+        """Return name, version and state of what is served."""
+        state = self._state
+        return [
+            {
+                "name": state.name,
+                "version": version,
+                "state": "READY" if state.loaded else "UNAVAILABLE",
+                "reason": "" if state.loaded else "unloaded",
+                "aliases": [alias for alias, number in state.aliases.items() if number == version],
+                "default": version == state.default,
+            }
+            for version in state.locations
+        ]
+
+    async def load(self, name: str) -> dict[str, Any]:
+        """Serve what the registry has now. The old state stays unless every new version is fit.
+
+        Raises NotFound for another model, BadRequest for a version that fails its self-test.
+        """
+        self._check(name)
+        async with self._loading:
+            before = self._state
+            try:
+                state = await asyncio.to_thread(self._find, self._config, before.revision + 1)
+                new = [
+                    state.locations[version]
+                    for version in state.locations
+                    if state.locations[version] not in before.locations.values()
+                ]
+                await asyncio.to_thread(self._try, new)
+            except (UserError, CorruptBundle, ValueError) as error:
+                raise BadRequest(f"{error} What was served before still is.") from error
+            if replace(state, revision=before.revision) != before:
+                await self._publish(state)
+            return {"name": name, "versions": list(state.locations), "default": state.default}
+
+    async def unload(self, name: str) -> None:
+        """Answer 503 until it is loaded again. Raises NotFound for another model."""
+        self._check(name)
+        async with self._loading:
+            state = self._state
+            await self._publish(replace(state, revision=state.revision + 1, loaded=False))
+
+    def _check(self, name: str) -> None:
+        if name != self._state.name:
+            raise NotFound(f"model '{name[:100]}' is not served here; '{self._state.name}' is.")
+
+    def _try(self, locations: Sequence[str]) -> None:
+        """Raises CorruptBundle or ValueError for a bundle that no replica could serve."""
+        for location in locations:
+            bundle = Bundle.load(location)
+            if bundle.manifest.name != self._state.name:
+                raise CorruptBundle(f"'{location}' is of another model.")
+            Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
+
+    async def _publish(self, state: State) -> None:
+        """Tell the replicas, and wait until those that live have gone over or said why not."""
+        before, self._state = self._state, state
+        self._changed.set()
+        self._changed = asyncio.Event()
+        deadline = time.monotonic() + SWITCH_S
+        while time.monotonic() < deadline:
+            replicas = self._alive().values()
+            problems = [known.problem for known in replicas if known.problem]
+            if problems:
+                self._state = replace(before, revision=state.revision + 1)
+                self._changed.set()
+                self._changed = asyncio.Event()
+                raise BadRequest(f"{problems[0]} What was served before still is.")
+            if all(known.revision >= state.revision for known in replicas):
+                return
+            await asyncio.sleep(0.02)
+
+    def _alive(self) -> dict[str, Replica]:
+        now = time.monotonic()
+        self._replicas = {
+            name: known for name, known in self._replicas.items() if now - known.at < FORGET_S
+        }
+        return self._replicas

@@ -1,0 +1,155 @@
+"""Versions side by side, and how the repository changes what is served."""
+
+import asyncio
+import json
+import shutil
+
+import pytest
+
+from cluster.errors import UserError
+from serve import repository
+from serve.config import ServeConfig, validate
+from serve.errors import BadRequest, NotFound, Unavailable
+from serve.metrics import PlaneMetrics
+from serve.repository import Repository
+from serve.served import Served, State
+from tests.serving import make_plane
+from train.bundle import Bundle, CorruptBundle
+
+
+@pytest.fixture
+def place(bundle, tmp_path):
+    """The bundle's location, and a copy whose golden outputs are another net's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for variant in manifest["variants"].values():
+        variant["golden_tolerance"] = -1.0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return str(bundle.path), str(copy)
+
+
+def load(location, version):
+    return make_plane(Bundle.load(location), version)
+
+
+def state(revision, default, loaded=True, **locations):
+    numbers = {name.removeprefix("v"): location for name, location in locations.items()}
+    return State(revision, "digits", default, numbers, {"production": default}, loaded)
+
+
+def test_versions_are_found_by_number_and_alias(place):
+    good, _ = place
+    served = Served(state(0, "1", v1=good, v2=good), load)
+    assert served.find("digits").version == "1"
+    assert served.find("digits", "2").version == "2"
+    assert served.find("digits", "production").version == "1"
+    for name, version in (("other", None), ("digits", "3"), ("digits", "../1")):
+        with pytest.raises(NotFound):
+            served.find(name, version)
+
+
+def test_a_new_state_keeps_the_planes_that_stay(place):
+    async def scenario():
+        good, _ = place
+        served = Served(state(0, "1", v1=good), load)
+        before = served.find("digits")
+        await served.install(state(1, "2", v1=good, v2=good))
+        assert served.find("digits", "1") is before
+        assert served.find("digits").version == "2"
+        await served.install(state(2, "2", False, v1=good, v2=good))
+        with pytest.raises(Unavailable, match="unloaded"):
+            served.find("digits")
+        assert not served.ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_fails_its_self_test_changes_nothing(place):
+    async def scenario():
+        good, bad = place
+        served = Served(state(0, "1", v1=good), load)
+        before = served.find("digits")
+        with pytest.raises(CorruptBundle):
+            await served.install(state(1, "2", v2=bad))
+        assert served.find("digits") is before
+        assert served.state.revision == 0
+
+    asyncio.run(scenario())
+
+
+def make_repository(now, *others):
+    """A repository whose registry has each of the states in turn."""
+    states = list(others)
+    return Repository(ServeConfig(), now, lambda config, revision: states.pop(0))
+
+
+async def replica(kept, served, rounds):
+    """What a replica does: follow, go over, and tell what went wrong."""
+    revision, problem = served.state.revision, None
+    for _ in range(rounds):
+        new = await kept.follow("r", revision, problem, PlaneMetrics().snapshot({}))
+        if new is not None:
+            revision, problem = new.revision, None
+            try:
+                await served.install(new)
+            except CorruptBundle as error:
+                problem = str(error)
+
+
+def test_a_load_ends_when_every_replica_has_gone_over(place):
+    async def scenario():
+        good, _ = place
+        served = Served(state(0, "1", v1=good), load)
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=good))
+        following = asyncio.create_task(replica(kept, served, 2))
+        await asyncio.sleep(0)
+        answer = await kept.load("digits")
+        assert answer == {"name": "digits", "versions": ["2"], "default": "2"}
+        assert served.find("digits").version == "2"
+        await following
+
+    asyncio.run(scenario())
+
+
+def test_a_load_of_a_bad_version_is_refused_and_the_old_one_stays(place):
+    async def scenario():
+        good, bad = place
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        with pytest.raises(BadRequest, match="What was served before still is"):
+            await kept.load("digits")
+        assert (await kept.state()).revision == 0
+        with pytest.raises(NotFound):
+            await kept.load("other")
+
+    asyncio.run(scenario())
+
+
+def test_what_a_replica_cannot_serve_is_taken_back(place):
+    async def scenario():
+        good, bad = place
+        served = Served(state(0, "1", v1=good), load)
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        kept._try = lambda locations: None  # this machine can; the replica's cannot
+        following = asyncio.create_task(replica(kept, served, 3))
+        await asyncio.sleep(0)
+        with pytest.raises(BadRequest, match="golden"):
+            await kept.load("digits")
+        await following
+        assert served.find("digits").version == "1"
+        assert (await kept.state()).default == "1"
+
+    asyncio.run(scenario())
+
+
+def test_the_registry_is_asked_for_all_that_is_to_be_served(bundle, trained, storage_path):
+    config = validate({"model": trained["uri"], "also": "1", "storage": str(storage_path)})
+    found = repository.resolve(config)
+    version = str(trained["version"])
+    assert found.default == version
+    assert found.aliases == {"production": version}
+    assert set(found.locations) == {version, "1"}
+    with pytest.raises(UserError, match="nobody"):
+        repository.resolve(
+            validate({"model": "models:/digits@nobody", "storage": str(storage_path)})
+        )
