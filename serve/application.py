@@ -164,6 +164,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
             os.environ[ingress.HAPROXY] = "0"
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
         connect.connect(num_cpus=config.replica_range[1] * config.threads)
+    if global_worker.mode != ray.WORKER_MODE:
         _start(config)
     deployment = serve.deployment(Model).options(
         name=state.name,
@@ -194,7 +195,7 @@ def _logs() -> Path:
 
 
 def _start(config: ServeConfig) -> None:
-    """Start Serve with this server's addresses; `serve run` then finds it started."""
+    """Start Serve with this server's addresses, unless it runs; `serve run` finds it started."""
     http = HTTPOptions(
         host=config.host,
         port=config.port,

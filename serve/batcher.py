@@ -113,6 +113,16 @@ class Batcher:
     def max_batch_rows(self) -> int:
         return self._max_batch_rows
 
+    def check(self, count: int, terms: Terms) -> None:
+        """Raises Overloaded for a request of `count` rows that `submit` would refuse now."""
+        self._admission.check(
+            terms,
+            count,
+            now=asyncio.get_running_loop().time(),
+            busy_until=self._busy_until,
+            batch=self._max_batch_rows,
+        )
+
     def submit(self, rows: Arrays, terms: Terms) -> asyncio.Future[Arrays]:
         """Return the future answers for `rows`, which share batches with others.
 
@@ -120,10 +130,8 @@ class Batcher:
         Raises Overloaded at once when the answer cannot be ready by then, or too many rows wait.
         """
         loop = asyncio.get_running_loop()
-        now, count = loop.time(), num_rows(rows)
-        self._admission.check(
-            terms, count, now=now, busy_until=self._busy_until, batch=self._max_batch_rows
-        )
+        count = num_rows(rows)
+        self.check(count, terms)
         job = Job(rows, count, terms, loop.create_future(), time.perf_counter())
         timer = loop.call_at(terms.deadline, self._expire, job)
 
@@ -163,7 +171,8 @@ class Batcher:
             if wait_s > 0:
                 self._timer = self._timer or loop.call_later(wait_s, self._waited)
                 return
-        batch = self._take(self._profile.rows_within(left_s, self._max_batch_rows), now)
+        most = self._profile.rows_within(left_s / MARGIN, self._max_batch_rows)
+        batch = self._take(most, now)
         if batch:
             self._begin(batch, now)
 
@@ -187,7 +196,7 @@ class Batcher:
         """Take up to `most` rows from the line; what cannot be answered in time is refused."""
         batch: list[Piece] = []
         while most and (job := self._queue.first()):
-            own_s = self._profile.seconds(min(job.rows_left, most))
+            own_s = MARGIN * self._profile.seconds(min(job.rows_left, most))
             alone = not batch and self._queue.rows == job.rows_left
             if now + own_s > job.terms.deadline and not alone:
                 job.refuse(Overloaded("others were ahead too long.", own_s, "deadline"))

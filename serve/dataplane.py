@@ -72,6 +72,9 @@ class DataPlane:
         columns: every field of the model, with a value for each record.
         Raises BadRequest for a record that cannot be encoded, Overloaded, TimedOut.
         """
+        if self._cache is None:
+            # What would be refused is not encoded first.
+            self.batcher.check(len(next(iter(columns.values()))), terms)
         try:
             rows = await self._encoded(columns)
         except InvalidRecord as error:

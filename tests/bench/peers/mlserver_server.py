@@ -1,0 +1,28 @@
+"""MLServer: a runtime of one's own, adaptive batching, two inference workers; the rest is settings.
+
+Its REST has no binary tensors: an image comes as base64 in the JSON of the Open Inference Protocol.
+"""
+
+import os
+
+import numpy as np
+from mlserver import MLModel
+from mlserver.codecs import Base64Codec, NumpyCodec
+from mlserver.types import InferenceRequest, InferenceResponse
+
+from tests.bench.peers.onnx_model import OnnxModel
+
+
+class Runtime(MLModel):
+    async def load(self) -> bool:
+        self.model = OnnxModel(os.environ["MODEL"])
+        return True
+
+    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        raws_B = Base64Codec.decode_input(payload.inputs[0])
+        probabilities_BK = self.model.probabilities(np.stack([*map(self.model.image, raws_B)]))
+        outputs = {"label": probabilities_BK.argmax(axis=1), "probabilities": probabilities_BK}
+        return InferenceResponse(
+            model_name=self.name,
+            outputs=[NumpyCodec.encode_output(name, array) for name, array in outputs.items()],
+        )
