@@ -73,6 +73,7 @@ class Model:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._config = config
         self._served = Served(state, self._load)
+        self._busy = autoscale.Busy(self._served.engine_s)
         self._repository = Follower(handle)
         keys = Keys.load(config.keys) if config.keys else None
         host = Host(self._served, config, self._repository, keys)
@@ -99,7 +100,7 @@ class Model:
         return await self._repository.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {autoscale.ROWS: float(self._served.rows())}
+        return {autoscale.ROWS: float(self._served.rows()), autoscale.BUSY: self._busy.share()}
 
     def _load(self, location: str, version: str) -> DataPlane:
         config = self._config
@@ -171,9 +172,12 @@ def app(arguments: dict[str, str]) -> serve.Application:
         # The data plane's own queue decides what waits and what is refused.
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": config.threads},
+        # A single replica goes only once its successor answers, if there is room for both.
+        max_surge_percent=100 if config.replica_range == (1, 1) else 0,
         **autoscale.options(config, profile),
     )
-    return deployment.bind(config, state, Repository.bind(config, state))
+    inside = config.of_a_replica
+    return deployment.bind(inside, state, Repository.bind(inside, state))
 
 
 def several(arguments: dict[str, Any]) -> serve.Application:

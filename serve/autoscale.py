@@ -1,9 +1,12 @@
-"""How many replicas: by the rows in progress, which is what a batching engine is busy with.
+"""How many replicas: by the rows that wait, and by how busy those are that there are.
 
 Requests in progress, as Ray Serve counts them, say little here: one may hold a thousand rows, and
-many small ones fit into one batch.
+many small ones fit into one batch. Rows alone say too little as well: what a replica that is busy
+all the time has not yet read waits where nobody counts it.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
@@ -11,11 +14,34 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from serve.config import ServeConfig
 from serve.profile import Profile
 
-ROWS = "rows"
+ROWS, BUSY = "rows", "busy"
 # How often replicas report, and over how long their reports are averaged.
 REPORT_S, LOOK_BACK_S = 0.5, 2.0
 # Batches in progress that are no backlog: one in the engine, one that fills.
 BATCHES = 2
+# A replica that is busier than this gets help.
+TARGET_BUSY = 0.7
+
+
+class Busy:
+    """The share of time for which a replica works: its event loop, or its engine if that is more.
+
+    To be called on the event loop's thread.
+    """
+
+    def __init__(self, engine_s: Callable[[], float]) -> None:
+        """engine_s: for how long the engine was busy until now."""
+        self._engine_s = engine_s
+        self._last = self._now()
+
+    def share(self) -> float:
+        """Since it was asked last, 0..1."""
+        before, self._last = self._last, self._now()
+        wall_s, loop_s, engine_s = (new - old for new, old in zip(self._last, before, strict=True))
+        return min(max(loop_s, engine_s, 0.0) / max(wall_s, 1e-6), 1.0)
+
+    def _now(self) -> tuple[float, float, float]:
+        return time.monotonic(), time.thread_time(), self._engine_s()
 
 
 def target_rows(config: ServeConfig, profile: Profile) -> int:
@@ -25,11 +51,15 @@ def target_rows(config: ServeConfig, profile: Profile) -> int:
 
 def desired_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
     """Ray Serve's policy: (replicas wanted, state). Bounds and delays are applied by Serve."""
-    reports = (context.aggregated_metrics or {}).get(ROWS, {})
-    alive = [rows for replica, rows in reports.items() if replica in context.running_replicas]
-    # What waits at Serve's own proxy, where there is no replica yet.
-    rows = sum(alive) + context.total_queued_requests
-    return rows / context.config.target_ongoing_requests, {}
+    reports = context.aggregated_metrics or {}
+
+    def total(name: str) -> float:
+        alive = context.running_replicas
+        return sum(value for who, value in reports.get(name, {}).items() if who in alive)
+
+    # What waits at Serve's own proxy, where there is no replica yet, is in no report.
+    rows = total(ROWS) + context.total_queued_requests
+    return max(rows / context.config.target_ongoing_requests, total(BUSY) / TARGET_BUSY), {}
 
 
 def options(config: ServeConfig, profile: Profile) -> dict[str, Any]:

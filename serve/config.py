@@ -128,6 +128,13 @@ class ServeConfig(BaseModel):
         return (int(match[1]), int(match[2])) if match else (int(self.replicas),) * 2
 
     @property
+    def of_a_replica(self) -> "ServeConfig":
+        """Without what is not a replica's: that may change, and the replicas that run stay."""
+        fields = type(self).model_fields
+        outside = ("replicas", "target_rows", "upscale_delay_s", "downscale_delay_s")
+        return self.model_copy(update={name: fields[name].default for name in outside})
+
+    @property
     def references(self) -> list[str]:
         """`model`, and the others to serve beside it, in the words of the registry."""
         others = [part.strip() for part in self.also.split(",") if part.strip()]

@@ -63,6 +63,7 @@ class PlaneMetrics:
         self.refused: Counter[str] = Counter()
         self.cache: Counter[str] = Counter()
         self.rows = 0
+        self.engine_s = 0.0
         self.queue_rows: Callable[[], int] = int
         self.cache_bytes: Callable[[], int] = int
 
@@ -75,6 +76,7 @@ class PlaneMetrics:
 
     def ran(self, handed_over_s: float, engine_s: float, requests: int) -> None:
         """A batch of that many requests ran; each of them took as long as the batch."""
+        self.engine_s += engine_s
         self.stages["batch"].observe(handed_over_s, requests)
         self.stages["engine"].observe(engine_s, requests)
 
@@ -117,6 +119,11 @@ class PlaneMetrics:
                 counted("reason", self.refused),
             ),
             "rows": ("counter", "Rows answered by the engine.", [("_total", labels, self.rows)]),
+            "engine_seconds": (
+                "counter",
+                "Time for which the engine was busy.",
+                [("_total", labels, self.engine_s)],
+            ),
             "queue_rows": ("gauge", "Rows that wait.", [("", labels, self.queue_rows())]),
             "cache": (
                 "counter",

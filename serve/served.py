@@ -83,6 +83,10 @@ class Served:
         """Rows in progress."""
         return sum(plane.batcher.rows for plane in self._planes.values())
 
+    def engine_s(self) -> float:
+        """For how long engines were busy until now."""
+        return sum(plane.metrics.engine_s for plane in self._planes.values())
+
     def snapshot(self, replica: str) -> Snapshot:
         return merged(
             plane.metrics.snapshot(
