@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A client that wants other versions than ours, for a test.
+KSERVE := $(VENV)/kserve
 
 .PHONY: setup demo test chaos check clean
 
@@ -16,8 +18,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python tests/demo.py $(if $(KEEP),--keep)
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup $(KSERVE)/.installed
+	KSERVE_PYTHON=$(abspath $(KSERVE)/bin/python) $(BIN)/python -m pytest
+
+$(KSERVE)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(KSERVE)
+	$(KSERVE)/bin/pip install --quiet 'kserve==0.21.0'
+	touch $@
 
 # The tests that lose nodes; minutes each.
 chaos: setup

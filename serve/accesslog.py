@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import orjson
 
+logger = logging.getLogger(__name__)
+
 FLUSH_S = 0.5
 FILE_BYTES, FILES = 64 * 2**20, 5
 # Lines kept when the disk is slower than the requests; more are counted and left out.
@@ -39,15 +41,27 @@ class AccessLog:
             return
         self._lines.append(line)
         if not self._due:
-            self._due = True
-            asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            self._arm()
 
     def _flush(self) -> None:
-        lines, self._lines, self._due = self._lines, [], False
+        """Write in a thread; what comes meanwhile is written when that has ended."""
+        lines, self._lines = self._lines, []
         if self._dropped:
             lines.append({"dropped": self._dropped})
             self._dropped = 0
-        asyncio.get_running_loop().run_in_executor(None, self._write, lines)
+        writing = asyncio.get_running_loop().run_in_executor(None, self._write, lines)
+        writing.add_done_callback(self._written)
+
+    def _written(self, writing: "asyncio.Future[None]") -> None:
+        self._due = False
+        if writing.exception() is not None:
+            logger.error("the access log cannot be written: %s", writing.exception())
+        if self._lines:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._due = True
+        asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._logger.info("%s", b"\n".join(map(orjson.dumps, lines)).decode())

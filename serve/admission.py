@@ -16,6 +16,11 @@ from serve.profile import Profile
 
 # Estimates err; this much more time than expected must be left.
 MARGIN = 1.1
+# What a client calls itself is kept no longer than this; nor are more clients that have nothing
+# waiting remembered.
+MAX_CLIENT, MAX_CLIENTS = 64, 1024
+# Entries of the line that are gone, before it is made anew without them.
+MAX_GONE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,19 @@ def terms(
     microseconds = parameters.get("timeout")
     if microseconds is not None:
         if type(microseconds) is not int or microseconds < 0:
-            raise BadRequest("parameter 'timeout' must be a whole number of microseconds.")
+            raise BadRequest(
+                f"parameter 'timeout' is {str(microseconds)[:40]}; expected a whole number of "
+                "microseconds."
+            )
         if microseconds:
-            limit_s = min(limit_s, microseconds / 1e6)
+            limit_s = min(limit_s, microseconds / 1_000_000)
     priority = parameters.get("priority") or (priorities + 1) // 2
     if type(priority) is not int or not 1 <= priority <= priorities:
-        raise BadRequest(f"parameter 'priority' must be a whole number from 0 to {priorities}.")
-    return Terms(now + limit_s, priority, client)
+        raise BadRequest(
+            f"parameter 'priority' is {str(priority)[:40]}; expected a whole number from 0 to "
+            f"{priorities}."
+        )
+    return Terms(now + limit_s, priority, client[:MAX_CLIENT])
 
 
 class Waits(Protocol):
@@ -73,6 +84,10 @@ class Waits(Protocol):
 
     def refuse(self, error: Exception) -> None: ...
 
+    def drop(self) -> int:
+        """Let go of the rows that no batch has taken, and return how many they were."""
+        ...
+
 
 Job = TypeVar("Job", bound=Waits)
 
@@ -87,15 +102,24 @@ class FairQueue(Generic[Job]):
     def __init__(self) -> None:
         self._heap: list[tuple[int, float, int, Job]] = []
         self._order = itertools.count()
+        self._num_gone = 0
         self._clock: dict[int, float] = defaultdict(float)
         self._next: dict[tuple[int, str], float] = {}
         self._rows_of_client: dict[str, int] = {}
         self._rows_of_level: dict[int, int] = defaultdict(int)
         self.rows = 0
 
+    def __len__(self) -> int:
+        """Entries, those that are gone included."""
+        return len(self._heap)
+
     def push(self, job: Job) -> None:
         level, client, count = job.terms.priority, job.terms.client, job.rows_left
         tag = max(self._clock[level], self._next.get((level, client), 0.0))
+        if len(self._next) >= MAX_CLIENTS:
+            # Who is behind the clock starts at the clock anyway.
+            clock = self._clock
+            self._next = {who: tag for who, tag in self._next.items() if tag > clock[who[0]]}
         self._next[level, client] = tag + count
         heapq.heappush(self._heap, (level, tag, next(self._order), job))
         self._count(job, count)
@@ -107,22 +131,37 @@ class FairQueue(Generic[Job]):
             if not job.gone:
                 return job
             heapq.heappop(self._heap)
+            self._num_gone -= 1
         self._clock.clear()
         self._next.clear()
+        self._num_gone = 0
         return None
 
     def took(self, rows: int) -> None:
         """Take `rows` of the first job's rows; with its last ones it leaves the line."""
-        level, tag, _, job = self._heap[0]
+        level, tag, order, job = self._heap[0]
         self._clock[level] = tag
         self._count(job, -rows)
         if job.rows_left == rows:
             heapq.heappop(self._heap)
+        else:
+            # What is left of it takes its turn after others that are as far.
+            heapq.heapreplace(self._heap, (level, tag + rows, order, job))
 
-    def left(self, job: Job) -> None:
-        """A job has gone before its turn: its rows count no more."""
-        if job.rows_left:
-            self._count(job, -job.rows_left)
+    def leave(self, job: Job) -> None:
+        """A job has gone before its turn: its rows count no more. May be told more than once."""
+        rows = job.drop()
+        if not rows:
+            return
+        self._count(job, -rows)
+        who = job.terms.priority, job.terms.client
+        if who in self._next:
+            self._next[who] -= rows
+        self._num_gone += 1
+        if self._num_gone > max(MAX_GONE, len(self._heap) // 2):
+            self._heap = [entry for entry in self._heap if not entry[3].gone]
+            heapq.heapify(self._heap)
+            self._num_gone = 0
 
     def ahead(self, terms: Terms, count: int) -> int:
         """About how many rows are answered before those of a job that came now."""
@@ -133,27 +172,22 @@ class FairQueue(Generic[Job]):
         others = len(self._rows_of_client) - (own > 0)
         return min(rows, (own + count) * (others + 1))
 
-    def make_room(self, terms: Terms, count: int) -> list[Job]:
-        """The latest jobs of whoever has the most waiting, to go in favour of a smaller client.
+    def evictable(self, terms: Terms, count: int) -> list[Job]:
+        """Jobs that go in favour of one of `count` rows: less urgent ones, or the greediest's.
 
-        Empty where the newcomer itself has, with `count` more, as much waiting as anyone.
+        The greediest client is the one with the most waiting; its latest jobs go where it has,
+        with them gone, still no less than the newcomer. Empty where there are not enough.
         """
-        if not self._rows_of_client:
+        waiting = [entry for entry in self._heap if not entry[3].gone]
+        less_urgent = [entry for entry in waiting if entry[0] > terms.priority]
+        if chosen := _latest(less_urgent, count):
+            return chosen
+        held = self._rows_of_client
+        greediest = max(held, key=lambda name: held[name], default=terms.client)
+        if greediest == terms.client or (held[greediest] - held.get(terms.client, 0) < 2 * count):
             return []
-        greediest = max(self._rows_of_client, key=lambda name: self._rows_of_client[name])
-        spare = self._rows_of_client[greediest] - self._rows_of_client.get(terms.client, 0) - count
-        if greediest == terms.client or spare < count:
-            return []
-        theirs = [entry for entry in self._heap if entry[3].terms.client == greediest]
-        theirs = [entry for entry in theirs if not entry[3].gone and entry[0] >= terms.priority]
-        chosen: list[Job] = []
-        freed = 0
-        for entry in sorted(theirs, key=lambda entry: entry[:3], reverse=True):
-            if freed >= count:
-                break
-            chosen.append(entry[3])
-            freed += entry[3].rows_left
-        return chosen if freed >= count else []
+        theirs = [entry for entry in waiting if entry[3].terms.client == greediest]
+        return _latest([entry for entry in theirs if entry[0] >= terms.priority], count)
 
     def _count(self, job: Job, change: int) -> None:
         self.rows += change
@@ -166,6 +200,18 @@ class FairQueue(Generic[Job]):
             del self._rows_of_client[client]
 
 
+def _latest(entries: list[tuple[int, float, int, Job]], count: int) -> list[Job]:
+    """The last of the line that have `count` rows together; none if there are not so many."""
+    chosen: list[Job] = []
+    rows = 0
+    for entry in sorted(entries, key=lambda entry: entry[:3], reverse=True):
+        if rows >= count:
+            break
+        chosen.append(entry[3])
+        rows += entry[3].rows_left
+    return chosen if rows >= count else []
+
+
 class Admission:
     """Says of each request whether it may wait, and if not, why not and when to come again."""
 
@@ -174,34 +220,45 @@ class Admission:
         self._profile = profile
         self._max_queue_rows = max_queue_rows
 
-    def check(self, terms: Terms, count: int, *, now: float, busy_until: float, batch: int) -> None:
-        """Raises Overloaded for a request of `count` rows that cannot be answered in time.
+    def check(
+        self,
+        terms: Terms,
+        count: int,
+        *,
+        now: float,
+        busy_until: float,
+        batch: int,
+        encoding_rows: int = 0,
+    ) -> list[Any]:
+        """Return the jobs that must go for a request of `count` rows; mostly none.
 
         busy_until: when the engine is expected to be free. batch: rows it takes at once.
+        encoding_rows: on their way into the line. Raises Overloaded for a request that cannot be
+        answered in time, or finds the line full.
         """
+        waiting = self._queue.rows + encoding_rows
         per_row_s = self._profile.seconds(batch) / batch
         busy_s = max(busy_until - now, 0)
-        wait_s = busy_s + per_row_s * self._queue.ahead(terms, count)
+        wait_s = busy_s + per_row_s * (self._queue.ahead(terms, count) + encoding_rows)
         own_s = self._profile.seconds(min(count, batch)) + per_row_s * max(count - batch, 0)
         left_s = terms.deadline - now
-        if not busy_s and not self._queue.rows:
+        if not busy_s and not waiting:
             # Nothing else shows that the engine has become fast again.
             own_s = min(own_s, self._profile.measured(count))
         if MARGIN * (wait_s + own_s) > left_s:
             raise Overloaded(
-                f"the answer would take about {wait_s + own_s:.3g} s and may take "
-                f"{max(left_s, 0):.3g} s; {self._queue.rows} rows are waiting.",
+                f"the answer would take about {wait_s + own_s:.3g} s and only "
+                f"{max(left_s, 0):.3g} s are left; {waiting} rows are waiting.",
                 wait_s + own_s - left_s,
                 "deadline",
             )
-        if self._queue.rows and self._queue.rows + count > self._max_queue_rows:
-            evicted = self._queue.make_room(terms, count)
-            full = Overloaded(
-                f"{self._queue.rows} rows are waiting already.",
-                busy_s + per_row_s * self._queue.rows,
-                "queue_full",
-            )
-            if not evicted:
-                raise full
-            for job in evicted:
-                job.refuse(full)
+        if not waiting or waiting + count <= self._max_queue_rows:
+            return []
+        jobs = self._queue.evictable(terms, count)
+        if not jobs:
+            raise self.full(busy_s)
+        return jobs
+
+    def full(self, busy_s: float = 0) -> Overloaded:
+        drained_s = busy_s + self._queue.rows * self._profile.seconds(1)
+        return Overloaded(f"{self._queue.rows} rows are waiting already.", drained_s, "queue_full")

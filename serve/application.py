@@ -1,6 +1,7 @@
 """The Ray Serve application: what `serve run serve.app` deploys."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -26,7 +27,6 @@ from serve.config import FrontConfig, ServeConfig
 from serve.dataplane import DataPlane
 from serve.errors import RequestError
 from serve.host import Host
-from serve.metrics import Snapshot
 from serve.profile import Profile
 from serve.protocol import grpc
 from serve.protocol.rest import Rest
@@ -39,11 +39,13 @@ logger = logging.getLogger(__name__)
 
 # Serve's own loopback connections to a replica live longer than HAProxy leaves them idle.
 KEEP_ALIVE_S = 120
+DRAIN_S = 35
 
 
+REPOSITORY = "repository"
 # One for all replicas of a model.
 Repository = serve.deployment(repository.Repository).options(
-    name="repository", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+    name=REPOSITORY, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
 )
 
 
@@ -69,19 +71,20 @@ class Follower:
 class Model:
     """One replica of a model. Ready once its golden self-test has passed."""
 
-    def __init__(self, config: ServeConfig, state: State, handle: DeploymentHandle) -> None:
+    async def __init__(self, config: ServeConfig, handle: DeploymentHandle) -> None:  # type: ignore[misc]
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._config = config
-        self._served = Served(state, self._load)
-        self._busy = autoscale.Busy(self._served.engine_s)
         self._repository = Follower(handle)
+        state: State = await self._repository.state()
+        self._served = await asyncio.to_thread(Served, state, self._load)
+        self._busy = autoscale.Busy(self._served.engine_s, self._served.answers)
         keys = Keys.load(config.keys) if config.keys else None
         host = Host(self._served, config, self._repository, keys)
         log = AccessLog(_logs() / f"access_{state.name}_{self._replica}.jsonl", config.access_log)
         self._rest = Rest(host, log=log, tracer=tracing.tracer(config.traces, "halyard"))
         self._following = asyncio.get_running_loop().create_task(self._follow())
         gateway.register(self._rest)
-        grpc.local = grpc.InferenceService(host, self._rest.metrics)
+        grpc.local = grpc.InferenceService(host, self._rest.metrics, log)
 
     def __serve_build_asgi_app__(self) -> Rest:
         # For what comes by way of Ray's own proxy.
@@ -92,12 +95,6 @@ class Model:
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Answer a request that the front has taken; (status, headers, body)."""
         return await front.call(self._rest, method, path, headers, body)
-
-    async def index(self) -> list[dict[str, Any]]:
-        return await self._repository.index()
-
-    async def metrics(self) -> Snapshot:
-        return await self._repository.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {autoscale.ROWS: float(self._served.rows()), autoscale.BUSY: self._busy.share()}
@@ -112,19 +109,31 @@ class Model:
 
     async def _follow(self) -> None:
         """Serve what the repository says, and tell it what was counted."""
-        revision, problem = self._served.state.revision, None
+        served, revision, problem = self._served, self._served.state.revision, None
         while True:
-            metrics = self._rest.snapshot(self._replica)
             try:
-                state = await self._repository.follow(self._replica, revision, problem, metrics)
-                if state is not None:
-                    revision, problem = state.revision, None
-                    await self._served.install(state)
-            except CorruptBundle as error:
-                problem = str(error)
+                metrics = self._rest.snapshot(self._replica)
+                state = await self._repository.follow(
+                    self._replica, served.state, revision, problem, metrics
+                )
             except Exception:
                 logger.exception("the repository could not be asked; asking again")
                 await asyncio.sleep(repository.POLL_S)
+                continue
+            if state is not None:
+                revision, problem = state.revision, await self._gone_over(state)
+
+    async def _gone_over(self, state: State) -> str | None:
+        """Go over to a state; return why that was not possible."""
+        installing = asyncio.ensure_future(self._served.install(state))
+        while not (await asyncio.wait({installing}, timeout=repository.POLL_S))[0]:
+            with contextlib.suppress(Exception):
+                await self._repository.beat(self._replica)
+        error = installing.exception()
+        if error is None:
+            return None
+        logger.error("revision %d cannot be served: %s", state.revision, error)
+        return str(error) if isinstance(error, CorruptBundle) else "a replica could not load it."
 
 
 @serve.ingress()
@@ -134,11 +143,10 @@ class Front:
     def __init__(self, config: FrontConfig) -> None:
         keys = Keys.load(config.keys) if config.keys else None
         self._front = front.Front(
-            config.models,
             lambda name: Follower(serve.get_app_handle(name)),
+            lambda name: Follower(serve.get_deployment_handle(REPOSITORY, name)),
             lambda authorization: keys.check(authorization, time.monotonic()) if keys else None,
-            max_body_bytes=config.max_body_bytes,
-            body_timeout_s=config.body_timeout_s,
+            config,
         )
         gateway.register(self._front)
 
@@ -154,9 +162,14 @@ def app(arguments: dict[str, str]) -> serve.Application:
         state = repository.resolve(config)
         profile = _check(state, config)
         joined = ray.is_initialized() or connect.join_running()
+        if joined and config.tls_cert:
+            raise UserError(
+                "tls_cert is for a server that starts Ray itself; on a cluster, let the gateway "
+                "before it speak TLS."
+            )
         if not joined:
             for port in filter(None, (config.port, config.grpc_port)):
-                _check_port(port)
+                _check_port(config.host, port)
     except (UserError, CorruptBundle) as error:
         _refuse(error)
     if not joined:
@@ -173,17 +186,21 @@ def app(arguments: dict[str, str]) -> serve.Application:
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": config.threads},
         # A single replica goes only once its successor answers, if there is room for both.
+        # Ray waits 30 s for load balancers to look elsewhere; then for what is still under way.
+        graceful_shutdown_timeout_s=DRAIN_S + config.timeout_s + config.body_timeout_s,
         max_surge_percent=100 if config.replica_range == (1, 1) else 0,
         **autoscale.options(config, profile),
     )
     inside = config.of_a_replica
-    return deployment.bind(inside, state, Repository.bind(inside, state))
+    return deployment.bind(inside, Repository.bind(inside, state))
 
 
 def several(arguments: dict[str, Any]) -> serve.Application:
     """Return the front of several models; see serve/configs/multi.yaml."""
     try:
         config = configs.validate_front(arguments)
+        if config.keys:
+            Keys.load(config.keys)
     except UserError as error:
         _refuse(error)
     options = {"num_cpus": 0}
@@ -207,7 +224,9 @@ def _start(config: ServeConfig) -> None:
         ssl_certfile=config.tls_cert,
         ssl_keyfile=config.tls_key,
     )
-    functions = ["serve.protocol.grpc.add_to_server"] if config.grpc_port else []
+    # Ray's gRPC speaks no TLS: keys would travel in the clear.
+    spoken = config.grpc_port and not config.tls_cert
+    functions = ["serve.protocol.grpc.add_to_server"] if spoken else []
     port = config.grpc_port or configs.GRPC_PORT
     serve.start(
         http_options=http,
@@ -239,12 +258,12 @@ def _check(state: State, config: ServeConfig) -> Profile:
     return Profile.of(variant, config.threads)
 
 
-def _check_port(port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     """Raises UserError if something listens where the server will."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((configs.HOST, port))
+            probe.bind((host, port))
         except OSError:
             raise UserError(
                 f"port {port} is taken by another program; stop that one first "

@@ -29,19 +29,23 @@ class Busy:
     To be called on the event loop's thread.
     """
 
-    def __init__(self, engine_s: Callable[[], float]) -> None:
-        """engine_s: for how long the engine was busy until now."""
-        self._engine_s = engine_s
+    def __init__(self, engine_s: Callable[[], float], answers: Callable[[], int]) -> None:
+        """engine_s: for how long the engine was busy until now. answers: how many there were."""
+        self._engine_s, self._answers = engine_s, answers
         self._last = self._now()
 
     def share(self) -> float:
-        """Since it was asked last, 0..1."""
+        """Since it was asked last, 0..1; 0 if it answered nothing, though it never quite rests."""
         before, self._last = self._last, self._now()
-        wall_s, loop_s, engine_s = (new - old for new, old in zip(self._last, before, strict=True))
+        wall_s, loop_s, engine_s, answers = (
+            new - old for new, old in zip(self._last, before, strict=True)
+        )
+        if not engine_s and not answers:
+            return 0.0
         return min(max(loop_s, engine_s, 0.0) / max(wall_s, 1e-6), 1.0)
 
-    def _now(self) -> tuple[float, float, float]:
-        return time.monotonic(), time.thread_time(), self._engine_s()
+    def _now(self) -> tuple[float, ...]:
+        return time.monotonic(), time.thread_time(), self._engine_s(), float(self._answers())
 
 
 def target_rows(config: ServeConfig, profile: Profile) -> int:

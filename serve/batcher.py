@@ -49,6 +49,12 @@ class Job:
         if not self.answer.done():
             self.answer.set_exception(error)
 
+    def drop(self) -> int:
+        rows, self.count = self.rows_left, self.taken
+        if rows:
+            self.rows, self.parts = {}, []
+        return rows
+
     def give(self, part: Arrays) -> None:
         """Take the answers of the next rows; with the last of them the request is answered."""
         self.parts.append(part)
@@ -97,7 +103,8 @@ class Batcher:
         self._metrics = metrics or PlaneMetrics()
         self._queue: FairQueue[Job] = FairQueue()
         self._admission = Admission(self._queue, profile, max_queue_rows)
-        self._metrics.queue_rows = lambda: self._queue.rows
+        # Rows on their way into the line; whoever encodes them says so.
+        self.encoding_rows = 0
         self._running_rows = 0
         self._busy_until = 0.0
         self._due: asyncio.Handle | None = None
@@ -107,20 +114,28 @@ class Batcher:
     @property
     def rows(self) -> int:
         """Rows in progress: those that wait and those that the engine has."""
-        return self._queue.rows + self._running_rows
+        return self.waiting_rows + self._running_rows
+
+    @property
+    def waiting_rows(self) -> int:
+        return self._queue.rows + self.encoding_rows
 
     @property
     def max_batch_rows(self) -> int:
         return self._max_batch_rows
 
-    def check(self, count: int, terms: Terms) -> None:
-        """Raises Overloaded for a request of `count` rows that `submit` would refuse now."""
-        self._admission.check(
+    def check(self, count: int, terms: Terms) -> list[Job]:
+        """Return the jobs that `submit` would refuse in favour of a request of `count` rows.
+
+        Raises Overloaded for one that it would refuse itself.
+        """
+        return self._admission.check(
             terms,
             count,
             now=asyncio.get_running_loop().time(),
             busy_until=self._busy_until,
             batch=self._max_batch_rows,
+            encoding_rows=self.encoding_rows,
         )
 
     def submit(self, rows: Arrays, terms: Terms) -> asyncio.Future[Arrays]:
@@ -131,24 +146,27 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         count = num_rows(rows)
-        self.check(count, terms)
+        for other in self.check(count, terms):
+            self._refuse(other, self._admission.full())
         job = Job(rows, count, terms, loop.create_future(), time.perf_counter())
         timer = loop.call_at(terms.deadline, self._expire, job)
 
         def leave(_: asyncio.Future[Arrays]) -> None:
             timer.cancel()
-            self._queue.left(job)
+            self._queue.leave(job)
 
         job.answer.add_done_callback(leave)
         self._queue.push(job)
         self._wake()
         return job.answer
 
-    def close(self) -> None:
-        self._thread.shutdown(wait=False)
+    def _refuse(self, job: Job, error: Exception) -> None:
+        job.refuse(error)
+        self._queue.leave(job)
 
     def _expire(self, job: Job) -> None:
-        job.refuse(TimedOut("no answer in time; the request was let go.", self._profile.seconds(1)))
+        late = TimedOut("no answer in time; the request was let go.", self._profile.seconds(1))
+        self._refuse(job, late)
 
     def _wake(self) -> None:
         """Seal a batch once what has arrived by now is in the line."""
@@ -158,6 +176,9 @@ class Batcher:
     def _seal(self, *, filled: bool = False) -> None:
         """Give the idle engine its next batch, if there is one and it need not fill up yet."""
         self._due = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         first = self._queue.first()
         if self._running_rows or first is None:
             return
@@ -165,11 +186,12 @@ class Batcher:
         now = loop.time()
         left_s = first.terms.deadline - now
         if self._wait_s and not filled and self._queue.rows < self._max_batch_rows:
-            # Until the batch is full, the wait is over or the first one's slack runs out.
-            slack_s = left_s - MARGIN * self._profile.seconds(self._queue.rows)
+            # Until the batch is full, the wait is over or the first one's slack runs out, which
+            # is when twice as long is left as the batch takes.
+            slack_s = left_s - 2 * MARGIN * self._profile.seconds(self._queue.rows)
             wait_s = min(first.entered + self._wait_s - time.perf_counter(), slack_s)
             if wait_s > 0:
-                self._timer = self._timer or loop.call_later(wait_s, self._waited)
+                self._timer = loop.call_later(wait_s, self._waited)
                 return
         most = self._profile.rows_within(left_s / MARGIN, self._max_batch_rows)
         batch = self._take(most, now)
@@ -177,7 +199,6 @@ class Batcher:
             self._begin(batch, now)
 
     def _waited(self) -> None:
-        self._timer = None
         self._seal(filled=True)
 
     def _begin(self, batch: list[Piece], now: float) -> None:
@@ -199,7 +220,7 @@ class Batcher:
             own_s = MARGIN * self._profile.seconds(min(job.rows_left, most))
             alone = not batch and self._queue.rows == job.rows_left
             if now + own_s > job.terms.deadline and not alone:
-                job.refuse(Overloaded("others were ahead too long.", own_s, "deadline"))
+                self._refuse(job, Overloaded("others were ahead too long.", own_s, "deadline"))
                 continue
             rows = min(job.rows_left, most)
             self._queue.took(rows)

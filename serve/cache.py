@@ -23,7 +23,10 @@ class Cache:
         self._in_flight: dict[bytes, asyncio.Future[Arrays | None]] = {}
         self._identity = identity.encode()
         self._counts = metrics.cache
-        metrics.cache_bytes = lambda: int(self._kept.currsize)
+
+    @property
+    def size_bytes(self) -> float:
+        return self._kept.currsize
 
     async def answer(
         self, rows: Arrays, deadline: float, compute: Callable[[], Awaitable[Arrays]]

@@ -80,6 +80,22 @@ class ServeConfig(BaseModel):
     max_body_bytes: int = Field(
         64 * 2**20, ge=1, le=2**31, description="Largest request body; more is answered by 413."
     )
+    max_json_bytes: int = Field(
+        16 * 2**20,
+        ge=1,
+        le=2**31,
+        description="Largest JSON in a request, which costs far more to read than binary data; "
+        "more is answered by 413.",
+    )
+    max_pixels: int = Field(
+        2**26, ge=1, le=2**40, description="Most pixels of a request's images together; then 413."
+    )
+    max_pending_bytes: int = Field(
+        2**29,
+        ge=1,
+        le=2**40,
+        description="Memory of each replica for bodies that arrive; then 503.",
+    )
     body_timeout_s: float = Field(
         10, gt=0, le=3600, description="Longest that a body may take to arrive; then 408."
     )
@@ -159,6 +175,9 @@ class FrontConfig(BaseModel):
     keys: str | None = Field(None, description="File of hashed keys, as of the models.")
     max_body_bytes: int = Field(64 * 2**20, ge=1, le=2**31, description="Largest request body.")
     body_timeout_s: float = Field(10, gt=0, le=3600, description="Longest that a body may take.")
+    max_pending_bytes: int = Field(
+        2**29, ge=1, le=2**40, description="Memory for bodies that arrive; then 503."
+    )
 
 
 Options = TypeVar("Options", bound=BaseModel)

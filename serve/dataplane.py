@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from serve.admission import Terms
 from serve.batcher import Batcher
 from serve.cache import Cache
 from serve.config import ServeConfig
-from serve.errors import BadRequest
-from serve.metrics import PlaneMetrics
+from serve.errors import BadRequest, BodyTooLarge, TimedOut
+from serve.metrics import PlaneMetrics, Snapshot
 from serve.profile import Profile
 from train.bundle import Predictor
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns, InvalidRecord
+from train.tasks.images import num_pixels
 
 # More than this is left to a thread: it would hold up every other request.
 MAX_INLINE_BYTES = 65_536
@@ -28,6 +30,8 @@ class DataPlane:
     def __init__(self, predictor: Predictor, version: str, config: ServeConfig) -> None:
         self._predictor = predictor
         self._images = predictor.task.features.images
+        self._max_pixels = config.max_pixels
+        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="encode")
         self.version = version
         self.metrics = PlaneMetrics()
         manifest = predictor.bundle.manifest
@@ -76,7 +80,7 @@ class DataPlane:
             # What would be refused is not encoded first.
             self.batcher.check(len(next(iter(columns.values()))), terms)
         try:
-            rows = await self._encoded(columns)
+            rows = await self._encoded(columns, terms)
         except InvalidRecord as error:
             several = error.row is not None and len(next(iter(columns.values()))) > 1
             where = f"record {error.row}: " if several else ""
@@ -87,16 +91,45 @@ class DataPlane:
             rows, terms.deadline, lambda: self.batcher.submit(rows, terms)
         )
 
-    def close(self) -> None:
-        self.batcher.close()
+    def snapshot(self, **labels: str) -> Snapshot:
+        """What it counted until now."""
+        return self.metrics.snapshot(
+            {"model": self.name, "version": self.version, "variant": self.variant, **labels},
+            queue_rows=self.batcher.waiting_rows,
+            cache_bytes=self._cache.size_bytes if self._cache else 0,
+        )
 
-    async def _encoded(self, columns: Columns) -> Arrays:
-        """Encode in a thread what takes long: a small file may hold a large image."""
+    async def _encoded(self, columns: Columns, terms: Terms) -> Arrays:
+        """Encode in a thread what takes long: a small file may hold a large image.
+
+        Raises InvalidRecord, BadRequest for too many pixels, TimedOut.
+        """
         encode = self._predictor.encode
-        files = any(_is_list(columns[name]) for name in self._images)
+        files = [columns[name] for name in self._images if _is_list(columns[name])]
         if not files and sum(map(_size_bytes, columns.values())) <= MAX_INLINE_BYTES:
             return encode(columns)
-        return await asyncio.to_thread(encode, columns)
+        count = len(next(iter(columns.values())))
+        self.batcher.encoding_rows += count
+        try:
+            async with asyncio.timeout_at(terms.deadline):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(
+                    self._threads, self._encoded_in_bounds, columns, files
+                )
+        except TimeoutError:
+            raise TimedOut("no time was left to encode the records.") from None
+        finally:
+            self.batcher.encoding_rows -= count
+
+    def _encoded_in_bounds(
+        self, columns: Columns, files: Sequence[Sequence[Any] | np.ndarray]
+    ) -> Arrays:
+        pixels = sum(num_pixels(file) for column in files for file in column)
+        if pixels > self._max_pixels:
+            raise BodyTooLarge(
+                f"the images have {pixels} pixels; at most {self._max_pixels} are accepted."
+            )
+        return self._predictor.encode(columns)
 
 
 def _is_list(values: Sequence[Any] | np.ndarray) -> bool:

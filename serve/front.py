@@ -5,24 +5,51 @@ directly. The front, at /, answers the rest, and hands on what names a model els
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
-from serve.errors import NotFound, RequestError
-from serve.metrics import CONTENT_TYPE, exposition, merged
+from serve.config import FrontConfig
+from serve.errors import NotFound
+from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
 from serve.protocol import describe, openapi
-from serve.protocol.http import GET, POST, Answer, Http, Request, Routes, html, json
+from serve.protocol.http import (
+    GET,
+    JSON,
+    POST,
+    REQUEST_ID,
+    Answer,
+    Http,
+    Request,
+    Routes,
+    html,
+    json,
+)
 from serve.security import Key
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+# What a model that does not answer may delay.
+ASK_S = 5.0
 
 
 class Model(Protocol):
-    """A model's application."""
+    """A model's application. Asked, it is woken if it has no replica."""
 
     async def forward(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]: ...
+
+
+class Repository(Protocol):
+    """What answers for all replicas of a model, without waking any."""
+
     async def index(self) -> list[dict[str, Any]]: ...
-    async def metrics(self) -> Any: ...
+    async def metrics(self) -> Snapshot: ...
 
 
 class Front(Http):
@@ -30,17 +57,16 @@ class Front(Http):
 
     def __init__(
         self,
-        models: Sequence[str],
-        find: Callable[[str], Model],
+        model: Callable[[str], Model],
+        repository: Callable[[str], Repository],
         key: Callable[[str | None], Key | None],
-        *,
-        max_body_bytes: int,
-        body_timeout_s: float,
+        config: FrontConfig,
     ) -> None:
-        super().__init__(key)
-        self._models = list(models)
-        self._find_model = find
-        self._limits = (max_body_bytes, body_timeout_s)
+        """model, repository: by the model's name; they may take a moment."""
+        super().__init__(key, max_pending_bytes=config.max_pending_bytes)
+        self._model, self._repository = cache(model), cache(repository)
+        self._models = config.models
+        self._limits = (config.max_body_bytes, config.body_timeout_s)
         self._find = Routes(
             {
                 "/v2/?": (GET, self.server),
@@ -51,6 +77,7 @@ class Front(Http):
                 "/v2/repository/models/(?P<name>[^/]+)/(load|unload)": (POST, self.forward),
                 "/v1/models/(?P<name>[^/:]+):predict": (POST, self.forward),
                 "/v1/models/(?P<name>[^/:]+)": (GET, self.forward),
+                "/v2/models/(?P<name>[^/]+)(?:/.*)?": ((*GET, *POST), self.forward),
                 "/metrics": (GET, self.prometheus),
                 "/docs": (GET, self.docs),
                 "/docs/assets/[^/]+": (GET, openapi.asset),
@@ -85,18 +112,25 @@ class Front(Http):
             raise NotFound(
                 f"model '{request.model[:100]}' is not served here; {', '.join(self._models)} are."
             )
-        body = await request.body(*self._limits) if request.method == "POST" else b""
-        headers = list(request.scope["headers"])
-        model = self._find_model(request.model)
-        status, replied, content = await model.forward(request.method, request.path, headers, body)
+        body = await self.body(request, *self._limits) if request.method == "POST" else b""
+        given = [header for header in request.scope["headers"] if header[0] != REQUEST_ID]
+        headers = [*given, (REQUEST_ID, request.id.encode("latin-1"))]
+        model = await asyncio.to_thread(self._model, request.model)
+        status, replied, content = await request.while_connected(
+            model.forward(request.method, request.path, headers, body)
+        )
         named = {name.decode("latin-1"): value.decode("latin-1") for name, value in replied}
-        named.pop("content-length", None)
-        return Answer(content, status, named.pop("content-type", "application/json"), named)
+        for name in ("content-length", REQUEST_ID.decode()):
+            named.pop(name, None)
+        return Answer(content, status, named.pop("content-type", JSON), named)
 
     async def prometheus(self, request: Request) -> Answer:
-        snapshots = await asyncio.gather(
-            *(self._find_model(name).metrics() for name in self._models)
-        )
+        async def of(name: str) -> Snapshot:
+            repository = await asyncio.to_thread(self._repository, name)
+            return await repository.metrics()
+
+        found = await self._of_each(of)
+        snapshots = [snapshot for snapshot in found.values() if snapshot is not None]
         return Answer(exposition(merged(snapshots)), content_type=CONTENT_TYPE)
 
     async def docs(self, request: Request) -> Answer:
@@ -104,14 +138,28 @@ class Front(Http):
 
     async def _indexes(self) -> list[dict[str, Any]]:
         async def of(name: str) -> list[dict[str, Any]]:
-            try:
-                return await self._find_model(name).index()
-            except RequestError as error:
-                return [{"name": name, "version": "", "state": "UNAVAILABLE", "reason": str(error)}]
+            repository = await asyncio.to_thread(self._repository, name)
+            return await repository.index()
 
-        return [
-            state for states in await asyncio.gather(*map(of, self._models)) for state in states
-        ]
+        indexes: list[dict[str, Any]] = []
+        for name, found in (await self._of_each(of)).items():
+            gone = {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "no answer"}
+            indexes.extend([gone] if found is None else found)
+        return indexes
+
+    async def _of_each(self, ask: Callable[[str], Awaitable[T]]) -> dict[str, T | None]:
+        """Ask each model; None of one that does not answer in time."""
+
+        async def one(name: str) -> T | None:
+            try:
+                async with asyncio.timeout(ASK_S):
+                    return await ask(name)
+            except Exception:
+                logger.exception("model %s does not answer", name)
+                return None
+
+        answers = await asyncio.gather(*map(one, self._models))
+        return dict(zip(self._models, answers, strict=True))
 
 
 async def call(

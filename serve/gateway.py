@@ -15,15 +15,16 @@ Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 
 # What Serve answers itself.
-SYSTEM = "/-/"
+SYSTEM = ("/-/healthz", "/-/routes")
 # By these a client could switch off Serve's time limit, or its watch for clients that left.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+REQUEST_ID = b"x-request-id"
 
 # The application of this process, once its replica is ready.
 _local: Application | None = None
 
 
-def register(application: Application) -> None:
+def register(application: Application | None) -> None:
     global _local
     _local = application
 
@@ -35,14 +36,22 @@ class Gateway:
         self._serve = application
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            # Nothing here speaks it.
+            await receive()
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] == "http":
-            if _local is not None and not scope["path"].startswith(SYSTEM):
+            if _local is not None and scope["path"] not in SYSTEM:
                 await _local(scope, receive, send)
                 return
-            scope["headers"] = [
-                header for header in scope["headers"] if header[0] not in REFUSED_HEADERS
-            ]
+            scope["headers"] = [header for header in scope["headers"] if _passes(*header)]
         await self._serve(scope, receive, send)
+
+
+def _passes(name: bytes, value: bytes) -> bool:
+    # Serve takes every request id for UTF-8.
+    return name not in REFUSED_HEADERS and (name != REQUEST_ID or value.isascii())
 
 
 def middlewares() -> list[Middleware]:

@@ -1,12 +1,6 @@
-"""The ingress: HAProxy in front of the replicas where it runs, else Ray Serve's own proxy.
-
-    source <(python -m serve.ingress)
-
-sets in a shell what a cluster, or `serve run` of a config file, needs before it starts.
-"""
+"""The ingress: HAProxy in front of the replicas where it runs, else Ray Serve's own proxy."""
 
 import os
-import shlex
 import subprocess
 import sys
 
@@ -21,10 +15,14 @@ ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gateway:middlewares",
     # Else a Python process reads a line for each request; replicas count them already.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # Of a message; one option is the limit of requests, and is checked once a message is here.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     # A prediction may be asked for twice: what a dying replica leaves unanswered, another answers.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # A replica that is gone is noticed within a second.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
+    # Of a client that neither sends nor takes; Ray has an hour.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
 }
 
 
@@ -47,13 +45,3 @@ def haproxy_problem() -> str | None:
     except (ImportError, OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None
-
-
-def main() -> None:
-    prepare_environment()
-    for name in (*connect.ENVIRONMENT, *ENVIRONMENT):
-        print(f"export {name}={shlex.quote(os.environ[name])}")
-
-
-if __name__ == "__main__":
-    main()

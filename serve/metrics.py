@@ -7,7 +7,7 @@ then does what a lock would.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,6 +20,8 @@ SECONDS = (
     *(0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30),
 )
 ROWS = tuple(2**power for power in range(13))
+# Protocols of predictions; what asks about the server or a model is "http".
+INFERENCE = ("v1", "v2", "grpc")
 STAGES = ("parse", "queue", "batch", "engine", "reply", "total")
 
 # A family as plain data: its type, its help, and (suffix, labels, value) of each sample.
@@ -64,8 +66,6 @@ class PlaneMetrics:
         self.cache: Counter[str] = Counter()
         self.rows = 0
         self.engine_s = 0.0
-        self.queue_rows: Callable[[], int] = int
-        self.cache_bytes: Callable[[], int] = int
 
     def sealed(self, rows: int, waited_s: Iterable[float]) -> None:
         self.rows += rows
@@ -82,9 +82,12 @@ class PlaneMetrics:
 
     def answered(self, protocol: str, status: int, total_s: float) -> None:
         self.requests[protocol, status] += 1
-        self.stages["total"].observe(total_s)
+        if protocol in INFERENCE:
+            self.stages["total"].observe(total_s)
 
-    def snapshot(self, labels: dict[str, str]) -> Snapshot:
+    def snapshot(
+        self, labels: dict[str, str], *, queue_rows: int = 0, cache_bytes: float = 0
+    ) -> Snapshot:
         """labels: of every sample, such as model, version and replica."""
 
         def counted(
@@ -124,13 +127,13 @@ class PlaneMetrics:
                 "Time for which the engine was busy.",
                 [("_total", labels, self.engine_s)],
             ),
-            "queue_rows": ("gauge", "Rows that wait.", [("", labels, self.queue_rows())]),
+            "queue_rows": ("gauge", "Rows that wait.", [("", labels, queue_rows)]),
             "cache": (
                 "counter",
                 "Lookups in the cache: hit, miss, or shared with one in flight.",
                 counted("outcome", self.cache),
             ),
-            "cache_bytes": ("gauge", "Size of the cache.", [("", labels, self.cache_bytes())]),
+            "cache_bytes": ("gauge", "Size of the cache.", [("", labels, cache_bytes)]),
         }
 
 

@@ -4,6 +4,7 @@ One per application. It alone asks the registry; replicas ask it, and wait for c
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 from cluster import storage
 from cluster.errors import UserError
 from serve.config import ServeConfig
-from serve.errors import BadRequest, NotFound
+from serve.errors import BadRequest, NotFound, Unavailable
 from serve.metrics import Snapshot, merged
 from serve.served import State
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
@@ -21,13 +22,21 @@ from train.bundle import Bundle, CorruptBundle, Predictor, registry
 POLL_S = 2.0
 # A replica that has not asked for this long is gone.
 FORGET_S = 15.0
-# How long a load waits for every replica to serve what was loaded.
-SWITCH_S = 60.0
+# How long a load waits for every replica that lives to serve what was loaded.
+SWITCH_S = 300.0
+
+STAYS = "What was served before still is."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Replica:
-    """What a replica said when it asked last. at: of the monotonic clock."""
+    """What a replica said when it asked last.
+
+    revision: of the state that it was given. problem: why it could not go over to that one, and
+    serves the one before. at: of the monotonic clock.
+    """
 
     revision: int
     problem: str | None
@@ -56,13 +65,13 @@ class Repository:
     def __init__(
         self,
         config: ServeConfig,
-        state: State | None = None,
+        state: State,
         find: Callable[[ServeConfig, int], State] = resolve,
     ) -> None:
+        """state: what was to be served when the application was deployed."""
         self._config = config
         self._find = find
-        # After a crash nobody tells the state: the registry does.
-        self._state = state or find(config, time.time_ns())
+        self._state = state
         self._changed = asyncio.Event()
         self._replicas: dict[str, Replica] = {}
         self._loading = asyncio.Lock()
@@ -71,20 +80,27 @@ class Repository:
         return self._state
 
     async def follow(
-        self, replica: str, revision: int, problem: str | None, metrics: Snapshot
+        self, replica: str, serves: State, revision: int, problem: str | None, metrics: Snapshot
     ) -> State | None:
         """Return the state once it is another than `revision`, or None after a while.
 
-        revision: of the state that the replica was given last. problem: why it could not go over
-        to that one, and serves the one before.
+        serves: the replica's own state. For the others see Replica.
         """
         self._replicas[replica] = Replica(revision, problem, metrics, time.monotonic())
+        if revision > self._state.revision:
+            # After a crash of this process the replicas know better.
+            self._state = replace(serves, revision=revision)
         if self._state.revision == revision:
             try:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
             except TimeoutError:
                 return None
         return self._state
+
+    async def beat(self, replica: str) -> None:
+        """A replica that is going over to another state still lives."""
+        if replica in self._replicas:
+            self._replicas[replica].at = time.monotonic()
 
     async def metrics(self) -> Snapshot:
         """Return what all replicas counted, some seconds ago at most."""
@@ -122,7 +138,10 @@ class Repository:
                 ]
                 await asyncio.to_thread(self._try, new)
             except (UserError, CorruptBundle, ValueError) as error:
-                raise BadRequest(f"{error} What was served before still is.") from error
+                raise BadRequest(f"{error} {STAYS}") from error
+            except Exception as error:
+                logger.exception("the registry or its storage failed")
+                raise Unavailable(f"the registry cannot be read now. {STAYS}", 10) from error
             if replace(state, revision=before.revision) != before:
                 await self._publish(state)
             return {"name": name, "versions": list(state.locations), "default": state.default}
@@ -147,22 +166,30 @@ class Repository:
             Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
 
     async def _publish(self, state: State) -> None:
-        """Tell the replicas, and wait until those that live have gone over or said why not."""
-        before, self._state = self._state, state
+        """Tell the replicas, and wait until those that live have gone over.
+
+        Raises BadRequest, and the state before is published again, if one of them cannot.
+        """
+        before = self._state
+        self._tell(state)
+        deadline = time.monotonic() + SWITCH_S
+        while True:
+            replicas = self._alive().values()
+            told = [known for known in replicas if known.revision == state.revision]
+            problem = next((known.problem for known in told if known.problem), None)
+            if problem is None and len(told) == len(replicas):
+                return
+            if problem is None and time.monotonic() > deadline:
+                problem = f"not every replica could go over within {SWITCH_S:g} s."
+            if problem is not None:
+                self._tell(replace(before, revision=state.revision + 1))
+                raise BadRequest(f"{problem} {STAYS}")
+            await asyncio.sleep(0.02)
+
+    def _tell(self, state: State) -> None:
+        self._state = state
         self._changed.set()
         self._changed = asyncio.Event()
-        deadline = time.monotonic() + SWITCH_S
-        while time.monotonic() < deadline:
-            replicas = self._alive().values()
-            problems = [known.problem for known in replicas if known.problem]
-            if problems:
-                self._state = replace(before, revision=state.revision + 1)
-                self._changed.set()
-                self._changed = asyncio.Event()
-                raise BadRequest(f"{problems[0]} What was served before still is.")
-            if all(known.revision >= state.revision for known in replicas):
-                return
-            await asyncio.sleep(0.02)
 
     def _alive(self) -> dict[str, Replica]:
         now = time.monotonic()

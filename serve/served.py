@@ -87,18 +87,13 @@ class Served:
         """For how long engines were busy until now."""
         return sum(plane.metrics.engine_s for plane in self._planes.values())
 
+    def answers(self) -> int:
+        """How many requests were answered until now."""
+        planes = self._planes.values()
+        return sum(sum(plane.metrics.requests.values()) for plane in planes)
+
     def snapshot(self, replica: str) -> Snapshot:
-        return merged(
-            plane.metrics.snapshot(
-                {
-                    "model": self.name,
-                    "version": version,
-                    "variant": plane.variant,
-                    "replica": replica,
-                }
-            )
-            for version, plane in self._planes.items()
-        )
+        return merged(plane.snapshot(replica=replica) for plane in self._planes.values())
 
     def _missing(self, state: State) -> dict[str, DataPlane]:
         """Load what a state has and this one has not."""

@@ -47,6 +47,10 @@ class Job:
     def refuse(self, error):
         self.gone = True
 
+    def drop(self):
+        rows, self.rows_left = self.rows_left, 0
+        return rows
+
 
 def served_rows(shares, total):
     """Rows that each client got of the first `total`, all having more than enough waiting."""
@@ -79,12 +83,66 @@ def test_the_line_keeps_count_of_what_waits():
     queue.took(1)
     first.rows_left = 3
     assert queue.rows == 5
-    queue.left(first)
     first.gone = True
+    queue.leave(first)
+    queue.leave(first)
     assert queue.first() is second
     queue.took(2)
     assert queue.rows == 0
     assert queue.first() is None
+
+
+def test_a_large_request_takes_turns_with_small_ones():
+    queue = FairQueue()
+    large = Job(100, "a")
+    queue.push(large)
+    queue.took(10)
+    large.rows_left = 90
+    small = Job(1, "b")
+    queue.push(small)
+    assert queue.first() is small
+
+
+def test_rows_that_were_never_served_are_not_charged():
+    queue = FairQueue()
+    cancelled = [Job(1, "a") for _ in range(500)]
+    for job in cancelled:
+        queue.push(job)
+    waiting = [Job(1, "b") for _ in range(500)]
+    for job in waiting:
+        queue.push(job)
+    for job in cancelled:
+        job.gone = True
+        queue.leave(job)
+    late = Job(1, "a")
+    queue.push(late)
+    ahead = 0
+    while queue.first() is not late:
+        queue.took(1)
+        ahead += 1
+    assert ahead <= 2
+
+
+def test_what_is_gone_takes_no_room():
+    queue = FairQueue()
+    queue.push(Job(1, "kept", priority=1))
+    for number in range(10_000):
+        job = Job(1, f"client {number}", priority=3)
+        queue.push(job)
+        job.gone = True
+        queue.leave(job)
+    assert queue.rows == 1
+    assert len(queue) < 200
+    assert len(queue._next) <= 1024
+
+
+def test_the_less_urgent_go_first_when_there_is_no_room():
+    queue = FairQueue()
+    jobs = [Job(2, "", priority) for priority in (3, 2, 3)]
+    for job in jobs:
+        queue.push(job)
+    assert queue.evictable(Terms(0, 2, ""), 2) == [jobs[2]]
+    assert queue.evictable(Terms(0, 3, ""), 2) == []
 
 
 def test_the_profile_is_linear_between_what_was_measured():

@@ -156,6 +156,32 @@ def test_the_queue_is_bounded():
     asyncio.run(scenario())
 
 
+def test_asking_whether_there_is_room_takes_it_from_nobody():
+    async def scenario():
+        engine, batcher, first = await busy(max_queue_rows=6)
+        greedy = [ask(batcher, i, client="greedy") for i in range(1, 7)]
+        for _ in range(3):
+            assert batcher.check(1, Terms(asyncio.get_running_loop().time() + 60, 1, "modest"))
+        assert not any(answer.done() for answer in greedy)
+        engine.free.release(10)
+        await asyncio.gather(first, *greedy)
+
+    asyncio.run(scenario())
+
+
+def test_an_urgent_request_ends_the_wait_for_a_full_batch():
+    async def scenario():
+        engine, batcher = make(wait_s=30)
+        engine.free.release(10)
+        patient = ask(batcher, 1, priority=2)
+        await asyncio.sleep(0.01)
+        await ask(batcher, 2, seconds=0.3, priority=1)
+        await patient
+        assert engine.batches == [[2, 1]]
+
+    asyncio.run(scenario())
+
+
 def test_a_full_queue_makes_room_for_a_smaller_client():
     async def scenario():
         engine, batcher, first = await busy(max_queue_rows=6)

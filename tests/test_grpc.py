@@ -1,13 +1,6 @@
-"""gRPC: real clients against the real service, with a real bundle behind it.
-
-kserve's client wants other versions than ours, and its messages have the names of tritonclient's:
-it runs in a process of its own where KSERVE_PYTHON names a Python that has it.
-"""
+"""gRPC: tritonclient against the real service, with a real bundle behind it."""
 
 import asyncio
-import json
-import os
-import subprocess
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +40,6 @@ from train.bundle import Predictor
 MAX_BYTES = 100_000
 IMAGES = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1)).astype(np.uint8)
 MESSAGES_OF_KSERVE = {"RepositoryModelLoadResponse", "RepositoryModelUnloadResponse"}
-KSERVE_PYTHON = os.environ.get("KSERVE_PYTHON")
 
 
 class Plane:
@@ -615,50 +607,3 @@ def test_a_deployment_answers_what_rays_proxy_routes_to_it(run, service, monkeyp
     assert empty.SerializeToString() == b""
     assert context.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert ("x-request-id", "a1") in context.trailing_metadata()
-
-
-KSERVE = """
-import asyncio, json, sys
-import numpy as np
-from kserve import InferenceGRPCClient, InferInput, InferRequest
-from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
-
-async def main(url, pixels):
-    images = np.array(pixels, np.uint8)
-    client = InferenceGRPCClient(url)
-    flags = [await client.is_server_live(), await client.is_server_ready(),
-             await client.is_model_ready("digits")]
-    labels = []
-    for data in (images, images.ravel().tolist()):
-        tensor = InferInput("image", list(images.shape), "UINT8")
-        tensor.set_data_from_numpy(data) if data is images else setattr(tensor, "data", data)
-        answer = await client.infer(InferRequest("digits", [tensor]))
-        labels.append([str(x.decode() if isinstance(x, bytes) else x)
-                       for x in answer.outputs[0].as_numpy().ravel()])
-    loaded = await client._client_stub.RepositoryModelLoad(
-        messages.RepositoryModelLoadRequest(model_name="digits"))
-    metadata = await client._client_stub.ModelMetadata(
-        messages.ModelMetadataRequest(name="digits"))
-    await client.close()
-    print(json.dumps({"flags": flags, "labels": labels, "loaded": loaded.isLoaded,
-                      "inputs": [tensor.name for tensor in metadata.inputs]}))
-
-asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
-"""
-
-
-@pytest.mark.skipif(KSERVE_PYTHON is None, reason="KSERVE_PYTHON names no Python with kserve")
-def test_kserves_client_gets_the_same_answers(url, expected):
-    done = subprocess.run(
-        [KSERVE_PYTHON, "-c", KSERVE, url, json.dumps(IMAGES.tolist())],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["flags"] == [True, True, True]
-    assert answer["labels"] == [expected["label"].tolist()] * 2
-    assert answer["loaded"]
-    assert answer["inputs"] == ["image"]

@@ -44,8 +44,7 @@ def test_replicas_counts_are_read_side_by_side():
         metrics = PlaneMetrics()
         metrics.answered("v2", 200, 0.02)
         metrics.refused["queue_full"] += 2
-        metrics.queue_rows = lambda: 7
-        snapshots.append(metrics.snapshot({"model": "m", "replica": replica}))
+        snapshots.append(metrics.snapshot({"model": "m", "replica": replica}, queue_rows=7))
     text = exposition(merged(snapshots)).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert {s.labels["replica"] for s in families["halyard_requests"].samples} == {"a", "b"}

@@ -7,7 +7,9 @@ from hashlib import sha256
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
+from serve import gateway
 from serve.config import validate
 from serve.security import Key, Keys
 from tests.serving import make_rest
@@ -126,10 +128,12 @@ def test_an_image_of_another_size_is_brought_to_size(client):
 def test_the_documented_examples_work_as_they_stand(client):
     paths = client.get("/openapi.json").json()["paths"]
     posts = {path: entry["post"] for path, entry in paths.items() if "post" in entry}
-    assert len(posts) == 2
-    for path, entry in posts.items():
-        example = entry["requestBody"]["content"]["application/json"]["example"]
-        assert client.post(path, content=json.dumps(example)).status_code == 200
+    bodies = {path: entry.get("requestBody") for path, entry in posts.items()}
+    assert sum(body is not None for body in bodies.values()) == 2
+    for path, body in bodies.items():
+        if body is not None:
+            example = body["content"]["application/json"]["example"]
+            assert client.post(path, content=json.dumps(example)).status_code == 200
     for path in set(paths) - set(posts):
         assert client.get(path).status_code == 200
 
@@ -163,6 +167,40 @@ def test_a_body_may_be_the_pixels_or_the_file_alone(client, test_split):
     for wrong in (b"", b"x" * 63, b"x" * 64 * 2000):
         response = client.post("/v2/models/digits/infer", content=wrong, headers=raw)
         assert response.status_code in (400, 413)
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "status"),
+    [
+        ({"max_json_bytes": 1000}, v2_body(np.zeros((10, 8, 8, 1), np.uint8)), 413),
+        ({"max_rows": 2}, v2_body(np.zeros((3, 8, 8, 1), np.uint8)), 413),
+        ({"max_pixels": 100}, {"instances": [{"b64": "PNG"}] * 2}, 413),
+        (
+            {},
+            {"inputs": [{**v2_body(np.zeros((1, 8, 8, 1)))["inputs"][0], "shape": [0, 2**31 - 1]}]},
+            400,
+        ),
+    ],
+)
+def test_more_than_allowed_is_refused(bundle, options, body, status):
+    with TestClient(make_rest(bundle, **options)) as client:
+        png = base64.b64encode(image_bytes(np.zeros((8, 8), np.uint8))).decode()
+        path = "/v1/models/digits:predict" if "instances" in body else "/v2/models/digits/infer"
+        response = client.post(path, content=json.dumps(body).replace("PNG", png))
+        assert response.status_code == status, response.text
+        assert set(response.json()) == {"error"}
+
+
+def test_no_websocket_is_opened(bundle):
+    rest = make_rest(bundle)
+    gateway.register(rest)
+    try:
+        client = TestClient(gateway.Gateway(rest))
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v2"):
+            pass
+        assert client.get("/v2").status_code == 200
+    finally:
+        gateway.register(None)
 
 
 def test_every_answer_has_the_id_of_its_request(client):
@@ -206,6 +244,7 @@ def test_keys_open_what_they_are_for(bundle):
 
         assert status("/v2/health/ready") == 200
         assert status("/docs") == 200
+        assert status("/v2/models/digits/versions/docs") == 401
         assert status("/v2/models/digits") == 401
         assert status("/v2/models/digits", "hk_" + "c" * 43) == 401
         assert status("/v2/models/digits", both) == 200

@@ -1,8 +1,10 @@
 """Versions side by side, and how the repository changes what is served."""
 
 import asyncio
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 
@@ -10,7 +12,6 @@ from cluster.errors import UserError
 from serve import repository
 from serve.config import ServeConfig, validate
 from serve.errors import BadRequest, NotFound, Unavailable
-from serve.metrics import PlaneMetrics
 from serve.repository import Repository
 from serve.served import Served, State
 from tests.serving import make_plane
@@ -88,7 +89,7 @@ async def replica(kept, served, rounds):
     """What a replica does: follow, go over, and tell what went wrong."""
     revision, problem = served.state.revision, None
     for _ in range(rounds):
-        new = await kept.follow("r", revision, problem, PlaneMetrics().snapshot({}))
+        new = await kept.follow("r", served.state, revision, problem, {})
         if new is not None:
             revision, problem = new.revision, None
             try:
@@ -138,6 +139,53 @@ def test_what_a_replica_cannot_serve_is_taken_back(place):
         await following
         assert served.find("digits").version == "1"
         assert (await kept.state()).default == "1"
+
+    asyncio.run(scenario())
+
+
+def test_after_a_crash_the_repository_learns_from_the_replicas(place):
+    async def scenario():
+        good, _ = place
+        kept = make_repository(state(0, "1", v1=good))
+        now = state(4, "2", v2=good)
+        following = asyncio.create_task(kept.follow("r", now, 4, None, {}))
+        await asyncio.sleep(0)
+        assert await kept.state() == now
+        assert await following is None
+        # One that has just begun, by what was deployed, is told.
+        assert await kept.follow("new", state(0, "1", v1=good), 0, None, {}) == now
+
+    asyncio.run(scenario())
+
+
+def test_a_problem_of_before_does_not_end_what_comes_after(place):
+    async def scenario():
+        good, bad = place
+        served = Served(state(0, "1", v1=good), load)
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        kept._try = lambda locations: None
+        following = asyncio.create_task(replica(kept, served, 5))
+        await asyncio.sleep(0)
+        with pytest.raises(BadRequest):
+            await kept.load("digits")
+        await kept.unload("digits")
+        assert not served.ready()
+        await following
+
+    asyncio.run(scenario())
+
+
+def test_a_plane_that_is_served_no_more_is_let_go(place):
+    async def scenario():
+        good, _ = place
+        served = Served(state(0, "1", v1=good), load)
+        gone = weakref.ref(served.find("digits"))
+        gc.disable()
+        try:
+            await served.install(state(1, "2", v2=good))
+            assert gone() is None
+        finally:
+            gc.enable()
 
     asyncio.run(scenario())
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from serve.config import ServeConfig
 from serve.dataplane import DataPlane
-from serve.metrics import Histogram
+from serve.metrics import INFERENCE, Histogram
 from serve.protocol import v2
 from train.bundle.manifest import FORMAT_VERSION, Tensor
 
@@ -55,7 +55,11 @@ def config(plane: DataPlane, serving: ServeConfig) -> dict[str, Any]:
 def statistics(plane: DataPlane) -> dict[str, Any]:
     """The statistics extension: counts and nanoseconds since the replica began, of this replica."""
     metrics = plane.metrics
-    succeeded = sum(count for (_, status), count in metrics.requests.items() if status < 400)
+    succeeded = sum(
+        count
+        for (protocol, status), count in metrics.requests.items()
+        if protocol in INFERENCE and status < 400
+    )
     total = metrics.stages["total"]
     return {
         "name": plane.name,

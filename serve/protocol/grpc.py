@@ -16,8 +16,10 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
+from cluster.connect import LOOPBACK
+from serve.accesslog import AccessLog
 from serve.dataplane import DataPlane
-from serve.errors import BadRequest, BodyTooLarge, RequestError
+from serve.errors import BadRequest, BodyTooLarge, Forbidden, RequestError
 from serve.host import Host
 from serve.metrics import PlaneMetrics
 from serve.protocol import describe, grpc_messages
@@ -26,7 +28,10 @@ from serve.protocol.grpc_messages import types
 logger = logging.getLogger(__name__)
 
 SERVICE = f"{grpc_messages.PACKAGE}.GRPCInferenceService"
+INFER = "ModelInfer"
 HOST = "127.0.0.1"
+LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.")
+MAX_ID = 128
 REQUEST_ID, RETRY_AFTER = "x-request-id", "retry-after"
 # A message travels in HTTP/2 trailers, for which clients have about 8 KB.
 MAX_DETAILS = 500
@@ -52,6 +57,7 @@ class Call:
     metadata: dict[str, str]
     timeout_s: float | None
     metrics: PlaneMetrics
+    model: str = ""
 
     @classmethod
     def of(cls, context: Any, metrics: PlaneMetrics) -> "Call":
@@ -76,9 +82,10 @@ def _method(handler: Handler[Service]) -> Method[Service]:
     async def method(self: Service, data: bytes, context: Any) -> Any:
         began = time.perf_counter()
         call = Call.of(context, self.metrics)
-        _trail(context, REQUEST_ID, call.metadata.get(REQUEST_ID))
+        _trail(context, REQUEST_ID, call.metadata.get(REQUEST_ID, "")[:MAX_ID] or None)
         status = 500
         try:
+            self.check_peer(context)
             self.check_size(data)
             response = await handler(self, request_type.FromString(data), call)
             status = 200
@@ -95,7 +102,10 @@ def _method(handler: Handler[Service]) -> Method[Service]:
             logger.exception("gRPC call failed: %s", name)
             _set(context, grpc.StatusCode.INTERNAL, "the server failed to answer this request.")
         finally:
-            call.metrics.answered("grpc", status, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            protocol = "grpc" if name == INFER else "http"
+            call.metrics.answered(protocol, status, seconds)
+            self.tell(name, call, status, seconds)
         return empty
 
     return method
@@ -104,9 +114,10 @@ def _method(handler: Handler[Service]) -> Method[Service]:
 class InferenceService:
     """The methods, by their names in the protocol."""
 
-    def __init__(self, host: Host, metrics: PlaneMetrics) -> None:
+    def __init__(self, host: Host, metrics: PlaneMetrics, log: AccessLog | None = None) -> None:
         """metrics: count what is about no model."""
         self._host = host
+        self._log = log
         self._config = host.config
         self.metrics = metrics
 
@@ -117,6 +128,27 @@ class InferenceService:
                 f"the message has {len(data)} bytes; "
                 f"at most {self._config.max_body_bytes} are accepted."
             )
+
+    def check_peer(self, context: Any) -> None:
+        """Raises Forbidden: Ray's gRPC servers listen on all interfaces, whatever the host is."""
+        peer = context.peer() if self._config.host in LOOPBACK else ""
+        if peer.startswith(("ipv4:", "ipv6:")) and not peer.startswith(LOOPBACK_PEERS):
+            raise Forbidden("this server is for its own machine; see the option host.")
+
+    def tell(self, method: str, call: "Call", status: int, seconds: float) -> None:
+        """Write the call to the access log."""
+        if self._log is not None:
+            line = {
+                "time": time.time() - seconds,
+                "id": call.metadata.get(REQUEST_ID, "")[:MAX_ID],
+                "method": "gRPC",
+                "path": method,
+                "status": status,
+                "ms": round(seconds * 1e3, 3),
+                "model": call.model[:100],
+                "client": call.metadata.get("x-client-id", "")[:100],
+            }
+            self._log.add(status, line)
 
     @_method
     async def ServerLive(self, request: Any, call: Call) -> Any:
@@ -195,6 +227,7 @@ class InferenceService:
 
     def _plane(self, name: str, version: str, call: Call) -> tuple[DataPlane, str]:
         """Return the plane and the client's name."""
+        call.model = name
         client = self._host.admit(call.metadata, name, admin=False)
         plane = self._host.find(name, version or None)
         call.metrics = plane.metrics

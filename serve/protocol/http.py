@@ -23,6 +23,7 @@ from serve.errors import (
     BodyTooLarge,
     ClientGone,
     NotFound,
+    Overloaded,
     RequestError,
     SlowBody,
 )
@@ -43,8 +44,10 @@ REQUEST_ID, MAX_ID = b"x-request-id", 128
 _PROCESS = secrets.token_hex(6)
 _counter = itertools.count(1)
 # What is answered without a key: whether the server lives, and how to use it.
-OPEN = ("/v2/health/", "/docs", "/openapi.json")
-OPEN_OF_A_MODEL = ("/docs", "/openapi.json")
+OPEN = re.compile(
+    r"/|/v2/health/(live|ready)|/docs(/assets/[^/]+)?|/openapi\.json"
+    r"|/v2/models/[^/]+/(docs|openapi\.json)"
+)
 # Whether its client is still there is asked of a request that has not been answered by then.
 WATCH_AFTER_S = 0.05
 
@@ -85,8 +88,8 @@ class Request:
         """Whose share of the engine it takes: its key's, or what it calls itself."""
         return self.key.name if self.key else self.header(b"x-client-id") or ""
 
-    async def body(self, max_bytes: int, timeout_s: float) -> bytes:
-        """Raises BodyTooLarge as soon as that is known, SlowBody, ClientGone."""
+    async def body(self, max_bytes: int, timeout_s: float, pending: "Pending") -> bytes:
+        """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""
         declared = self._headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared[:20]) > max_bytes:
             raise BodyTooLarge(
@@ -96,26 +99,39 @@ class Request:
         with _Interruption() as interruption:
             timer = asyncio.get_running_loop().call_later(timeout_s, interruption.raises, slow)
             try:
-                return await self._received(max_bytes)
+                return await self._received(max_bytes, pending)
             finally:
                 timer.cancel()
 
-    async def _received(self, max_bytes: int) -> bytes:
+    async def _received(self, max_bytes: int, pending: "Pending") -> bytes:
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message.get("body", b"")
+            if len(body) <= max_bytes:
+                return body
         chunks: list[bytes] = []
         received = 0
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone("the client left before its request was whole.")
-            chunk = message.get("body", b"")
-            received += len(chunk)
-            if received > max_bytes:
-                raise BodyTooLarge(
-                    f"the body has more than {max_bytes} bytes; that many are accepted."
-                )
-            chunks.append(chunk)
-            if not message.get("more_body"):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        try:
+            while True:
+                received += self._chunk(message, chunks, received, max_bytes)
+                pending.add(len(chunks[-1]))
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+                message = await self.receive()
+        finally:
+            pending.bytes -= received
+
+    def _chunk(
+        self, message: MutableMapping[str, Any], chunks: list[bytes], received: int, most: int
+    ) -> int:
+        """Add what a message brings; return its size."""
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left before its request was whole.")
+        chunk = message.get("body", b"")
+        if received + len(chunk) > most:
+            raise BodyTooLarge(f"the body has more than {most} bytes; that many are accepted.")
+        chunks.append(chunk)
+        return len(chunk)
 
     async def while_connected(self, answer: Awaitable[T]) -> T:
         """Await an answer; it is given up, by ClientGone, when the client is seen to have left."""
@@ -137,6 +153,20 @@ class Request:
                 timer.cancel()
                 for each in watch:
                     each.cancel()
+
+
+class Pending:
+    """Memory of the bodies that are arriving."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises Overloaded."""
+        self.bytes += size
+        if self.bytes > self._max_bytes:
+            raise Overloaded("too many large requests are arriving.", 1, "pending_bytes")
 
 
 class _Interruption:
@@ -178,7 +208,7 @@ def json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def failure(error: RequestError) -> Answer:
     headers = error.headers
-    if isinstance(error, BodyTooLarge | SlowBody):
+    if isinstance(error, BodyTooLarge | SlowBody) or error.reason == "pending_bytes":
         # The rest of the body is not waited for.
         headers = {**headers, "Connection": "close"}
     return json({"error": str(error)}, error.status, headers)
@@ -201,9 +231,11 @@ class Http:
         self,
         key: Callable[[str | None], Key | None],
         *,
+        max_pending_bytes: int,
         log: AccessLog | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._pending = Pending(max_pending_bytes)
         self.metrics = PlaneMetrics()
         self._key = key
         self._log = log
@@ -213,9 +245,13 @@ class Http:
         """Answer, or raise RequestError."""
         raise NotImplementedError
 
+    async def body(self, request: Request, max_bytes: int, timeout_s: float) -> bytes:
+        """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""
+        return await request.body(max_bytes, timeout_s, self._pending)
+
     def is_open(self, path: str) -> bool:
         """Whether a path is answered without a key."""
-        return path == "/" or path.startswith(OPEN) or path.endswith(OPEN_OF_A_MODEL)
+        return OPEN.fullmatch(path) is not None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -261,8 +297,8 @@ class Http:
                     "path": request.path[:200],
                     "status": answer.status,
                     "ms": round(seconds * 1e3, 3),
-                    "model": request.model,
-                    "version": request.version,
+                    "model": request.model[:100],
+                    "version": request.version and request.version[:100],
                     "rows": request.rows,
                     "client": request.client[:100],
                 },
@@ -277,8 +313,8 @@ class Http:
                     "http.request.method": request.method,
                     "http.response.status_code": answer.status,
                     "url.path": request.path[:200],
-                    "halyard.model": request.model,
-                    "halyard.version": request.version or "",
+                    "halyard.model": request.model[:100],
+                    "halyard.version": (request.version or "")[:100],
                     "halyard.rows": request.rows,
                 },
             )
@@ -290,6 +326,8 @@ def html(page: str) -> Answer:
 
 Handler = Callable[[Request], Awaitable[Answer]]
 GET, POST = ("GET", "HEAD"), ("POST",)
+# The longest path whose handler is remembered.
+MAX_KNOWN = 256
 
 
 class Routes:
@@ -298,10 +336,14 @@ class Routes:
     def __init__(self, handlers: Mapping[str, tuple[tuple[str, ...], Handler]]) -> None:
         """handlers: pattern of the whole path → methods, handler."""
         self._routes = [(re.compile(pattern), *route) for pattern, route in handlers.items()]
-        self.find = lru_cache(4096)(self._find)
+        self._known = lru_cache(1024)(self._find)
+
+    def find(self, method: str, path: str) -> tuple[Handler, dict[str, str | None]]:
+        """Return the handler and the named parts. Raises NotFound, or BadMethod."""
+        # Clients choose paths: only a bounded memory of them is kept.
+        return (self._known if len(path) <= MAX_KNOWN else self._find)(method, path)
 
     def _find(self, method: str, path: str) -> tuple[Handler, dict[str, str | None]]:
-        """Return the handler and the named parts. Raises NotFound, or BadMethod."""
         allowed: list[str] = []
         for pattern, methods, handler in self._routes:
             if match := pattern.fullmatch(path):

@@ -17,6 +17,7 @@ from swagger_ui_bundle import swagger_ui_path
 from serve.errors import NotFound
 from serve.protocol.http import Answer, Request
 from train.bundle.manifest import Manifest, Tensor
+from train.tasks.records import DTYPES
 
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 
@@ -77,7 +78,9 @@ def _file(name: str) -> bytes:
 def document(manifest: Manifest) -> dict[str, Any]:
     """Return the OpenAPI 3.0 document for one model."""
     name = manifest.name
-    model = f"/v2/models/{name}"
+    model, repository = f"/v2/models/{name}", f"/v2/repository/models/{name}"
+    infer = _post("Predict by tensors (Open Inference Protocol v2)", "Tensors", _v2(manifest))
+    predict = _post("Predict by records (KServe V1)", "Records", _v1(manifest))
     return {
         "openapi": "3.0.3",
         "info": {
@@ -85,58 +88,139 @@ def document(manifest: Manifest) -> dict[str, Any]:
             "version": manifest.created,
             "description": "Open Inference Protocol v2 and KServe V1.",
         },
+        "security": [{}, {"key": []}],
         "paths": {
-            f"{model}/infer": _post(
-                "Predict by tensors (Open Inference Protocol v2)", _v2(manifest)
-            ),
-            f"/v1/models/{name}:predict": _post("Predict by records (KServe V1)", _v1(manifest)),
+            f"{model}/infer": infer,
+            f"/v1/models/{name}:predict": predict,
             model: _get("Inputs, outputs and versions of the model"),
             f"{model}/ready": _get("Whether the model answers"),
+            f"{model}/config": _get("How the model is batched"),
+            f"{model}/stats": _get("What one replica has answered"),
             "/v2": _get("Name and extensions of the server"),
+            "/v2/models": _get("Names of the models"),
             "/v2/health/live": _get("Whether the server lives"),
             "/v2/health/ready": _get("Whether the server answers"),
+            "/v2/repository/index": _change("Versions of the model and their state"),
+            f"{repository}/load": _change("Serve what the registry has now"),
+            f"{repository}/unload": _change("Answer 503 until it is loaded again"),
+            "/metrics": {
+                "get": {
+                    "summary": "Metrics of all replicas, for Prometheus",
+                    "responses": {
+                        "200": {"description": "Metrics.", "content": {"text/plain": {}}},
+                        **_errors("401", "429", "503"),
+                    },
+                }
+            },
         },
         "components": {
-            "schemas": {
-                "Error": {
-                    "type": "object",
-                    "required": ["error"],
-                    "properties": {"error": {"type": "string"}},
-                }
-            }
+            "schemas": SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+SCHEMAS: dict[str, Any] = {
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string"}},
+    },
+    "Tensors": {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": {"type": "string"},
+            "inputs": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "required": ["name", "shape", "datatype", "data"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                        "datatype": {"type": "string", "enum": sorted(DTYPES)},
+                        "data": {"type": "array", "items": {}},
+                        "parameters": {"type": "object"},
+                    },
+                },
+            },
+            "outputs": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {"name": {"type": "string"}},
+                },
+            },
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "timeout": {"type": "integer", "minimum": 0, "description": "Microseconds."},
+                    "priority": {"type": "integer", "minimum": 0, "description": "1 goes first."},
+                },
+            },
+        },
+    },
+    "Records": {
+        "type": "object",
+        "required": ["instances"],
+        "properties": {"instances": {"type": "array", "minItems": 1, "items": {}}},
+    },
+}
+REASONS = {
+    "400": "The request is wrong.",
+    "401": "A key is needed.",
+    "403": "The key is not for this.",
+    "404": "No such model or version.",
+    "408": "The body came too slowly.",
+    "413": "The body is too large, or has too many rows.",
+    "429": "The key has asked too often; see Retry-After.",
+    "503": "Too much waits to answer in time, or the model is unloaded; see Retry-After.",
+    "504": "No answer in time; see Retry-After.",
+}
+OBJECT = {"application/json": {"schema": {"type": "object"}}}
+
+
+def _errors(*codes: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {code: {"description": REASONS[code], "content": content} for code in codes}
 
 
 def _get(summary: str) -> dict[str, Any]:
-    return {"get": {"summary": summary, "responses": {"200": {"description": "Yes."}}}}
-
-
-def _post(summary: str, example: dict[str, Any]) -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    reasons = {
-        "400": "The request is wrong.",
-        "404": "No such model or version.",
-        "413": "The body is too large.",
-        "503": "Too many requests wait; see Retry-After.",
-        "504": "No answer in time.",
+    return {
+        "get": {
+            "summary": summary,
+            "responses": {
+                "200": {"description": "Yes.", "content": OBJECT},
+                **_errors("401", "403", "404", "429", "503"),
+            },
+        }
     }
+
+
+def _change(summary: str) -> dict[str, Any]:
     return {
         "post": {
             "summary": summary,
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"type": "object"}, "example": example}},
-            },
             "responses": {
-                "200": {
-                    "description": "Predictions.",
-                    "content": {"application/json": {"schema": {"type": "object"}}},
-                },
-                **{
-                    code: {"description": reason, "content": error}
-                    for code, reason in reasons.items()
-                },
+                "200": {"description": "Done.", "content": {"application/json": {"schema": {}}}},
+                **_errors("400", "401", "403", "404", "429", "503"),
+            },
+        }
+    }
+
+
+def _post(summary: str, schema: str, example: dict[str, Any]) -> dict[str, Any]:
+    body = {"schema": {"$ref": f"#/components/schemas/{schema}"}, "example": example}
+    return {
+        "post": {
+            "summary": summary,
+            "requestBody": {"required": True, "content": {"application/json": body}},
+            "responses": {
+                "200": {"description": "Predictions.", "content": OBJECT},
+                **_errors(*REASONS),
             },
         }
     }

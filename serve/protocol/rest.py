@@ -24,7 +24,9 @@ class Rest(Http):
     def __init__(
         self, host: Host, *, log: AccessLog | None = None, tracer: Tracer | None = None
     ) -> None:
-        super().__init__(host.key, log=log, tracer=tracer)
+        super().__init__(
+            host.key, max_pending_bytes=host.config.max_pending_bytes, log=log, tracer=tracer
+        )
         self._host = host
         self.config = host.config
         self._find = _routes(self).find
@@ -39,7 +41,8 @@ class Rest(Http):
         request.protocol = "v2"
         plane, body, began = await self._begin(request)
         header_length = request.header(HEADER_LENGTH)
-        inference = v2.decode(body, header_length, plane.manifest, self.config.max_rows)
+        limits = self.config.max_rows, self.config.max_json_bytes
+        inference = v2.decode(body, header_length, plane.manifest, *limits)
         terms = self._host.terms(inference.parameters, request.client)
         predictions = await self._predictions(request, plane, inference.columns, terms, began)
         replied = time.perf_counter()
@@ -53,7 +56,8 @@ class Rest(Http):
     async def predict(self, request: Request) -> Answer:
         request.protocol = "v1"
         plane, body, began = await self._begin(request)
-        columns = v1.decode(body, plane.manifest, self.config.max_rows)
+        limits = self.config.max_rows, self.config.max_json_bytes
+        columns = v1.decode(body, plane.manifest, *limits)
         terms = self._host.terms({}, request.client)
         return Answer(v1.encode(await self._predictions(request, plane, columns, terms, began)))
 
@@ -117,7 +121,7 @@ class Rest(Http):
 
     async def _begin(self, request: Request) -> tuple[DataPlane, bytes, float]:
         plane = self._plane(request)
-        body = await request.body(self.config.max_body_bytes, self.config.body_timeout_s)
+        body = await self.body(request, self.config.max_body_bytes, self.config.body_timeout_s)
         return plane, body, time.perf_counter()
 
     async def _predictions(

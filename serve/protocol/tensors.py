@@ -49,10 +49,10 @@ def declared(tensor: Any) -> tuple[str, str, list[int]]:
         )
     shape = _field(tensor, "shape", list, where)
     if not 1 <= len(shape) <= MAX_RANK or not all(
-        type(size) is int and 0 <= size < MAX_SIZE for size in shape
+        type(size) is int and 0 < size < MAX_SIZE for size in shape
     ):
         raise BadRequest(
-            f"{where}: shape must be 1 to {MAX_RANK} whole numbers from 0; the first is the batch."
+            f"{where}: shape must be 1 to {MAX_RANK} whole numbers from 1; the first is the batch."
         )
     return name, datatype, shape
 

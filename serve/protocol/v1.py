@@ -12,14 +12,14 @@ from train.bundle.manifest import Manifest, Tensor
 from train.tasks import Arrays, Columns
 
 
-def decode(body: bytes, manifest: Manifest, max_rows: int) -> Columns:
+def decode(body: bytes, manifest: Manifest, max_rows: int, max_json_bytes: int = 2**31) -> Columns:
     """Return the fields of the instances side by side.
 
     An instance is an object of fields, or for a model with one input just that field's value: an
     image is {"b64": …} or nested lists of 0..255, a value that is not known null. Raises
     BadRequest.
     """
-    instances = parse_json(body).get("instances")
+    instances = parse_json(body, max_json_bytes).get("instances")
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
     check_rows(len(instances), max_rows)

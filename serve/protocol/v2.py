@@ -39,9 +39,13 @@ class InferRequest:
 
 
 def decode(
-    body: bytes, header_length: str | None, manifest: Manifest, max_rows: int
+    body: bytes,
+    header_length: str | None,
+    manifest: Manifest,
+    max_rows: int,
+    max_json_bytes: int = 2**31,
 ) -> InferRequest:
-    """Raises BadRequest for whatever is not an infer request of this model."""
+    """Raises BadRequest for whatever is not an infer request of this model, BodyTooLarge."""
     view = memoryview(body)
     split = len(body)
     if header_length is not None:
@@ -53,7 +57,7 @@ def decode(
         split = int(header_length)
         if split == 0:
             return InferRequest(None, _raw_columns(view, manifest, max_rows))
-    request = parse_json(view[:split])
+    request = parse_json(view[:split], max_json_bytes)
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
         raise BadRequest("'inputs' is missing or is not a list with at least one tensor.")
@@ -61,15 +65,18 @@ def decode(
     for tensor in inputs:
         raw, rest = _take_raw(tensor, rest)
         name, array = tensors.decode(tensor, raw)
+        if name in arrays:
+            raise BadRequest(f"input '{name[:100]}' came twice.")
         arrays[name] = array
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
     parameters = _parameters(request)
+    binary = bool(parameters.get("binary_data_output"))
     return InferRequest(
         id=_optional(request, "id", str),
         columns=columns_of(arrays, manifest, max_rows),
-        outputs=requested(request.get("outputs"), manifest),
-        binary=bool(parameters.get("binary_data_output")),
+        outputs=requested(request.get("outputs"), manifest, binary=binary),
+        binary=binary,
         parameters=parameters,
     )
 
@@ -102,8 +109,13 @@ def check_rows(count: int, max_rows: int) -> None:
         )
 
 
-def parse_json(body: bytes | memoryview) -> dict[str, Any]:
-    """Raises BadRequest unless the body is a JSON object."""
+def parse_json(body: bytes | memoryview, max_bytes: int = 2**31) -> dict[str, Any]:
+    """Raises BadRequest unless the body is a JSON object, BodyTooLarge for more than max_bytes."""
+    if len(body) > max_bytes:
+        raise BodyTooLarge(
+            f"the JSON has {len(body)} bytes; at most {max_bytes} are accepted. Send tensors as "
+            "binary data, or several requests."
+        )
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -184,7 +196,8 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int) -> Columns:
     return {tensor.name: [bytes(raw)]}
 
 
-def requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:
+def requested(outputs: Any, manifest: Manifest, *, binary: bool = False) -> dict[str, bool]:
+    """Return the outputs asked for, and whether as binary data; `binary` where they do not say."""
     if outputs is None:
         return {}
     known = [tensor.name for tensor in manifest.outputs]
@@ -196,4 +209,4 @@ def requested(outputs: Any, manifest: Manifest) -> dict[str, bool]:
                 f"output '{str(item.get('name'))[:100]}' is unknown; "
                 f"'{manifest.name}' gives {', '.join(known)}."
             )
-    return {item["name"]: bool(_parameters(item).get("binary_data")) for item in outputs}
+    return {item["name"]: bool(_parameters(item).get("binary_data", binary)) for item in outputs}

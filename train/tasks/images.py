@@ -16,6 +16,17 @@ MAX_PIXELS = 4096 * 4096
 MODES = {1: "L", 3: "RGB"}
 
 
+def num_pixels(value: Any) -> int:
+    """Return how many pixels an image file has by its header; 0 for what is none."""
+    if not isinstance(value, bytes):
+        return 0
+    try:
+        image = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
+    except Exception:  # Pillow raises many kinds; what is wrong is said when it is decoded
+        return 0
+    return image.width * image.height
+
+
 @dataclass(frozen=True)
 class Images:
     """Images in one column: PNG or JPEG bytes, or a uint8 array [H, W] or [H, W, C].

@@ -225,8 +225,11 @@ def _number(column: str, row: int, value: Any) -> float:
 def _truth(column: str, row: int, value: Any) -> float:
     if is_missing(value):
         return math.nan
-    word = text(value).strip().lower() if not isinstance(value, bool | np.bool_) else str(value)
-    word = word.lower()
+    try:
+        word = str(value) if isinstance(value, bool | np.bool_) else text(value)
+    except ValueError as error:
+        raise InvalidRecord(f"field '{column}' {error}. Send true, false or null.", row) from None
+    word = word.strip().lower()
     if word in MISSING_WORDS:
         return math.nan
     if word not in TRUE | FALSE:
