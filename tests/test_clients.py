@@ -58,7 +58,8 @@ def tensor(module, images=IMAGES, **options):
 
 
 def same(answer, expected):
-    labels = [label.decode() for label in answer.as_numpy("label").tolist()]
+    labels = answer.as_numpy("label").tolist()
+    labels = [label.decode() if isinstance(label, bytes) else label for label in labels]
     assert labels == expected["label"].tolist()
     np.testing.assert_allclose(
         answer.as_numpy("probabilities"), expected["probabilities"], atol=1e-5
@@ -123,7 +124,7 @@ def test_time_limits_are_kept_in_both_protocols(url):
     with triton_grpc.InferenceServerClient(GRPC) as client:
         with pytest.raises(InferenceServerException, match=r"time|take"):
             client.infer("digits", [tensor(triton_grpc)], timeout=1)
-        with pytest.raises(InferenceServerException, match=r"(?i)deadline"):
+        with pytest.raises(InferenceServerException, match=r"(?i)deadline|left"):
             client.infer("digits", [tensor(triton_grpc)], client_timeout=0.0005)
 
 
@@ -175,7 +176,7 @@ def connect():
 
 
 def answered(connection):
-    """Return status and JSON of what a connection is answered; None if it is closed instead."""
+    """Return status and body of what a connection is answered; None if it is closed instead."""
     data = b""
     while b"\r\n\r\n" not in data:
         try:
@@ -189,7 +190,7 @@ def answered(connection):
     length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
     while len(body) < length:
         body += connection.recv(65_536)
-    return int(head.split()[1]), json.loads(body)
+    return int(head.split()[1]), body
 
 
 HEAD = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: a\r\n"
@@ -198,9 +199,9 @@ HEAD = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: a\r\n"
 def test_a_body_of_a_gigabyte_is_refused_before_it_is_sent(url):
     with connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 1073741824\r\n\r\n" + b"x" * 1000)
-        status, answer = answered(connection)
+        status, body = answered(connection)
     assert status == 413
-    assert list(answer) == ["error"]
+    assert list(json.loads(body)) == ["error"]
 
 
 def test_a_body_of_unknown_length_is_refused_once_it_is_too_long(url):
@@ -232,7 +233,8 @@ def test_a_half_closed_connection_is_no_trouble(url):
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         connection.shutdown(socket.SHUT_WR)
         result = answered(connection)
-    assert result is None or result[0] in (200, 400, 499)
+    # HAProxy takes a client that stops sending for one that has left.
+    assert result is None or result[0] in (200, 400)
     assert httpx.get(f"{url}/v2/health/ready").status_code == 200
 
 

@@ -156,10 +156,8 @@ SCHEMAS: dict[str, Any] = {
             },
             "parameters": {
                 "type": "object",
-                "properties": {
-                    "timeout": {"type": "integer", "minimum": 0, "description": "Microseconds."},
-                    "priority": {"type": "integer", "minimum": 0, "description": "1 goes first."},
-                },
+                "description": "timeout: microseconds that the answer is worth waiting for; "
+                "priority: 1 goes first; binary_data_output: whether outputs are binary.",
             },
         },
     },
