@@ -18,14 +18,13 @@ from serve.protocol.http import (
     GET,
     JSON,
     POST,
-    REQUEST_ID,
     Answer,
     Http,
-    Request,
     Routes,
     html,
     json,
 )
+from serve.protocol.request import REQUEST_ID, Request
 from serve.security import Key
 
 logger = logging.getLogger(__name__)

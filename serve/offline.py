@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,12 +39,8 @@ RUN_ROWS = 256
 MAX_SHOWN = 1000
 
 
-class Options(BaseSettings):
-    """Predict all records of a source; run again, go on where it stopped."""
-
-    model_config = SettingsConfigDict(
-        cli_prog_name="python -m serve.offline", extra="forbid", frozen=True
-    )
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle.")
     input: str = Field(
@@ -59,10 +55,17 @@ class Options(BaseSettings):
     workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
 
 
+class _Command(BaseSettings, Options):
+    """Predict all records of a source; run again, go on where it stopped."""
+
+    # Apart: settings of this kind are also read from the environment, MODEL as --model.
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.offline")
+
+
 def parse(argv: Sequence[str]) -> Options:
     """Raises UserError with one line that names the option."""
     try:
-        given = CliSettingsSource(Options, cli_parse_args=list(argv), cli_exit_on_error=False)()
+        given = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
         return Options.model_validate(given)
     except SettingsError as error:
         problem = str(error).removeprefix("error parsing CLI: ")

@@ -21,19 +21,22 @@ def make_host(
     bundle: Bundle,
     *,
     keys: Keys | None = None,
-    find: Callable[[ServeConfig, int], State] | None = None,
+    load: Callable[[str], Predictor] = lambda location: Predictor.load(Bundle.load(location)),
     **options: Any,
 ) -> Host:
-    """A model in version 3, alias production, with its repository."""
+    """A model in version 3, alias production, with its repository.
+
+    load: location of a bundle → its predictor.
+    """
     config = ServeConfig(model=str(bundle.path), **options)
     name = bundle.manifest.name
     state = State(0, name, "3", {"3": str(bundle.path)}, {"production": "3"})
 
-    def load(location: str, version: str) -> DataPlane:
-        return DataPlane(Predictor.load(Bundle.load(location)), version, config)
+    def load_plane(location: str, version: str) -> DataPlane:
+        return DataPlane(load(location), version, config)
 
-    repository = Repository(config, state, find or (lambda _config, _revision: state))
-    return Host(Served(state, load), config, repository, keys)
+    repository = Repository(config, state, lambda _config, _revision: state)
+    return Host(Served(state, load_plane), config, repository, keys)
 
 
 def make_rest(bundle: Bundle, **options: Any) -> Rest:

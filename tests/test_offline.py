@@ -16,10 +16,8 @@ import pytest
 
 from cluster.errors import UserError
 from serve import offline
-from serve.config import ServeConfig
-from serve.dataplane import DataPlane
-from serve.protocol import rest
 from tests.server import REPOSITORY
+from tests.serving import make_rest
 from train.bundle import Bundle, Predictor
 from train.config import validate
 from train.data import shards, splits
@@ -132,10 +130,18 @@ def assert_same_bytes(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
         assert array.tobytes() == other[name].tobytes()
 
 
+def test_options_come_from_the_command_line_alone(monkeypatch):
+    monkeypatch.setenv("MODEL", "models:/other/1")
+    monkeypatch.setenv("WORKERS", "3")
+    given = ["--model", "models:/table/1", "--input", "a.csv", "--output", "out"]
+    options = offline.parse(given)
+    assert (options.model, options.workers) == ("models:/table/1", None)
+
+
 @pytest.mark.parametrize("protocol", ["v1", "v2"])
 def test_http_gives_the_engine_the_bytes_that_training_had(table, recorded, in_training, protocol):
     predictor, recorder = recorded
-    app = rest.build(DataPlane(predictor, "1", ServeConfig()), ServeConfig())
+    app = make_rest(predictor.bundle, load=lambda _location: predictor)
     frame = pd.read_csv(table, dtype=object)
     frame["age"] = frame["age"].astype(float)
 

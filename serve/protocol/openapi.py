@@ -15,7 +15,8 @@ from PIL import Image
 from swagger_ui_bundle import swagger_ui_path
 
 from serve.errors import NotFound
-from serve.protocol.http import Answer, Request
+from serve.protocol.http import Answer
+from serve.protocol.request import Request
 from train.bundle.manifest import Manifest, Tensor
 from train.tasks.records import DTYPES
 

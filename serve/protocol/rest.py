@@ -8,7 +8,8 @@ from serve.dataplane import DataPlane
 from serve.host import Host
 from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
 from serve.protocol import describe, openapi, v1, v2
-from serve.protocol.http import GET, POST, Answer, Http, Request, Routes, html, json
+from serve.protocol.http import GET, POST, Answer, Http, Routes, html, json
+from serve.protocol.request import Request
 from serve.security import check_scope
 from serve.tracing import Tracer
 from train.tasks import Arrays, Columns

@@ -1,0 +1,164 @@
+"""A request: what came, read within bounds of size and time, while its client is still there."""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+from serve.errors import BodyTooLarge, ClientGone, Overloaded, SlowBody
+from serve.metrics import PlaneMetrics
+from serve.security import Key
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+T = TypeVar("T")
+
+REQUEST_ID, MAX_ID = b"x-request-id", 128
+# Requests that came without an id are told apart by their process and a count.
+_PROCESS = secrets.token_hex(6)
+_counter = itertools.count(1)
+# Whether its client is still there is asked of a request that has not been answered by then.
+WATCH_AFTER_S = 0.05
+
+
+class Request:
+    """One request. What it turns out to be about is written into it for the log."""
+
+    __slots__ = (
+        *("scope", "receive", "method", "path", "key", "metrics"),
+        *("id", "protocol", "model", "version", "rows", "_headers"),
+    )
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.key: Key | None = None
+        self.metrics: PlaneMetrics | None = None
+        self.protocol = "http"
+        self.model = ""
+        self.version: str | None = None
+        self.rows = 0
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.id = (self.header(REQUEST_ID) or "")[:MAX_ID] or f"{_PROCESS}-{next(_counter):x}"
+
+    def header(self, name: bytes) -> str | None:
+        """name: in lower case."""
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode("latin-1"): self.header(name) or "" for name in self._headers}
+
+    @property
+    def client(self) -> str:
+        """Whose share of the engine it takes: its key's, or what it calls itself."""
+        return self.key.name if self.key else self.header(b"x-client-id") or ""
+
+    async def body(self, max_bytes: int, timeout_s: float, pending: "Pending") -> bytes:
+        """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""
+        declared = self._headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > max_bytes:
+            raise BodyTooLarge(
+                f"the body has {int(declared[:20])} bytes; at most {max_bytes} are accepted."
+            )
+        slow = SlowBody(f"the body did not arrive within {timeout_s:g} s.")
+        with _Interruption() as interruption:
+            timer = asyncio.get_running_loop().call_later(timeout_s, interruption.raises, slow)
+            try:
+                return await self._received(max_bytes, pending)
+            finally:
+                timer.cancel()
+
+    async def _received(self, max_bytes: int, pending: "Pending") -> bytes:
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message.get("body", b"")
+            if len(body) <= max_bytes:
+                return body
+        chunks: list[bytes] = []
+        received = 0
+        try:
+            while True:
+                received += self._chunk(message, chunks, received, max_bytes)
+                pending.add(len(chunks[-1]))
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+                message = await self.receive()
+        finally:
+            pending.bytes -= received
+
+    def _chunk(
+        self, message: MutableMapping[str, Any], chunks: list[bytes], received: int, most: int
+    ) -> int:
+        """Add what a message brings; return its size."""
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left before its request was whole.")
+        chunk = message.get("body", b"")
+        if received + len(chunk) > most:
+            raise BodyTooLarge(f"the body has more than {most} bytes; that many are accepted.")
+        chunks.append(chunk)
+        return len(chunk)
+
+    async def while_connected(self, answer: Awaitable[T]) -> T:
+        """Await an answer; it is given up, by ClientGone, when the client is seen to have left."""
+        with _Interruption() as interruption:
+            watch: list[asyncio.Task[None]] = []
+
+            async def until_gone() -> None:
+                while (await self.receive())["type"] != "http.disconnect":
+                    pass
+                interruption.raises(ClientGone("the client left before it was answered."))
+
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(
+                WATCH_AFTER_S, lambda: watch.append(loop.create_task(until_gone()))
+            )
+            try:
+                return await answer
+            finally:
+                timer.cancel()
+                for each in watch:
+                    each.cancel()
+
+
+class Pending:
+    """Memory of the bodies that are arriving."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises Overloaded."""
+        self.bytes += size
+        if self.bytes > self._max_bytes:
+            raise Overloaded("too many large requests are arriving.", 1, "pending_bytes")
+
+
+class _Interruption:
+    """Ends what its task awaits in this block by an error; cheaper than a task for each await."""
+
+    __slots__ = ("_error", "_task")
+
+    def __enter__(self) -> "_Interruption":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task: asyncio.Task[Any] | None = task
+        self._error: Exception | None = None
+        return self
+
+    def raises(self, error: Exception) -> None:
+        if self._task is not None and self._error is None:
+            self._error = error
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        if self._error is not None and kind is asyncio.CancelledError:
+            assert task is not None
+            task.uncancel()
+            raise self._error from None
