@@ -19,6 +19,10 @@ ENVIRONMENT = {
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     # A prediction may be asked for twice: what a dying replica leaves unanswered, another answers.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # More threads than cores pass connections to each other; four is what Ray has.
+    "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+    # Ray has 0.1: the controller then takes a hundredth of what replicas do on two cores.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # A replica that is gone is noticed within a second.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
     # Of a client that neither sends nor takes; Ray has an hour.

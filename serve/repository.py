@@ -19,9 +19,9 @@ from serve.served import State
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 
 # How long a replica waits for a change before it asks again.
-POLL_S = 2.0
+POLL_S = 4.0
 # A replica that has not asked for this long is gone.
-FORGET_S = 15.0
+FORGET_S = 20.0
 # How long a load waits for every replica that lives to serve what was loaded.
 SWITCH_S = 300.0
 
