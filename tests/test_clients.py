@@ -160,14 +160,16 @@ def test_the_readmes_curl_lines_work_as_they_stand(url, tmp_path):
         assert "error" not in answer, (command, answer)
 
 
-def test_schemathesis_finds_no_server_error(url):
+def test_schemathesis_finds_no_server_error(url, tmp_path):
     command = [
         str(Path(sys.executable).with_name("st")),
         *("run", f"{url}/openapi.json", "--checks", "not_a_server_error"),
         # A model that is unloaded answers 503, as it should.
         *("--max-examples", "40", "--exclude-path-regex", "unload", "--seed", "1"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

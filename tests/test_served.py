@@ -15,7 +15,7 @@ from serve.errors import BadRequest, NotFound, Unavailable
 from serve.repository import Repository
 from serve.served import Served, State
 from tests.serving import make_plane
-from train.bundle import Bundle, CorruptBundle
+from train.bundle import Bundle, CorruptBundle, registry
 
 
 @pytest.fixture
@@ -190,10 +190,11 @@ def test_a_plane_that_is_served_no_more_is_let_go(place):
     asyncio.run(scenario())
 
 
-def test_the_registry_is_asked_for_all_that_is_to_be_served(bundle, trained, storage_path):
+def test_the_registry_is_asked_for_all_that_is_to_be_served(trained, storage_path):
+    client = registry._client(str(storage_path))
+    version = str(client.get_model_version_by_alias("digits", "production").version)
     config = validate({"model": trained["uri"], "also": "1", "storage": str(storage_path)})
     found = repository.resolve(config)
-    version = str(trained["version"])
     assert found.default == version
     assert found.aliases == {"production": version}
     assert set(found.locations) == {version, "1"}
