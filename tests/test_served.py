@@ -18,6 +18,11 @@ from tests.serving import make_plane
 from train.bundle import Bundle, CorruptBundle, registry
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(repository, "POLL_S", 0.1)
+
+
 @pytest.fixture
 def place(bundle, tmp_path):
     """The bundle's location, and a copy whose golden outputs are another net's."""
