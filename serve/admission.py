@@ -14,8 +14,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from serve.errors import BadRequest, Overloaded
 from serve.profile import Profile
 
-# Estimates err; this much more time than expected must be left.
-MARGIN = 1.1
+# Estimates err; this much more time than expected must be left for a batch, and, as errors add up,
+# for a wait in the line. A line as long as the deadline would be answered too late half the time.
+MARGIN, LINE_MARGIN = 1.1, 1.4
 # What a client calls itself is kept no longer than this; nor are more clients that have nothing
 # waiting remembered.
 MAX_CLIENT, MAX_CLIENTS = 64, 1024
@@ -245,7 +246,7 @@ class Admission:
         if not busy_s and not waiting:
             # Nothing else shows that the engine has become fast again.
             own_s = min(own_s, self._profile.measured(count))
-        if MARGIN * (wait_s + own_s) > left_s:
+        if LINE_MARGIN * wait_s + MARGIN * own_s > left_s:
             raise Overloaded(
                 f"the answer would take about {wait_s + own_s:.3g} s and only "
                 f"{max(left_s, 0):.3g} s are left; {waiting} rows are waiting.",
