@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -258,9 +259,25 @@ def test_headers_of_serves_own_change_nothing(url):
     assert response.status_code == 200
 
 
-def load(url, kind, seconds, **options):
-    requests = infer_requests(url, "digits", {}, num_requests=8, rows=1, seed=0, timeout_s=10)
-    return run(Target(url, requests), kind, warmup_s=0.5, duration_s=seconds, **options)
+class Requests(list):
+    """Requests to send; `going` is set once a hundred were."""
+
+    def __init__(self, url):
+        super().__init__(
+            infer_requests(url, "digits", {}, num_requests=8, rows=1, seed=0, timeout_s=10)
+        )
+        self.going, self.sent = threading.Event(), 0
+
+    def __getitem__(self, index):
+        self.sent += 1
+        if self.sent == 100:
+            self.going.set()
+        return super().__getitem__(index)
+
+
+def load(url, kind, seconds, requests=None, **options):
+    target = Target(url, requests or Requests(url))
+    return run(target, kind, warmup_s=0.5, duration_s=seconds, **options)
 
 
 def bad(report):
@@ -284,7 +301,9 @@ def test_a_changed_alias_is_picked_up_without_a_failed_request(url, bundle, stor
     second = client.create_model_version("digits", source=first.source, run_id=first.run_id)
     try:
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(load, url, Poisson(100), 5)
+            requests = Requests(url)
+            running = pool.submit(load, url, Poisson(100), 5, requests)
+            assert requests.going.wait(30)
             client.set_registered_model_alias("digits", "production", second.version)
             loaded = httpx.post(f"{url}/v2/repository/models/digits/load", timeout=60)
             assert loaded.json()["default"] == str(second.version)
@@ -320,8 +339,9 @@ def test_a_killed_replica_costs_no_request_of_a_client_that_tries_again(url):
     )
     victim = int(found.stdout.split()[0])
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(load, url, Closed(8), 8, retries=5, timeout_s=20)
-        time.sleep(2)  # under load by then, whatever the load says
+        requests = Requests(url)
+        running = pool.submit(load, url, Closed(8), 8, requests, retries=5, timeout_s=20)
+        assert requests.going.wait(30)
         os.kill(victim, signal.SIGKILL)
         report = running.result()
     assert report.ok > 100

@@ -7,6 +7,7 @@ like, the log and the metrics. Plain ASGI, as this is on the path of every reque
 import logging
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -60,7 +61,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
         await send({"type": f"lifespan.{step}.complete"})
 
 
-class Http:
+class Http(ABC):
     """An ASGI application. A subclass says what answers a path.
 
     key: Authorization header → whose key it is; raises Unauthorized, RateLimited.
@@ -80,9 +81,9 @@ class Http:
         self._log = log
         self._tracer = tracer
 
+    @abstractmethod
     async def handle(self, request: Request) -> Answer:
         """Answer, or raise RequestError."""
-        raise NotImplementedError
 
     async def body(self, request: Request, max_bytes: int, timeout_s: float) -> bytes:
         """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""
