@@ -35,20 +35,27 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def connect(*, num_cpus: int | None = None, dashboard: bool = False, metrics: bool = True) -> None:
+def connect(
+    *,
+    num_cpus: int | None = None,
+    dashboard: bool = False,
+    metrics: bool = True,
+    logs: bool = True,
+) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
     Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
     From the main thread: the processes that a local Ray starts end with the thread.
     num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
     metrics: whether a local Ray measures itself, which takes a few hundredths of a core.
+    logs: whether what other processes print appears here.
     """
     prepare_environment()
     import ray
 
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **options)
         return

@@ -51,19 +51,20 @@ def parse(argv: Sequence[str]) -> Command:
     save_to = options.pop(SAVE_CONFIG, None)
     train = options.get("data", {}).get("train")
     if file is None and train is not None:
-        base: dict[str, Any] = {"name": _name_of(train)}
+        base: dict[str, Any] = {"name": name_of(train)}
     else:
         base = load_yaml(Path(file or DEFAULT_CONFIG))
     return Command(validate(merge(base, options)), Path(save_to) if save_to else None)
 
 
-def given(argv: Sequence[str]) -> dict[str, Any]:
+def given(argv: Sequence[str], command: type[BaseSettings] = _Command) -> dict[str, Any]:
     """Return the options of a command line, by section. Raises UserError for an unknown one."""
     try:
-        return CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
+        return CliSettingsSource(command, cli_parse_args=list(argv), cli_exit_on_error=False)()
     except SettingsError as error:
         problem = str(error).removeprefix("error parsing CLI: ")
-        raise UserError(f"{problem}; 'python train/main.py --help' lists the options.") from error
+        program = command.model_config["cli_prog_name"]
+        raise UserError(f"{problem}; '{program} --help' lists the options.") from error
 
 
 def save(config: Config, path: Path) -> None:
@@ -77,7 +78,7 @@ def save(config: Config, path: Path) -> None:
         ) from error
 
 
-def _name_of(url: str) -> str:
+def name_of(url: str) -> str:
     """A model's name for the file that it is trained on."""
     stem = url.rstrip("/*").rpartition("/")[2].partition(".")[0].lower()
     return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,10 @@ from pydantic_settings import CliImplicitFlag
 
 from cluster.errors import UserError
 from train.tasks.features import KINDS
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+# As `checkpoint.best`: no epoch is chosen, the last one counts.
+LAST = "last"
 
 Count = Annotated[int, Field(ge=1, le=4096)]
 
@@ -50,6 +54,11 @@ class Data(Part):
     )
     test_fraction: float = Field(
         0.2, gt=0, lt=0.5, description="Share split off for the test when data.test is not given."
+    )
+    train_on_valid: bool = Field(
+        False,
+        description="Train on the validation records too, once all is chosen; needs "
+        "checkpoint.best: last. The gate then compares on records that were learned from.",
     )
     split_seed: int = Field(
         0, ge=0, description="Seed of the splits; the same whatever the run's own seed."
@@ -459,13 +468,27 @@ class Config(Part):
             raise ValueError(f"features hold the target '{self.target}'; leave it out of them")
         return self
 
+    @model_validator(mode="after")
+    def _chooses_by_unseen_records(self) -> Self:
+        if self.data.train_on_valid and (self.checkpoint.best != LAST or self.stop.metric):
+            raise ValueError(
+                "data.train_on_valid leaves no records to choose an epoch by; give "
+                "--checkpoint.best last, and no stop.metric"
+            )
+        return self
+
 
 def validate(values: Mapping[str, Any]) -> Config:
     """Raises UserError for the first field that is wrong."""
+    return validate_as(Config, values)
+
+
+def validate_as(model: type[AnyModel], values: Mapping[str, Any]) -> AnyModel:
+    """Raises UserError for the first field that is wrong."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(describe(error, Config)) from error
+        raise UserError(describe(error, model)) from error
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:

@@ -4,9 +4,10 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,7 +20,7 @@ from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import Tensor
 from train.compress import compress
 from train.compress.recipes import check_calibration
-from train.config import Augment, Config
+from train.config import LAST, Augment, Config
 from train.data import infer, order, shards
 from train.data.baseline import baseline
 from train.data.report import PICTURE, REPORT
@@ -28,7 +29,6 @@ from train.loop import schedule, trainer
 from train.loop.building import build_net
 from train.loop.checkpoint import trained
 from train.loop.figures import Event
-from train.loop.loop import LAST
 from train.loop.run import LEAST_SAMPLES, Run
 from train.nets.losses import loss_of
 
@@ -41,21 +41,48 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     failed.
     """
     started = time.perf_counter()
+    config, data = prepare(config)
+    run = _run(config, storage.join(storage.resolve(config.storage.path), "train"))
+    trainer.train(config, run, data, observe=observe)
+    return bundle(config, data, run, started)
+
+
+def prepare(config: Config) -> tuple[Config, Shards]:
+    """Return the config, complete, and the encoded data; tell on stderr what the data are.
+
+    Raises UserError when the data or the configuration do not allow to train.
+    """
     root = storage.resolve(config.storage.path)
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     config = infer.complete(config)
     data = shards.prepare(config, root)
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
-    _check(config, data)
-    run = _run(config, storage.join(root, "train"))
-    trainer.train(config, run, data, observe=observe)
-    location = storage.join(root, "bundles", run.name)
+    check(config, data)
+    return config, data
+
+
+def bundle(
+    config: Config,
+    data: Shards,
+    run: Run,
+    started: float,
+    *,
+    name: str | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Compress what a finished run has trained, and return the bundle.
+
+    started: when, by time.perf_counter. name: of the bundle's folder, the run's by default.
+    lineage: for the manifest, where the options come from.
+    """
+    root = storage.resolve(config.storage.path)
+    location = storage.join(root, "bundles", name or run.name)
     with Bundle.create(location) as writer:
-        _write(writer, config, data, run, started)
+        _write(writer, config, data, run, started, dict(lineage or {}))
     return Bundle.load(location)
 
 
-def _check(config: Config, data: Shards) -> None:
+def check(config: Config, data: Shards) -> None:
     """Raises UserError for what is only known once the data are."""
     task = data.task
     try:
@@ -107,7 +134,14 @@ def _run(config: Config, runs: str) -> Run:
     return Run.start(storage.join(runs, name), config)
 
 
-def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started: float) -> None:
+def _write(
+    writer: BundleWriter,
+    config: Config,
+    data: Shards,
+    run: Run,
+    started: float,
+    lineage: dict[str, Any],
+) -> None:
     """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
     task = data.task
     weights, history = trained(run.store(config.checkpoint.keep))
@@ -142,6 +176,7 @@ def _write(writer: BundleWriter, config: Config, data: Shards, run: Run, started
             data={"digest": data.summary["digest"], **data.summary["splits"]},
             config=config.model_dump(mode="json"),
             training_seconds=round(time.perf_counter() - started, 3),
+            lineage=lineage,
             **made.fields,
         )
     )

@@ -9,6 +9,8 @@ from train.tasks import TensorSpec
 
 FORMAT_VERSION = 2
 FILENAME = "manifest.json"
+# Sizes of batches whose latency a profile tells.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Strict(BaseModel):
@@ -135,3 +137,6 @@ class Manifest(Strict):
     eager: list[Timing] = Field(description="The net as torch runs it, uncompiled, to compare.")
     host: dict[str, Any] = Field(description="The machine that was measured.")
     training_seconds: float
+    lineage: dict[str, Any] = Field(
+        {}, description="Where its options come from: the study and the trial that found them."
+    )

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -61,12 +62,22 @@ class Recording:
     """An MLflow run that is written while its training goes on.
 
     It begins with the first event, so that a run that is refused leaves nothing.
+    name: of the experiment. tags: of the run. run_id: of a run that began before, to go on with.
     """
 
-    def __init__(self, root: str, name: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: str,
+        name: str,
+        options: dict[str, Any],
+        *,
+        tags: Mapping[str, str] | None = None,
+        run_id: str | None = None,
+    ) -> None:
         self._root, self._name, self._options = root, name, options
+        self._tags = dict(tags or {})
         self._client: MlflowClient | None = None
-        self.run_id: str | None = None
+        self.run_id = run_id
 
     def __enter__(self) -> "Recording":
         return self
@@ -97,27 +108,36 @@ class Recording:
         """Return the client and the run, created with its options the first time."""
         from mlflow.entities import Param
 
-        if self._client is None or self.run_id is None:
+        if self._client is None:
             self._client = _client(self._root)
+        if self.run_id is None:
             experiment = _experiment(self._client, self._root, self._name)
-            self.run_id = self._client.create_run(experiment).info.run_id
+            self.run_id = self._client.create_run(experiment, tags=self._tags).info.run_id
             params = [Param(key, str(value)[:500]) for key, value in _flat(self._options).items()]
             self._client.log_batch(self.run_id, params=params[:PARAM_LIMIT])
-        assert self.run_id is not None
         return self._client, self.run_id
 
 
-def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None) -> dict[str, Any]:
+def publish(
+    bundle: Bundle,
+    recording: Recording,
+    root: str,
+    metric: str | None,
+    *,
+    figure: float | None = None,
+) -> dict[str, Any]:
     """Add the bundle to its run and register it as a new version of its model.
 
     The version becomes production if it is no worse in `metric` (the task's own on the validation
     split when None) than the one that is, or is the same net with other variants, else candidate;
     stderr says which and why. Returns {"version", "alias", "uri"}.
+
+    figure: what stands for the metric where the bundle's own is of records it was trained on.
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
     metric = metric or f"valid_{bundle.task.metric}"
-    value = _metric(bundle, metric)
+    value = _metric(bundle, metric) if figure is None else figure
     client.update_run(run_id, name=bundle.path.name)
     _log(client, run_id, bundle)
     client.log_artifacts(run_id, str(bundle.path), ARTIFACT)
@@ -126,13 +146,14 @@ def publish(bundle: Bundle, recording: Recording, root: str, metric: str | None)
     current = production(client, manifest.name)
     if current is None and not _exists(client, manifest.name):
         client.create_registered_model(manifest.name)
-    metrics = manifest.variants[manifest.default_variant].metrics
+    metrics = manifest.variants[manifest.default_variant].metrics | {metric: value}
+    origin = {key: str(value) for key, value in manifest.lineage.items()}
     weights = manifest.files[WEIGHTS].sha256
     version = client.create_model_version(
         manifest.name,
         source=f"{run.info.artifact_uri}/{ARTIFACT}",
         run_id=run_id,
-        tags={WEIGHTS: weights, **{key: repr(figure) for key, figure in metrics.items()}},
+        tags={WEIGHTS: weights, **origin, **{key: repr(figure) for key, figure in metrics.items()}},
     ).version
     alias, reason = PRODUCTION, "no version is in production yet"
     if current is not None:

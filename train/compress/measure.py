@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.bundle.engines import Engine
-from train.bundle.manifest import Timing
+from train.bundle.manifest import BATCH_SIZES, Timing
 from train.tasks import Arrays
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from cluster import storage
 from train.bundle.bundle import WEIGHTS
-from train.config import Augment, Checkpoint, Config, Net, Optim, Stop
+from train.config import LAST, Augment, Checkpoint, Config, Net, Optim, Stop
 from train.data.shards import Shards
 from train.loop import trainer
 from train.loop.checkpoint import trained
-from train.loop.loop import LAST
 from train.loop.run import Lesson, Run
 
 Weights = dict[str, Tensor]

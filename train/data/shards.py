@@ -22,7 +22,7 @@ from train.config import Config
 from train.data import encoding, sources, splits
 from train.data.encoding import Encoded
 from train.data.report import Report
-from train.data.splits import NAMES, TRAIN, Part
+from train.data.splits import NAMES, TRAIN, VALID, Part
 from train.tasks import Arrays, Columns, InvalidRecord, LabelsTarget, Task
 from train.tasks.features import imported
 from train.tasks.records import is_missing
@@ -156,7 +156,7 @@ def _write(
     parts = splits.assign(config.data, opened, time.format if time else None)
     task, sample = fit(task, parts[0], drop_bad)
     report = Report(task, sample)
-    with Writer(folder, task) as writer:
+    with Writer(folder, task, config.data.train_on_valid) as writer:
         for part in parts:
             for encoded in encoding.encode(
                 task, part.blocks, size_bytes=size_bytes, drop_bad=drop_bad
@@ -271,9 +271,13 @@ def _read_rows(
 
 
 class Writer:
-    """Appends encoded records to the arrays of their splits."""
+    """Appends encoded records to the arrays of their splits.
 
-    def __init__(self, folder: Path, task: Task) -> None:
+    train_on_valid: those of the validation split are in the training split too.
+    """
+
+    def __init__(self, folder: Path, task: Task, train_on_valid: bool = False) -> None:
+        self._members = {TRAIN: [TRAIN, VALID] if train_on_valid else [TRAIN]}
         self.counts = dict.fromkeys(NAMES, 0)
         self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
         self._files: dict[Path, BinaryIO] = {}
@@ -301,7 +305,7 @@ class Writer:
     def add(self, encoded: Encoded, codes_N: np.ndarray) -> None:
         """codes_N: the split of each record."""
         for code, name in enumerate(NAMES):
-            chosen_N = codes_N == code
+            chosen_N = np.isin(codes_N, self._members.get(code, [code]))
             if not chosen_N.any():
                 continue
             folder = self._folder / name

@@ -6,6 +6,7 @@ A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.j
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,6 +105,18 @@ class Store:
                 raise DamagedCheckpoint(f"'{file}' differs from its digest")
         tensors = safetensors.torch.load_file(folder / TENSORS)
         return State(tensors, json.loads((folder / VALUES).read_text()))
+
+    def adopt(self, donor: "Store", step: int) -> None:
+        """Copy a checkpoint of another run, and that of its best epoch so far, to continue from.
+
+        Raises DamagedCheckpoint, naming the file.
+        """
+        best = donor.load(step).values["best_step"]
+        for each in dict.fromkeys((best, step) if best in donor.steps() else (step,)):
+            source = storage.fetch(donor._at(each), last=DIGESTS)
+            with storage.written_whole(self._at(each), last=DIGESTS) as folder:
+                for name in (TENSORS, VALUES, DIGESTS):
+                    shutil.copyfile(source / name, folder / name)
 
     def _write(self, state: State, best_step: int | None) -> None:
         step = state.values["step"]

@@ -1,12 +1,14 @@
 """What a run tells of itself while it goes on: speed, work, waiting, memory, energy."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from train.config import LAST
 from train.loop import efficiency
 from train.loop.parallel import Worker
+from train.tasks.targets import LOWER_IS_BETTER
 
 Event = dict[str, Any]
 
@@ -65,3 +67,15 @@ class Figures:
             figures["mfu"] = efficiency.utilisation(per_worker, device)
         self._data_wait_s = self._flops = 0.0
         return {name: value for name, value in figures.items() if value is not None}
+
+
+def signed(row: Mapping[str, float], metric: str) -> float:
+    """The metric with the sign that makes more of it better; of "last" the epoch."""
+    if metric == LAST:
+        return row["epoch"]
+    return -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]
+
+
+def kept(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
+    """The epoch whose weights a run keeps: the best, and of equal ones the later."""
+    return max(rows, key=lambda row: (signed(row, metric), row["epoch"]))

@@ -8,7 +8,7 @@ Shapes: B a lane's part of a global batch, N samples of a split, K outputs.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,16 +30,13 @@ from train.loop import (
     state,
 )
 from train.loop.checkpoint import State, Store
-from train.loop.figures import Event, Figures
+from train.loop.figures import Event, Figures, signed
 from train.loop.parallel import Buffers, Worker
 from train.loop.run import NO_LESSON, Lesson
 from train.nets.losses import loss_of
 from train.tasks import Task
-from train.tasks.targets import LOWER_IS_BETTER
 
 TELL_EVERY_STEPS = 10
-# As `checkpoint.best`: no epoch is chosen, the last one counts.
-LAST = "last"
 
 
 class Diverged(Exception):
@@ -134,6 +131,11 @@ class Loop:
 
     def run(self) -> None:
         """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
+        for _ in self.epochs():
+            pass
+
+    def epochs(self) -> Iterator[None]:
+        """Train to the end and stop after each epoch, for who wants to look. Raises as `run`."""
         self._figures.tell(
             "start",
             workers=self._worker.world_size,
@@ -153,6 +155,7 @@ class Loop:
                 self._after_step()
                 self._stepped()
             self._end_epoch(epoch)
+            yield
         self._store.finish()
 
     def _take_step(self, batch: np.ndarray) -> None:
@@ -336,10 +339,3 @@ class Loop:
             self._loss_sum += loss_sum
         else:  # the saved sums are those of all workers
             self.progress.num_samples = 0
-
-
-def signed(row: dict[str, float], metric: str) -> float:
-    """The metric with the sign that makes more of it better; of "last" the epoch."""
-    if metric == LAST:
-        return row["epoch"]
-    return -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]

@@ -6,6 +6,7 @@ checkpoint, `checkpoint-wanted`.
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,17 +86,10 @@ class Run:
                 f"there are {', '.join(sorted(names)[-5:]) or 'none'}."
             )
         run = cls.open(url)
-        old, new = _flat(run.config), _flat(config.model_dump(mode="json"))
-        differing = [
-            key
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-            and not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
-        ]
+        differing = differences(run.config, config.model_dump(mode="json"), MAY_CHANGE)
         if differing:
-            shown = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in differing)
             raise UserError(
-                f"a resumed run keeps its config, but {shown}. "
+                f"a resumed run keeps its config, but {differing}. "
                 f"Only {', '.join(MAY_CHANGE[:-2])} may change."
             )
         if config.workers.most > run.num_lanes:
@@ -201,11 +195,21 @@ class Job:
     lesson: Lesson = NO_LESSON
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def differences(old: dict[str, Any], new: dict[str, Any], may: Sequence[str]) -> str:
+    """Say in what a config differs from an old one besides the options that may; "" if in none."""
+    before, after = flat(old), flat(new)
+    return "; ".join(
+        f"{key} was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in may)
+    )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        inner = (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-        flat |= inner
-    return flat
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= inner
+    return found

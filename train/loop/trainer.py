@@ -46,7 +46,20 @@ def train(
         display.show(event)
         record(event)
 
-    with display, Follower(show) as follower:
+    with display:
+        train_unseen(config, run, shards, show, lesson=lesson)
+
+
+def train_unseen(
+    config: Config,
+    run: Run,
+    shards: Shards,
+    observe: Callable[[Event], None],
+    *,
+    lesson: Lesson = NO_LESSON,
+) -> None:
+    """Run the loop on Ray Train and show nothing. For `observe` and errors see `train`."""
+    with Follower(observe) as follower:
         values = config.model_dump(mode="json")
         events = follower.events
         _run(config, run, Job(values, run.url, shards.url, shards.summary, events, lesson))

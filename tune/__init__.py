@@ -1,0 +1,1 @@
+"""Tuning: a search over training options, whose trials go through the training loop."""

@@ -1,0 +1,169 @@
+"""What a study makes best: figures of the net, and of the variants that will be served."""
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from cluster.errors import UserError
+from train.bundle.manifest import BATCH_SIZES, Variant
+from train.config import Variant as VariantName
+from train.tasks.targets import LOWER_IS_BETTER
+
+# Variants that are made without training again, for which a trial has no workers.
+MADE_AT_ONCE = tuple(
+    name for name in get_args(VariantName) if not name.startswith(("pruned", "distilled"))
+)
+BYTES, LATENCY = "bytes", "p50_ms"
+CONDITION = re.compile(r"(\S+)\s*(<=|>=|≤|≥)\s*([-+.\deE]+)")
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "≤": operator.le,
+    ">=": operator.ge,
+    "≥": operator.ge,
+}
+GRAMMAR = "'best OBJECTIVE [with OBJECTIVE <= NUMBER [and …]]'"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A figure of a finished trial: of its net, or of one of its variants."""
+
+    name: str
+    variant: str | None
+    metric: str
+
+    @property
+    def maximize(self) -> bool:
+        lower = (*LOWER_IS_BETTER, BYTES)
+        return not (self.metric.endswith(lower) or self.metric.startswith(LATENCY))
+
+    def signed(self, value: float) -> float:
+        """More of it is better."""
+        return value if self.maximize else -value
+
+    def of(self, net: Mapping[str, float], served: Mapping[str, Mapping[str, Any]]) -> float:
+        """net: figures of the net. served: those of each variant, by `figures`."""
+        found = net if self.variant is None else served[self.variant]
+        return float(found[self.metric])
+
+
+@dataclass(frozen=True)
+class Condition:
+    objective: Objective
+    comparison: str
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        return COMPARISONS[self.comparison](value, self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.objective.name} {self.comparison} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which trial wins: the best in one figure, of those within some bounds."""
+
+    best: Objective
+    conditions: tuple[Condition, ...] = ()
+
+    @property
+    def objectives(self) -> list[Objective]:
+        return [self.best, *(condition.objective for condition in self.conditions)]
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What the trials of a study are measured by."""
+
+    objectives: tuple[Objective, ...]
+    pick: Pick
+
+    @property
+    def early(self) -> str:
+        """The metric of the net by which trials are compared while they run."""
+        names = [each.metric for each in self.measured if each.metric.startswith("valid_")]
+        return names[0]
+
+    @property
+    def measured(self) -> tuple[Objective, ...]:
+        return tuple(dict.fromkeys((*self.objectives, *self.pick.objectives)))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants that a trial must make."""
+        return tuple(dict.fromkeys(each.variant for each in self.measured if each.variant))
+
+
+def goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -> Goals:
+    """metric_names: those of the task, its own first.
+
+    Raises UserError for an objective that the task does not have.
+    """
+    task = [f"valid_{name}" for name in metric_names]
+    own = task[0]
+    objectives = tuple(_objective(name, task) for name in names or (own,))
+    chosen = Pick(objectives[0]) if pick is None else _pick(pick, task)
+    found = Goals(objectives, chosen)
+    if not any(each.metric.startswith("valid_") for each in found.measured):
+        # Trials are compared by it while they run.
+        found = Goals((*objectives, _objective(own, task)), chosen)
+    return found
+
+
+def figures(variant: Variant) -> dict[str, Any]:
+    """What objectives may ask of a variant. The test split is for no choice, so not of it."""
+    return {
+        "verdict": variant.verdict,
+        BYTES: variant.size_bytes,
+        LATENCY: variant.p50_ms,
+        **{f"{LATENCY}@{size}": variant.ms(size) for size in BATCH_SIZES},
+        **{name: value for name, value in variant.metrics.items() if name.startswith("valid_")},
+    }
+
+
+def front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Which points no other is better than; of signed figures, more of each is better."""
+
+    def beaten(mine: Sequence[float], other: Sequence[float]) -> bool:
+        return all(o >= m for o, m in zip(other, mine, strict=True)) and tuple(other) != tuple(mine)
+
+    return [
+        at for at, point in enumerate(points) if not any(beaten(point, other) for other in points)
+    ]
+
+
+def _objective(name: str, metrics: Sequence[str]) -> Objective:
+    variant, dot, metric = name.rpartition(".")
+    if not dot:
+        if metric in metrics:
+            return Objective(name, None, metric)
+    elif variant in MADE_AT_ONCE:
+        latencies = [LATENCY, *(f"{LATENCY}@{size}" for size in BATCH_SIZES)]
+        if metric in (*metrics, BYTES, *latencies):
+            return Objective(name, variant, metric)
+    of_variant = ", ".join((*metrics, BYTES, f"{LATENCY}@{'|'.join(map(str, BATCH_SIZES))}"))
+    raise UserError(
+        f"objective '{name}' is not one of this task; there are {', '.join(metrics)}, and "
+        f"VARIANT.METRIC with {of_variant} and the variants {', '.join(MADE_AT_ONCE)}."
+    )
+
+
+def _pick(rule: str, metrics: Sequence[str]) -> Pick:
+    words, _, bounds = rule.strip().partition(" with ")
+    verb, _, name = words.partition(" ")
+    if verb != "best" or not name.strip():
+        raise UserError(f"tune.pick is '{rule}'; expected {GRAMMAR}.")
+    conditions = []
+    for part in bounds.split(" and ") if bounds else []:
+        match = CONDITION.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"tune.pick is '{rule}', with '{part}'; expected {GRAMMAR}.")
+        try:
+            bound = float(match[3])
+        except ValueError as error:
+            raise UserError(f"tune.pick is '{rule}'; '{match[3]}' is no number.") from error
+        conditions.append(Condition(_objective(match[1], metrics), match[2], bound))
+    return Pick(_objective(name.strip(), metrics), tuple(conditions))

@@ -1,0 +1,49 @@
+"""Which trial wins: the study's rule, applied to what its trials measured."""
+
+from cluster.errors import Failed
+from tune.study import Study, Trial
+
+
+def winner(study: Study) -> Trial:
+    """Return the trial that wins by the study's rule. Raises Failed if none does."""
+    complete, pick = study.in_state("complete"), study.goals.pick
+    if not complete:
+        failed = study.in_state("failed")
+        if failed and len(failed) == len(study.trials):
+            raise Failed(f"all {len(failed)} trials failed; the last: {failed[-1].cause}")
+        raise Failed(
+            f"none of {len(study.trials)} trials is complete yet; the same command with a larger "
+            "--max-minutes goes on."
+        )
+    figures = {trial.number: study.measured(trial) for trial in complete}
+    accepted = [trial for trial in complete if not _refused(trial)]
+    if not accepted:
+        raise Failed(
+            f"of {len(complete)} complete trials none has variants that the gate accepts; look at "
+            f"them with: python -m tune.report {study.name}"
+        )
+    fit_to_win = [
+        trial
+        for trial in accepted
+        if all(each.holds(figures[trial.number][each.objective.name]) for each in pick.conditions)
+    ]
+    if not fit_to_win:
+        bounds = " and ".join(str(each) for each in pick.conditions)
+        ranges = "; ".join(
+            f"{name} is from {min(values):g} to {max(values):g}"
+            for name in dict.fromkeys(each.objective.name for each in pick.conditions)
+            for values in [[figures[trial.number][name] for trial in accepted]]
+        )
+        raise Failed(f"no trial has {bounds}: {ranges}. Give another --tune.pick.")
+    # Of equal ones the one that was found first.
+    return max(
+        fit_to_win,
+        key=lambda trial: (
+            pick.best.signed(figures[trial.number][pick.best.name]),
+            -trial.number,
+        ),
+    )
+
+
+def _refused(trial: Trial) -> bool:
+    return any(figures["verdict"] != "accepted" for figures in trial.served.values())

@@ -1,0 +1,141 @@
+"""Which options to try next: Optuna, told of what has been tried.
+
+Optuna keeps nothing: its study is made of the trials that are kept, and each proposal is drawn by
+a sampler whose seed is that of the study and the trial. So what is proposed is a function of the
+trials before it, whether the driver was started once or often.
+"""
+
+import json
+import warnings
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tune.space import Values
+from tune.study import Study, Trial
+
+# Trials before a model of the space is made.
+STARTUP_TRIALS = 8
+# Of a generation of the genetic sampler.
+POPULATION = 12
+# Keeps the seeds of one study's trials apart from those of another's.
+SEED_STRIDE = 1_000_003
+
+
+class Sampler:
+    """Proposes options for a study's next trial; learns of the trials that are kept.
+
+    first: options of the first trial.
+    """
+
+    def __init__(self, study: Study, first: Values) -> None:
+        self._study, self._first = study, first
+        self._config, self._goals = study.config.tune, study.goals
+        self._distributions = {
+            name: each.distribution() for name, each in self._config.space.items()
+        }
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.optuna = optuna.create_study(
+            directions=[
+                "maximize" if each.maximize else "minimize" for each in self._goals.objectives
+            ]
+        )
+        for trial in study.trials:
+            self.optuna.add_trial(self._frozen(trial))
+
+    def propose(self, number: int) -> tuple[Values, dict[str, Any]]:
+        """Return the options of a new trial, and what is to be noted of it."""
+        self.optuna.sampler = self._sampler(number)
+        if number == 0 and self._first:
+            self.optuna.enqueue_trial(
+                {name: self._config.space[name].raw(value) for name, value in self._first.items()}
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            asked = self.optuna.ask(self._distributions)
+        assert asked.number == number
+        values = {
+            name: dimension.value(asked.params[name])
+            for name, dimension in self._config.space.items()
+        }
+        notes = {
+            key: value
+            for key, value in self._known(number).system_attrs.items()
+            if key != "fixed_params" and _is_json(value)
+        }
+        return values, notes
+
+    def learn(self, trial: Trial) -> None:
+        """Learn of a trial that has ended."""
+        frozen, identity = self._frozen(trial), self._known(trial.number)._trial_id
+        for step, value in frozen.intermediate_values.items():
+            # Optuna's storage takes them of a running trial only.
+            self.optuna._storage.set_trial_intermediate_value(identity, step, value)
+        self.optuna.tell(
+            trial.number,
+            values=frozen.values if frozen.state == TrialState.COMPLETE else None,
+            state=frozen.state,
+        )
+
+    def _known(self, number: int) -> FrozenTrial:
+        return self.optuna.get_trials(deepcopy=False)[number]
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        state, values = self._outcome(trial)
+        first, *others = self._goals.objectives
+        # Figures of epochs are told where they are of the metric that is made best.
+        by_epoch = not others and first.metric == self._goals.early
+        frozen = create_trial(
+            state=state,
+            values=values,
+            params={
+                name: self._config.space[name].raw(value) for name, value in trial.values.items()
+            },
+            distributions=self._distributions,
+            intermediate_values={
+                int(row["epoch"]): row[self._goals.early]
+                for row in trial.rows
+                if by_epoch and np.isfinite(row[self._goals.early])
+            },
+            system_attrs=trial.notes,
+        )
+        frozen.datetime_start = datetime.fromtimestamp(trial.began)
+        return frozen
+
+    def _outcome(self, trial: Trial) -> tuple[TrialState, list[float] | None]:
+        if trial.state == "running":
+            return TrialState.RUNNING, None
+        if trial.state == "complete":
+            measured = self._study.measured(trial)
+            values = [measured[each.name] for each in self._goals.objectives]
+            if np.isfinite(values).all():
+                return TrialState.COMPLETE, values
+        # Of several objectives Optuna learns from complete trials alone.
+        single = len(self._goals.objectives) == 1
+        return (TrialState.PRUNED if single else TrialState.FAIL), None
+
+    def _sampler(self, number: int) -> BaseSampler:
+        seed = (self._study.config.seed * SEED_STRIDE + number) % 2**32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            match self._config.sampler:
+                case "tpe":
+                    return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True)
+                case "gp":
+                    return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+                case "nsga2":
+                    return NSGAIISampler(seed=seed, population_size=POPULATION)
+                case _:
+                    return RandomSampler(seed=seed)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

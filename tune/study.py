@@ -1,0 +1,293 @@
+"""The study as it is kept: one file for what is searched, and one for each trial.
+
+`<storage>/studies/<name>/study.json`, `trials/00007.json`, `runs/00007/` (the trial's run, with its
+checkpoints), `report/`, `best.yaml`, `result.json`. A trial's file is written whole at each of its
+reports, by the one driver that searches. What searcher and scheduler know is made of these files
+again, so a driver may end at any moment; nothing else is read back, and no pickle.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster import storage
+from cluster.errors import UserError
+from train.config import validate_as
+from train.loop.figures import kept
+from train.loop.run import differences
+from tune import objectives
+from tune.config import StudyConfig
+
+STUDY, TRIALS, RUNS, RESULT, BEST, REPORT = (
+    *("study.json", "trials", "runs"),
+    *("result.json", "best.yaml", "report"),
+)
+# What may differ when a study goes on: none of it changes what a trial finds.
+MAY_CHANGE = (
+    *("tune.num_trials", "tune.parallel", "tune.max_minutes", "tune.pick", "tune.refit"),
+    *("workers.gpu", "workers.max_failures", "checkpoint.keep", "profile", "registry", "storage"),
+)
+State = Literal["running", "complete", "stopped", "failed"]
+
+
+class Kept(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Takeover(Kept):
+    """A trial went on from another's weights of an epoch, with options near the other's.
+
+    values, rows: its own options and figures until then.
+    """
+
+    epoch: int
+    donor: int
+    donor_run: str
+    values: dict[str, Any]
+    rows: list[dict[str, float]]
+
+
+class Report(Kept):
+    """An epoch's figures. at: their place among those of all trials."""
+
+    at: int
+    figures: dict[str, float]
+
+
+class Trial(Kept):
+    """What is known of a trial."""
+
+    number: int
+    values: dict[str, Any]
+    state: State = "running"
+    began: float
+    seconds: float = 0.0
+    reports: list[Report] = []
+    served: dict[str, dict[str, Any]] = {}
+    cause: str | None = None
+    takeovers: list[Takeover] = []
+    # What the sampler noted of it; the id of its MLflow run.
+    notes: dict[str, Any] = {}
+    tracked: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}"
+
+    @property
+    def run(self) -> str:
+        """The folder of its run; after a takeover another."""
+        return self.name + (f"-{len(self.takeovers)}" if self.takeovers else "")
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        return [report.figures for report in self.reports]
+
+    @property
+    def epoch(self) -> int:
+        """The last that was reported."""
+        return int(self.reports[-1].figures["epoch"]) if self.reports else 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state != "running"
+
+
+class Study:
+    """The trials of a study, and where they are kept. One process writes, any may read.
+
+    metric_names: of the task, its own first. choice: the metric whose best epoch a run keeps.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: StudyConfig,
+        metric_names: Sequence[str],
+        choice: str,
+        trials: Sequence[Trial] = (),
+    ) -> None:
+        self.url, self.config, self.choice, self.trials = url, config, choice, list(trials)
+        self.goals = objectives.goals(config.tune.objectives, config.tune.pick, metric_names)
+        self._reported = sum(len(trial.reports) for trial in trials)
+        self._resumed_at = dict.fromkeys((trial.number for trial in trials), time.time())
+
+    @classmethod
+    def load(cls, url: str) -> "Study":
+        """Raises UserError if there is none, naming those that there are, or a file is damaged."""
+        fs, path = storage.filesystem(url)
+        if not fs.exists(storage.join(path, STUDY)):
+            parent, name = path.rsplit("/", 1)
+            names = fs.ls(parent, detail=False) if fs.exists(parent) else []
+            known = ", ".join(sorted(each.rstrip("/").rsplit("/", 1)[-1] for each in names))
+            raise UserError(f"there is no study '{name}'; there are {known or 'none'}.")
+        found = json.loads(fs.cat_file(storage.join(path, STUDY)))
+        folder = storage.join(path, TRIALS)
+        names = sorted(fs.ls(folder, detail=False)) if fs.exists(folder) else []
+        trials = []
+        for name in names:
+            if name.endswith(".json"):
+                try:
+                    trials.append(Trial.model_validate_json(fs.cat_file(name)))
+                except ValidationError as error:
+                    raise UserError(
+                        f"'{name}' is no trial of this version; give another --tune.study."
+                    ) from error
+        config = validate_as(StudyConfig, found["config"])
+        return cls(url, config, found["metric_names"], found["choice"], trials)
+
+    @classmethod
+    def open(
+        cls, url: str, config: StudyConfig, metric_names: Sequence[str], choice: str
+    ) -> "Study":
+        """Return the study that is kept, or a new one.
+
+        Raises UserError if the one that is kept searches something else.
+        """
+        values = config.model_dump(mode="json")
+        fs, path = storage.filesystem(url)
+        trials: list[Trial] = []
+        if fs.exists(storage.join(path, STUDY)):
+            earlier = cls.load(url)
+            before = earlier.config.model_dump(mode="json")
+            if differing := differences(before, values, MAY_CHANGE):
+                raise UserError(
+                    f"study '{config.study}' exists and keeps its config, but {differing}. Give "
+                    "another --tune.study, or the options as they were."
+                )
+            trials = earlier.trials
+        study = cls(url, config, metric_names, choice, trials)
+        study._check_measured()
+        with storage.writing(url):
+            study.write(
+                STUDY, {"config": values, "metric_names": list(metric_names), "choice": choice}
+            )
+        return study
+
+    def measured(self, trial: Trial) -> dict[str, float]:
+        """The figures that a complete trial is measured by, by the name of the objective."""
+        net = kept(trial.rows, self.choice)
+        return {each.name: each.of(net, trial.served) for each in self.goals.measured}
+
+    def _check_measured(self) -> None:
+        """Raises UserError if the rule asks for what complete trials did not measure."""
+        for trial in self.in_state("complete"):
+            if missing := [name for name in self.goals.variants if name not in trial.served]:
+                raise UserError(
+                    f"tune.pick asks for '{missing[0]}', which the trials of study '{self.name}' "
+                    "did not make; give another --tune.study."
+                )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the study while the block runs. Raises UserError if another process does.
+
+        On this machine only: at a URL nothing is there to hold it by.
+        """
+        if storage.is_url(self.url):
+            yield
+            return
+        with Path(self.url, ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"study '{self.name}' is being searched by another process; wait for it, or "
+                    "give another --tune.study."
+                ) from error
+            yield
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    def run_url(self, run: str) -> str:
+        return storage.join(self.url, RUNS, run)
+
+    def in_state(self, *states: State) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state in states]
+
+    def begin(self, values: dict[str, Any], notes: dict[str, Any]) -> Trial:
+        """Add a trial."""
+        now = time.time()
+        trial = Trial(number=len(self.trials), values=values, began=now, notes=notes)
+        self.trials.append(trial)
+        self._resumed_at[trial.number] = now
+        self.keep(trial)
+        return trial
+
+    def report(self, trial: Trial, figures: dict[str, float]) -> None:
+        """Add an epoch's figures."""
+        trial.reports.append(Report(at=self._reported, figures=figures))
+        self._reported += 1
+        self._count_time(trial)
+        self.keep(trial)
+
+    def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
+        trial.state, trial.cause = state, cause
+        self._count_time(trial)
+        self.keep(trial)
+
+    def take_over(self, trial: Trial, donor: Trial, epoch: int, values: dict[str, Any]) -> None:
+        """Let a trial go on from another's checkpoint of an epoch, with other options.
+
+        What its weights have been through is now what the other's have.
+        """
+        takeover = Takeover(
+            epoch=epoch,
+            donor=donor.number,
+            donor_run=donor.run,
+            values=trial.values,
+            rows=trial.rows,
+        )
+        trial.takeovers.append(takeover)
+        trial.values = values
+        trial.reports = [each for each in donor.reports if each.figures["epoch"] <= epoch]
+        self.keep(trial)
+
+    def keep(self, trial: Trial) -> None:
+        """Write a trial's file."""
+        _write(storage.join(self.url, TRIALS, f"{trial.name}.json"), trial.model_dump(mode="json"))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the study."""
+        _write(storage.join(self.url, name), value)
+
+    def read(self, name: str) -> Any | None:
+        """A JSON file of the study, or None if there is none."""
+        fs, path = storage.filesystem(storage.join(self.url, name))
+        return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+    def replay(self) -> Iterator[tuple[Trial, Report]]:
+        """The reports of all trials in the order in which they came."""
+        reports = [(report.at, trial, report) for trial in self.trials for report in trial.reports]
+        for _, trial, report in sorted(reports, key=lambda each: each[0]):
+            yield trial, report
+
+    def _count_time(self, trial: Trial) -> None:
+        now = time.time()
+        trial.seconds += now - self._resumed_at.get(trial.number, now)
+        self._resumed_at[trial.number] = now
+
+
+def location(root: str, name: str) -> str:
+    """Where a study is kept under the storage path."""
+    return storage.join(root, "studies", name)
+
+
+def _write(url: str, value: Any) -> None:
+    """Write a file whole: readers see the old or the new one."""
+    fs, path = storage.filesystem(url)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    part = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    with fs.open(part, "w") as file:
+        json.dump(value, file, indent=1)
+    fs.mv(part, path)
