@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> StudyConfig:
     config = validate_as(StudyConfig, merge(values, options))
     if config.resume is not None:
         raise UserError("resume is for a single run; the same command continues a study.")
-    changing = config.tune.scheduler.name == "pbt"
+    changing = config.tune.scheduling == "pbt"
     space.check(config.tune.space, training(config), changing=changing)
     return config
 

@@ -13,11 +13,12 @@ Scheduling = Literal["asha", "hyperband", "median", "pbt", "none"]
 class Scheduler(Part):
     """When a trial that does worse than others ends early."""
 
-    name: Scheduling = Field(
-        "asha",
+    name: Scheduling | None = Field(
+        None,
         description="asha: at each rung only the best share goes on; hyperband: the same, some "
         "trials with later rungs; median: a trial worse than the median of the means of others "
-        "ends; pbt: the worst continue from the best, with options changed; none.",
+        "ends; pbt: the worst continue from the best, with options changed; none. asha for one "
+        "objective by default; for several none, as it would end what is small and less accurate.",
     )
     grace_epochs: int = Field(
         1, ge=1, le=10_000, description="Epochs that every trial has: the first rung."
@@ -78,6 +79,11 @@ class Tune(Part):
     refit: bool = Field(
         False, description="Train the winner again, on training and validation records together."
     )
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """The scheduler: the one that is named, or what suits the objectives."""
+        return self.scheduler.name or ("asha" if len(self.objectives) < 2 else "none")
 
     @model_validator(mode="after")
     def _several_are_told_apart(self) -> Self:

@@ -31,7 +31,7 @@ class Display:
         begun = f", of which {len(self._study.trials)} began before" if self._study.trials else ""
         self._console.print(
             f"study {self._study.name}: {tune.num_trials} trials{begun}, {self._parallel} at a "
-            f"time; sampler {tune.sampler}, scheduler {tune.scheduler.name}; for "
+            f"time; sampler {tune.sampler}, scheduler {tune.scheduling}; for "
             f"{', '.join(each.name for each in self._goals.objectives)}. If it stops, the same "
             "command goes on.",
             soft_wrap=True,
@@ -115,18 +115,19 @@ class Display:
         return [each.name for each in self._goals.measured]
 
     def _cells(self, trial: Trial) -> list[str]:
-        if trial.state == "complete":
-            measured = self._study.measured(trial)
-            return [shown(measured[name]) for name in self._goals_shown()]
-        last: dict[str, Any] = trial.rows[-1] if trial.reports else {}
-        return [
-            shown(last[each.metric]) if each.variant is None and last else "…"
-            for each in self._goals.measured
-        ]
+        figures = self._known(trial)
+        return [shown(figures[name]) if name in figures else "…" for name in self._goals_shown()]
 
     def _figures(self, trial: Trial) -> str:
-        cells = zip(self._goals_shown(), self._cells(trial), strict=True)
-        return ", ".join(f"{name} {cell}" for name, cell in cells if cell != "…") or "no figures"
+        words = (f"{name} {shown(value)}" for name, value in self._known(trial).items())
+        return ", ".join(words) or "no figures"
+
+    def _known(self, trial: Trial) -> dict[str, float]:
+        """The figures of a trial: of a complete one what counts, of others the last epoch's."""
+        if trial.state == "complete":
+            return self._study.measured(trial)
+        early = self._goals.early
+        return {early: trial.rows[-1][early]} if trial.reports else {}
 
 
 def shown(value: Any) -> str:

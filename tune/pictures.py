@@ -1,6 +1,6 @@
 """Pictures of a study, finished or not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,6 +12,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.loop.figures import kept, signed
 from tune.display import shown
@@ -51,8 +52,8 @@ def history(study: Study, winner: Trial | None, path: Path) -> None:
     for axis, objective in zip(axes[:, 0], measured, strict=True):
         complete = sorted(study.in_state("complete"), key=_end)
         for state in ("stopped", "running"):
-            if objective.variant is None:
-                some = [trial for trial in study.in_state(state) if trial.reports]
+            some = [trial for trial in study.in_state(state) if trial.reports]
+            if some and objective.variant is None:
                 ends = [(_end(trial) - start) / 60 for trial in some]
                 values = [_kept(study, trial)[objective.metric] for trial in some]
                 axis.scatter(ends, values, marker="x", s=24, color=COLORS[state], label=state)
@@ -93,6 +94,8 @@ def rungs(study: Study, winner: Trial | None, path: Path) -> None:
         for takeover in trial.takeovers:
             left.axvline(takeover.epoch, color="0.9", zorder=0)
     left.set(xlabel="epoch", ylabel=early, title="Every trial")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     finals = [row[early] for trial in drawn for row in trial.rows[-1:]]
     _to_what_matters(left, Objective(early, None, early), finals)
     left.legend(fontsize=8)
@@ -131,7 +134,7 @@ def parallel(study: Study, winner: Trial | None, path: Path) -> None:
             linewidth=2.5 if chosen else 1,
             zorder=3 if chosen else 2,
         )
-    for at, (name, dimension) in enumerate(space.items()):
+    for at, dimension in enumerate(space.values()):
         axis.axvline(at, color="0.8", zorder=0)
         if dimension.choice is not None:
             for choice in dimension.choice[:NAMED_CHOICES]:
@@ -139,7 +142,6 @@ def parallel(study: Study, winner: Trial | None, path: Path) -> None:
         else:
             for end, place, below in zip(dimension.ends, (0, 1), ("top", "bottom"), strict=True):
                 axis.text(at, place, shown(end), fontsize=8, ha="center", va=below)
-        del name
     for rank, word in ((0, "worst"), (1, "best")):
         value = abs(float(values[np.argmax(ranks == rank)]))
         axis.text(len(space), rank, f" {word} {shown(value)}", fontsize=8)
@@ -246,22 +248,15 @@ def _kept(study: Study, trial: Trial) -> dict[str, float]:
     return dict(kept(trial.rows, study.choice))
 
 
-def _to_what_matters(axis: Axes, objective: Objective, values: list[float]) -> None:
-    """Cut off the worst of an axis where a few values would take most of it."""
+def _to_what_matters(axis: Axes, objective: Objective, values: Sequence[float]) -> None:
+    """Leave room for differences among the good, whatever the bad reached."""
     finite = [value for value in values if np.isfinite(value)]
-    if len(finite) < LEAST_TRIALS:
-        return
-    best, middle = (
-        objective.signed(value)
-        for value in np.quantile([objective.signed(value) for value in finite], [1, 0.25])
-    )
-    room = 2 * abs(best - middle)
-    if room == 0:
-        return
-    if objective.maximize:
-        axis.set_ylim(max(min(finite), best - room) - 0.05 * room, best + 0.1 * room)
-    else:
-        axis.set_ylim(best - 0.1 * room, min(max(finite), best + room) + 0.05 * room)
+    if not objective.maximize and all(value > 0 for value in finite):
+        axis.set_yscale("log")
+    elif len(finite) >= LEAST_TRIALS and objective.maximize:
+        middle, best = np.quantile(finite, [0.25, 1])
+        if best > middle:
+            axis.set_ylim(max(min(finite), best - 3 * (best - middle)), None)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -4,6 +4,7 @@ Ray does not keep a scheduler's state. Here it is made again: a scheduler that c
 reports once more, in the order in which they came; a population's is read off its trials.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from tune.study import Study, Trial
 
 # What a trial tells of an epoch, by name: more of the value is better.
 EPOCH, VALUE = "epoch", "value"
-NEVER = 1_000_000
 # Keeps the draws of a population's rounds apart from those of its first options.
 POPULATION_SEED = 7_919
 
@@ -51,21 +51,21 @@ def scheduler(config: Tune, terms: Terms, relaunch: Callable[[Trial], dict[str, 
 
     relaunch: a trial's config for Ray, after it took over from another.
     """
-    if config.scheduler.name == "pbt":
+    if config.scheduling == "pbt":
         return Population(config, terms, relaunch)
-    return Comparison(_rule(config.scheduler, terms.most_epochs), terms)
+    return Comparison(_rule(config.scheduling, config.scheduler, terms.most_epochs), terms)
 
 
-def _rule(options: Scheduler, most_epochs: int) -> TrialScheduler:
+def _rule(name: str, options: Scheduler, most_epochs: int) -> TrialScheduler:
     named = {"time_attr": EPOCH, "metric": VALUE, "mode": "max"}
     grace = min(options.grace_epochs, most_epochs)
-    match options.name:
+    match name:
         case "asha" | "hyperband":
             return AsyncHyperBandScheduler(
                 max_t=most_epochs,
                 grace_period=grace,
                 reduction_factor=options.reduction,
-                brackets=options.brackets if options.name == "hyperband" else 1,
+                brackets=options.brackets if name == "hyperband" else 1,
                 stop_last_trials=False,
                 **named,
             )
@@ -73,7 +73,7 @@ def _rule(options: Scheduler, most_epochs: int) -> TrialScheduler:
             return MedianStoppingRule(
                 grace_period=grace,
                 # Trials do not make way for others.
-                min_time_slice=NEVER,
+                min_time_slice=math.inf,
                 **named,
             )
         case _:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import tune
+from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Experiment
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import SearchAlgorithm
@@ -33,6 +34,8 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+# For the process of a trial whose workers have others: no core, but Ray wants something.
+LAUNCHER = {"memory": 2.0**20}
 # Tries to give a trial whose process was lost, not one whose training failed.
 MAX_LOST = 3
 
@@ -76,7 +79,7 @@ class Search:
     def plan(self, trial: Trial) -> dict[str, Any]:
         """What a trial's process is sent."""
         config = self.of(trial)
-        if self.study.config.tune.scheduler.name == "pbt":
+        if self.study.config.tune.scheduling == "pbt":
             # Others may begin from any of them.
             checkpoint = config.checkpoint.model_copy(update={"keep": self.most_epochs})
             config = config.model_copy(update={"checkpoint": checkpoint})
@@ -108,17 +111,11 @@ def concurrency(config: StudyConfig) -> int:
             f"{workers.cpus:g} CPU{' and 1 GPU' if workers.gpu else ''}; the cluster holds {fit} "
             f"such trials. Give --tune.parallel {fit}, or add nodes."
         )
-    if config.tune.scheduler.name == "pbt":
+    if config.tune.scheduling == "pbt":
         if wanted is not None:
             raise UserError(
                 "tune.parallel is not for pbt, whose trials take turns on all of the cluster; "
                 "leave it out."
-            )
-        if workers.most > 1 and config.tune.num_trials > fit:
-            raise UserError(
-                f"pbt with workers.num {workers.most} runs all trials at once; the cluster holds "
-                f"{fit}, and tune.num_trials is {config.tune.num_trials}. Give --num-trials {fit}, "
-                "or --workers.num 1."
             )
         return config.tune.num_trials
     return wanted or fit
@@ -134,9 +131,9 @@ def run(search: Search, watchers: list[Watcher]) -> None:
     terms = Terms(study, study.goals.early, search.epochs, search.most_epochs, study.config.seed)
     judge = scheduler(study.config.tune, terms, search.plan)
     alone = workers.most == 1
-    resources: dict[str, float] = {"cpu": workers.cpus if alone else 0}
-    if workers.gpu and alone:
-        resources["gpu"] = 1
+    # So Ray counts the workers of a trial as it counts the trial.
+    per_worker = {"CPU": workers.cpus, "GPU": float(workers.gpu)}
+    bundles = [per_worker] if alone else [LAUNCHER, *[per_worker] * workers.most]
     os.environ.update(ENVIRONMENT)
     # By itself Ray asks for the process of one trial only when that of the last has begun.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.parallel)
@@ -148,7 +145,7 @@ def run(search: Search, watchers: list[Watcher]) -> None:
         TrialProcess,
         name=name,
         storage_path=study.url,
-        resources_per_trial=resources,
+        resources_per_trial=PlacementGroupFactory(bundles),
         search_alg=Proposals(search),
         scheduler=judge,
         callbacks=[Recorder(search, watchers)],

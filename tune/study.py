@@ -56,9 +56,10 @@ class Takeover(Kept):
 
 
 class Report(Kept):
-    """An epoch's figures. at: their place among those of all trials."""
+    """An epoch's figures. at: their place among those of all trials. time: when they came."""
 
     at: int
+    time: float
     figures: dict[str, float]
 
 
@@ -226,7 +227,7 @@ class Study:
 
     def report(self, trial: Trial, figures: dict[str, float]) -> None:
         """Add an epoch's figures."""
-        trial.reports.append(Report(at=self._reported, figures=figures))
+        trial.reports.append(Report(at=self._reported, time=time.time(), figures=figures))
         self._reported += 1
         self._count_time(trial)
         self.keep(trial)
@@ -265,6 +266,15 @@ class Study:
         """A JSON file of the study, or None if there is none."""
         fs, path = storage.filesystem(storage.join(self.url, name))
         return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+    def tidy(self) -> None:
+        """Remove the runs that no winner will be made of: of trials that ended early or failed."""
+        used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
+        fs, path = storage.filesystem(storage.join(self.url, RUNS))
+        for folder in fs.ls(path, detail=False) if fs.exists(path) else []:
+            name = folder.rstrip("/").rsplit("/", 1)[-1]
+            if name not in used and name[0].isdecimal():
+                fs.rm(folder, recursive=True)
 
     def replay(self) -> Iterator[tuple[Trial, Report]]:
         """The reports of all trials in the order in which they came."""

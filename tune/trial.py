@@ -168,7 +168,7 @@ def _on_workers(config: Config, data: Shards, run: Run) -> Iterator[Event]:
         from train.loop import trainer
 
         try:
-            trainer.train_unseen(config, run, data, observe)
+            trainer.train_here(config, run, data, observe)
             rows.put(None)
         except BaseException as error:
             rows.put(error)

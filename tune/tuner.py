@@ -63,6 +63,8 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
         with Tracking(study, root) as tracking:
             with Display(study, parallel) as display:
                 search.run(plan, [display, tracking])
+            if not study.in_state("running"):
+                study.tidy()
             pictures = report.write(study, tracking.add)
             result = _finish(plan, winner(study), root, tracking, started)
             result["report"] = pictures

@@ -46,31 +46,33 @@ def train(
         display.show(event)
         record(event)
 
-    with display:
-        train_unseen(config, run, shards, show, lesson=lesson)
+    with display, Follower(show) as follower:
+        job = _job(config, run, shards, follower, lesson)
+        _run(config, run, job, own=connect.is_local())
 
 
-def train_unseen(
-    config: Config,
-    run: Run,
-    shards: Shards,
-    observe: Callable[[Event], None],
-    *,
-    lesson: Lesson = NO_LESSON,
-) -> None:
-    """Run the loop on Ray Train and show nothing. For `observe` and errors see `train`."""
+def train_here(config: Config, run: Run, shards: Shards, observe: Callable[[Event], None]) -> None:
+    """Run the loop on workers that are this process's own and end with it; show nothing.
+
+    In a placement group they take its bundles after the first. For `observe` see `train`.
+    """
     with Follower(observe) as follower:
-        values = config.model_dump(mode="json")
-        events = follower.events
-        _run(config, run, Job(values, run.url, shards.url, shards.summary, events, lesson))
+        _run(config, run, _job(config, run, shards, follower), own=True)
 
 
-def _run(config: Config, run: Run, job: Job) -> None:
+def _job(
+    config: Config, run: Run, shards: Shards, follower: Follower, lesson: Lesson = NO_LESSON
+) -> Job:
+    values = config.model_dump(mode="json")
+    return Job(values, run.url, shards.url, shards.summary, follower.events, lesson)
+
+
+def _run(config: Config, run: Run, job: Job, *, own: bool) -> None:
     fit = check_resources(config.workers)
     least, most = config.workers.num
-    if connect.is_local():  # which neither grows nor shrinks
+    if own:  # which neither grow nor shrink
         least = most = min(most, fit)
-    kind = LocalTorchTrainer if connect.is_local() else TorchTrainer
+    kind = LocalTorchTrainer if own else TorchTrainer
     trainer = kind(
         work,
         train_loop_config={"job": job},
