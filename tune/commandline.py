@@ -57,6 +57,9 @@ def parse(argv: Sequence[str]) -> StudyConfig:
         values = merge({"name": name_of(train)}, load_yaml(ANY_TABLE))
     else:
         values = load(Path(file or DEFAULT_STUDY))
+    if "space" in options.get("tune", {}):
+        values = merge(values, {"tune": {}})
+        values["tune"].pop("space", None)  # one space in place of another, not both
     config = validate_as(StudyConfig, merge(values, options))
     if config.resume is not None:
         raise UserError("resume is for a single run; the same command continues a study.")

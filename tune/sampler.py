@@ -7,6 +7,7 @@ trials before it, whether the driver was started once or often.
 
 import json
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -44,8 +45,11 @@ class Sampler:
                 "maximize" if each.maximize else "minimize" for each in self._goals.objectives
             ]
         )
+        self._storage = self.optuna._storage
         for trial in study.trials:
             self.optuna.add_trial(self._frozen(trial))
+            for key, value in trial.notes.get("study", {}).items():
+                self._storage.set_study_system_attr(self.optuna._study_id, key, value)
 
     def propose(self, number: int) -> tuple[Values, dict[str, Any]]:
         """Return the options of a new trial, and what is to be noted of it."""
@@ -62,10 +66,10 @@ class Sampler:
             name: dimension.value(asked.params[name])
             for name, dimension in self._config.space.items()
         }
+        # The genetic sampler notes generations at trials, and parents at the study.
         notes = {
-            key: value
-            for key, value in self._known(number).system_attrs.items()
-            if key != "fixed_params" and _is_json(value)
+            "trial": _plain(self._known(number).system_attrs),
+            "study": _plain(self._storage.get_study_system_attrs(self.optuna._study_id)),
         }
         return values, notes
 
@@ -74,7 +78,7 @@ class Sampler:
         frozen, identity = self._frozen(trial), self._known(trial.number)._trial_id
         for step, value in frozen.intermediate_values.items():
             # Optuna's storage takes them of a running trial only.
-            self.optuna._storage.set_trial_intermediate_value(identity, step, value)
+            self._storage.set_trial_intermediate_value(identity, step, value)
         self.optuna.tell(
             trial.number,
             values=frozen.values if frozen.state == TrialState.COMPLETE else None,
@@ -101,7 +105,7 @@ class Sampler:
                 for row in trial.rows
                 if by_epoch and np.isfinite(row[self._goals.early])
             },
-            system_attrs=trial.notes,
+            system_attrs=trial.notes.get("trial", {}),
         )
         frozen.datetime_start = datetime.fromtimestamp(trial.began)
         return frozen
@@ -133,9 +137,13 @@ class Sampler:
                     return RandomSampler(seed=seed)
 
 
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What of Optuna's notes is plain JSON; options that it was given to try first are no note."""
+    found = {}
+    for key, value in attributes.items():
+        try:
+            found[key] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    found.pop("fixed_params", None)
+    return found

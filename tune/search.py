@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
@@ -12,7 +13,6 @@ from ray.tune.experiment import Experiment
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import SearchAlgorithm
 
-from cluster import storage
 from cluster.errors import UserError
 from train.config import Config
 from train.loop import trainer
@@ -20,7 +20,7 @@ from tune.config import StudyConfig
 from tune.sampler import Sampler
 from tune.schedule import Terms, scheduler
 from tune.space import with_values
-from tune.study import Study, Trial
+from tune.study import RAY, Study, Trial
 from tune.trial import Plan, TrialProcess
 
 # Read by Ray Tune. It is told of reports by callbacks, so it writes no logs of its own; SIGINT
@@ -140,10 +140,9 @@ def run(search: Search, watchers: list[Watcher]) -> None:
     # It looks for the logs that it was told not to write.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     minutes = study.config.tune.max_minutes
-    name = f"ray-{time.time_ns():x}"
     tune.run(
         TrialProcess,
-        name=name,
+        name=f"{RAY}{time.time_ns():x}",
         storage_path=study.url,
         resources_per_trial=PlacementGroupFactory(bundles),
         search_alg=Proposals(search),
@@ -156,8 +155,6 @@ def run(search: Search, watchers: list[Watcher]) -> None:
         raise_on_failed_trial=False,
         verbose=0,
     )
-    fs, path = storage.filesystem(storage.join(study.url, name))
-    fs.rm(path, recursive=True)
 
 
 class Proposals(SearchAlgorithm):
@@ -237,8 +234,11 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: RayTrial, **info: Any) -> None:
         known = self._of(trial)
-        lines = (trial.get_error() and str(trial.get_error()).strip().splitlines()) or ["unknown"]
-        self._search.study.end(known, "failed", f"its process was lost: {lines[-1]}")
+        # What Ray keeps beside this text is a pickle.
+        said = Path(trial.error_file).read_text() if trial.error_file else ""
+        lines = [line for line in said.splitlines() if line.strip()] or ["no reason is known"]
+        cause = f"its process was lost {MAX_LOST + 1} times: {lines[-1].strip()[:300]}"
+        self._search.study.end(known, "failed", cause)
         self._tell(known)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:

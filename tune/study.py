@@ -30,6 +30,8 @@ STUDY, TRIALS, RUNS, RESULT, BEST, REPORT = (
     *("study.json", "trials", "runs"),
     *("result.json", "best.yaml", "report"),
 )
+# How the folders begin in which Ray Tune keeps its own notes, which are not read.
+RAY = "ray-"
 # What may differ when a study goes on: none of it changes what a trial finds.
 MAY_CHANGE = (
     *("tune.num_trials", "tune.parallel", "tune.max_minutes", "tune.pick", "tune.refit"),
@@ -128,7 +130,7 @@ class Study:
         if not fs.exists(storage.join(path, STUDY)):
             parent, name = path.rsplit("/", 1)
             names = fs.ls(parent, detail=False) if fs.exists(parent) else []
-            known = ", ".join(sorted(each.rstrip("/").rsplit("/", 1)[-1] for each in names))
+            known = ", ".join(sorted(map(_name, names)))
             raise UserError(f"there is no study '{name}'; there are {known or 'none'}.")
         found = json.loads(fs.cat_file(storage.join(path, STUDY)))
         folder = storage.join(path, TRIALS)
@@ -208,7 +210,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        return _name(self.url)
 
     def run_url(self, run: str) -> str:
         return storage.join(self.url, RUNS, run)
@@ -268,12 +270,15 @@ class Study:
         return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
     def tidy(self) -> None:
-        """Remove the runs that no winner will be made of: of trials that ended early or failed."""
+        """Remove what no winner will be made of: runs of trials that ended early, Ray's notes."""
         used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
-        fs, path = storage.filesystem(storage.join(self.url, RUNS))
-        for folder in fs.ls(path, detail=False) if fs.exists(path) else []:
-            name = folder.rstrip("/").rsplit("/", 1)[-1]
+        fs, path = storage.filesystem(self.url)
+        for folder in fs.ls(storage.join(path, RUNS), detail=False):
+            name = _name(folder)
             if name not in used and name[0].isdecimal():
+                fs.rm(folder, recursive=True)
+        for folder in fs.ls(path, detail=False):
+            if _name(folder).startswith(RAY):
                 fs.rm(folder, recursive=True)
 
     def replay(self) -> Iterator[tuple[Trial, Report]]:
@@ -291,6 +296,10 @@ class Study:
 def location(root: str, name: str) -> str:
     """Where a study is kept under the storage path."""
     return storage.join(root, "studies", name)
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _write(url: str, value: Any) -> None:

@@ -63,8 +63,7 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
         with Tracking(study, root) as tracking:
             with Display(study, parallel) as display:
                 search.run(plan, [display, tracking])
-            if not study.in_state("running"):
-                study.tidy()
+            study.tidy()
             pictures = report.write(study, tracking.add)
             result = _finish(plan, winner(study), root, tracking, started)
             result["report"] = pictures
@@ -86,6 +85,9 @@ def _finish(
     best_url = storage.join(study.url, BEST)
     fs, path = storage.filesystem(best_url)
     with fs.open(path, "w") as file:
+        file.write(f"# Trial {trial.number} of study {study.name}: {shown}.\n")
+        if trial.takeovers:
+            file.write("# Its options changed while it ran, so these alone give another net.\n")
         options = best.model_dump(mode="json", exclude_unset=True)
         yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
 
@@ -132,20 +134,19 @@ def _refitted(study: Study, config: Config, data: Shards) -> Run:
 
 
 def _result(study: Study) -> dict[str, Any] | None:
-    """What the study ended in, if nothing of it would be different now."""
+    """What a finished study ended in, if nothing of it would be different now."""
     found = study.read(RESULT)
-    if found is None or found["of"] != _key(study):
+    unfinished = study.in_state("running") or len(study.trials) < study.config.tune.num_trials
+    if unfinished or found is None or found["of"] != _key(study):
         return None
     return dict(found["result"])
 
 
 def _key(study: Study) -> dict[str, Any]:
-    """What decides a result besides the trials."""
+    """What decides a result, of a study that is finished."""
     config = study.config
-    ended = sum(trial.ended for trial in study.trials)
     return {
-        "num_trials": max(config.tune.num_trials, ended),
-        "ended": ended,
+        "num_trials": len(study.trials),
         "pick": config.tune.pick,
         "refit": config.tune.refit,
         "registered": config.registry.enabled,
