@@ -20,7 +20,7 @@ from tune.pick import winner
 from tune.sampler import Sampler
 from tune.schedule import Comparison, Terms, scheduler
 from tune.space import Dimension
-from tune.study import Study
+from tune.study import Study, alone
 
 METRICS = ("accuracy", "loss")
 SPACE = {
@@ -41,7 +41,7 @@ def new_study(folder, **tune):
 
 
 def figures(epoch, loss):
-    return {"epoch": epoch, "valid_loss": loss, "valid_accuracy": 1 - loss / 10}
+    return {"epoch": epoch, "valid_loss": loss, "valid_accuracy": 1 - loss / 10, "seconds": 1.0}
 
 
 def play(study, sampler, *, losses=lambda values, epoch: values["optim.lr"] / epoch, epochs=3):
@@ -228,7 +228,7 @@ def test_a_study_is_read_as_it_was_written(tmp_path):
 def test_a_study_keeps_its_space_and_may_have_more_trials(tmp_path):
     study = new_study(tmp_path)
     assert new_study(tmp_path, num_trials=99, max_minutes=3).url == study.url
-    with pytest.raises(UserError, match=r"tune\.sampler was tpe, is random"):
+    with pytest.raises(UserError, match=r"tune\.sampler was gp, is random"):
         new_study(tmp_path, sampler="random")
     other = {"optim.lr": {"loguniform": [0.001, 2]}}
     with pytest.raises(UserError, match=r"study 'digits' exists .*tune\.space\.optim\.lr"):
@@ -254,11 +254,19 @@ def test_a_damaged_or_missing_study_is_named(tmp_path):
         Study.load(str(tmp_path / "studies" / "other"))
 
 
+def test_a_study_does_not_go_on_with_other_records(tmp_path):
+    url = str(tmp_path / "studies" / "s")
+    Study.open(url, study_config(), METRICS, "valid_loss", "digest")
+    Study.open(url, study_config(), METRICS, "valid_loss", "digest")
+    with pytest.raises(UserError, match="no longer holds the records"):
+        Study.open(url, study_config(), METRICS, "valid_loss", "another")
+
+
 def test_two_drivers_do_not_share_a_study(tmp_path):
     study = new_study(tmp_path)
-    code = "import sys; from tune.study import Study\nwith Study.load(sys.argv[1]).alone(): pass\n"
+    code = "import sys; from tune.study import alone\nwith alone(sys.argv[1]): pass"
     command = [sys.executable, "-c", code, study.url]
-    with study.alone():
+    with alone(study.url):
         held = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     free = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "is being searched by another process" in held.stderr
@@ -301,14 +309,15 @@ def test_what_is_proposed_does_not_depend_on_restarts(tmp_path, sampler):
     assert len({values["optim.lr"] for values in expected}) > count / 2
 
 
-def test_the_sampler_learns_where_it_is_good(tmp_path):
-    study = new_study(tmp_path)
+@pytest.mark.parametrize(("sampler", "count"), [("tpe", 40), ("gp", 20)])
+def test_the_sampler_learns_where_it_is_good(tmp_path, sampler, count):
+    study = new_study(tmp_path, sampler=sampler)
     sampler = Sampler(study, {})
 
     def losses(values, epoch):
         return abs(np.log10(values["optim.lr"]) + 2) + values["net.dropout"]
 
-    for _ in range(40):
+    for _ in range(count):
         play(study, sampler, losses=losses, epochs=1)
     early, late = (
         np.mean([losses(trial.values, 1) for trial in trials])
@@ -317,8 +326,9 @@ def test_the_sampler_learns_where_it_is_good(tmp_path):
     assert late < early / 2
 
 
-def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path):
-    study = new_study(tmp_path)
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path, sampler):
+    study = new_study(tmp_path, sampler=sampler)
     sampler = Sampler(study, {})
     for _ in range(30):
         values, notes = sampler.propose(len(study.trials))
@@ -327,7 +337,7 @@ def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path):
             study.report(trial, figures(1, float("nan")))
             study.end(trial, "failed", "it diverged")
         else:
-            study.report(trial, figures(1, 0.5))
+            study.report(trial, figures(1, 0.1 + values["net.dropout"]))
             study.end(trial, "complete")
         sampler.learn(trial)
     assert sum(trial.state == "failed" for trial in study.trials[-10:]) <= 3
@@ -484,6 +494,17 @@ def test_the_best_epoch_of_the_best_complete_trial_wins(tmp_path):
     )
     assert winner(study) is best
     assert study.measured(best) == {"valid_loss": min(row["valid_loss"] for row in best.rows)}
+
+
+def test_what_is_no_number_does_not_win(tmp_path):
+    study = new_study(tmp_path, objectives=["valid_loss"])
+    for loss in (float("nan"), 0.5, 0.4):
+        trial = study.begin({}, {})
+        study.report(trial, figures(1, loss))
+        study.end(trial, "complete")
+    study.report(study.trials[1], figures(2, float("nan")))
+    assert winner(study).number == 2
+    assert study.measured(study.trials[1]) == {"valid_loss": 0.5}
 
 
 def test_who_is_out_of_bounds_or_refused_by_the_gate_does_not_win(tmp_path):

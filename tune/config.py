@@ -60,10 +60,10 @@ class Tune(Part):
         description="Which trial wins: best OBJECTIVE [with OBJECTIVE <= NUMBER [and …]]; the best "
         "in the first objective by default.",
     )
-    sampler: Literal["tpe", "gp", "nsga2", "random"] = Field(
-        "tpe",
-        description="Tree-structured Parzen estimator, Gaussian process, genetic (for several "
-        "objectives), random.",
+    sampler: Literal["gp", "tpe", "nsga2", "random"] = Field(
+        "gp",
+        description="Gaussian process, the best of a few dozen trials; tree-structured Parzen "
+        "estimator, for hundreds; genetic, for several objectives; random.",
     )
     scheduler: Scheduler = Scheduler()
     start: bool = Field(
@@ -96,6 +96,15 @@ class StudyConfig(Config):
     """A study: the training config that trials begin from, and what is searched."""
 
     tune: Tune
+
+    @model_validator(mode="after")
+    def _refits_what_was_found(self) -> Self:
+        if self.tune.refit and (self.stop.metric or self.tune.scheduling == "pbt"):
+            raise ValueError(
+                "tune.refit trains all epochs with the winner's options; it goes with neither "
+                "stop.metric nor pbt, so leave it out"
+            )
+        return self
 
     @property
     def study(self) -> str:

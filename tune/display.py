@@ -28,10 +28,11 @@ class Display:
 
     def __enter__(self) -> "Display":
         tune = self._config
+        turns = "in turns" if tune.scheduling == "pbt" else f"{self._parallel} at a time"
         begun = f", of which {len(self._study.trials)} began before" if self._study.trials else ""
         self._console.print(
-            f"study {self._study.name}: {tune.num_trials} trials{begun}, {self._parallel} at a "
-            f"time; sampler {tune.sampler}, scheduler {tune.scheduling}; for "
+            f"study {self._study.name}: {tune.num_trials} trials{begun}, {turns}; sampler "
+            f"{tune.sampler}, scheduler {tune.scheduling}; for "
             f"{', '.join(each.name for each in self._goals.objectives)}. If it stops, the same "
             "command goes on.",
             soft_wrap=True,

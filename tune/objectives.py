@@ -84,7 +84,7 @@ class Goals:
     @property
     def early(self) -> str:
         """The metric of the net by which trials are compared while they run."""
-        names = [each.metric for each in self.measured if each.metric.startswith("valid_")]
+        names = [each.metric for each in self.objectives if each.metric.startswith("valid_")]
         return names[0]
 
     @property
@@ -107,7 +107,7 @@ def goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -
     objectives = tuple(_objective(name, task) for name in names or (own,))
     chosen = Pick(objectives[0]) if pick is None else _pick(pick, task)
     found = Goals(objectives, chosen)
-    if not any(each.metric.startswith("valid_") for each in found.measured):
+    if not any(each.metric.startswith("valid_") for each in objectives):
         # Trials are compared by it while they run.
         found = Goals((*objectives, _objective(own, task)), chosen)
     return found

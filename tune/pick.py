@@ -1,5 +1,7 @@
 """Which trial wins: the study's rule, applied to what its trials measured."""
 
+import math
+
 from cluster.errors import Failed
 from tune.study import Study, Trial
 
@@ -11,16 +13,20 @@ def winner(study: Study) -> Trial:
         failed = study.in_state("failed")
         if failed and len(failed) == len(study.trials):
             raise Failed(f"all {len(failed)} trials failed; the last: {failed[-1].cause}")
-        raise Failed(
-            f"none of {len(study.trials)} trials is complete yet; the same command with a larger "
-            "--max-minutes goes on."
-        )
+        more = "the same command with a larger --max-minutes goes on"
+        if not study.in_state("running"):
+            more = "--num-trials with more goes on"
+        raise Failed(f"none of {len(study.trials)} trials is complete yet; {more}.")
     figures = {trial.number: study.measured(trial) for trial in complete}
-    accepted = [trial for trial in complete if not _refused(trial)]
+    accepted = [
+        trial
+        for trial in complete
+        if not _refused(trial) and math.isfinite(figures[trial.number][pick.best.name])
+    ]
     if not accepted:
         raise Failed(
-            f"of {len(complete)} complete trials none has variants that the gate accepts; look at "
-            f"them with: python -m tune.report {study.name}"
+            f"of {len(complete)} complete trials none has figures that are numbers, and variants "
+            f"that the gate accepts; look at them with: python -m tune.report {study.name}"
         )
     fit_to_win = [
         trial

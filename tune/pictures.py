@@ -119,6 +119,7 @@ def parallel(study: Study, winner: Trial | None, path: Path) -> None:
     space, early = study.config.tune.space, study.goals.early
     drawn = [trial for trial in study.trials if trial.reports]
     values = np.array([signed(_kept(study, trial), early) for trial in drawn])
+    axis_of = Objective(early, None, early)
     # By rank: a few that failed to learn would take all of the axis.
     ranks = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
     names = [*space, early]
@@ -143,7 +144,7 @@ def parallel(study: Study, winner: Trial | None, path: Path) -> None:
             for end, place, below in zip(dimension.ends, (0, 1), ("top", "bottom"), strict=True):
                 axis.text(at, place, shown(end), fontsize=8, ha="center", va=below)
     for rank, word in ((0, "worst"), (1, "best")):
-        value = abs(float(values[np.argmax(ranks == rank)]))
+        value = axis_of.signed(float(values[np.argmax(ranks == rank)]))
         axis.text(len(space), rank, f" {word} {shown(value)}", fontsize=8)
     axis.set_xticks(range(len(names)), [name.replace(".", ".\n") for name in names], fontsize=8)
     axis.tick_params(axis="x", length=0, pad=10)
@@ -241,7 +242,8 @@ def pareto(study: Study, winner: Trial | None, path: Path) -> None:
 
 
 def _end(trial: Trial) -> float:
-    return trial.began + trial.seconds
+    last = trial.reports[-1].time if trial.reports else trial.began
+    return trial.ended_at or last
 
 
 def _kept(study: Study, trial: Trial) -> dict[str, float]:

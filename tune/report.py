@@ -14,6 +14,7 @@ from cluster import storage
 from cluster.errors import Failed, UserError, run_command
 from tune import pictures
 from tune.display import clock, shown
+from tune.objectives import front
 from tune.pick import winner
 from tune.study import REPORT, Study, Trial, location
 
@@ -90,6 +91,15 @@ def table(study: Study, best: Trial | None) -> str:
         "| " + " | ".join(["trial", "state", "epoch", "s", *measured, *names]) + " |",
         "|" + "---|" * (4 + len(measured) + len(names)),
     ]
+    complete = study.in_state("complete")
+    points = [
+        [each.signed(study.measured(trial)[each.name]) for each in goals.objectives]
+        for trial in complete
+    ]
+    several = len(goals.objectives) > 1
+    best_of_all = [complete[at] for at in front(points)] if several else []
+    if several:
+        lines.insert(3, "\nfront: trials that no other complete one beats in all objectives.")
     order = {"complete": 0, "running": 1, "stopped": 2, "failed": 3}
     first = goals.pick.best
 
@@ -101,7 +111,7 @@ def table(study: Study, best: Trial | None) -> str:
         figures = study.measured(trial) if _is_done(trial) else {}
         cells = [
             str(trial.number),
-            "**winner**" if trial is best else trial.state,
+            "**winner**" if trial is best else "front" if trial in best_of_all else trial.state,
             str(trial.epoch),
             f"{trial.seconds:.1f}",
             *(shown(figures[name]) if name in figures else "" for name in measured),

@@ -16,6 +16,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from train.loop.figures import kept
 from tune.space import Values
 from tune.study import Study, Trial
 
@@ -39,6 +40,9 @@ class Sampler:
         self._distributions = {
             name: each.distribution() for name, each in self._config.space.items()
         }
+        # Whether figures of epochs are of the metric that is made best.
+        objectives = self._goals.objectives
+        self._by_epoch = len(objectives) == 1 and objectives[0].metric == self._goals.early
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.optuna = optuna.create_study(
             directions=[
@@ -90,9 +94,6 @@ class Sampler:
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         state, values = self._outcome(trial)
-        first, *others = self._goals.objectives
-        # Figures of epochs are told where they are of the metric that is made best.
-        by_epoch = not others and first.metric == self._goals.early
         frozen = create_trial(
             state=state,
             values=values,
@@ -103,7 +104,7 @@ class Sampler:
             intermediate_values={
                 int(row["epoch"]): row[self._goals.early]
                 for row in trial.rows
-                if by_epoch and np.isfinite(row[self._goals.early])
+                if self._by_epoch and np.isfinite(row[self._goals.early])
             },
             system_attrs=trial.notes.get("trial", {}),
         )
@@ -118,9 +119,26 @@ class Sampler:
             values = [measured[each.name] for each in self._goals.objectives]
             if np.isfinite(values).all():
                 return TrialState.COMPLETE, values
-        # Of several objectives Optuna learns from complete trials alone.
-        single = len(self._goals.objectives) == 1
-        return (TrialState.PRUNED if single else TrialState.FAIL), None
+        if len(self._goals.objectives) > 1:
+            return TrialState.FAIL, None  # nothing to learn from
+        if self._config.sampler == "tpe":
+            return TrialState.PRUNED, None  # ranked by its epochs, after those that are complete
+        # The others know complete trials only: it counts by what it had reached, or as the worst.
+        reached = self._reached(trial)
+        if reached is None:
+            before = map(self._reached, self._study.trials[: trial.number])
+            known = [value for value in before if value is not None]
+            if not known:
+                return TrialState.FAIL, None
+            reached = (min if self._goals.objectives[0].maximize else max)(known)
+        return TrialState.COMPLETE, [reached]
+
+    def _reached(self, trial: Trial) -> float | None:
+        """What a trial's best epoch reached, where that is a measure of the only objective."""
+        if trial.state == "failed" or not trial.reports or not self._by_epoch:
+            return None
+        value = kept(trial.rows, self._study.choice)[self._goals.early]
+        return float(value) if np.isfinite(value) else None
 
     def _sampler(self, number: int) -> BaseSampler:
         seed = (self._study.config.seed * SEED_STRIDE + number) % 2**32

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -102,6 +103,8 @@ class Comparison(FIFOScheduler):
             self._add(trial)
             decision = self._judge(trial, report.figures)
             if report is not trial.reports[-1]:
+                # It did go on, whatever is said of it now.
+                getattr(rule, "_stopped_trials", set()).discard(Known(trial.name))
                 continue
             if trial.ended:
                 self._end(trial)
@@ -113,12 +116,7 @@ class Comparison(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         # Ray flattens what it hands on.
-        figures = {
-            key.removeprefix("figures/"): value
-            for key, value in result.items()
-            if key.startswith("figures/")
-        }
-        known = self._of(trial)
+        figures, known = told(result), self._of(trial)
         if figures["epoch"] <= known.epoch:  # its process was lost, and it came here again
             return str(TrialScheduler.CONTINUE)
         return self._judge(known, figures)
@@ -171,11 +169,11 @@ class Population(PopulationBasedTraining):
             synch=True,
         )
         self._space, self._terms, self._relaunch = config.space, terms, relaunch
-        self._last_round = max(
+        last_round = max(
             (takeover.epoch for trial in terms.study.trials for takeover in trial.takeovers),
             default=0,
         )
-        self._next_perturbation_sync = self._last_round + options.interval_epochs
+        self._next_perturbation_sync = last_round + options.interval_epochs
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -184,7 +182,7 @@ class Population(PopulationBasedTraining):
             return
         at = known.epoch // self._perturbation_interval * self._perturbation_interval
         state = self._trial_state[trial]
-        state.last_perturbation_time = self._last_round
+        state.last_perturbation_time = self._next_perturbation_sync - self._perturbation_interval
         for figures in known.rows:
             if figures["epoch"] == at:
                 result = {EPOCH: at, VALUE: signed(figures, self._terms.early)}
@@ -195,8 +193,20 @@ class Population(PopulationBasedTraining):
         epoch = result[EPOCH]
         if epoch <= known.epoch or epoch >= self._terms.last_epoch(known):
             return str(TrialScheduler.CONTINUE)  # it came here before, or ends of itself
+        # Before others take it over.
+        self._terms.study.report(known, told(result))
         with seeded(self._terms.seed, POPULATION_SEED, epoch, known.number):
             return str(super().on_trial_result(tune_controller, trial, result))
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        chosen = super().choose_trial_to_run(tune_controller)
+        states = {trial.status for trial in tune_controller.get_live_trials()}
+        if chosen is None and states == {RayTrial.PAUSED}:
+            # The one they waited for failed or ended, and Ray would wait for ever: without a
+            # comparison, on to the next.
+            self._next_perturbation_sync += self._perturbation_interval
+            chosen = super().choose_trial_to_run(tune_controller)
+        return chosen
 
     def _of(self, trial: Any) -> Trial:
         return self._terms.study.trials[int(trial.trial_id)]
@@ -211,6 +221,14 @@ class Population(PopulationBasedTraining):
         }
         self._terms.study.take_over(mine, donor, epoch, values)
         return self._relaunch(mine), {}
+
+
+def told(result: dict[str, Any]) -> dict[str, float]:
+    """An epoch's figures, of what Ray makes of a trial's report: one level, names joined."""
+    prefix = "figures/"
+    return {
+        key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)
+    }
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from ray import tune
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.experiment import Experiment
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchAlgorithm
 
 from cluster.errors import UserError
@@ -61,7 +63,6 @@ class Search:
 
     study: Study
     base: Config
-    sampler: Sampler
     parallel: int
 
     def of(self, trial: Trial) -> Config:
@@ -69,7 +70,7 @@ class Search:
         return with_values(self.base, trial.values)
 
     def epochs(self, trial: Trial) -> int:
-        return int(trial.values.get("optim.epochs", self.base.optim.epochs))
+        return self.of(trial).optim.epochs
 
     @property
     def most_epochs(self) -> int:
@@ -80,8 +81,9 @@ class Search:
         """What a trial's process is sent."""
         config = self.of(trial)
         if self.study.config.tune.scheduling == "pbt":
-            # Others may begin from any of them.
-            checkpoint = config.checkpoint.model_copy(update={"keep": self.most_epochs})
+            # Others may begin from any epoch.
+            rule = {"keep": min(self.most_epochs, 1000), "every_steps": None, "every_minutes": 1440}
+            checkpoint = config.checkpoint.model_copy(update=rule)
             config = config.model_copy(update={"checkpoint": checkpoint})
         last = trial.takeovers[-1] if trial.takeovers else None
         return Plan(
@@ -121,15 +123,27 @@ def concurrency(config: StudyConfig) -> int:
     return wanted or fit
 
 
-def run(search: Search, watchers: list[Watcher]) -> None:
+def judge(search: Search) -> TrialScheduler:
+    """Return the scheduler. Trials that it had told to end before a restart are ended."""
+    terms = Terms(
+        search.study,
+        search.study.goals.early,
+        search.epochs,
+        search.most_epochs,
+        search.study.config.seed,
+    )
+    return scheduler(search.study.config.tune, terms, search.plan)
+
+
+def run(
+    search: Search, sampler: Sampler, judge: TrialScheduler, watchers: Sequence[Watcher]
+) -> None:
     """Search until there are as many trials as configured, or the time is over.
 
     What was begun before goes on first.
     """
     study = search.study
     workers = study.config.workers
-    terms = Terms(study, study.goals.early, search.epochs, search.most_epochs, study.config.seed)
-    judge = scheduler(study.config.tune, terms, search.plan)
     alone = workers.most == 1
     # So Ray counts the workers of a trial as it counts the trial.
     per_worker = {"CPU": workers.cpus, "GPU": float(workers.gpu)}
@@ -145,9 +159,9 @@ def run(search: Search, watchers: list[Watcher]) -> None:
         name=f"{RAY}{time.time_ns():x}",
         storage_path=study.url,
         resources_per_trial=PlacementGroupFactory(bundles),
-        search_alg=Proposals(search),
+        search_alg=Proposals(search, sampler),
         scheduler=judge,
-        callbacks=[Recorder(search, watchers)],
+        callbacks=[Recorder(study, sampler, watchers)],
         time_budget_s=minutes * 60 if minutes else None,
         max_failures=MAX_LOST,
         # A process with workers of its own ends with them.
@@ -160,8 +174,8 @@ def run(search: Search, watchers: list[Watcher]) -> None:
 class Proposals(SearchAlgorithm):
     """Gives Ray Tune the trials that did not end, then those that the sampler proposes."""
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
+    def __init__(self, search: Search, sampler: Sampler) -> None:
+        self._search, self._sampler = search, sampler
         self._waiting = search.study.in_state("running")
         self._live: set[str] = set()
         self._experiment: Experiment | None = None
@@ -204,20 +218,20 @@ class Proposals(SearchAlgorithm):
 
     def _proposed(self) -> Trial:
         study = self._search.study
-        values, notes = self._search.sampler.propose(len(study.trials))
+        values, notes = self._sampler.propose(len(study.trials))
         return study.begin(values, notes)
 
 
 class Recorder(tune.Callback):
-    """Writes what Ray Tune tells into the study, before anything follows from it."""
+    """Writes what Ray Tune tells into the study."""
 
-    def __init__(self, search: Search, watchers: list[Watcher]) -> None:
-        self._search, self._watchers = search, watchers
+    def __init__(self, study: Study, sampler: Sampler, watchers: Sequence[Watcher]) -> None:
+        self._study, self._sampler, self._watchers = study, sampler, watchers
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        study, known = self._search.study, self._of(trial)
+        study, known = self._study, self._of(trial)
         if "failed" in result:
             study.end(known, "failed", result["failed"])
         elif "served" in result:
@@ -229,16 +243,18 @@ class Recorder(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: RayTrial, **info: Any) -> None:
         known = self._of(trial)
         if not known.ended:
-            self._search.study.end(known, "stopped")
+            self._study.end(known, "stopped")
         self._tell(known)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: RayTrial, **info: Any) -> None:
         known = self._of(trial)
+        if known.ended:
+            return
         # What Ray keeps beside this text is a pickle.
         said = Path(trial.error_file).read_text() if trial.error_file else ""
         lines = [line for line in said.splitlines() if line.strip()] or ["no reason is known"]
-        cause = f"its process was lost {MAX_LOST + 1} times: {lines[-1].strip()[:300]}"
-        self._search.study.end(known, "failed", cause)
+        cause = f"its process was lost: {lines[-1].strip()[:300]}"
+        self._study.end(known, "failed", cause)
         self._tell(known)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
@@ -246,9 +262,9 @@ class Recorder(tune.Callback):
             watcher.look()
 
     def _of(self, trial: RayTrial) -> Trial:
-        return self._search.study.trials[int(trial.trial_id)]
+        return self._study.trials[int(trial.trial_id)]
 
     def _tell(self, trial: Trial) -> None:
-        self._search.sampler.learn(trial)
+        self._sampler.learn(trial)
         for watcher in self._watchers:
             watcher.ended(trial)

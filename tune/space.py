@@ -21,7 +21,7 @@ from train.config import Config, Part, validate
 # What a search may change: how a model is learned, not what is learned or how that is judged.
 SEARCHED = (
     *("seed", "precision", "compile", "activation_checkpointing"),
-    *("text", "net", "optim", "augment", "stop", "compress"),
+    *("net", "optim", "augment", "stop"),
 )
 # What may change in the middle of a run, whose weights and steps stay what they are.
 CHANGEABLE = (
@@ -202,7 +202,7 @@ def present(config: Config, space: Space) -> Values:
     for name, dimension in space.items():
         value: Any = config.model_dump(mode="json")
         for part in name.split("."):
-            value = value[part]
+            value = value[part] if isinstance(value, dict) else None
         try:
             dimension.raw(value)
         except ValueError:
@@ -215,5 +215,7 @@ def _named(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _plain(value: Any) -> tuple[type, Any]:
+    """What tells values apart: True is not 1."""
+    value = list(value) if isinstance(value, tuple) else value
+    return type(value), value

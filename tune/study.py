@@ -72,14 +72,13 @@ class Trial(Kept):
     values: dict[str, Any]
     state: State = "running"
     began: float
-    seconds: float = 0.0
+    ended_at: float | None = None
     reports: list[Report] = []
     served: dict[str, dict[str, Any]] = {}
     cause: str | None = None
     takeovers: list[Takeover] = []
-    # What the sampler noted of it; the id of its MLflow run.
+    # What the sampler noted of it.
     notes: dict[str, Any] = {}
-    tracked: str | None = None
 
     @property
     def name(self) -> str:
@@ -98,6 +97,11 @@ class Trial(Kept):
     def epoch(self) -> int:
         """The last that was reported."""
         return int(self.reports[-1].figures["epoch"]) if self.reports else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without what it waited."""
+        return sum(row["seconds"] for row in self.rows)
 
     @property
     def ended(self) -> bool:
@@ -121,7 +125,6 @@ class Study:
         self.url, self.config, self.choice, self.trials = url, config, choice, list(trials)
         self.goals = objectives.goals(config.tune.objectives, config.tune.pick, metric_names)
         self._reported = sum(len(trial.reports) for trial in trials)
-        self._resumed_at = dict.fromkeys((trial.number for trial in trials), time.time())
 
     @classmethod
     def load(cls, url: str) -> "Study":
@@ -149,11 +152,17 @@ class Study:
 
     @classmethod
     def open(
-        cls, url: str, config: StudyConfig, metric_names: Sequence[str], choice: str
+        cls,
+        url: str,
+        config: StudyConfig,
+        metric_names: Sequence[str],
+        choice: str,
+        data: str = "",
     ) -> "Study":
         """Return the study that is kept, or a new one.
 
-        Raises UserError if the one that is kept searches something else.
+        data: digest of the records. Raises UserError if the one that is kept searches something
+        else, or on other records.
         """
         values = config.model_dump(mode="json")
         fs, path = storage.filesystem(url)
@@ -166,13 +175,17 @@ class Study:
                     f"study '{config.study}' exists and keeps its config, but {differing}. Give "
                     "another --tune.study, or the options as they were."
                 )
+            if json.loads(fs.cat_file(storage.join(path, STUDY)))["data"] != data:
+                raise UserError(
+                    f"study '{config.study}' exists, and '{config.data.train}' no longer holds the "
+                    "records that it was begun on. Give another --tune.study."
+                )
             trials = earlier.trials
         study = cls(url, config, metric_names, choice, trials)
         study._check_measured()
         with storage.writing(url):
-            study.write(
-                STUDY, {"config": values, "metric_names": list(metric_names), "choice": choice}
-            )
+            about = {"metric_names": list(metric_names), "choice": choice, "data": data}
+            study.write(STUDY, {"config": values, **about})
         return study
 
     def measured(self, trial: Trial) -> dict[str, float]:
@@ -189,25 +202,6 @@ class Study:
                     "did not make; give another --tune.study."
                 )
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the study while the block runs. Raises UserError if another process does.
-
-        On this machine only: at a URL nothing is there to hold it by.
-        """
-        if storage.is_url(self.url):
-            yield
-            return
-        with Path(self.url, ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"study '{self.name}' is being searched by another process; wait for it, or "
-                    "give another --tune.study."
-                ) from error
-            yield
-
     @property
     def name(self) -> str:
         return _name(self.url)
@@ -220,10 +214,8 @@ class Study:
 
     def begin(self, values: dict[str, Any], notes: dict[str, Any]) -> Trial:
         """Add a trial."""
-        now = time.time()
-        trial = Trial(number=len(self.trials), values=values, began=now, notes=notes)
+        trial = Trial(number=len(self.trials), values=values, began=time.time(), notes=notes)
         self.trials.append(trial)
-        self._resumed_at[trial.number] = now
         self.keep(trial)
         return trial
 
@@ -231,12 +223,10 @@ class Study:
         """Add an epoch's figures."""
         trial.reports.append(Report(at=self._reported, time=time.time(), figures=figures))
         self._reported += 1
-        self._count_time(trial)
         self.keep(trial)
 
     def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
-        trial.state, trial.cause = state, cause
-        self._count_time(trial)
+        trial.state, trial.cause, trial.ended_at = state, cause, time.time()
         self.keep(trial)
 
     def take_over(self, trial: Trial, donor: Trial, epoch: int, values: dict[str, Any]) -> None:
@@ -273,7 +263,8 @@ class Study:
         """Remove what no winner will be made of: runs of trials that ended early, Ray's notes."""
         used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
         fs, path = storage.filesystem(self.url)
-        for folder in fs.ls(storage.join(path, RUNS), detail=False):
+        runs = storage.join(path, RUNS)
+        for folder in fs.ls(runs, detail=False) if fs.exists(runs) else []:
             name = _name(folder)
             if name not in used and name[0].isdecimal():
                 fs.rm(folder, recursive=True)
@@ -287,10 +278,27 @@ class Study:
         for _, trial, report in sorted(reports, key=lambda each: each[0]):
             yield trial, report
 
-    def _count_time(self, trial: Trial) -> None:
-        now = time.time()
-        trial.seconds += now - self._resumed_at.get(trial.number, now)
-        self._resumed_at[trial.number] = now
+
+@contextmanager
+def alone(url: str) -> Iterator[None]:
+    """Hold a study's place while the block runs. Raises UserError if another process does.
+
+    On this machine only: at a URL nothing is there to hold it by.
+    """
+    if storage.is_url(url):
+        yield
+        return
+    with storage.writing(url):
+        Path(url).mkdir(parents=True, exist_ok=True)
+    with Path(url, ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"study '{_name(url)}' is being searched by another process; wait for it, or give "
+                "another --tune.study."
+            ) from error
+        yield
 
 
 def location(root: str, name: str) -> str:

@@ -28,13 +28,14 @@ class Tracking:
         config = study.config
         self._study, self._root = study, root
         self._name, self._enabled = config.name, config.registry.enabled
-        found = study.read(TRACKED) or {}
+        # The runs that there are: of the study, and of its trials by number.
+        self._known = study.read(TRACKED) or {"run_id": None, "trials": {}}
         self._parent = Recording(
             root,
             config.name,
             config.model_dump(mode="json"),
             tags={"mlflow.runName": f"study {study.name}", "study": study.name},
-            run_id=found.get("run_id"),
+            run_id=self._known["run_id"],
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracking")
 
@@ -42,13 +43,13 @@ class Tracking:
         self._parent.__enter__()
         self._later(self._begin)
         for trial in self._study.trials:
-            if trial.ended and trial.tracked is None:
+            if trial.ended and str(trial.number) not in self._known["trials"]:
                 self.ended(trial)
         return self
 
     def __exit__(self, *problem: Any) -> None:
+        self._later(lambda: self._parent.__exit__(*problem)).result()
         self._thread.shutdown(wait=True)
-        self._parent.__exit__(*problem)
 
     def look(self) -> None:
         pass
@@ -67,15 +68,23 @@ class Tracking:
 
     def publish(self, bundle: Bundle, metric: str, figure: float | None) -> dict[str, Any]:
         """Register the winner's bundle, in a run below the study's; see `registry.publish`."""
-        self._thread.shutdown(wait=True)
+        self._later(lambda: None).result()
         _, parent = self._parent.begin()
         tags = {"mlflow.parentRunId": parent, "study": self._study.name}
         with Recording(self._root, self._name, bundle.manifest.config, tags=tags) as recording:
             return registry.publish(bundle, recording, self._root, metric, figure=figure)
 
     def _begin(self) -> None:
-        _, run_id = self._parent.begin()
-        self._study.write(TRACKED, {"run_id": run_id})
+        client, run_id = self._parent.begin()
+        client.update_run(run_id, status="RUNNING")
+        self._note(run_id)
+
+    def _note(self, run_id: str, trial: Trial | None = None) -> None:
+        if trial is None:
+            self._known["run_id"] = run_id
+        else:
+            self._known["trials"][str(trial.number)] = run_id
+        self._study.write(TRACKED, self._known)
 
     def _track(self, trial: Trial) -> None:
         from mlflow.entities import Metric, Param
@@ -114,7 +123,7 @@ class Tracking:
             took = ", ".join(f"epoch {each.epoch}: {each.donor}" for each in trial.takeovers)
             client.log_batch(run_id, params=[Param("took over from", took[:500])])
         client.set_terminated(run_id, STATUS[trial.state])
-        trial.tracked = run_id
+        self._note(run_id, trial)
 
     def _later(self, work: Callable[[], None]) -> "Future[None]":
         def attempt() -> None:

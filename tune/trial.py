@@ -31,8 +31,10 @@ from tune.objectives import figures
 # Seconds of measuring the latencies of a trial's variants.
 MEASURE_S = 1.0
 MARK = "run.txt"
+# What training says of a run that can be continued.
+KEPT = " The last checkpoint is kept."
 # How long a run that begins from another's checkpoint waits for it.
-CHECKPOINT_WAIT_S = 60
+CHECKPOINT_WAIT_S = 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class TrialProcess(tune.Trainable):
             with contextlib.redirect_stderr(said):
                 return next(self._results)
         except (Diverged, UserError, Failed, ValueError) as error:  # which say what to do
-            return {"failed": str(error), "done": True}
+            return {"failed": str(error).removesuffix(KEPT), "done": True}
         except torch.OutOfMemoryError:
             return {"failed": "the GPU's memory does not hold it", "done": True}
         except Exception as error:  # of a user's own task or net: any kind
@@ -122,11 +124,12 @@ def _run(plan: Plan, config: Config, data: Shards) -> Run:
             num_records = data.summary["splits"]["train"]["num_records"]
             step = plan.source_epoch * order.num_steps(num_records, config.optim.batch_size)
             source = Run.open(plan.source_url).store(config.checkpoint.keep)
-            # Whose process writes it while this one begins.
+            # Whose process writes it while this one begins; killed in between, it did not.
             deadline = time.monotonic() + CHECKPOINT_WAIT_S
-            while step not in source.steps() and time.monotonic() < deadline:
+            while step not in (steps := source.steps()) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            _store(plan.run_url, config).adopt(source, step)
+            there = [each for each in steps if each <= step]
+            _store(plan.run_url, config).adopt(source, there[-1] if there else step)
         return Run.start(plan.run_url, config)
 
 

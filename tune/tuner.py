@@ -17,14 +17,14 @@ from train.data.shards import Shards
 from train.loop import trainer
 from train.loop.figures import kept
 from train.loop.run import Run
-from tune import report, search, space
+from tune import objectives, report, search, space
 from tune.commandline import training
 from tune.config import StudyConfig
 from tune.display import Display
 from tune.pick import winner
 from tune.sampler import Sampler
 from tune.search import Search
-from tune.study import BEST, RESULT, Study, Trial, location
+from tune.study import BEST, RESULT, Study, Trial, alone, location
 from tune.tracking import Tracking
 
 REFIT = "refit"
@@ -39,6 +39,11 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
     """
     started = time.perf_counter()
     base, data = fit.prepare(training(config))
+    metric_names = data.task.target.metric_names
+    wanted = objectives.goals(config.tune.objectives, config.tune.pick, metric_names).variants
+    # What trials are measured by, the winner has too.
+    variants = list(dict.fromkeys((*base.compress.variants, *wanted)))
+    base = space.with_values(base, {"compress.variants": variants})
     for name, dimension in config.tune.space.items():
         for value in dimension.tried:
             fit.check(space.with_values(base, {name: value}), data)
@@ -47,8 +52,8 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
     if base.registry.enabled:
         registry.check(root, base.registry.metric)
     url = location(root, config.study)
-    study = Study.open(url, config, data.task.target.metric_names, choice)
-    with study.alone():
+    with alone(url):
+        study = Study.open(url, config, metric_names, choice, data.summary["digest"])
         if (result := _result(study)) is not None:
             print(
                 f"study {study.name} has its {len(study.trials)} trials; --num-trials with more "
@@ -56,13 +61,13 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
                 file=sys.stderr,
             )
             return result
-        sampler = Sampler(
-            study, space.present(base, config.tune.space) if config.tune.start else {}
-        )
-        plan = Search(study, base, sampler, parallel)
+        plan = Search(study, base, parallel)
+        judge = search.judge(plan)  # first, as it ends trials
+        first = space.present(base, config.tune.space) if config.tune.start else {}
+        sampler = Sampler(study, first)
         with Tracking(study, root) as tracking:
             with Display(study, parallel) as display:
-                search.run(plan, [display, tracking])
+                search.run(plan, sampler, judge, [display, tracking])
             study.tidy()
             pictures = report.write(study, tracking.add)
             result = _finish(plan, winner(study), root, tracking, started)

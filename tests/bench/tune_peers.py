@@ -90,7 +90,8 @@ def halyard(root: str, seed: int, num_trials: int, arguments: tuple[str, ...]) -
     ]
     # What is not training, validation or the two processes' start: of the trials after the first.
     trained = [sum(report["figures"]["seconds"] for report in trial["reports"]) for trial in trials]
-    overheads = [trial["seconds"] - own for trial, own in zip(trials, trained, strict=True)][2:]
+    lasted = [trial["ended_at"] - trial["began"] for trial in trials]
+    overheads = [all_of_it - own for all_of_it, own in zip(lasted, trained, strict=True)][2:]
     per_epoch = np.mean([len(trial["reports"]) for trial in trials])
     return {
         "values": sorted(values),

@@ -1,5 +1,6 @@
 """What a run tells of itself while it goes on: speed, work, waiting, memory, energy."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,4 +79,9 @@ def signed(row: Mapping[str, float], metric: str) -> float:
 
 def kept(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
     """The epoch whose weights a run keeps: the best, and of equal ones the later."""
-    return max(rows, key=lambda row: (signed(row, metric), row["epoch"]))
+
+    def place(row: Mapping[str, float]) -> tuple[float, float]:
+        value = signed(row, metric)
+        return (-math.inf if math.isnan(value) else value), row["epoch"]
+
+    return max(rows, key=place)
