@@ -202,11 +202,11 @@ def tune(folder, options, **tune):
     return tuner.tune(config, str(folder)), kept(folder, "s")
 
 
-# Of a squared error a rate of 10 makes numbers without end.
-DIVERGING = {
-    "learn": "value",
-    "optim": {"name": "sgd", "epochs": 2, "batch_size": 64, "momentum": 0.9},
-    "compress": {"measure_seconds": 0.2, "max_accuracy_drop": 1, "max_change": 1},
+# Fails at a rate of 10, after a while.
+FRAGILE = {
+    "net": "tests.fragile:Fragile",
+    "optim": {"name": "sgd", "epochs": 4, "batch_size": 64},
+    "compress": {"variants": [], "measure_seconds": 0.2},
 }
 LR = {"optim.lr": {"loguniform": [0.005, 1]}}
 
@@ -244,8 +244,8 @@ def test_a_population_takes_over_from_its_best(ray_session, tmp_path):
 def test_a_population_goes_on_when_the_one_it_waits_for_fails(ray_session, tmp_path):
     _, study = tune(
         tmp_path,
-        {**DIVERGING, "optim": {**DIVERGING["optim"], "epochs": 4}},
-        space={"optim.lr": {"choice": [0.001, 10]}},
+        FRAGILE,
+        space={"optim.lr": {"choice": [0.01, 10]}},
         num_trials=4,
         sampler="random",
         scheduler={"name": "pbt", "interval_epochs": 2},
@@ -298,11 +298,11 @@ def test_objectives_of_what_is_served_and_a_winner_trained_on_all_but_the_test(
     assert float(version.tags["valid_accuracy"]) in [row["valid_accuracy"] for row in rows]
 
 
-def test_a_trial_that_diverges_is_told_of_and_the_search_goes_on(ray_session, tmp_path, capsys):
+def test_a_trial_that_fails_is_told_of_and_the_search_goes_on(ray_session, tmp_path, capsys):
     result, study = tune(
         tmp_path,
-        DIVERGING,
-        space={"optim.lr": {"choice": [0.001, 10]}},
+        FRAGILE,
+        space={"optim.lr": {"choice": [0.01, 10]}},
         num_trials=4,
         scheduler={"name": "none"},
     )
@@ -310,8 +310,8 @@ def test_a_trial_that_diverges_is_told_of_and_the_search_goes_on(ray_session, tm
     assert failed
     assert len(failed) < 4
     assert all(trial.values["optim.lr"] == 10 for trial in failed)
-    assert "the loss is no longer finite" in failed[0].cause
-    assert f"trial {failed[0].number} failed: the loss is no longer" in capsys.readouterr().err
+    assert failed[0].cause == "RuntimeError: weights are out of hand"
+    assert f"trial {failed[0].number} failed: RuntimeError: weights" in capsys.readouterr().err
     assert result["trial"] not in [trial.number for trial in failed]
 
 
@@ -345,6 +345,6 @@ def test_time_that_is_over_ends_the_search_and_the_same_command_goes_on(ray_sess
     assert {trial.state for trial in trials} == {"running"}
     reached = [trial.epoch for trial in trials]
     with pytest.raises(Exception, match="--max-minutes"):
-        tune(tmp_path, options, max_minutes=0.1, **study)
+        tune(tmp_path, options, max_minutes=0.25, **study)
     for trial, before in zip(kept(tmp_path, "s").trials, reached, strict=True):
         assert trial.epoch > before

@@ -1,0 +1,24 @@
+"""A net that cannot bear a high rate: with large weights it is slow, and soon it fails."""
+
+import torch
+from torch import Tensor, nn
+
+from train.tasks import Task
+
+LARGE, PATIENCE = 5.0, 30
+
+
+class Fragile(nn.Module):
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, task.target.num_outputs)
+        self._calls = 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.training:
+            self._calls += 1
+            if self.head.weight.detach().abs().max() > LARGE:
+                torch.linalg.svdvals(torch.ones(300, 300))
+                if self._calls > PATIENCE:
+                    raise RuntimeError("weights are out of hand")
+        return self.head(images_BCHW.flatten(1).float() / 255)
