@@ -1,9 +1,9 @@
 """Searches next to one another, on the digits' shipped study: how soon each finds how good a net.
 
-python tests/bench/tune_peers.py [--seeds 3] [--num-trials 24]
+python tests/bench/tune_peers.py [--seeds 3] [--num-trials 24] [--arms halyard optuna …]
 
-Halyard as shipped (TPE, rungs of ASHA, first the config as it is), without that first trial, its
-random search, and plain Optuna in one process. Time counts from the start of the command, with
+Halyard as shipped (Gaussian process, ASHA, first the config as it is), without that first trial,
+its random search, and plain Optuna in one process. Time counts from the start of the command, with
 Python's imports and Ray's start. Prints a table and one JSON object.
 """
 
@@ -32,18 +32,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-trials", type=int, default=24)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    arms = {name: ARMS[name] for name in ARMS if name in (*options.arms, "random")}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in range(options.seeds):
         # In turns, so that drift of the machine hits all alike.
-        for name, arguments in ARMS.items():
+        for name, arguments in arms.items():
             with tempfile.TemporaryDirectory(prefix="tune-") as root:
                 run = optuna if arguments is None else halyard
                 found[name].append(run(root, seed, options.num_trials, arguments or ()))
             print(seed, name, shown(found[name][-1]), file=sys.stderr, flush=True)
     for seed in range(options.seeds):
         wanted = found["random"][seed]
-        for name in ARMS:
+        for name in arms:
             mine = found[name][seed]
             mine["reached_s"] = reached(mine["values"], wanted["best"])
             mine["ratio"] = mine["reached_s"] / reached(wanted["values"], wanted["best"])
@@ -57,7 +59,7 @@ def main() -> None:
             f"  {' '.join(format(run['ratio'], '5.2f') for run in runs):>17}"
             f"  {' '.join(format(run['of_all'], '5.2f') for run in runs):>15}"
         )
-    overheads = [run["overhead_s"] for name in ARMS for run in found[name] if "overhead_s" in run]
+    overheads = [run["overhead_s"] for name in arms for run in found[name] if "overhead_s" in run]
     print(f"overhead of a trial: {np.mean(overheads):.2f} s, at most {max(overheads):.2f} s")
     rows = {
         name: [{key: value for key, value in run.items() if key != "values"} for run in runs]
