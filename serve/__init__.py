@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from serve.ingress import prepare_environment
+from cluster.ingress import prepare_environment
 
 # Before Ray Serve starts: the processes of a cluster that it starts inherit the environment.
 prepare_environment()

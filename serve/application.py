@@ -18,9 +18,9 @@ from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.handle import DeploymentHandle
 
-from cluster import connect
+from cluster import connect, ingress
 from cluster.errors import EXIT_USER_ERROR, UserError
-from serve import autoscale, front, gateway, ingress, repository, tracing
+from serve import autoscale, front, gateway, repository, tracing
 from serve import config as configs
 from serve.accesslog import AccessLog
 from serve.config import FrontConfig, ServeConfig

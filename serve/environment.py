@@ -6,8 +6,7 @@ source <(python -m serve.environment)
 import os
 import shlex
 
-from cluster import connect
-from serve import ingress
+from cluster import connect, ingress
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The gateway: where a request enters a replica, or Ray's own proxy.
 
-Ray Serve asks for middlewares by an import path (see `serve.ingress`). Behind HAProxy a replica
+Ray Serve asks for middlewares by an import path (see `cluster.ingress`). Behind HAProxy a replica
 listens itself, and its requests are answered here, by the application that it registered: Serve's
 own way from there to the same application costs several times what the application does. Serve
 still starts, watches, drains and stops the replica, and scales by the rows it reports.

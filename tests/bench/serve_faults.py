@@ -37,6 +37,7 @@ from cluster import connect
 from serve import application
 from serve.loadtest import Closed, Poisson, Report, Target, run
 from serve.loadtest.target import infer_requests
+from tests.load import brief, failures, meanwhile, wait_for
 from train.bundle import registry
 
 URL = "http://127.0.0.1:8000"
@@ -103,42 +104,6 @@ class Bench:
         words = f"ray::ServeReplica:default:{self.name}"
         found = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True, check=False)
         return [int(pid) for pid in found.stdout.split()]
-
-
-def failures(report: Report) -> int:
-    return (
-        report.client_errors
-        + report.server_errors
-        + report.timeouts
-        + report.connection_errors
-        + report.shed
-    )
-
-
-def brief(report: Report) -> dict[str, Any]:
-    latency = report.latency_ms or {}
-    return {
-        "requests": report.requests,
-        "ok_per_s": report.ok_per_s,
-        "failed": failures(report),
-        "shed": report.shed,
-        "timeouts": report.timeouts,
-        "server_errors": report.server_errors,
-        "connection_errors": report.connection_errors,
-        "retried": report.retried,
-        "p50_ms": latency.get("p50"),
-        "p99_ms": latency.get("p99"),
-    }
-
-
-@contextmanager
-def meanwhile(target: Target, load: Closed | Poisson, **options: Any) -> Iterator[list[Report]]:
-    """Load the server while the block runs; the report is there once it has ended."""
-    reports: list[Report] = []
-    thread = threading.Thread(target=lambda: reports.append(run(target, load, **options)))
-    thread.start()
-    yield reports
-    thread.join()
 
 
 @contextmanager
@@ -304,14 +269,6 @@ def slow(bench: Bench) -> dict[str, Any]:
         name: brief(report)
         for name, report in (("before", before), ("during", during), ("after", after))
     }
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = READY_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the server did not come to the state that was waited for")
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

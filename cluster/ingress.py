@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # A replica that is gone is noticed within a second.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
+    # So is an HAProxy; three checks must fail, and Ray has 10 s between them.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Of a client that neither sends nor takes; Ray has an hour.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
 }

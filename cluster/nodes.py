@@ -1,0 +1,337 @@
+"""A Ray cluster of several nodes on this machine, for tests and trials.
+
+Real raylets, each with its own agents, object store and, where that is permitted, its own network
+and temporary files, as if on machines of their own. The head is on this machine's network, so that
+commands here join it as they would join any cluster. What is up is kept in a file, so that one
+command starts it and another stops it.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import connect, ingress, network
+from cluster.errors import Failed, UserError
+
+HEAD = "head"
+LOOPBACK = "127.0.0.1"
+# In the environment of every process of a node.
+MARK = "HALYARD_NODE"
+OBJECT_STORE_BYTES = 256 * 2**20
+START_S = 60
+STOP_S = 15
+
+
+@dataclass
+class Cluster:
+    """What is up. Written down after each change."""
+
+    id: str
+    cpus: int
+    port: int
+    dashboard_port: int
+    isolated: bool
+    names: list[str]
+    token: bool
+    # What a node is started with besides this process's environment.
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def head_address(self) -> str:
+        return network.address(0) if self.isolated else LOOPBACK
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS is set to."""
+        return f"{self.head_address}:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Where `ray job submit --address` goes."""
+        return f"http://{LOOPBACK}:{self.dashboard_port}"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What a command needs to use this cluster."""
+        token = {"RAY_AUTH_TOKEN_PATH": str(home() / "token")} if self.token else {}
+        mode = "token" if self.token else "disabled"
+        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": mode, **token}
+
+    def node_address(self, name: str) -> str:
+        return network.address(self.names.index(name)) if self.isolated else LOOPBACK
+
+    def start(self, name: str) -> None:
+        """Start a node that is not up."""
+        if self.processes(name):
+            raise UserError(f"node '{name}' is up.")
+        folder = home() / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+        command += ["--disable-usage-stats", f"--node-ip-address={self.node_address(name)}"]
+        command += [f"--num-cpus={self.cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        if name == HEAD:
+            command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
+            command += [f"--dashboard-port={self.dashboard_port}"]
+            command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
+        else:
+            command += [f"--address={self.address}"]
+        if self.isolated and name != HEAD:
+            network.leave(name)
+            network.join(name, self.node_address(name))
+            command = network.enter(name, _own_files(folder, command))
+        with (folder / "log").open("wb") as log:
+            subprocess.Popen(
+                command,
+                env={**os.environ, **self._node_environment(name, folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self, name: str) -> None:
+        """End a node as a power cut would."""
+        deadline = time.monotonic() + STOP_S
+        while pids := self.processes(name):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise Failed(f"processes {pids} of node '{name}' do not end.")
+            time.sleep(0.05)
+
+    def cut(self, name: str) -> None:
+        """Unplug a node's network."""
+        self._pluggable(name)
+        network.cut(name)
+
+    def heal(self, name: str) -> None:
+        """Plug a node's network in again."""
+        self._pluggable(name)
+        network.heal(name)
+
+    def processes(self, name: str | None = None) -> list[int]:
+        """Ids of a node's processes, or of all."""
+        mark = f"{MARK}={self.id}/{name or ''}"
+        return [
+            pid
+            for pid, environ in _environments()
+            if any(word == mark or (name is None and word.startswith(mark)) for word in environ)
+        ]
+
+    def alive(self) -> list[str]:
+        """Names of the nodes that Ray takes for alive; none where the head does not answer."""
+        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
+        if self.token:
+            request.add_header("Authorization", f"Bearer {(home() / 'token').read_text()}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                nodes = json.load(answer)["data"]["result"]["result"]
+        except (OSError, ValueError):
+            return []
+        alive = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+        return [name for name in self.names if any(name in resources for resources in alive)]
+
+    def _pluggable(self, name: str) -> None:
+        if not self.isolated:
+            raise UserError("the nodes share this machine's network; there is nothing to cut.")
+        if name == HEAD:
+            raise UserError("the head is on this machine's own network; cut another node.")
+
+    def _node_environment(self, name: str, folder: Path) -> dict[str, str]:
+        shared = {
+            **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
+            **{key: value for key, value in self.client_environment.items() if "AUTH" in key},
+            # So that a node is known by the name that it has here.
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self.cpus, name: 1}),
+            MARK: f"{self.id}/{name}",
+        }
+        return {**shared, **({} if self.isolated else _own_haproxy(folder)), **self.environment}
+
+
+def home() -> Path:
+    """Where the nodes' logs and the file of what is up are."""
+    return Path(tempfile.gettempdir()) / f"halyard-cluster-{os.getuid()}"
+
+
+def up(
+    num: int,
+    cpus: int,
+    *,
+    port: int = 6379,
+    dashboard_port: int = 8265,
+    token: bool = False,
+    isolate: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Cluster:
+    """Start `num` nodes, each of `cpus` cores, and return when Ray knows all of them.
+
+    Raises UserError where a cluster is up or a port is taken, Failed where a node does not start.
+    """
+    if not Path("/proc/self/environ").exists():
+        raise UserError(
+            "several nodes on one machine need Linux; here, commands start a local Ray."
+        )
+    if (running := current()) is not None:
+        raise UserError(
+            f"a cluster of {len(running.names)} nodes is up at {running.address}; "
+            "python -m cluster down stops it."
+        )
+    ingress.prepare_environment()
+    problem = network.problem() if isolate else "not asked for"
+    names = [HEAD, *(f"node{index}" for index in range(1, num))]
+    cluster = Cluster(
+        secrets.token_hex(4),
+        cpus,
+        port,
+        dashboard_port,
+        problem is None,
+        names,
+        token,
+        dict(environment or {}),
+    )
+    for each in (port, dashboard_port):
+        _check_port(each)
+    if problem and isolate:
+        print(
+            f"no networks of their own for the nodes ({problem}); they share this machine's.",
+            file=sys.stderr,
+        )
+    shutil.rmtree(home(), ignore_errors=True)
+    home().mkdir(mode=0o700)
+    if token:
+        _write_token(home() / "token")
+    if cluster.isolated:
+        network.create()
+    _keep(cluster)
+    try:
+        for together in ([HEAD], names[1:]):
+            for name in together:
+                cluster.start(name)
+            _wait_for(together, cluster)
+    except BaseException:
+        down()
+        raise
+    return cluster
+
+
+def down() -> int:
+    """Stop what is up; return how many nodes that were."""
+    cluster = current()
+    if cluster is None:
+        return 0
+    for name in reversed(cluster.names):
+        cluster.kill(name)
+        if cluster.isolated:
+            network.leave(name)
+    if cluster.isolated:
+        network.remove()
+    shutil.rmtree(home(), ignore_errors=True)
+    return len(cluster.names)
+
+
+def current() -> Cluster | None:
+    """What is up, or None. What is left of one whose processes have ended is not."""
+    try:
+        cluster = Cluster(**json.loads((home() / "cluster.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return cluster if cluster.processes() else None
+
+
+@contextmanager
+def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
+    """Yield a cluster that stops when the block ends. For the options see `up`."""
+    cluster = up(num, cpus, **options)
+    try:
+        yield cluster
+    finally:
+        down()
+
+
+def _wait_for(names: Sequence[str], cluster: Cluster) -> None:
+    """Wait until Ray knows the nodes. Raises Failed, with the end of a node's log."""
+    deadline = time.monotonic() + START_S
+    while missing := [name for name in names if name not in cluster.alive()]:
+        ended = [name for name in missing if not cluster.processes(name)]
+        if ended or time.monotonic() > deadline:
+            name = (ended or missing)[0]
+            log = (home() / name / "log").read_text(errors="replace").strip().splitlines()
+            raise Failed(f"node '{name}' does not start: {' '.join(log[-3:])[-400:]}")
+        time.sleep(0.1)
+
+
+def _own_files(folder: Path, command: list[str]) -> str:
+    """The shell command that runs another where what machines have each for itself is its own."""
+    lines = []
+    for shared in ("ray", "haproxy-serve"):
+        place, own = Path("/tmp", shared), folder / shared
+        place.mkdir(exist_ok=True)
+        own.mkdir()
+        lines.append(f"mount --bind '{own}' '{place}'")
+    words = " ".join(f"'{word}'" for word in command)
+    return " && ".join([*lines, f"exec {words}"])
+
+
+def _own_haproxy(folder: Path) -> dict[str, str]:
+    """Several HAProxies on one network share its port, but not their files."""
+    prefix = "RAY_SERVE_HAPROXY_"
+    with socket.socket() as one, socket.socket() as two:
+        one.bind((LOOPBACK, 0))
+        two.bind((LOOPBACK, 0))
+        ports = one.getsockname()[1], two.getsockname()[1]
+    return {
+        f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
+        f"{prefix}SERVER_STATE_BASE": str(folder),
+        f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
+        f"{prefix}METRICS_PORT": str(ports[0]),
+        f"{prefix}STATS_PORT": str(ports[1]),
+    }
+
+
+def _environments() -> Iterator[tuple[int, list[str]]]:
+    """Every process of ours that can be looked at, and its environment."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                if words != [""]:
+                    yield int(folder.name), words
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            raise UserError(
+                f"port {port} is taken by another program; stop that one first "
+                f"(ss -ltnp 'sport = :{port}' names it), or give another port."
+            ) from None
+
+
+def _write_token(path: Path) -> None:
+    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+
+
+def _keep(cluster: Cluster) -> None:
+    part = home() / "cluster.json.part"
+    part.write_text(json.dumps(asdict(cluster)))
+    part.replace(home() / "cluster.json")

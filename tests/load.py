@@ -1,0 +1,60 @@
+"""Load on a server while something happens to it, and what became of the requests."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from serve.loadtest import Closed, Poisson, Report, Target, run
+
+READY_S = 120
+
+
+@contextmanager
+def meanwhile(target: Target, load: Closed | Poisson, **options: Any) -> Iterator[list[Report]]:
+    """Load the server while the block runs; the report is there once it has ended."""
+    reports: list[Report] = []
+    thread = threading.Thread(target=lambda: reports.append(run(target, load, **options)))
+    thread.start()
+    try:
+        yield reports
+    finally:
+        thread.join()
+
+
+def failures(report: Report) -> int:
+    return (
+        report.client_errors
+        + report.server_errors
+        + report.timeouts
+        + report.connection_errors
+        + report.shed
+    )
+
+
+def brief(report: Report) -> dict[str, Any]:
+    latency = report.latency_ms or {}
+    return {
+        "requests": report.requests,
+        "ok_per_s": report.ok_per_s,
+        "failed": failures(report),
+        "shed": report.shed,
+        "timeouts": report.timeouts,
+        "server_errors": report.server_errors,
+        "connection_errors": report.connection_errors,
+        "retried": report.retried,
+        "p50_ms": latency.get("p50"),
+        "p99_ms": latency.get("p99"),
+        "max_ms": latency.get("max"),
+    }
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = READY_S) -> float:
+    """Return after how many seconds the condition held. Raises TimeoutError."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() > began + seconds:
+            raise TimeoutError("the server did not come to the state that was waited for")
+        time.sleep(0.05)
+    return time.monotonic() - began
