@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cluster.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Read by Ray when it is imported or started, so set before either. Each may be overridden from
@@ -44,6 +46,8 @@ def connect(
 ) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
+    Raises UserError where that cluster has another Ray or Python.
+
     Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
     From the main thread: the processes that a local Ray starts end with the thread.
     num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
@@ -57,7 +61,7 @@ def connect(
         return
     options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **options)
+        _join(address, **options)
         return
     from ray._private import ray_constants
 
@@ -98,17 +102,29 @@ def join_running() -> bool:
     A Ray on loopback belongs to the command that started it and is left alone.
     """
     prepare_environment()
-    import ray
     from ray._private.utils import read_ray_address
 
     address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    if not address or address.split(":")[0] in LOOPBACK:
+    if not address or ("RAY_ADDRESS" not in os.environ and address.split(":")[0] in LOOPBACK):
         return False
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _join(address, logging_level=logging.WARNING)
     except ConnectionError:
         return False
     return True
+
+
+def _join(address: str, **options: Any) -> None:
+    """Raises UserError where the cluster has another Ray or Python, or wants a token."""
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        if "Version mismatch" in words:
+            raise UserError(f"{words} Use the same versions here as on the cluster.") from error
+        raise
 
 
 def disconnect() -> None:

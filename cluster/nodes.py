@@ -48,6 +48,8 @@ class Cluster:
     token: bool
     # What a node is started with besides this process's environment.
     environment: dict[str, str] = field(default_factory=dict)
+    # Ray's ids of nodes that were killed: it takes them for alive for some seconds more.
+    killed: list[str] = field(default_factory=list)
 
     @property
     def head_address(self) -> str:
@@ -76,7 +78,7 @@ class Cluster:
     def start(self, name: str) -> None:
         """Start a node that is not up."""
         if self.processes(name):
-            raise UserError(f"node '{name}' is up.")
+            raise UserError(f"node '{name}' is up already.")
         folder = home() / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -105,6 +107,8 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """End a node as a power cut would."""
+        self.killed += [node["node_id"] for node in self._listed() if name in _resources(node)]
+        _keep(self)
         deadline = time.monotonic() + STOP_S
         while pids := self.processes(name):
             for pid in pids:
@@ -135,6 +139,11 @@ class Cluster:
 
     def alive(self) -> list[str]:
         """Names of the nodes that Ray takes for alive; none where the head does not answer."""
+        alive = [node for node in self._listed() if node["node_id"] not in self.killed]
+        return [name for name in self.names if any(name in _resources(node) for node in alive)]
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """Nodes that Ray takes for alive, in its own words."""
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
         if self.token:
             request.add_header("Authorization", f"Bearer {(home() / 'token').read_text()}")
@@ -143,8 +152,7 @@ class Cluster:
                 nodes = json.load(answer)["data"]["result"]["result"]
         except (OSError, ValueError):
             return []
-        alive = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
-        return [name for name in self.names if any(name in resources for resources in alive)]
+        return [node for node in nodes if node["state"] == "ALIVE"]
 
     def _pluggable(self, name: str) -> None:
         if not self.isolated:
@@ -153,6 +161,7 @@ class Cluster:
             raise UserError("the head is on this machine's own network; cut another node.")
 
     def _node_environment(self, name: str, folder: Path) -> dict[str, str]:
+        ingress.prepare_environment()
         shared = {
             **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
             **{key: value for key, value in self.client_environment.items() if "AUTH" in key},
@@ -161,6 +170,11 @@ class Cluster:
             MARK: f"{self.id}/{name}",
         }
         return {**shared, **({} if self.isolated else _own_haproxy(folder)), **self.environment}
+
+
+def _resources(node: Mapping[str, Any]) -> dict[str, float]:
+    resources: dict[str, float] = node["resources_total"]
+    return resources
 
 
 def home() -> Path:
@@ -191,7 +205,6 @@ def up(
             f"a cluster of {len(running.names)} nodes is up at {running.address}; "
             "python -m cluster down stops it."
         )
-    ingress.prepare_environment()
     problem = network.problem() if isolate else "not asked for"
     names = [HEAD, *(f"node{index}" for index in range(1, num))]
     cluster = Cluster(

@@ -95,6 +95,15 @@ def written_whole(target: str, last: str) -> Iterator[Path]:
                     raise
 
 
+def write_file(url: str, content: bytes) -> None:
+    """Write a small file, whole or not at all; several may write it at once."""
+    fs, path = filesystem(url)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    part = f"{path}.part-{secrets.token_hex(4)}"
+    fs.pipe_file(part, content)
+    fs.mv(part, path)
+
+
 @contextmanager
 def scratch(parent: str) -> Iterator[str]:
     """Yield a folder's path or URL below `parent`, for files that go when the block ends."""

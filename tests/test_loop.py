@@ -11,7 +11,7 @@ from tests.conftest import make_config
 from train.config import Optim
 from train.loop import evaluate, optimizers, schedule
 from train.loop.building import build_net
-from train.loop.checkpoint import State, Store, trained
+from train.loop.checkpoint import State, Store, Superseded, trained
 from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
 from train.loop.state import Average
@@ -275,6 +275,24 @@ def test_the_latest_checkpoints_and_the_best_are_kept(state, tmp_path):
         store.save(at(state, step), best_step=2)
     store.finish()
     assert store.steps() == [2, 4, 5]
+
+
+def test_a_worker_that_others_were_started_for_no_longer_writes(state, tmp_path):
+    cut_off, later = (Store(str(tmp_path), keep=2) for _ in range(2))
+    owner = cut_off.hand_over()
+    cut_off.claim(owner)
+    cut_off.save(at(state, 1), None)
+    assert cut_off.settle() is None
+    later.claim(owner)
+    cut_off.save(at(state, 2), None)
+    with pytest.raises(Superseded, match="continued by others"):
+        cut_off.settle()
+    later.save(at(state, 3), None)
+    later.finish()
+    assert later.steps() == [1, 3]
+    Store(str(tmp_path), keep=2).hand_over()
+    with pytest.raises(Superseded, match="another command"):
+        later.claim(owner)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "digests.json"])

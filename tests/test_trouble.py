@@ -95,7 +95,8 @@ class Hungry(Plain):
 def job_of(config: object, digits: Shards, folder: object) -> tuple[Job, Told]:
     told = Told()
     run = Run.start(str(folder), config)
-    return Job(run.config, run.url, digits.url, digits.summary, told), told
+    owner = run.store(config.checkpoint.keep).hand_over()
+    return Job(run.config, run.url, digits.url, digits.summary, told, owner), told
 
 
 def test_out_of_memory_halves_what_is_computed_at_once_and_keeps_the_batch(

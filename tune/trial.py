@@ -142,13 +142,9 @@ def _here(config: Config, data: Shards, run: Run) -> Iterator[Event]:
     device = torch.device("cuda" if config.workers.gpu else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.workers.cpus)))
-    loop = Loop(
-        config,
-        data,
-        Worker(0, 1, device),
-        run.store(config.checkpoint.keep),
-        num_lanes=run.num_lanes,
-    )
+    store = run.store(config.checkpoint.keep)
+    store.claim(store.hand_over())
+    loop = Loop(config, data, Worker(0, 1, device), store, num_lanes=run.num_lanes)
     yield from loop.progress.history
     for _ in loop.epochs():
         yield loop.progress.history[-1]

@@ -6,9 +6,10 @@ A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.j
 
 import hashlib
 import json
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.loop import state as states
 TENSORS = "state.safetensors"
 VALUES = "state.json"
 DIGESTS = "digests.json"
+WRITER = "writer.json"
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,41 @@ class DamagedCheckpoint(Exception):
     """A checkpoint that differs from its digests. The message names the file."""
 
 
-class Store:
-    """The checkpoints of one run, in a directory or at a URL. Only rank 0 writes."""
+class Superseded(Exception):
+    """Others continue the run. What this process would write is theirs to write."""
 
-    def __init__(self, url: str, keep: int) -> None:
+
+class Store:
+    """The checkpoints of one run, in a directory or at a URL. Only rank 0 writes.
+
+    A worker that the network is cut off from, and that others have been started for, may still be
+    at work and reach the files. So the one that writes has claimed to, and stops when another has.
+
+    written: told the step of each checkpoint that is whole, in the thread that wrote it.
+    """
+
+    def __init__(
+        self, url: str, keep: int, written: Callable[[int], None] = lambda step: None
+    ) -> None:
         self._url = url
         self._keep = keep
+        self._written = written
+        self._claimed: list[str] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[State, int | None, Future[None]] | None = None
+
+    def hand_over(self) -> str:
+        """Begin or continue the run; return the name under which its workers may claim it."""
+        owner = secrets.token_hex(8)
+        self._put_writer([owner, ""])
+        return owner
+
+    def claim(self, owner: str) -> None:
+        """Be the one that writes. Raises Superseded if the run was handed over to another."""
+        if self._writer()[0] != owner:
+            raise Superseded("another command has taken over the run")
+        self._claimed = [owner, secrets.token_hex(8)]
+        self._put_writer(self._claimed)
 
     def save(self, state: State, best_step: int | None) -> None:
         """Write a state in the background; the caller must not change its tensors afterwards.
@@ -53,7 +82,12 @@ class Store:
         Only after `settle`, which tells what became of the one before.
         """
         assert self._pending is None
-        self._pending = state, best_step, self._thread.submit(self._write, state, best_step)
+        writing = self._thread.submit(self._write, state, best_step)
+        self._pending = state, best_step, writing
+        # Not in _write: who is told may fail, and the checkpoint is there all the same.
+        writing.add_done_callback(
+            lambda done: None if done.exception() else self._written(state.values["step"])
+        )
 
     def settle(self) -> OSError | None:
         """Wait until what was saved is on disk; return why it is not. What was there stays."""
@@ -128,9 +162,22 @@ class Store:
             (folder / VALUES).write_text(json.dumps(state.values))
             digests = {name: _digest(folder / name) for name in (TENSORS, VALUES)}
             (folder / DIGESTS).write_text(json.dumps(digests))
+            self._check_claim()
         for old in self._superfluous(best_step):
             fs, path = storage.filesystem(self._at(old))
             fs.rm(path, recursive=True)
+
+    def _check_claim(self) -> None:
+        if self._claimed is not None and self._writer() != self._claimed:
+            raise Superseded("the run is continued by others; this worker stops")
+
+    def _writer(self) -> list[str]:
+        fs, path = storage.filesystem(storage.join(self._url, WRITER))
+        writer: list[str] = json.loads(fs.cat_file(path))
+        return writer
+
+    def _put_writer(self, writer: list[str]) -> None:
+        storage.write_file(storage.join(self._url, WRITER), json.dumps(writer).encode())
 
     def _superfluous(self, best_step: int | None) -> Iterator[int]:
         return (step for step in self.steps()[: -self._keep] if step != best_step)

@@ -5,8 +5,7 @@ checkpoint, `checkpoint-wanted`.
 """
 
 import json
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +103,10 @@ class Run:
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
 
-    def store(self, keep: int) -> "Store":
+    def store(self, keep: int, written: Callable[[int], None] = lambda step: None) -> "Store":
         from train.loop.checkpoint import Store
 
-        return Store(storage.join(self.url, "checkpoints"), keep)
+        return Store(storage.join(self.url, "checkpoints"), keep, written)
 
     def halve_lanes(self) -> "Run":
         """Have twice as many lanes, each of half the samples, when the workers start again.
@@ -147,13 +146,7 @@ class Run:
         return wanted
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
-        fs, path = storage.filesystem(storage.join(self.url, name))
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        # Several workers may write at once.
-        part = f"{path}.part-{secrets.token_hex(4)}"
-        with fs.open(part, "w") as file:
-            json.dump(value, file)
-        fs.mv(part, path)
+        storage.write_file(storage.join(self.url, name), json.dumps(value).encode())
 
     def _keep(self) -> None:
         self._write("run.json", asdict(self))
@@ -184,6 +177,8 @@ NO_LESSON = Lesson()
 class Job:
     """What the workers are sent: plain values, and where to send events.
 
+    owner: of the run's checkpoints, which a later command may take over.
+
     Ray Train's controller reads it too, so its module imports no torch.
     """
 
@@ -192,6 +187,7 @@ class Job:
     shards_url: str
     shards_summary: dict[str, Any]
     events: Events
+    owner: str
     lesson: Lesson = NO_LESSON
 
 

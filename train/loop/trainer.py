@@ -11,11 +11,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import connect
+from cluster.ask import unreachable
 from cluster.errors import Failed, UserError
 from train.config import Config, Workers
 from train.data.shards import Shards
 from train.loop.events import Follower, until_it_fails
 from train.loop.figures import Event
+from train.loop.gauges import Gauges
+from train.loop.interface import OverRaysNetwork
 from train.loop.local import LocalTorchTrainer
 from train.loop.progress import ProgressDisplay
 from train.loop.resize import CheckpointBeforeResize
@@ -34,19 +37,21 @@ def train(
     observe: Callable[[Event], None] = lambda event: None,
     lesson: Lesson = NO_LESSON,
 ) -> None:
-    """Run the loop on Ray Train, shown on the terminal.
+    """Run the loop on Ray Train, shown on the terminal and to Prometheus.
 
     observe: told of every event of training besides the terminal, from another thread.
     Raises Failed with the reason, UserError if nothing fits.
     """
     display = ProgressDisplay(config.optim.epochs)
+    gauges = Gauges(run.name, config.checkpoint.every_minutes * 60)
     record = until_it_fails(observe)
 
     def show(event: Event) -> None:
         display.show(event)
+        gauges.show(event)
         record(event)
 
-    with display, Follower(show) as follower:
+    with display, gauges, Follower(show) as follower:
         job = _job(config, run, shards, follower, lesson)
         _run(config, run, job, own=connect.is_local())
 
@@ -64,11 +69,14 @@ def _job(
     config: Config, run: Run, shards: Shards, follower: Follower, lesson: Lesson = NO_LESSON
 ) -> Job:
     values = config.model_dump(mode="json")
-    return Job(values, run.url, shards.url, shards.summary, follower.events, lesson)
+    owner = run.store(config.checkpoint.keep).hand_over()
+    return Job(values, run.url, shards.url, shards.summary, follower.events, owner, lesson)
 
 
 def _run(config: Config, run: Run, job: Job, *, own: bool) -> None:
     fit = check_resources(config.workers)
+    if not own:
+        check_storage(run)
     least, most = config.workers.num
     if own:  # which neither grow nor shrink
         least = most = min(most, fit)
@@ -76,6 +84,7 @@ def _run(config: Config, run: Run, job: Job, *, own: bool) -> None:
     trainer = kind(
         work,
         train_loop_config={"job": job},
+        torch_config=OverRaysNetwork(),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
             use_gpu=config.workers.gpu,
@@ -123,6 +132,16 @@ def check_resources(workers: Workers) -> int:
         shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in per_worker)
         print(f"waiting for {least} workers, each with {words}; free now: {shown}", file=sys.stderr)
     return fit
+
+
+def check_storage(run: Run) -> None:
+    """Raises UserError, naming the nodes, where some do not reach the run's directory."""
+    if problems := unreachable(run.url, "run.json"):
+        shown = "; ".join(f"node {address}: {problem}" for address, problem in problems.items())
+        raise UserError(
+            f"'{run.url}' must be reached by every node, and is not ({shown}). "
+            "Give a --storage.path that is: a shared file system, or a URL such as s3://…"
+        )
 
 
 def _reason(error: TrainingFailedError, run: Run) -> str:

@@ -43,7 +43,7 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
     """Run the loop. A failure that another try would only repeat is left as a note.
 
     options: for the loop. Raises torch.OutOfMemoryError where another try will be with half the
-    samples at once.
+    samples at once, Superseded where others continue the run.
     """
     config = Config.model_validate(job.config)
     shards = Shards(job.shards_url, job.shards_summary)
@@ -55,13 +55,20 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
         url = storage.join(run.url, "trace")
         job.events.send({"event": "tracing", "url": url})
         tracing = trace.recorded(url, worker.device)
+
+    def written(step: int) -> None:
+        job.events.send({"event": "checkpoint", "step": step})
+
+    store = run.store(config.checkpoint.keep, written)
+    if worker.rank == 0:
+        store.claim(job.owner)
     try:
         with tracing as after_step:
             Loop(
                 config,
                 shards,
                 worker,
-                run.store(config.checkpoint.keep),
+                store,
                 num_lanes=run.num_lanes,
                 observe=job.events.send,
                 after_step=after_step,

@@ -1,0 +1,55 @@
+"""Ask every node of the cluster the same question."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster import probe
+
+NO_ANSWER = "does not answer"
+
+
+def each_node(
+    question: Callable[..., Any], *arguments: Any, timeout_s: float
+) -> dict[str, tuple[Any, str]]:
+    """Call a function of `probe` on every node: by address, (its answer, "") or (None, why not)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    # By value, as a node may not have this project.
+    ray.cloudpickle.register_pickle_by_value(probe)
+    try:
+        asked = {
+            node["NodeManagerAddress"]: ray.remote(question)
+            .options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            )
+            .remote(*arguments)
+            for node in nodes
+        }
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(probe)
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+    answers: dict[str, tuple[Any, str]] = {}
+    for address, reference in asked.items():
+        if reference not in done:
+            ray.cancel(reference, force=True)
+            answers[address] = None, f"{NO_ANSWER} within {timeout_s:g} s"
+            continue
+        try:
+            answers[address] = ray.get(reference), ""
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            answers[address] = None, lines[-1]
+    return answers
+
+
+def unreachable(folder: str, file: str, *, timeout_s: float = 30) -> dict[str, str]:
+    """Say which nodes cannot read a file that was written here, or write beside it, and why.
+
+    folder: a path or URL. A node that does not answer is left out.
+    """
+    answers = each_node(probe.storage_problem, folder, file, timeout_s=timeout_s)
+    return {address: problem for address, (problem, _) in answers.items() if problem}
