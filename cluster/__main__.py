@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("up", help="start a cluster of several nodes on this machine")
     command.add_argument("--nodes", type=_at_least_one, default=3, help="with the head (3)")
     command.add_argument("--cpus", type=_at_least_one, default=2, help="that each offers (2)")
+    command.add_argument("--head-cpus", type=int, help="that the head offers; 0: no work there")
     command.add_argument("--port", type=int, default=6379, help="of the head (6379)")
     command.add_argument("--dashboard-port", type=int, default=8265, help="for jobs (8265)")
     command.add_argument("--token", action="store_true", help="ask all who connect for a token")
@@ -71,6 +72,7 @@ def _up(arguments: argparse.Namespace) -> dict[str, Any]:
         port=arguments.port,
         dashboard_port=arguments.dashboard_port,
         token=arguments.token,
+        head_cpus=arguments.head_cpus,
         isolate=not arguments.shared_network,
     )
     print("To use it, in this shell:", file=sys.stderr)

@@ -46,8 +46,10 @@ class Cluster:
     isolated: bool
     names: list[str]
     token: bool
-    # What a node is started with besides this process's environment.
+    head_cpus: int
+    # What nodes are started with besides this process's environment, and the head alone.
     environment: dict[str, str] = field(default_factory=dict)
+    head_environment: dict[str, str] = field(default_factory=dict)
     # Ray's ids of nodes that were killed: it takes them for alive for some seconds more.
     killed: list[str] = field(default_factory=list)
 
@@ -84,7 +86,10 @@ class Cluster:
         folder.mkdir(parents=True)
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
         command += ["--disable-usage-stats", f"--node-ip-address={self.node_address(name)}"]
-        command += [f"--num-cpus={self.cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        command += [
+            f"--num-cpus={self._cpus_of(name)}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+        ]
         if name == HEAD:
             command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
             command += [f"--dashboard-port={self.dashboard_port}"]
@@ -166,10 +171,15 @@ class Cluster:
             **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
             **{key: value for key, value in self.client_environment.items() if "AUTH" in key},
             # So that a node is known by the name that it has here.
-            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self.cpus, name: 1}),
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",
         }
-        return {**shared, **({} if self.isolated else _own_haproxy(folder)), **self.environment}
+        haproxy = {} if self.isolated else _own_haproxy(folder)
+        of_head = self.head_environment if name == HEAD else {}
+        return {**shared, **haproxy, **self.environment, **of_head}
+
+    def _cpus_of(self, name: str) -> int:
+        return self.head_cpus if name == HEAD else self.cpus
 
 
 def _resources(node: Mapping[str, Any]) -> dict[str, float]:
@@ -190,10 +200,14 @@ def up(
     dashboard_port: int = 8265,
     token: bool = False,
     isolate: bool = True,
+    head_cpus: int | None = None,
     environment: Mapping[str, str] | None = None,
+    head_environment: Mapping[str, str] | None = None,
 ) -> Cluster:
     """Start `num` nodes, each of `cpus` cores, and return when Ray knows all of them.
 
+    head_cpus: of the head, where it differs. environment: of all nodes besides this process's;
+    head_environment: of the head alone.
     Raises UserError where a cluster is up or a port is taken, Failed where a node does not start.
     """
     if not Path("/proc/self/environ").exists():
@@ -215,7 +229,9 @@ def up(
         problem is None,
         names,
         token,
+        cpus if head_cpus is None else head_cpus,
         dict(environment or {}),
+        dict(head_environment or {}),
     )
     for each in (port, dashboard_port):
         _check_port(each)

@@ -271,6 +271,6 @@ def test_the_doctor_warns_of_a_cluster_that_anyone_may_use(address, mode, mark):
 
 
 def test_only_nodes_beside_the_head_have_a_cable():
-    alone = nodes.Cluster("id", 1, 6379, 8265, True, ["head"], False)
+    alone = nodes.Cluster("id", 1, 6379, 8265, True, ["head"], False, 1)
     with pytest.raises(UserError, match="cut another node"):
         alone.cut("head")

@@ -32,10 +32,10 @@ OPTIONS = [
 DEADLINE_S = 120
 
 
-def start(root, *options, address=None, **environment):
+def start(root, *options, address=None, log=None, **environment):
     """Start the training command in the background; its output goes to a file."""
     environment = {**os.environ, **environment, **({"RAY_ADDRESS": address} if address else {})}
-    log = (Path(root) / "log").open("w")
+    log = (log or Path(root) / "log").open("w")
     return subprocess.Popen(
         [sys.executable, "train/main.py", "--storage.path", str(root), *OPTIONS, *options],
         cwd=server.REPOSITORY,
