@@ -91,6 +91,7 @@ class Cluster:
             f"--object-store-memory={OBJECT_STORE_BYTES}",
         ]
         if name == HEAD:
+            self._forget_head()
             command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
             command += [f"--dashboard-port={self.dashboard_port}"]
             command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
@@ -158,6 +159,12 @@ class Cluster:
         except (OSError, ValueError):
             return []
         return [node for node in nodes if node["state"] == "ALIVE"]
+
+    def _forget_head(self) -> None:
+        """Ray takes a head for running that is in its notes while nodes of it run here."""
+        notes = Path("/tmp/ray/ray_current_cluster")
+        if notes.exists() and notes.read_text().strip() == self.address:
+            notes.unlink()
 
     def _pluggable(self, name: str) -> None:
         if not self.isolated:

@@ -65,12 +65,8 @@ def test_a_worker_that_is_cut_off_stops_writing_when_another_takes_over(undistur
         cut_at = mid_epoch(tmp_path, 0)
         log = tmp_path / "log"
         over_s = wait_for(lambda: log.read_text().count("training on 1 worker") == 2)
-        refused = nodes.home() / lost / "ray" / "session_latest" / "logs"
-
-        def gave_up():
-            return any("Superseded" in file.read_text() for file in refused.glob("worker-*.err"))
-
-        wait_for(gave_up)
+        # It cannot tell anyone of its steps, and waits; healed, it has others before it.
+        assert processes(cluster, WORKER, lost)
         cluster.heal(lost)
         wait_for(lambda: not processes(cluster, WORKER, lost))
         assert process.wait(3 * DEADLINE_S) == 0, log.read_text()

@@ -1,6 +1,7 @@
 """What every Ray Train worker runs: the loop, from the run's last checkpoint on."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from cluster import storage
 from train.config import Config
 from train.data import order
 from train.data.shards import Shards
+from train.loop.checkpoint import Superseded
 from train.loop.loop import Diverged, Loop
 from train.loop.parallel import Worker
 from train.loop.run import LEAST_SAMPLES, Job, Run
@@ -60,9 +62,9 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
         job.events.send({"event": "checkpoint", "step": step})
 
     store = run.store(config.checkpoint.keep, written)
-    if worker.rank == 0:
-        store.claim(job.owner)
     try:
+        if worker.rank == 0:
+            store.claim(job.owner)
         with tracing as after_step:
             Loop(
                 config,
@@ -75,6 +77,10 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
                 lesson=job.lesson,
                 **options,
             ).run()
+    except Superseded as error:
+        # Ray may no longer reach this process; its log stays on this machine.
+        print(f"{run.name}: {error}", file=sys.stderr, flush=True)
+        raise
     except Diverged as error:
         if worker.rank == 0:
             run.fail(str(error))
