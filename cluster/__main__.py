@@ -1,8 +1,9 @@
-"""python -m cluster doctor | up | down | status"""
+"""python -m cluster doctor | up | status | down | kill | start | cut | heal"""
 
 import argparse
+import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from cluster import connect, doctor, network, nodes, storage
@@ -27,9 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("up", help="start a cluster of several nodes on this machine")
     command.add_argument("--nodes", type=_at_least_one, default=3, help="with the head (3)")
     command.add_argument("--cpus", type=_at_least_one, default=2, help="that each offers (2)")
-    command.add_argument("--head-cpus", type=int, help="that the head offers; 0: no work there")
-    command.add_argument("--port", type=int, default=6379, help="of the head (6379)")
-    command.add_argument("--dashboard-port", type=int, default=8265, help="for jobs (8265)")
+    command.add_argument("--head-cpus", type=_count, help="that the head offers; 0: no work there")
+    command.add_argument("--port", type=_port, default=6379, help="of the head (6379)")
+    command.add_argument("--dashboard-port", type=_port, default=8265, help="for jobs (8265)")
     command.add_argument("--token", action="store_true", help="ask all who connect for a token")
     command.add_argument(
         "--shared-network", action="store_true", help="no networks of their own for the nodes"
@@ -53,10 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least_one(word: str) -> int:
-    if not word.isdecimal() or not 1 <= int(word) <= 100:
-        raise argparse.ArgumentTypeError(f"'{word}' is not a number from 1 to 100")
-    return int(word)
+def _bounded(least: int, most: int) -> Callable[[str], int]:
+    def parse(word: str) -> int:
+        if not word.isdecimal() or not least <= int(word) <= most:
+            raise argparse.ArgumentTypeError(f"'{word}' is not a number from {least} to {most}")
+        return int(word)
+
+    return parse
+
+
+_at_least_one, _count, _port = _bounded(1, 100), _bounded(0, 100), _bounded(1, 65535)
 
 
 def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +78,8 @@ def _up(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.cpus,
         port=arguments.port,
         dashboard_port=arguments.dashboard_port,
-        token=arguments.token,
+        # Who has asked for tokens by Ray's own variable means it.
+        token=arguments.token or os.environ["RAY_AUTH_MODE"] == "token",
         head_cpus=arguments.head_cpus,
         isolate=not arguments.shared_network,
     )
@@ -82,19 +90,25 @@ def _up(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.table import Table
+
     cluster = _current()
     alive = cluster.alive()
-    return {
-        **_described(cluster),
-        "nodes": {
-            name: {
-                "address": cluster.node_address(name),
-                "state": _state(cluster, name, alive),
-                "cut": cluster.isolated and name != nodes.HEAD and network.is_cut(name),
-            }
-            for name in cluster.names
-        },
+    states: dict[str, dict[str, Any]] = {
+        name: {
+            "address": cluster.node_address(name),
+            "state": _state(cluster, name, alive),
+            "cut": cluster.isolated and name != nodes.HEAD and network.is_cut(name),
+        }
+        for name in cluster.names
     }
+    table = Table("node", "address", "state", "network")
+    for name, state in states.items():
+        words = "cut" if state["cut"] else "its own" if cluster.isolated else "shared"
+        table.add_row(name, state["address"], state["state"], words)
+    Console(stderr=True).print(table)
+    return {**_described(cluster), "nodes": states}
 
 
 def _state(cluster: nodes.Cluster, name: str, alive: Container[str]) -> str:
@@ -117,6 +131,8 @@ def _change(arguments: argparse.Namespace) -> dict[str, Any]:
             f"there is no node '{arguments.node}'; there are {', '.join(cluster.names)}."
         )
     getattr(cluster, arguments.command)(arguments.node)
+    if arguments.command == "start":
+        nodes.wait_for([arguments.node], cluster)
     return {"node": arguments.node, "done": arguments.command}
 
 

@@ -11,7 +11,10 @@ NO_ANSWER = "does not answer"
 def each_node(
     question: Callable[..., Any], *arguments: Any, timeout_s: float
 ) -> dict[str, tuple[Any, str]]:
-    """Call a function of `probe` on every node: by address, (its answer, "") or (None, why not)."""
+    """Call a function of `probe` on every node: by address, (its answer, "") or (None, why not).
+
+    Nodes that share an address are told apart by the first digits of Ray's id.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -20,7 +23,7 @@ def each_node(
     ray.cloudpickle.register_pickle_by_value(probe)
     try:
         asked = {
-            node["NodeManagerAddress"]: ray.remote(question)
+            _name(node, nodes): ray.remote(question)
             .options(
                 num_cpus=0,
                 max_retries=0,
@@ -44,6 +47,12 @@ def each_node(
             lines = str(error).strip().splitlines() or [type(error).__name__]
             answers[address] = None, lines[-1]
     return answers
+
+
+def _name(node: dict[str, Any], nodes: list[dict[str, Any]]) -> str:
+    address: str = node["NodeManagerAddress"]
+    shared = sum(each["NodeManagerAddress"] == address for each in nodes) > 1
+    return f"{address} ({node['NodeID'][:6]})" if shared else address
 
 
 def unreachable(folder: str, file: str, *, timeout_s: float = 30) -> dict[str, str]:

@@ -120,6 +120,11 @@ def _join(address: str, **options: Any) -> None:
 
     try:
         ray.init(address=address, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the cluster at {address} asks for a token. Set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH where it is not in ~/.ray/auth_token."
+        ) from error
     except RuntimeError as error:
         words = " ".join(str(error).split())
         if "Version mismatch" in words:

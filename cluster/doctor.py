@@ -67,7 +67,11 @@ def packages() -> Iterator[Finding]:
         try:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "not installed", "make setup")
+            if name == "torch":
+                remedy = "none is needed to serve; pip install 'halyard[train]' to train"
+                yield Finding(name, "not installed", remedy, required=False)
+            else:
+                yield Finding(name, "not installed", "make setup")
 
 
 def machine() -> Finding:
@@ -78,7 +82,7 @@ def machine() -> Finding:
 
 def accelerators() -> Finding:
     if importlib.util.find_spec("torch") is None:
-        return Finding("GPU", "unknown without torch", "make setup")
+        return Finding("GPU", "unknown without torch")
     import torch
 
     if torch.cuda.is_available():
@@ -90,7 +94,7 @@ def accelerators() -> Finding:
 
 def number_formats() -> Finding:
     if importlib.util.find_spec("torch") is None:
-        return Finding("bf16 and int8", "unknown without torch", "make setup")
+        return Finding("bf16 and int8", "unknown without torch")
     import torch
 
     features = torch.cpu.get_capabilities()

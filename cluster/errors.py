@@ -1,5 +1,6 @@
 """What can go wrong by the user's hand, and how a command says so."""
 
+import errno
 import json
 import sys
 import traceback
@@ -38,9 +39,26 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _disk_is_full(error):
+            print(
+                "error: the disk is full. What was complete stays; free some and run it again.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
         sys.exit(EXIT_FAILED)
     if result is not None:
         print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is the cause; SQLite says it in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

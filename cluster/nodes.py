@@ -6,9 +6,11 @@ commands here join it as they would join any cluster. What is up is kept in a fi
 command starts it and another stops it.
 """
 
+import http.client
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +42,7 @@ class Cluster:
     """What is up. Written down after each change."""
 
     id: str
+    host: str
     cpus: int
     port: int
     dashboard_port: int
@@ -54,13 +57,9 @@ class Cluster:
     killed: list[str] = field(default_factory=list)
 
     @property
-    def head_address(self) -> str:
-        return network.address(0) if self.isolated else LOOPBACK
-
-    @property
     def address(self) -> str:
         """What RAY_ADDRESS is set to."""
-        return f"{self.head_address}:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def dashboard(self) -> str:
@@ -75,7 +74,7 @@ class Cluster:
         return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": mode, **token}
 
     def node_address(self, name: str) -> str:
-        return network.address(self.names.index(name)) if self.isolated else LOOPBACK
+        return network.address(self.names.index(name)) if self.isolated else self.host
 
     def start(self, name: str) -> None:
         """Start a node that is not up."""
@@ -96,7 +95,8 @@ class Cluster:
             command += [f"--dashboard-port={self.dashboard_port}"]
             command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
         else:
-            command += [f"--address={self.address}"]
+            # The machine's GPUs are the head's, lest every node offers them.
+            command += [f"--address={self.address}", "--num-gpus=0"]
         if self.isolated and name != HEAD:
             network.leave(name)
             network.join(name, self.node_address(name))
@@ -115,6 +115,10 @@ class Cluster:
         """End a node as a power cut would."""
         self.killed += [node["node_id"] for node in self._listed() if name in _resources(node)]
         _keep(self)
+        self.end(name)
+
+    def end(self, name: str) -> None:
+        """Kill a node's processes."""
         deadline = time.monotonic() + STOP_S
         while pids := self.processes(name):
             for pid in pids:
@@ -153,11 +157,13 @@ class Cluster:
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
         if self.token:
             request.add_header("Authorization", f"Bearer {(home() / 'token').read_text()}")
+        # Not by way of a proxy that the environment names.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with direct.open(request, timeout=10) as answer:
                 nodes = json.load(answer)["data"]["result"]["result"]
-        except (OSError, ValueError):
-            return []
+        except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
+            return []  # the head starts, or ends
         return [node for node in nodes if node["state"] == "ALIVE"]
 
     def _forget_head(self) -> None:
@@ -226,10 +232,15 @@ def up(
             f"a cluster of {len(running.names)} nodes is up at {running.address}; "
             "python -m cluster down stops it."
         )
+    from ray.util import get_node_ip_address
+
     problem = network.problem() if isolate else "not asked for"
+    # Ray takes the loopback address of several nodes for the machine's own.
+    host = get_node_ip_address() if problem else network.address(0)
     names = [HEAD, *(f"node{index}" for index in range(1, num))]
     cluster = Cluster(
         secrets.token_hex(4),
+        host,
         cpus,
         port,
         dashboard_port,
@@ -247,6 +258,9 @@ def up(
             f"no networks of their own for the nodes ({problem}); they share this machine's.",
             file=sys.stderr,
         )
+    if problem and not token:
+        print(f"whoever reaches {host} may use them; --token asks for a token.", file=sys.stderr)
+    down()
     shutil.rmtree(home(), ignore_errors=True)
     home().mkdir(mode=0o700)
     if token:
@@ -258,7 +272,7 @@ def up(
         for together in ([HEAD], names[1:]):
             for name in together:
                 cluster.start(name)
-            _wait_for(together, cluster)
+            wait_for(together, cluster)
     except BaseException:
         down()
         raise
@@ -266,27 +280,36 @@ def up(
 
 
 def down() -> int:
-    """Stop what is up; return how many nodes that were."""
-    cluster = current()
+    """Stop what is up, and clear away what is left; return how many nodes were up."""
+    cluster = _noted()
     if cluster is None:
         return 0
+    was_up = bool(cluster.processes())
     for name in reversed(cluster.names):
-        cluster.kill(name)
+        cluster.end(name)
         if cluster.isolated:
             network.leave(name)
     if cluster.isolated:
         network.remove()
     shutil.rmtree(home(), ignore_errors=True)
-    return len(cluster.names)
+    return len(cluster.names) if was_up else 0
 
 
 def current() -> Cluster | None:
     """What is up, or None. What is left of one whose processes have ended is not."""
+    cluster = _noted()
+    return cluster if cluster is not None and cluster.processes() else None
+
+
+def _noted() -> Cluster | None:
+    """What was started last and not stopped. Raises UserError if the note may be another's."""
+    place = home()
+    if place.is_symlink() or (place.exists() and place.stat().st_uid != os.getuid()):
+        raise UserError(f"'{place}' is not a folder of this user; remove it.")
     try:
-        cluster = Cluster(**json.loads((home() / "cluster.json").read_text()))
+        return Cluster(**json.loads((place / "cluster.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return cluster if cluster.processes() else None
 
 
 @contextmanager
@@ -299,7 +322,7 @@ def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
         down()
 
 
-def _wait_for(names: Sequence[str], cluster: Cluster) -> None:
+def wait_for(names: Sequence[str], cluster: Cluster) -> None:
     """Wait until Ray knows the nodes. Raises Failed, with the end of a node's log."""
     deadline = time.monotonic() + START_S
     while missing := [name for name in names if name not in cluster.alive()]:
@@ -318,9 +341,8 @@ def _own_files(folder: Path, command: list[str]) -> str:
         place, own = Path("/tmp", shared), folder / shared
         place.mkdir(exist_ok=True)
         own.mkdir()
-        lines.append(f"mount --bind '{own}' '{place}'")
-    words = " ".join(f"'{word}'" for word in command)
-    return " && ".join([*lines, f"exec {words}"])
+        lines.append(shlex.join(["mount", "--bind", str(own), str(place)]))
+    return " && ".join([*lines, f"exec {shlex.join(command)}"])
 
 
 def _own_haproxy(folder: Path) -> dict[str, str]:

@@ -9,7 +9,8 @@ import subprocess
 import time
 from typing import Any
 
-PACKAGES = ("ray", "torch", "onnxruntime", "mlflow")
+# The full mlflow is for training; what serving has of it is a package that both share.
+PACKAGES = ("ray", "torch", "onnxruntime", "mlflow-skinny")
 # What Ray Serve needs to know on every node; see `cluster.ingress`.
 INGRESS = "RAY_SERVE_ENABLE_HA_PROXY"
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,10 +65,13 @@ def writing(place: str) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(target: str, last: str) -> Iterator[Path]:
+def written_whole(
+    target: str, last: str, *, check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yield a folder to write in; when the block ends well it becomes `target`, else it goes.
 
-    last: the file whose presence tells a reader that the rest is there. If `target` has appeared
+    last: the file whose presence tells a reader that the rest is there.
+    check: called before that one appears; what it raises prevents it. If `target` has appeared
     meanwhile, that one stays: equal names mean equal content.
     """
     parent = None if is_url(target) else Path(target).parent
@@ -85,9 +88,12 @@ def written_whole(target: str, last: str) -> Iterator[Path]:
         if is_url(target):
             fs, path = filesystem(target)
             rest = [file for file in aside.rglob("*") if file.is_file() and file.name != last]
-            for file in (*rest, aside / last):
+            for file in rest:
                 fs.put_file(str(file), join(path, file.relative_to(aside).as_posix()))
+            check()
+            fs.put_file(str(aside / last), join(path, last))
         else:
+            check()
             try:
                 aside.rename(target)
             except OSError:

@@ -108,6 +108,9 @@ class ServeConfig(BaseModel):
     keys: str | None = Field(
         None, description="File of hashed keys (python -m serve.security); without, all may ask."
     )
+    open_metrics: bool = Field(
+        False, description="Answer /metrics without a key, for a Prometheus that has none."
+    )
     tls_cert: str | None = Field(None, description="PEM certificate; the server speaks HTTPS.")
     tls_key: str | None = Field(None, description="PEM key of the certificate.")
     host: str = Field(HOST, min_length=1, description="Address to listen on.")
@@ -173,6 +176,7 @@ class FrontConfig(BaseModel):
         min_length=1, description="Applications of models, named as their models are."
     )
     keys: str | None = Field(None, description="File of hashed keys, as of the models.")
+    open_metrics: bool = Field(False, description="Answer /metrics without a key.")
     max_body_bytes: int = Field(64 * 2**20, ge=1, le=2**31, description="Largest request body.")
     body_timeout_s: float = Field(10, gt=0, le=3600, description="Longest that a body may take.")
     max_pending_bytes: int = Field(

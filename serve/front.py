@@ -62,7 +62,9 @@ class Front(Http):
         config: FrontConfig,
     ) -> None:
         """model, repository: by the model's name; they may take a moment."""
-        super().__init__(key, max_pending_bytes=config.max_pending_bytes)
+        super().__init__(
+            key, max_pending_bytes=config.max_pending_bytes, open_metrics=config.open_metrics
+        )
         self._model, self._repository = cache(model), cache(repository)
         self._models = config.models
         self._limits = (config.max_body_bytes, config.body_timeout_s)

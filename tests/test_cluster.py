@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster import network, nodes
 from cluster.doctor import auth, compare
 from cluster.errors import UserError
 from tests.load import wait_for
 from tests.server import REPOSITORY
+from train.loop import interface
 
 START_S = 120
 
@@ -115,10 +118,11 @@ class TestOfTwoNodes:
         done = command("kill", "node7")
         assert done.stderr == "error: there is no node 'node7'; there are head, node1.\n"
 
-    def test_who_has_no_token_is_refused(self, cluster):
+    def test_who_has_no_token_is_refused_in_one_line(self, cluster):
         environment = {**cluster.client_environment, "RAY_AUTH_TOKEN_PATH": os.devnull}
         done = subprocess.run(
-            [sys.executable, "-c", "import ray; ray.init(logging_level='ERROR')"],
+            [sys.executable, "-c", "from cluster import connect; connect.connect()"],
+            cwd=REPOSITORY,
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
@@ -126,7 +130,9 @@ class TestOfTwoNodes:
             check=False,
         )
         assert done.returncode != 0
-        assert "token" in done.stderr.lower()
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("cluster.errors.UserError: the cluster at")
+        assert "asks for a token" in last
 
     def test_the_doctor_finds_both_well(self, cluster, storage_path):
         done = command(
@@ -201,6 +207,30 @@ class TestOfTwoNodes:
         assert "Version mismatch" in done.stderr
 
 
+def test_ray_accepts_the_file_for_machines_of_ones_own():
+    given = yaml.safe_load((REPOSITORY / "cluster" / "machines.yaml").read_text())
+    config = prepare_config(given)
+    validate_config(config)
+    (kind,) = config["available_node_types"].values()
+    assert kind["max_workers"] == len(given["provider"]["worker_ips"])
+    for place in ("head", "worker"):
+        stop, start = given[f"{place}_start_ray_commands"]
+        assert stop.endswith("/ray stop")
+        # Before Ray starts there, as the server's environment is read then.
+        assert start.index("serve.environment") < start.index("ray start")
+
+
+def test_gloo_is_given_the_interface_that_has_rays_address(monkeypatch):
+    monkeypatch.delenv(interface.VARIABLE, raising=False)
+    monkeypatch.setattr(interface.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    interface.choose()
+    assert os.environ[interface.VARIABLE] == "lo"
+    monkeypatch.setenv(interface.VARIABLE, "chosen0")
+    interface.choose()
+    assert os.environ[interface.VARIABLE] == "chosen0"
+    assert interface.interface("192.0.2.1") is None
+
+
 def test_addresses_are_those_of_a_network_that_no_machine_is_on():
     assert [network.address(index) for index in range(2)] == ["198.18.87.1", "198.18.87.2"]
 
@@ -271,6 +301,6 @@ def test_the_doctor_warns_of_a_cluster_that_anyone_may_use(address, mode, mark):
 
 
 def test_only_nodes_beside_the_head_have_a_cable():
-    alone = nodes.Cluster("id", 1, 6379, 8265, True, ["head"], False, 1)
+    alone = nodes.Cluster("id", "127.0.0.1", 1, 6379, 8265, True, ["head"], False, 1)
     with pytest.raises(UserError, match="cut another node"):
         alone.cut("head")

@@ -236,6 +236,9 @@ def test_keys_open_what_they_are_for(bundle):
             Key(name="other", sha256=sha256(other.encode()).hexdigest(), models=["x"], rate=2),
         ]
     )
+    with TestClient(make_rest(bundle, keys=keys, open_metrics=True)) as client:
+        assert client.get("/metrics").status_code == 200
+        assert client.get("/v2/models/digits").status_code == 401
     with TestClient(make_rest(bundle, keys=keys)) as client:
 
         def status(path, key=None, method="GET"):
@@ -244,6 +247,7 @@ def test_keys_open_what_they_are_for(bundle):
 
         assert status("/v2/health/ready") == 200
         assert status("/docs") == 200
+        assert status("/metrics") == 401
         assert status("/v2/models/digits/versions/docs") == 401
         assert status("/v2/models/digits") == 401
         assert status("/v2/models/digits", "hk_" + "c" * 43) == 401

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.test_exact import Plain
 from tests.test_loop import ALONE
 from train.data.shards import Shards
-from train.loop.checkpoint import Store, trained
+from train.loop import trainer
+from train.loop.checkpoint import State, Store, trained
 from train.loop.loop import Loop
 from train.loop.run import Job, Run
 from train.loop.worker import take_part
@@ -152,3 +154,21 @@ def test_a_profile_is_a_trace_that_names_the_convolutions(config, digits, tmp_pa
     assert "aten::convolution" in names
     assert any(name and name.startswith("ProfilerStep") for name in names)
     assert "aten::" in (tmp_path / "run/trace/operators.txt").read_text()
+
+
+def test_a_command_that_is_refused_leaves_the_run_to_the_one_that_trains(
+    config, digits, tmp_path, monkeypatch
+):
+    run = Run.start(str(tmp_path / "run"), config)
+    store = run.store(keep=1)
+    store.claim(store.hand_over())
+
+    def refuse(workers):
+        raise UserError("workers.num is 64")
+
+    monkeypatch.setattr(trainer, "check_resources", refuse)
+    with pytest.raises(UserError, match="64"):
+        trainer.train(config, run, digits)
+    store.save(State({}, {"step": 1}), None)
+    store.finish()
+    assert store.steps() == [1]

@@ -72,12 +72,14 @@ class Http(ABC):
         key: Callable[[str | None], Key | None],
         *,
         max_pending_bytes: int,
+        open_metrics: bool,
         log: AccessLog | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         self._pending = Pending(max_pending_bytes)
         self.metrics = PlaneMetrics()
         self._key = key
+        self._open_metrics = open_metrics
         self._log = log
         self._tracer = tracer
 
@@ -91,7 +93,7 @@ class Http(ABC):
 
     def is_open(self, path: str) -> bool:
         """Whether a path is answered without a key."""
-        return OPEN.fullmatch(path) is not None
+        return OPEN.fullmatch(path) is not None or (path == "/metrics" and self._open_metrics)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -26,7 +26,11 @@ class Rest(Http):
         self, host: Host, *, log: AccessLog | None = None, tracer: Tracer | None = None
     ) -> None:
         super().__init__(
-            host.key, max_pending_bytes=host.config.max_pending_bytes, log=log, tracer=tracer
+            host.key,
+            max_pending_bytes=host.config.max_pending_bytes,
+            open_metrics=host.config.open_metrics,
+            log=log,
+            tracer=tracer,
         )
         self._host = host
         self.config = host.config

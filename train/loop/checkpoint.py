@@ -154,7 +154,8 @@ class Store:
 
     def _write(self, state: State, best_step: int | None) -> None:
         step = state.values["step"]
-        with storage.written_whole(self._at(step), last=DIGESTS) as folder:
+        target, check = self._at(step), self._check_claim
+        with storage.written_whole(target, last=DIGESTS, check=check) as folder:
             try:
                 safetensors.torch.save_file(state.tensors, folder / TENSORS)
             except safetensors.SafetensorError as error:  # a full disk, among others
@@ -162,7 +163,7 @@ class Store:
             (folder / VALUES).write_text(json.dumps(state.values))
             digests = {name: _digest(folder / name) for name in (TENSORS, VALUES)}
             (folder / DIGESTS).write_text(json.dumps(digests))
-            self._check_claim()
+        self._check_claim()
         for old in self._superfluous(best_step):
             fs, path = storage.filesystem(self._at(old))
             fs.rm(path, recursive=True)

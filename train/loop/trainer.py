@@ -42,6 +42,8 @@ def train(
     observe: told of every event of training besides the terminal, from another thread.
     Raises Failed with the reason, UserError if nothing fits.
     """
+    own = connect.is_local()
+    fit = _check(config, run, own=own)
     display = ProgressDisplay(config.optim.epochs)
     gauges = Gauges(run.name, config.checkpoint.every_minutes * 60)
     record = until_it_fails(observe)
@@ -53,7 +55,7 @@ def train(
 
     with display, gauges, Follower(show) as follower:
         job = _job(config, run, shards, follower, lesson)
-        _run(config, run, job, own=connect.is_local())
+        _run(config, run, job, fit, own=own)
 
 
 def train_here(config: Config, run: Run, shards: Shards, observe: Callable[[Event], None]) -> None:
@@ -61,8 +63,9 @@ def train_here(config: Config, run: Run, shards: Shards, observe: Callable[[Even
 
     In a placement group they take its bundles after the first. For `observe` see `train`.
     """
+    fit = _check(config, run, own=True)
     with Follower(observe) as follower:
-        _run(config, run, _job(config, run, shards, follower), own=True)
+        _run(config, run, _job(config, run, shards, follower), fit, own=True)
 
 
 def _job(
@@ -73,10 +76,15 @@ def _job(
     return Job(values, run.url, shards.url, shards.summary, follower.events, owner, lesson)
 
 
-def _run(config: Config, run: Run, job: Job, *, own: bool) -> None:
+def _check(config: Config, run: Run, *, own: bool) -> int:
+    """Return how many workers the cluster can hold. Raises UserError, and the run is untouched."""
     fit = check_resources(config.workers)
     if not own:
         check_storage(run)
+    return fit
+
+
+def _run(config: Config, run: Run, job: Job, fit: int, *, own: bool) -> None:
     least, most = config.workers.num
     if own:  # which neither grow nor shrink
         least = most = min(most, fit)
@@ -149,6 +157,8 @@ def _reason(error: TrainingFailedError, run: Run) -> str:
     first = next(iter(failures.values()), error)
     logging.getLogger(__name__).debug("workers failed", exc_info=error)
     lines = [line for line in str(first).splitlines() if line.strip()]
+    if lines and "Superseded" in lines[-1]:
+        return f"{run.name} is continued by another command; this one ends."
     return (
         f"training failed: {lines[-1] if lines else type(first).__name__}. Continue it with "
         f"--resume {run.name}; Ray's logs are under /tmp/ray/session_latest/logs."
