@@ -37,20 +37,27 @@ Object = dict[str, Any]
 K8S = REPOSITORY / "k8s"
 CORE = ("v1", "apps/v1", "policy/v1", "networking.k8s.io/v1")
 KUBERNETES_VERSION = "1.32.0"
+OF_NO_NAMESPACE = ("Namespace", "ResourceFlavor", "ClusterQueue")
 # The operator makes longer names of these.
 NAME_LIMITS = {"RayService": 47, "RayJob": 47}
 CLUSTERS = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
+# Of the machine: each container's limit says it.
+THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
 BUILDS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.glob("**/kustomization.yaml"))
+# The base's objects as they are written, which no tool has to build.
+FILES = "files of base"
 PARSERS = {
     "train/main.py": train.commandline.parse,
     "tune/main.py": tune.commandline.parse,
     "serve.offline": serve.offline.parse,
 }
 
-pytestmark = pytest.mark.skipif(
+needs_kubectl = pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="kubectl, which builds the manifests, is not installed"
 )
-each_build = pytest.mark.parametrize("name", BUILDS)
+built = [pytest.param(name, marks=needs_kubectl) for name in BUILDS]
+each_build = pytest.mark.parametrize("name", built)
+each_build_and_the_files = pytest.mark.parametrize("name", [FILES, *built])
 
 
 class Pod(NamedTuple):
@@ -68,7 +75,9 @@ class Pod(NamedTuple):
 
 @functools.cache
 def build(name: str) -> list[Object]:
-    """The objects of a base or overlay, or of a component on the base alone."""
+    """The objects of a base or overlay, or of a component on the base alone; or FILES."""
+    if name == FILES:
+        return [item for path in sorted((K8S / "base").glob("*.yaml")) for item in read(path)]
     with tempfile.TemporaryDirectory() as folder:
         target = K8S / name
         if name.startswith("components/"):
@@ -81,6 +90,12 @@ def build(name: str) -> list[Object]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [item for item in yaml.safe_load_all(done.stdout) if item]
+
+
+def read(path: Path) -> list[Object]:
+    """The objects of a file; none of a patch, which is a list, or of kustomize's own file."""
+    items = yaml.safe_load_all(path.read_text())
+    return [item for item in items if isinstance(item, dict) and item["kind"] != "Kustomization"]
 
 
 def pods(name: str) -> Iterator[Pod]:
@@ -252,24 +267,26 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(inner)
 
 
-@each_build
-def test_rays_pods_know_what_the_code_expects_of_a_cluster(name):
+@each_build_and_the_files
+def test_the_environment_is_what_the_code_expects_of_a_cluster(name):
     (settings,) = (
         item
         for item in of_kind(name, "ConfigMap")
         if item["metadata"]["name"] == "halyard-environment"
     )
     code = connect.ENVIRONMENT | ingress.ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
-    # Of the machine: each container's limit says it.
-    threads = "RAY_SERVE_HAPROXY_NBTHREAD"
-    assert settings["data"] == {key: value for key, value in code.items() if key != threads}
+    assert settings["data"] == {key: value for key, value in code.items() if key != THREADS}
+
+
+@each_build
+def test_rays_pods_have_the_environment(name):
     for pod in pods(name):
         if pod.owner["kind"] not in CLUSTERS or pod.where.endswith("submitter"):
             continue
         (container,) = pod.template["spec"]["containers"]
         assert {"configMapRef": {"name": "halyard-environment"}} in container["envFrom"]
         given = {variable["name"] for variable in container.get("env", [])}
-        assert (threads in given) == (pod.owner["kind"] == "RayService")
+        assert (THREADS in given) == (pod.owner["kind"] == "RayService")
 
 
 @each_build
@@ -296,7 +313,7 @@ def test_rays_pods_have_time_to_finish_what_they_do(name):
             assert waited_s > drain_s, pod.where
 
 
-@each_build
+@each_build_and_the_files
 def test_the_server_is_as_the_code_takes_it(name):
     (service,) = of_kind(name, "RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
@@ -360,14 +377,18 @@ def test_jobs_end_and_are_cleared_away_by_one_of_the_two_ways(name):
                 assert ttl_s["DeleteCluster"] < ttl_s["DeleteSelf"]
 
 
-@each_build
+@each_build_and_the_files
 def test_commands_of_jobs_are_as_the_code_takes_them(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+    scripts = {parsed(job)[0] for job in of_kind(name, "RayJob")}
+    assert scripts == PARSERS.keys()
+
+
+@each_build
+def test_training_has_the_workers_that_its_command_asks_for(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
     for job in of_kind(name, "RayJob"):
-        program, *arguments = shlex.split(job["spec"]["entrypoint"])
-        assert program == "python"
-        script = arguments.pop(1 if arguments[0] == "-m" else 0)
-        options = PARSERS[script](arguments[1:] if arguments[:1] == ["-m"] else arguments)
+        script, options = parsed(job)
         if script != "train/main.py":
             continue
         workers = options.config.workers
@@ -379,9 +400,87 @@ def test_commands_of_jobs_are_as_the_code_takes_them(name, monkeypatch):
         assert workers.gpu == ("nvidia.com/gpu" in limits)
 
 
+def parsed(job: Object) -> tuple[str, Any]:
+    """The script of a job's command, and its options as the script's own parser returns them."""
+    program, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert program == "python"
+    script = arguments.pop(1 if arguments[0] == "-m" else 0)
+    return script, PARSERS[script](arguments[1:] if arguments[:1] == ["-m"] else arguments)
+
+
+@each_build
+def test_all_is_in_the_namespace_but_the_gateway_which_is_in_its_own(name):
+    made = {item["metadata"]["name"] for item in of_kind(name, "Namespace")}
+    for item in build(name):
+        if item["kind"] not in OF_NO_NAMESPACE:
+            where = "halyard-gateway" if item["kind"] == "Gateway" else "halyard"
+            assert item["metadata"].get("namespace") == where, item["kind"]
+            assert where in made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_kubectl)
+        for name in ("components/gateway", "overlays/production")
+    ],
+)
+def test_routes_find_the_gateway_and_are_let_in(name):
+    (gateway,) = of_kind(name, "Gateway")
+    (namespace,) = (
+        item
+        for item in of_kind(name, "Namespace")
+        if item["metadata"]["name"] == gateway["metadata"]["namespace"]
+    )
+    # The network policy lets these in.
+    assert namespace["metadata"]["labels"]["halyard-clients"] == "true"
+    listeners = {listener["name"]: listener for listener in gateway["spec"]["listeners"]}
+    for route in (*of_kind(name, "HTTPRoute"), *of_kind(name, "GRPCRoute")):
+        (parent,) = route["spec"]["parentRefs"]
+        own = gateway["metadata"]
+        assert (parent["name"], parent["namespace"]) == (own["name"], own["namespace"])
+        listener = listeners.pop(parent["sectionName"])
+        assert route["spec"]["hostnames"] == [listener["hostname"]]
+        assert listener["allowedRoutes"]["namespaces"] == {
+            "from": "Selector",
+            "selector": {
+                "matchLabels": {"kubernetes.io/metadata.name": route["metadata"]["namespace"]}
+            },
+        }
+    assert not listeners
+
+
+@needs_kubectl
+def test_prometheus_needs_no_key_where_clients_do():
+    (service,) = of_kind("overlays/production", "RayService")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    options = options_of(schema)
+    assert options.keys
+    assert options.open_metrics
+    # Nor does the gateway lead to it.
+    (route,) = of_kind("overlays/production", "HTTPRoute")
+    for rule in route["spec"]["rules"]:
+        paths = [match["path"] for match in rule["matches"]]
+        reached = {path["value"] for path in paths if path["type"] == "PathPrefix"}
+        reached |= {path["value"] for path in paths if path["type"] == "Exact"} - {"/"}
+        assert paths
+        assert not {"/", "/metrics"} & reached
+
+
+@needs_kubectl
+def test_what_takes_nodes_away_for_saving_leaves_pods_of_jobs_alone():
+    for pod in pods("overlays/production"):
+        if pod.owner["kind"] == "RayJob" and not pod.where.endswith("submitter"):
+            assert pod.template["metadata"]["annotations"] == {
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                "karpenter.sh/do-not-disrupt": "true",
+            }, pod.where
+
+
 def test_the_images_are_of_this_version():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    images = {container["image"] for pod in pods("base") for container in pod.containers}
+    files = "".join(path.read_text() for path in (K8S / "base").glob("*.yaml"))
+    images = set(re.findall(r"image: (\S+)", files))
     assert images == {f"halyard-{part}:{project['version']}" for part in ("serve", "train")}
     recipe = (K8S / "Dockerfile").read_text()
     constraints = (REPOSITORY / "constraints.txt").read_text().split()
@@ -403,8 +502,8 @@ def test_the_readme_has_each_component():
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_servers_config_serves_a_trained_model(trained, storage_path, tmp_path):
-    (service,) = of_kind("base", "RayService")
-    (settings,) = of_kind("base", "ConfigMap")
+    (service,) = of_kind(FILES, "RayService")
+    (settings,) = of_kind(FILES, "ConfigMap")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert config["applications"][0]["args"]["storage"] == "runs"
     config["applications"][0]["args"]["storage"] = str(storage_path)
