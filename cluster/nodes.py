@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import connect, ingress, network
+from cluster import connect, ingress, network, process
 from cluster.errors import Failed, UserError
 
 HEAD = "head"
@@ -100,7 +99,7 @@ class Cluster:
         if self.isolated and name != HEAD:
             network.leave(name)
             network.join(name, self.node_address(name))
-            command = network.enter(name, _own_files(folder, command))
+            command = network.enter(name, process.own_files(folder, command))
         with (folder / "log").open("wb") as log:
             subprocess.Popen(
                 command,
@@ -143,7 +142,7 @@ class Cluster:
         mark = f"{MARK}={self.id}/{name or ''}"
         return [
             pid
-            for pid, environ in _environments()
+            for pid, environ in process.environments()
             if any(word == mark or (name is None and word.startswith(mark)) for word in environ)
         ]
 
@@ -187,7 +186,7 @@ class Cluster:
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",
         }
-        haproxy = {} if self.isolated else _own_haproxy(folder)
+        haproxy = {} if self.isolated else process.own_haproxy(folder)
         of_head = self.head_environment if name == HEAD else {}
         return {**shared, **haproxy, **self.environment, **of_head}
 
@@ -332,44 +331,6 @@ def wait_for(names: Sequence[str], cluster: Cluster) -> None:
             log = (home() / name / "log").read_text(errors="replace").strip().splitlines()
             raise Failed(f"node '{name}' does not start: {' '.join(log[-3:])[-400:]}")
         time.sleep(0.1)
-
-
-def _own_files(folder: Path, command: list[str]) -> str:
-    """The shell command that runs another where what machines have each for itself is its own."""
-    lines = []
-    for shared in ("ray", "haproxy-serve"):
-        place, own = Path("/tmp", shared), folder / shared
-        place.mkdir(exist_ok=True)
-        own.mkdir()
-        lines.append(shlex.join(["mount", "--bind", str(own), str(place)]))
-    return " && ".join([*lines, f"exec {shlex.join(command)}"])
-
-
-def _own_haproxy(folder: Path) -> dict[str, str]:
-    """Several HAProxies on one network share its port, but not their files."""
-    prefix = "RAY_SERVE_HAPROXY_"
-    with socket.socket() as one, socket.socket() as two:
-        one.bind((LOOPBACK, 0))
-        two.bind((LOOPBACK, 0))
-        ports = one.getsockname()[1], two.getsockname()[1]
-    return {
-        f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
-        f"{prefix}SERVER_STATE_BASE": str(folder),
-        f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
-        f"{prefix}METRICS_PORT": str(ports[0]),
-        f"{prefix}STATS_PORT": str(ports[1]),
-    }
-
-
-def _environments() -> Iterator[tuple[int, list[str]]]:
-    """Every process of ours that can be looked at, and its environment."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with suppress(OSError):
-                words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-                if words != [""]:
-                    yield int(folder.name), words
 
 
 def _check_port(port: int) -> None:
