@@ -130,9 +130,9 @@ def _change(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"there is no node '{arguments.node}'; there are {', '.join(cluster.names)}."
         )
-    getattr(cluster, arguments.command)(arguments.node)
+    started = getattr(cluster, arguments.command)(arguments.node)
     if arguments.command == "start":
-        nodes.wait_for([arguments.node], cluster)
+        nodes.wait_for({arguments.node: started}, cluster)
     return {"node": arguments.node, "done": arguments.command}
 
 

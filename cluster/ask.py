@@ -1,6 +1,6 @@
 """Ask every node of the cluster the same question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster import probe
@@ -8,17 +8,26 @@ from cluster import probe
 NO_ANSWER = "does not answer"
 
 
+Node = dict[str, Any]
+
+
+def alive() -> list[Node]:
+    """The nodes that Ray takes for alive, in its words."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def each_node(
-    question: Callable[..., Any], *arguments: Any, timeout_s: float
+    nodes: Sequence[Node], question: Callable[..., Any], *arguments: Any, timeout_s: float
 ) -> dict[str, tuple[Any, str]]:
-    """Call a function of `probe` on every node: by address, (its answer, "") or (None, why not).
+    """Call a function of `probe` on nodes: by address, (its answer, "") or (None, why not).
 
     Nodes that share an address are told apart by the first digits of Ray's id.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     # By value, as a node may not have this project.
     ray.cloudpickle.register_pickle_by_value(probe)
     try:
@@ -49,7 +58,7 @@ def each_node(
     return answers
 
 
-def _name(node: dict[str, Any], nodes: list[dict[str, Any]]) -> str:
+def _name(node: Node, nodes: Sequence[Node]) -> str:
     address: str = node["NodeManagerAddress"]
     shared = sum(each["NodeManagerAddress"] == address for each in nodes) > 1
     return f"{address} ({node['NodeID'][:6]})" if shared else address
@@ -60,5 +69,5 @@ def unreachable(folder: str, file: str, *, timeout_s: float = 30) -> dict[str, s
 
     folder: a path or URL. A node that does not answer is left out.
     """
-    answers = each_node(probe.storage_problem, folder, file, timeout_s=timeout_s)
+    answers = each_node(alive(), probe.storage_problem, folder, file, timeout_s=timeout_s)
     return {address: problem for address, (problem, _) in answers.items() if problem}

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +122,14 @@ def ray_cluster(storage_path: str) -> Iterator[Finding]:
         return
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = ask.alive()
     resources = ray.cluster_resources()
     found = f"{address}: {len(nodes)} nodes, {resources.get('CPU', 0):.0f} cores"
     yield Finding("Ray", f"{found}, {resources.get('GPU', 0):.0f} GPUs")
     yield auth(address, os.environ.get("RAY_AUTH_MODE", "unset"))
     root = storage.resolve(storage_path)
     with _left_behind(root) as nonce:
-        looked = _looked(root, nonce)
+        looked = _looked(nodes, root, nonce)
     yield from compare(_here(), looked)
 
 
@@ -224,13 +224,13 @@ def _here() -> Report:
     return probe.look(None, "", ())
 
 
-def _looked(root: str, nonce: str) -> dict[str, Report | str]:
+def _looked(nodes: Sequence[ask.Node], root: str, nonce: str) -> dict[str, Report | str]:
     """What each node says of itself, or why it does not."""
     ports = () if _serve_runs() else tuple(PORTS)
-    answers = ask.each_node(probe.look, root, nonce, ports, timeout_s=ASK_S)
+    answers = ask.each_node(nodes, probe.look, root, nonce, ports, timeout_s=ASK_S)
     # The processes are there now, so that the clocks are read at once.
     asked = time.time()
-    clocks = ask.each_node(probe.clock, timeout_s=ASK_S)
+    clocks = ask.each_node(nodes, probe.clock, timeout_s=ASK_S)
     answered = time.time()
     looked: dict[str, Report | str] = {}
     for address, (report, problem) in answers.items():

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,8 +75,8 @@ class Cluster:
     def node_address(self, name: str) -> str:
         return network.address(self.names.index(name)) if self.isolated else self.host
 
-    def start(self, name: str) -> None:
-        """Start a node that is not up."""
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """Start a node that is not up; return its first process."""
         if self.processes(name):
             raise UserError(f"node '{name}' is up already.")
         folder = home() / name
@@ -101,7 +101,7 @@ class Cluster:
             network.join(name, self.node_address(name))
             command = network.enter(name, process.own_files(folder, command))
         with (folder / "log").open("wb") as log:
-            subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 env={**os.environ, **self._node_environment(name, folder)},
                 stdin=subprocess.DEVNULL,
@@ -150,6 +150,10 @@ class Cluster:
         """Names of the nodes that Ray takes for alive; none where the head does not answer."""
         alive = [node for node in self._listed() if node["node_id"] not in self.killed]
         return [name for name in self.names if any(name in _resources(node) for node in alive)]
+
+    def stale(self) -> bool:
+        """Whether Ray takes a node that was killed for alive still."""
+        return any(node["node_id"] in self.killed for node in self._listed())
 
     def _listed(self) -> list[dict[str, Any]]:
         """Nodes that Ray takes for alive, in its own words."""
@@ -269,9 +273,7 @@ def up(
     _keep(cluster)
     try:
         for together in ([HEAD], names[1:]):
-            for name in together:
-                cluster.start(name)
-            wait_for(together, cluster)
+            wait_for({name: cluster.start(name) for name in together}, cluster)
     except BaseException:
         down()
         raise
@@ -321,15 +323,22 @@ def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
         down()
 
 
-def wait_for(names: Sequence[str], cluster: Cluster) -> None:
-    """Wait until Ray knows the nodes. Raises Failed, with the end of a node's log."""
+def wait_for(started: Mapping[str, subprocess.Popen[bytes]], cluster: Cluster) -> None:
+    """Wait until Ray knows the nodes, and that those killed before them are gone.
+
+    started: their first processes. Raises Failed, with the end of a node's log.
+    """
     deadline = time.monotonic() + START_S
-    while missing := [name for name in names if name not in cluster.alive()]:
-        ended = [name for name in missing if not cluster.processes(name)]
+    while missing := [name for name in started if name not in cluster.alive()]:
+        ended = [name for name in missing if started[name].poll() is not None]
         if ended or time.monotonic() > deadline:
             name = (ended or missing)[0]
             log = (home() / name / "log").read_text(errors="replace").strip().splitlines()
             raise Failed(f"node '{name}' does not start: {' '.join(log[-3:])[-400:]}")
+        time.sleep(0.1)
+    while cluster.stale():
+        if time.monotonic() > deadline:
+            raise Failed("Ray takes a node that was killed for alive; ray status shows which.")
         time.sleep(0.1)
 
 

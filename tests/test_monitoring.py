@@ -241,7 +241,8 @@ def test_prometheus_knows_what_was_sent(watched):
     # 10 of 78; rates reckon from when a series was first seen, which differs between them.
     failed = "sum(halyard:predictions_failed:rate5m) / sum(halyard:predictions:rate5m)"
     asked.wait_for(lambda: 0.06 < asked.value(failed) < 0.26, True)
-    assert 0 < asked.value('halyard:engine_busy:ratio5m{model="digits"}') < 1
+    busy = 'halyard:engine_busy:ratio5m{model="digits"}'
+    asked.wait_for(lambda: 0 < asked.value(busy) < 1, True)
     asked.wait_for(lambda: asked.value('halyard:replicas:count{deployment="digits"}'), 1)
 
 
