@@ -149,7 +149,6 @@ def _write(
     net.load_state_dict(weights)
     safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
     writer.json(FEATURES, task.to_dict())
-    writer.json(BASELINE, baseline(data))
     writer.json("report/history.json", history)
 
     for name in (REPORT, PICTURE):
@@ -163,7 +162,8 @@ def _write(
     ]
     metric = f"valid_{task.metric}"
     report.curves(history, metric, rates, writer.file("report/curves.png"))
-    report.predictions(task, *data.open("test"), made.outputs, writer.file)
+    writer.json(BASELINE, baseline(data, made.outputs["valid"]))
+    report.predictions(task, *data.open("test"), made.outputs["test"], writer.file)
     writer.commit(
         Manifest(
             name=config.name,

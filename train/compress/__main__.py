@@ -30,6 +30,7 @@ from train.compress import compress, edge
 from train.compress.recipes import RECIPES, check_calibration
 from train.config import Config, validate
 from train.data import shards
+from train.data.baseline import baseline
 from train.data.shards import Shards
 
 # What may be given besides compress.…: where things are, and who works.
@@ -109,7 +110,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     location = storage.join(root, "bundles", name)
     with Bundle.create(location) as writer:
         shutil.copytree(earlier.path / "report", writer.path / "report")
-        for file in (WEIGHTS, FEATURES, BASELINE):
+        for file in (WEIGHTS, FEATURES):
             shutil.copyfile(earlier.path / file, writer.file(file))
         net = _built(config, data)
         net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
@@ -125,7 +126,8 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
                     for name in wanted
                 )
             )
-        report.predictions(data.task, *data.open("test"), made.outputs, writer.file)
+        writer.json(BASELINE, baseline(data, made.outputs["valid"]))
+        report.predictions(data.task, *data.open("test"), made.outputs["test"], writer.file)
         writer.commit(
             manifest.model_copy(
                 update={

@@ -44,7 +44,7 @@ PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 class Compressed:
     """The variants of a net.
 
-    skipped: those that could not be made, and why. outputs: of the default one, on the test split.
+    skipped: those that could not be made, and why. outputs: of the default one, by held-out split.
     """
 
     variants: dict[str, Variant]
@@ -53,7 +53,7 @@ class Compressed:
     eager: list[Timing]
     host: dict[str, Any]
     optimize_for: str
-    outputs: Arrays
+    outputs: dict[str, Arrays]
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -248,8 +248,8 @@ class _Judge:
 
     def judged(
         self, name: str, made: Made, engine: str, profile: list[Timing], folder: Path
-    ) -> tuple[Variant, Arrays, Arrays]:
-        """Return what is to be known of a variant, and its outputs: golden, and of the test split.
+    ) -> tuple[Variant, Arrays, dict[str, Arrays]]:
+        """Return what is to be known of a variant, and its outputs: golden, and by split.
 
         fp32 comes first: the others are compared with it. Raises Skipped.
         """
@@ -292,7 +292,7 @@ class _Judge:
             profile=profile,
             golden_tolerance=tolerance * max(1.0, largest),
         )
-        return variant, golden, test
+        return variant, golden, {"valid": valid, "test": test}
 
 
 def _run(engine: Engine, inputs: Arrays) -> Arrays:

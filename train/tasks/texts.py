@@ -54,6 +54,12 @@ class Texts:
         # A vocabulary may leave numbers out.
         return max(self._tokenizer.get_vocab().values()) + 2
 
+    @property
+    def unknown(self) -> int | None:
+        """The number in the arrays of what the vocabulary has no token for, if it has one."""
+        number = self._tokenizer.token_to_id(UNKNOWN)
+        return None if number is None else number + 1
+
     def fit(self, columns: Columns) -> Self:
         """Train the tokenizer where none is given; measure how rare each token is."""
         tokenizer = self.tokenizer or _trained(self._all(columns), self.vocabulary).to_str()

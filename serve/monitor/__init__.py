@@ -1,0 +1,1 @@
+"""What happens after deployment: drift, the request log, feedback, candidates, retraining."""
