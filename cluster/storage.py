@@ -5,7 +5,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,8 +106,13 @@ def write_file(url: str, content: bytes) -> None:
     fs, path = filesystem(url)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     part = f"{path}.part-{secrets.token_hex(4)}"
-    fs.pipe_file(part, content)
-    fs.mv(part, path)
+    try:
+        fs.pipe_file(part, content)
+        fs.mv(part, path)
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what is told
+            fs.rm_file(part)
+        raise
 
 
 @contextmanager
