@@ -27,6 +27,7 @@ from serve.config import FrontConfig, ServeConfig
 from serve.dataplane import DataPlane
 from serve.errors import RequestError
 from serve.host import Host
+from serve.monitor import requestlog
 from serve.profile import Profile
 from serve.protocol import grpc
 from serve.protocol.rest import Rest
@@ -79,7 +80,7 @@ class Model:
         self._served = await asyncio.to_thread(Served, state, self._load)
         self._busy = autoscale.Busy(self._served.engine_s, self._served.answers)
         keys = Keys.load(config.keys) if config.keys else None
-        host = Host(self._served, config, self._repository, keys)
+        host = self._host = Host(self._served, config, self._repository, keys)
         log = AccessLog(_logs() / f"access_{state.name}_{self._replica}.jsonl", config.access_log)
         self._rest = Rest(host, log=log, tracer=tracing.tracer(config.traces, "halyard"))
         self._following = asyncio.get_running_loop().create_task(self._follow())
@@ -114,7 +115,7 @@ class Model:
             try:
                 metrics = self._rest.snapshot(self._replica)
                 state = await self._repository.follow(
-                    self._replica, served.state, revision, problem, metrics
+                    self._replica, served.state, revision, problem, metrics, self._host.report()
                 )
             except Exception:
                 logger.exception("the repository could not be asked; asking again")
@@ -247,6 +248,8 @@ def _check(state: State, config: ServeConfig) -> Profile:
                 f"variant '{config.variant}' is not an accepted variant of {config.model}; "
                 f"accepted are {', '.join(accepted)}."
             )
+        fields = [tensor.name for tensor in manifest.inputs]
+        requestlog.check(requestlog.options(config), manifest.name, fields)
     if config.keys:
         Keys.load(config.keys)
     tracing.tracer(config.traces, "halyard")

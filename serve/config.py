@@ -105,6 +105,61 @@ class ServeConfig(BaseModel):
     )
     cache_ttl_s: float = Field(300, gt=0, le=1e9, description="How long an answer is kept.")
 
+    monitor_rows_per_s: float = Field(
+        200,
+        ge=0,
+        le=1e6,
+        description="Rows per second of each replica that the monitor counts; 0 switches it off.",
+    )
+    drift_window: int = Field(
+        500,
+        ge=50,
+        le=1_000_000,
+        multiple_of=50,
+        description="Counted rows that are compared with the baseline at a time.",
+    )
+    drift_alarm_rate: float = Field(
+        0.001,
+        ge=0.001,
+        le=0.5,
+        description="Share of the windows with any alarm when nothing has drifted.",
+    )
+
+    log_share: float = Field(
+        0, ge=0, le=1, description="Share of the requests that are logged and take feedback."
+    )
+    log_bytes: int = Field(
+        2**30, ge=2**20, le=2**50, description="Most bytes of a model's request log."
+    )
+    log_days: float = Field(30, gt=0, le=36_500, description="How long logged requests are kept.")
+    log_drop: str = Field("", description="Fields that are not logged, such as name,email.")
+    log_hash: str = Field("", description="Fields of which only a keyed hash is logged.")
+
+    shadow: float = Field(
+        0, ge=0, le=1, description="Share of the requests of which the candidate gets a copy."
+    )
+    canary: float = Field(
+        0, ge=0, le=1, description="Share of the clients that the candidate answers."
+    )
+    rollout_labelled: int = Field(
+        200,
+        ge=10,
+        le=10_000_000,
+        description="Records with feedback before a candidate is promoted.",
+    )
+    rollout_margin: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="How much worse a candidate may be, for all that its feedback tells.",
+    )
+    rollout_latency: float = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="How many times production's 95th percentile a candidate's may be.",
+    )
+
     keys: str | None = Field(
         None, description="File of hashed keys (python -m serve.security); without, all may ask."
     )
@@ -139,6 +194,22 @@ class ServeConfig(BaseModel):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
         return self
+
+    @model_validator(mode="after")
+    def _rollout_whole(self) -> "ServeConfig":
+        if (self.shadow or self.canary) and not self.model.endswith("@production"):
+            raise ValueError("shadow and canary need model=models:/NAME@production")
+        if (self.shadow or self.canary) and not self.log_share:
+            raise ValueError("shadow and canary need log_share, by whose feedback they decide")
+        if (self.shadow or self.canary) and "candidate" in self.also.replace(" ", "").split(","):
+            raise ValueError("shadow and canary find the candidate; leave it out of 'also'")
+        return self
+
+    @property
+    def phases(self) -> list[tuple[str, float]]:
+        """What a candidate goes through, with its share, in order."""
+        found = [("shadow", self.shadow), ("canary", self.canary)]
+        return [(phase, share) for phase, share in found if share]
 
     @property
     def replica_range(self) -> tuple[int, int]:

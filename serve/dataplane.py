@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,10 +15,11 @@ from serve.cache import Cache
 from serve.config import ServeConfig
 from serve.errors import BadRequest, BodyTooLarge, TimedOut
 from serve.metrics import PlaneMetrics, Snapshot
+from serve.monitor.sampler import Sampler
 from serve.profile import Profile
 from train.bundle import Predictor
 from train.bundle.manifest import Manifest
-from train.tasks import Arrays, Columns, InvalidRecord
+from train.tasks import Arrays, Columns, InvalidRecord, TensorSpec
 from train.tasks.images import num_pixels
 
 # More than this is left to a thread: it would hold up every other request.
@@ -43,6 +45,10 @@ class DataPlane:
             wait_s=config.batch_wait_ms / 1e3,
             metrics=self.metrics,
         )
+        self.sampler: Sampler | None = None
+        if config.monitor_rows_per_s:
+            watched = predictor.bundle.quantities
+            self.sampler = Sampler(predictor.task, watched, config.monitor_rows_per_s)
         self._cache: Cache | None = None
         if config.cache_bytes:
             digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
@@ -56,6 +62,11 @@ class DataPlane:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    @property
+    def fields(self) -> Sequence[TensorSpec]:
+        """What a record holds."""
+        return self._predictor.task.features.fields
 
     @property
     def variant(self) -> str:
@@ -86,10 +97,14 @@ class DataPlane:
             where = f"record {error.row}: " if several else ""
             raise BadRequest(f"{where}{error}") from error
         if self._cache is None:
-            return await self.batcher.submit(rows, terms)
-        return await self._cache.answer(
-            rows, terms.deadline, lambda: self.batcher.submit(rows, terms)
-        )
+            predictions = await self.batcher.submit(rows, terms)
+        else:
+            predictions = await self._cache.answer(
+                rows, terms.deadline, lambda: self.batcher.submit(rows, terms)
+            )
+        if self.sampler is not None:
+            self.sampler.saw(rows, predictions, time.monotonic())
+        return predictions
 
     def snapshot(self, **labels: str) -> Snapshot:
         """What it counted until now."""

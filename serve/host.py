@@ -1,22 +1,38 @@
 """What the protocols have in common: who may ask, for what, on which terms, and of which plane."""
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from cluster import storage
 from serve import admission
 from serve.admission import Terms
 from serve.config import ServeConfig
 from serve.dataplane import DataPlane
-from serve.metrics import Snapshot
+from serve.metrics import Snapshot, merged
+from serve.monitor.feedback import Prediction, predictions_of
+from serve.monitor.logrows import Entry
+from serve.monitor.overseer import Report
+from serve.monitor.requestlog import RequestLog, options
+from serve.monitor.trial import Trials
 from serve.security import Key, Keys, check_scope
 from serve.served import Served
+from train.tasks import Arrays, Columns
+
+# Answers kept until the repository is told of them; then the oldest are forgotten.
+MAX_ANSWERED = 50_000
 
 
 class Repository(Protocol):
     """What answers for all replicas of a model. These raise RequestError."""
 
     async def index(self) -> list[dict[str, Any]]: ...
+    async def stats(self) -> dict[str, Any]: ...
+    async def feedback(
+        self, name: str, request_id: str, truths: Sequence[Any]
+    ) -> dict[str, Any]: ...
     async def load(self, name: str) -> dict[str, Any]: ...
     async def unload(self, name: str) -> None: ...
     async def metrics(self) -> Snapshot: ...
@@ -32,6 +48,11 @@ class Host:
         self.config = config
         self.repository = repository
         self.keys = keys
+        self._log: RequestLog | None = None
+        if config.log_share:
+            self._log = RequestLog(storage.resolve(config.storage), served.name, options(config))
+        self._answered: deque[tuple[str, str, list[Prediction]]] = deque(maxlen=MAX_ANSWERED)
+        self._trials = Trials(self._remember, config.timeout_s)
 
     @property
     def name(self) -> str:
@@ -64,6 +85,62 @@ class Host:
         """Raises NotFound, Unavailable."""
         return self._served.find(name, version)
 
+    async def infer(
+        self,
+        plane: DataPlane,
+        columns: Columns,
+        terms: Terms,
+        request_id: str,
+        *,
+        named: bool,
+    ) -> tuple[DataPlane, Arrays]:
+        """Return predictions, a row for each record, and the plane that they are of.
+
+        plane: what was asked; where a candidate is tried, that one may answer. named: whether the
+        request names a version, which then answers. Raises what `DataPlane.infer` does.
+        """
+        began, began_wall = time.perf_counter(), time.time()
+        trial = self._served.state.trial
+        tried = None if trial is None or named else self._served.planes().get(trial.candidate)
+        if trial is None or tried is None or tried is plane:
+            predictions = await plane.infer(columns, terms)
+        else:
+            plane, predictions = await self._trials.infer(
+                trial, (plane, tried), columns, terms, terms.client or request_id, request_id
+            )
+        if self._log is not None and self._log.wants(request_id):
+            self._remember(request_id, plane.version, predictions)
+            seconds = time.perf_counter() - began
+            self._log.add(
+                Entry(
+                    request_id,
+                    plane.version,
+                    plane.variant,
+                    began_wall,
+                    seconds,
+                    columns,
+                    predictions,
+                    plane.fields,
+                )
+            )
+        return plane, predictions
+
+    def report(self) -> Report:
+        """What was seen since it was asked last."""
+        planes = self._served.planes()
+        blocks = {
+            version: plane.sampler.drained()
+            for version, plane in planes.items()
+            if plane.sampler is not None
+        }
+        answered = list(self._answered)
+        self._answered.clear()
+        return Report(blocks, answered, self._trials.drained())
+
+    def _remember(self, request_id: str, version: str, predictions: Arrays) -> None:
+        if self._log is not None and self._log.wants(request_id):
+            self._answered.append((request_id, version, predictions_of(predictions)))
+
     def terms(
         self, parameters: Mapping[str, Any], client: str, timeout_s: float | None = None
     ) -> Terms:
@@ -90,4 +167,8 @@ class Host:
         await self.repository.unload(name)
 
     def snapshot(self, replica: str) -> Snapshot:
-        return self._served.snapshot(replica)
+        """What the replica counted."""
+        served = self._served.snapshot(replica)
+        if self._log is None:
+            return served
+        return merged([served, self._log.snapshot({"model": self.name, "replica": replica})])

@@ -45,6 +45,20 @@ class Histogram:
     def count(self) -> int:
         return sum(self._counts)
 
+    def add(self, other: "Histogram") -> None:
+        """Add what another one of the same bounds counted."""
+        self._counts = [own + its for own, its in zip(self._counts, other._counts, strict=True)]
+        self.sum += other.sum
+
+    def quantile(self, share: float) -> float:
+        """Where a share of the values are below: linear within a bin, at most the last bound."""
+        rank, below, low = share * self.count, 0, 0.0
+        for bound, count in zip(self._bounds, self._counts, strict=False):
+            if count and below + count >= rank:
+                return low + (bound - low) * (rank - below) / count
+            below, low = below + count, bound
+        return low
+
     def samples(self, labels: dict[str, str]) -> Iterable[tuple[str, dict[str, str], float]]:
         total = 0
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):

@@ -15,6 +15,8 @@ from cluster.errors import UserError
 from serve.config import ServeConfig
 from serve.errors import BadRequest, NotFound, Unavailable
 from serve.metrics import Snapshot, merged
+from serve.monitor.conductor import Conductor
+from serve.monitor.overseer import Report
 from serve.served import State
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 
@@ -71,31 +73,50 @@ class Repository:
         """state: what was to be served when the application was deployed."""
         self._config = config
         self._find = find
-        self._state = state
+        self.current = state
         self._changed = asyncio.Event()
         self._replicas: dict[str, Replica] = {}
-        self._loading = asyncio.Lock()
+        self.loading = asyncio.Lock()
+        self.conductor = Conductor(self, config, state.name)
 
     async def state(self) -> State:
-        return self._state
+        return self.current
 
     async def follow(
-        self, replica: str, serves: State, revision: int, problem: str | None, metrics: Snapshot
+        self,
+        replica: str,
+        serves: State,
+        revision: int,
+        problem: str | None,
+        metrics: Snapshot,
+        report: Report,
     ) -> State | None:
         """Return the state once it is another than `revision`, or None after a while.
 
-        serves: the replica's own state. For the others see Replica.
+        serves: the replica's own state. report: what it saw since it asked last. For the others
+        see Replica.
         """
         self._replicas[replica] = Replica(revision, problem, metrics, time.monotonic())
-        if revision > self._state.revision:
+        self.conductor.begin()
+        self.conductor.report(report)
+        if revision > self.current.revision:
             # After a crash of this process the replicas know better.
-            self._state = replace(serves, revision=revision)
-        if self._state.revision == revision:
+            self.current = replace(serves, revision=revision)
+        if self.current.revision == revision:
             try:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
             except TimeoutError:
                 return None
-        return self._state
+        return self.current if self.current.revision != revision else None
+
+    async def hear(self) -> None:
+        """Return once each replica that lives has reported anew."""
+        asked = time.monotonic()
+        self._wake()
+        while any(known.at < asked for known in self._alive().values()):
+            if time.monotonic() > asked + POLL_S:
+                return
+            await asyncio.sleep(0.02)
 
     async def beat(self, replica: str) -> None:
         """A replica that is going over to another state still lives."""
@@ -103,12 +124,22 @@ class Repository:
             self._replicas[replica].at = time.monotonic()
 
     async def metrics(self) -> Snapshot:
-        """Return what all replicas counted, some seconds ago at most."""
-        return merged(replica.metrics for replica in self._alive().values())
+        """Return what all replicas counted, some seconds ago at most, and what it tells."""
+        counted = [replica.metrics for replica in self._alive().values()]
+        return merged([*counted, self.conductor.overseer.snapshot()])
+
+    async def stats(self) -> dict[str, Any]:
+        """What the monitor and the rollout tell; see `Conductor.stats`."""
+        return self.conductor.stats()
+
+    async def feedback(self, name: str, request_id: str, truths: Sequence[Any]) -> dict[str, Any]:
+        """Take the truth of a request's records. Raises NotFound, BadRequest."""
+        self._check(name)
+        return await self.conductor.feedback(request_id, truths)
 
     async def index(self) -> list[dict[str, Any]]:
         """Return name, version and state of what is served."""
-        state = self._state
+        state = self.current
         return [
             {
                 "name": state.name,
@@ -127,50 +158,54 @@ class Repository:
         Raises NotFound for another model, BadRequest for a version that fails its self-test.
         """
         self._check(name)
-        async with self._loading:
-            before = self._state
+        async with self.loading:
+            before = self.current
             try:
-                state = await asyncio.to_thread(self._find, self._config, before.revision + 1)
+                state = await asyncio.to_thread(self.find_now)
                 new = [
                     state.locations[version]
                     for version in state.locations
                     if state.locations[version] not in before.locations.values()
                 ]
-                await asyncio.to_thread(self._try, new)
+                await asyncio.to_thread(self.check_fit, new)
             except (UserError, CorruptBundle, ValueError) as error:
                 raise BadRequest(f"{error} {STAYS}") from error
             except Exception as error:
                 logger.exception("the registry or its storage failed")
                 raise Unavailable(f"the registry cannot be read now. {STAYS}", 10) from error
             if replace(state, revision=before.revision) != before:
-                await self._publish(state)
+                await self.publish(state)
             return {"name": name, "versions": list(state.locations), "default": state.default}
 
     async def unload(self, name: str) -> None:
         """Answer 503 until it is loaded again. Raises NotFound for another model."""
         self._check(name)
-        async with self._loading:
-            state = self._state
-            await self._publish(replace(state, revision=state.revision + 1, loaded=False))
+        async with self.loading:
+            state = self.current
+            await self.publish(replace(state, revision=state.revision + 1, loaded=False))
 
     def _check(self, name: str) -> None:
-        if name != self._state.name:
-            raise NotFound(f"model '{name[:100]}' is not served here; '{self._state.name}' is.")
+        if name != self.current.name:
+            raise NotFound(f"model '{name[:100]}' is not served here; '{self.current.name}' is.")
 
-    def _try(self, locations: Sequence[str]) -> None:
+    def find_now(self) -> State:
+        """What the registry has, as the next state. Raises UserError, CorruptBundle."""
+        return self._find(self._config, self.current.revision + 1)
+
+    def check_fit(self, locations: Sequence[str]) -> None:
         """Raises CorruptBundle or ValueError for a bundle that no replica could serve."""
         for location in locations:
             bundle = Bundle.load(location)
-            if bundle.manifest.name != self._state.name:
+            if bundle.manifest.name != self.current.name:
                 raise CorruptBundle(f"'{location}' is of another model.")
             Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
 
-    async def _publish(self, state: State) -> None:
+    async def publish(self, state: State) -> None:
         """Tell the replicas, and wait until those that live have gone over.
 
         Raises BadRequest, and the state before is published again, if one of them cannot.
         """
-        before = self._state
+        before = self.current
         self._tell(state)
         deadline = time.monotonic() + SWITCH_S
         while True:
@@ -187,7 +222,11 @@ class Repository:
             await asyncio.sleep(0.02)
 
     def _tell(self, state: State) -> None:
-        self._state = state
+        self.current = state
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let replicas that wait for a change ask again."""
         self._changed.set()
         self._changed = asyncio.Event()
 

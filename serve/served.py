@@ -13,6 +13,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A candidate that is tried on a share of the requests. phase: "shadow" or "canary"."""
+
+    candidate: str
+    phase: str
+    share: float
+
+
+@dataclass(frozen=True)
 class State:
     """What is to be served. revision: counts the changes. default: the version of no version.
 
@@ -25,6 +34,7 @@ class State:
     locations: dict[str, str]
     aliases: dict[str, str] = field(default_factory=dict)
     loaded: bool = True
+    trial: Trial | None = None
 
 
 class Served:
@@ -78,6 +88,10 @@ class Served:
         Raises CorruptBundle, and nothing has changed, for a version that fails its self-test.
         """
         self._adopt(state, await asyncio.to_thread(self._missing, state))
+
+    def planes(self) -> dict[str, DataPlane]:
+        """The planes by version."""
+        return dict(self._planes)
 
     def rows(self) -> int:
         """Rows in progress."""

@@ -1,9 +1,7 @@
 """Drift is told from chance: statistics against references, and false alarms as configured."""
 
 import asyncio
-import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from serve.monitor.drift import thresholds
 from serve.monitor.sampler import BLOCK_ROWS, Sampler
 from serve.monitor.windows import Windows
 from train.bundle import quantities
-from train.bundle.bundle import BASELINE
 from train.bundle.quantities import Quantity
 from train.tasks import Task
 
@@ -110,7 +107,7 @@ def test_a_window_is_full_after_its_rows_and_names_what_has_drifted():
 
 @pytest.fixture(scope="module")
 def baseline(bundle):
-    return quantities.read(json.loads((bundle.path / BASELINE).read_text()))
+    return bundle.quantities
 
 
 def test_a_bundle_knows_how_its_held_out_records_are_spread(bundle, baseline):
@@ -122,7 +119,7 @@ def test_a_bundle_knows_how_its_held_out_records_are_spread(bundle, baseline):
 
 
 def test_a_baseline_of_another_version_watches_nothing():
-    assert quantities.read({"num_records": 3, "inputs": {}}) == {}
+    assert quantities.read(b'{"num_records": 3, "inputs": {}}') == {}
 
 
 def rows_of(task: Task, count):
@@ -133,16 +130,15 @@ def rows_of(task: Task, count):
 
 def test_the_sampler_counts_no_more_rows_than_it_may(bundle, baseline):
     async def watch():
-        with ThreadPoolExecutor(1) as thread:
-            sampler = Sampler(bundle.task, baseline, 10 * BLOCK_ROWS, thread)
-            inputs, predictions = rows_of(bundle.task, 7)
-            # 100 requests of 7 rows within a tenth of a second: as many as a second has tenths.
-            for number_ in range(100):
-                sampler.saw(inputs, predictions, 5 + number_ / 1000)
-            async with asyncio.timeout(10):
-                while sampler.sampled < 2 * BLOCK_ROWS - BLOCK_ROWS:
-                    await asyncio.sleep(0.001)
-            return sampler, sampler.drained()
+        sampler = Sampler(bundle.task, baseline, 10 * BLOCK_ROWS)
+        inputs, predictions = rows_of(bundle.task, 7)
+        # 100 requests of 7 rows within a tenth of a second.
+        for request in range(100):
+            sampler.saw(inputs, predictions, 5 + request / 1000)
+        async with asyncio.timeout(10):
+            while not sampler.sampled:
+                await asyncio.sleep(0.001)
+        return sampler, sampler.drained()
 
     sampler, blocks = asyncio.run(watch())
     assert sampler.seen == 700

@@ -83,6 +83,9 @@ class Repository:
         now = asyncio.get_running_loop().time()
         return admission.Terms(now + 30, client=client)
 
+    async def infer(self, plane, columns, terms, request_id, *, named):
+        return plane, await plane.infer(columns, terms)
+
     async def index(self):
         return [
             {"name": name, "version": "3", "state": state, "reason": "", "default": True}

@@ -12,6 +12,7 @@ from cluster.errors import UserError
 from serve import repository
 from serve.config import ServeConfig, validate
 from serve.errors import BadRequest, NotFound, Unavailable
+from serve.monitor.overseer import Report
 from serve.repository import Repository
 from serve.served import Served, State
 from tests.serving import make_plane
@@ -94,7 +95,7 @@ async def replica(kept, served, rounds):
     """What a replica does: follow, go over, and tell what went wrong."""
     revision, problem = served.state.revision, None
     for _ in range(rounds):
-        new = await kept.follow("r", served.state, revision, problem, {})
+        new = await kept.follow("r", served.state, revision, problem, {}, Report())
         if new is not None:
             revision, problem = new.revision, None
             try:
@@ -136,7 +137,7 @@ def test_what_a_replica_cannot_serve_is_taken_back(place):
         good, bad = place
         served = Served(state(0, "1", v1=good), load)
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
-        kept._try = lambda locations: None  # this machine can; the replica's cannot
+        kept.check_fit = lambda locations: None  # this machine can; the replica's cannot
         following = asyncio.create_task(replica(kept, served, 3))
         await asyncio.sleep(0)
         with pytest.raises(BadRequest, match="golden"):
@@ -153,12 +154,12 @@ def test_after_a_crash_the_repository_learns_from_the_replicas(place):
         good, _ = place
         kept = make_repository(state(0, "1", v1=good))
         now = state(4, "2", v2=good)
-        following = asyncio.create_task(kept.follow("r", now, 4, None, {}))
+        following = asyncio.create_task(kept.follow("r", now, 4, None, {}, Report()))
         await asyncio.sleep(0)
         assert await kept.state() == now
         assert await following is None
         # One that has just begun, by what was deployed, is told.
-        assert await kept.follow("new", state(0, "1", v1=good), 0, None, {}) == now
+        assert await kept.follow("new", state(0, "1", v1=good), 0, None, {}, Report()) == now
 
     asyncio.run(scenario())
 
@@ -168,7 +169,7 @@ def test_a_problem_of_before_does_not_end_what_comes_after(place):
         good, bad = place
         served = Served(state(0, "1", v1=good), load)
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
-        kept._try = lambda locations: None
+        kept.check_fit = lambda locations: None
         following = asyncio.create_task(replica(kept, served, 5))
         await asyncio.sleep(0)
         with pytest.raises(BadRequest):

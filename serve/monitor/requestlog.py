@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import UserError
+from serve.config import ServeConfig
 from serve.metrics import Snapshot
 from serve.monitor import logfiles, logrows
 from serve.monitor.logfiles import DAY_S, FEEDBACK, REQUESTS, Writer
@@ -62,6 +63,47 @@ class _Outcome(NamedTuple):
     lost_rows: int
     size_bytes: int
     problem: Exception | None
+
+
+def options(config: ServeConfig) -> LogOptions:
+    """What a server was told of its log."""
+
+    def names(listed: str) -> tuple[str, ...]:
+        return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+    return LogOptions(
+        share=config.log_share,
+        max_bytes=config.log_bytes,
+        keep_days=config.log_days,
+        drop=names(config.log_drop),
+        hash=names(config.log_hash),
+    )
+
+
+def check(options: LogOptions, model: str, fields: Collection[str]) -> None:
+    """Raises UserError for a field to drop or hash that records of a model do not have."""
+    for option, names in (("log_drop", options.drop), ("log_hash", options.hash)):
+        for name in names:
+            if name not in fields:
+                raise UserError(
+                    f"option {option}={name}: the records of '{model}' have no such field; they "
+                    f"have {', '.join(fields)}."
+                )
+
+
+class Sample:
+    """A share of all requests, by their ids alone: the same on every replica."""
+
+    def __init__(self, share: float) -> None:
+        self._limit = round(share * 2**64)
+
+    def has(self, request_id: str) -> bool:
+        if not self._limit:
+            return False
+        content = request_id.encode(errors="replace")
+        # A hash of its own: what else is chosen by id is then no more or less often logged.
+        digest = hashlib.blake2b(content, digest_size=8, person=b"request log").digest()
+        return int.from_bytes(digest, "big") < self._limit
 
 
 class Log(Generic[Item]):
@@ -217,35 +259,19 @@ class RequestLog:
         root: str,
         model: str,
         options: LogOptions,
-        fields: Collection[str],
         *,
         clock: Callable[[], float] = logfiles.now,
     ) -> None:
-        """root: the storage path. fields: names of what the model's records hold.
-
-        Raises UserError for a field to drop or hash that is none of these.
-        """
-        for option in ("drop", "hash"):
-            for name in getattr(options, option):
-                if name not in fields:
-                    raise UserError(
-                        f"'{name}' is to be left out of the request log ({option}), and the "
-                        f"records of '{model}' have no such field; they have {', '.join(fields)}."
-                    )
-        self._limit = round(options.share * 2**64)
+        """root: the storage path."""
+        self._sample = Sample(options.share)
         self._drop, hashed = frozenset(options.drop), frozenset(options.hash)
         self._log: Log[Kept] = Log(
             root, model, REQUESTS, options, lambda kept: logrows.table(kept, hashed), clock
         )
 
     def wants(self, request_id: str) -> bool:
-        """Whether a request is in the sample: by its id alone, the same on every replica."""
-        if not self._limit:
-            return False
-        content = request_id.encode(errors="replace")
-        # A hash of its own: what else is chosen by id is then no more or less often logged.
-        digest = hashlib.blake2b(content, digest_size=8, person=b"request log").digest()
-        return int.from_bytes(digest, "big") < self._limit
+        """Whether a request is in the sample."""
+        return self._sample.has(request_id)
 
     def add(self, entry: Entry) -> None:
         """Take a request that was answered; at most 64 of its rows. Never waits, never raises."""

@@ -31,16 +31,10 @@ class Sampler:
     seen: rows that were answered. sampled: those that were counted.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        watched: dict[str, Quantity],
-        rows_per_s: float,
-        thread: ThreadPoolExecutor,
-    ) -> None:
+    def __init__(self, task: Task, watched: dict[str, Quantity], rows_per_s: float) -> None:
         """rows_per_s: how many rows are counted at most, whatever comes."""
         self._task, self._watched, self._rows_per_s = task, watched, rows_per_s
-        self._thread = thread
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
         self._allowed, self._at = float(BLOCK_ROWS), 0.0
         self._rows: list[tuple[Arrays, Arrays]] = []
         self._collected = 0

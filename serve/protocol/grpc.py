@@ -24,6 +24,7 @@ from serve.host import Host
 from serve.metrics import PlaneMetrics
 from serve.protocol import describe, grpc_messages
 from serve.protocol.grpc_messages import types
+from serve.protocol.request import MAX_ID, new_id
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ SERVICE = f"{grpc_messages.PACKAGE}.GRPCInferenceService"
 INFER = "ModelInfer"
 HOST = "127.0.0.1"
 LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.")
-MAX_ID = 128
 REQUEST_ID, RETRY_AFTER = "x-request-id", "retry-after"
 # A message travels in HTTP/2 trailers, for which clients have about 8 KB.
 MAX_DETAILS = 500
@@ -54,6 +54,7 @@ CODES = {
 class Call:
     """One call. metrics: of the model that it turns out to be about."""
 
+    id: str
     metadata: dict[str, str]
     timeout_s: float | None
     metrics: PlaneMetrics
@@ -65,7 +66,8 @@ class Call:
         remaining = getattr(context, "time_remaining", lambda: None)
         metadata = context.invocation_metadata() or ()
         words = {key: value for key, value in metadata if isinstance(value, str)}
-        return cls(words, remaining(), metrics)
+        request_id = words.get(REQUEST_ID, "")[:MAX_ID] or new_id()
+        return cls(request_id, words, remaining(), metrics)
 
 
 Service = TypeVar("Service", bound="InferenceService")
@@ -82,7 +84,7 @@ def _method(handler: Handler[Service]) -> Method[Service]:
     async def method(self: Service, data: bytes, context: Any) -> Any:
         began = time.perf_counter()
         call = Call.of(context, self.metrics)
-        _trail(context, REQUEST_ID, call.metadata.get(REQUEST_ID, "")[:MAX_ID] or None)
+        _trail(context, REQUEST_ID, call.id)
         status = 500
         try:
             self.check_peer(context)
@@ -140,7 +142,7 @@ class InferenceService:
         if self._log is not None:
             line = {
                 "time": time.time() - seconds,
-                "id": call.metadata.get(REQUEST_ID, "")[:MAX_ID],
+                "id": call.id,
                 "method": "gRPC",
                 "path": method,
                 "status": status,
@@ -193,7 +195,10 @@ class InferenceService:
         inference = grpc_messages.decode(request, plane.manifest, self._config.max_rows)
         terms = self._host.terms(inference.parameters, client, call.timeout_s)
         plane.metrics.stages["parse"].observe(time.perf_counter() - began)
-        predictions = await plane.infer(inference.columns, terms)
+        answering, predictions = await self._host.infer(
+            plane, inference.columns, terms, call.id, named=bool(request.model_version)
+        )
+        plane, call.metrics = answering, answering.metrics
         replied = time.perf_counter()
         response = grpc_messages.encode(inference, predictions, plane.manifest, plane.version)
         plane.metrics.stages["reply"].observe(time.perf_counter() - replied)

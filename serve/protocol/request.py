@@ -22,12 +22,17 @@ _counter = itertools.count(1)
 WATCH_AFTER_S = 0.05
 
 
+def new_id() -> str:
+    """The id of a request that came without."""
+    return f"{_PROCESS}-{next(_counter):x}"
+
+
 class Request:
     """One request. What it turns out to be about is written into it for the log."""
 
     __slots__ = (
         *("scope", "receive", "method", "path", "key", "metrics"),
-        *("id", "protocol", "model", "version", "rows", "_headers"),
+        *("id", "protocol", "model", "version", "named", "rows", "_headers"),
     )
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
@@ -40,9 +45,11 @@ class Request:
         self.protocol = "http"
         self.model = ""
         self.version: str | None = None
+        # Whether it names the version that is to answer.
+        self.named = False
         self.rows = 0
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.id = (self.header(REQUEST_ID) or "")[:MAX_ID] or f"{_PROCESS}-{next(_counter):x}"
+        self.id = (self.header(REQUEST_ID) or "")[:MAX_ID] or new_id()
 
     def header(self, name: bytes) -> str | None:
         """name: in lower case."""

@@ -7,7 +7,7 @@ from serve.admission import Terms
 from serve.dataplane import DataPlane
 from serve.host import Host
 from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
-from serve.protocol import describe, openapi, v1, v2
+from serve.protocol import describe, feedback, openapi, v1, v2
 from serve.protocol.http import GET, POST, Answer, Http, Routes, html, json
 from serve.protocol.request import Request
 from serve.security import check_scope
@@ -49,7 +49,9 @@ class Rest(Http):
         limits = self.config.max_rows, self.config.max_json_bytes
         inference = v2.decode(body, header_length, plane.manifest, *limits)
         terms = self._host.terms(inference.parameters, request.client)
-        predictions = await self._predictions(request, plane, inference.columns, terms, began)
+        plane, predictions = await self._predictions(
+            request, plane, inference.columns, terms, began
+        )
         replied = time.perf_counter()
         content, json_length = v2.encode(inference, predictions, plane.manifest, plane.version)
         plane.metrics.stages["reply"].observe(time.perf_counter() - replied)
@@ -64,7 +66,8 @@ class Rest(Http):
         limits = self.config.max_rows, self.config.max_json_bytes
         columns = v1.decode(body, plane.manifest, *limits)
         terms = self._host.terms({}, request.client)
-        return Answer(v1.encode(await self._predictions(request, plane, columns, terms, began)))
+        _, predictions = await self._predictions(request, plane, columns, terms, began)
+        return Answer(v1.encode(predictions))
 
     async def server(self, request: Request) -> Answer:
         return json(describe.server())
@@ -89,7 +92,14 @@ class Rest(Http):
         return json(describe.config(self._plane(request), self.config))
 
     async def stats(self, request: Request) -> Answer:
-        return json({"model_stats": [describe.statistics(self._plane(request))]})
+        statistics = [describe.statistics(self._plane(request))]
+        return json({"model_stats": statistics, **await self._host.repository.stats()})
+
+    async def feedback(self, request: Request) -> Answer:
+        check_scope(request.key, request.model)
+        limits = self.config.max_json_bytes, self.config.body_timeout_s
+        request_id, truths = feedback.decode(await self.body(request, *limits))
+        return json(await self._host.repository.feedback(request.model, request_id, truths))
 
     async def index(self, request: Request) -> Answer:
         return json(await self._host.repository.index())
@@ -121,6 +131,7 @@ class Rest(Http):
         """Raises NotFound, Unavailable, Forbidden."""
         check_scope(request.key, request.model)
         plane = self._host.find(request.model, request.version)
+        request.named = request.version is not None
         request.metrics, request.version = plane.metrics, plane.version
         return plane
 
@@ -131,10 +142,15 @@ class Rest(Http):
 
     async def _predictions(
         self, request: Request, plane: DataPlane, columns: Columns, terms: Terms, began: float
-    ) -> Arrays:
+    ) -> tuple[DataPlane, Arrays]:
+        """Return the plane that answered, and what."""
         request.rows = len(next(iter(columns.values())))
         plane.metrics.stages["parse"].observe(time.perf_counter() - began)
-        return await request.while_connected(plane.infer(columns, terms))
+        answering, predictions = await request.while_connected(
+            self._host.infer(plane, columns, terms, request.id, named=request.named)
+        )
+        request.metrics, request.version = answering.metrics, answering.version
+        return answering, predictions
 
 
 def _routes(rest: Rest) -> Routes:
@@ -151,6 +167,7 @@ def _routes(rest: Rest) -> Routes:
             r"/v1/models/(?P<name>[^/:]+)": (GET, rest.ready),
             VERSIONED + "/config": (GET, rest.model_config),
             VERSIONED + "/stats": (GET, rest.stats),
+            MODEL + "/feedback": (POST, rest.feedback),
             "/v2/repository/index": (POST, rest.index),
             "/v2/repository/models/(?P<name>[^/]+)/load": (POST, rest.load),
             "/v2/repository/models/(?P<name>[^/]+)/unload": (POST, rest.unload),

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from cluster import storage
 from train.bundle import manifest as manifests
 from train.bundle.manifest import Manifest
+from train.bundle.quantities import Quantity, read
 from train.tasks import Arrays, Task
 
 GOLDEN = "golden.npz"
@@ -134,6 +135,11 @@ class Bundle:
     @property
     def task(self) -> Task:
         return Task.from_dict(json.loads((self.path / FEATURES).read_text()))
+
+    @property
+    def quantities(self) -> dict[str, Quantity]:
+        """What is watched of its traffic, with the counts of held-out records."""
+        return read((self.path / BASELINE).read_bytes())
 
     def golden(self, variant: str) -> tuple[Arrays, Arrays]:
         """Return the golden inputs and the variant's expected outputs."""

@@ -4,6 +4,7 @@ The same code makes the baseline of training and the windows of serving. Of reco
 net does: encoded arrays. Shapes: N records, B bins, D dimensions.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -93,8 +94,9 @@ class Quantity:
         )
 
 
-def read(baseline: Mapping[str, Any]) -> dict[str, Quantity]:
-    """The quantities of a bundle's baseline, by name; none where it is of another version."""
+def read(content: bytes) -> dict[str, Quantity]:
+    """The quantities of a bundle's baseline.json; none where it is of another version."""
+    baseline = json.loads(content)
     if baseline.get("version") != VERSION:
         return {}
     return {name: Quantity.from_dict(state) for name, state in baseline["quantities"].items()}

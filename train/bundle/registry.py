@@ -3,6 +3,7 @@
 Only drivers talk to it, never workers or replicas.
 """
 
+import json
 import logging
 import math
 import os
@@ -24,7 +25,9 @@ from train.tasks.targets import LOWER_IS_BETTER
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PRODUCTION, CANDIDATE = "production", "candidate"
+PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
+# Tag of a version whose rollout has ended: what was decided, and its figures, as JSON.
+DECISION = "decision"
 ARTIFACT = "bundle"
 SCHEME = "models:/"
 TRAIN = "python train/main.py"
@@ -211,10 +214,48 @@ def resolve(uri: str, root: str) -> tuple[str, str]:
 
 def production(client: "MlflowClient", name: str) -> Any | None:
     """Return the model version in production, or None."""
+    return _by_alias(client, name, PRODUCTION)
+
+
+def candidate(root: str, name: str) -> tuple[str, str] | None:
+    """Return (location of the bundle, version) of a candidate that nothing was decided of yet."""
+    client = _client(root)
+    found = _by_alias(client, name, CANDIDATE)
+    if found is None or DECISION in found.tags:
+        return None
+    return _local(found, root), str(found.version)
+
+
+def decide(root: str, name: str, version: str, decision: dict[str, Any], *, promote: bool) -> None:
+    """Write what was decided of a candidate, and move the aliases.
+
+    promote: it becomes production, and what was is the previous one. It is no candidate after this.
+    """
+    client = _client(root)
+    client.set_model_version_tag(name, version, DECISION, json.dumps(decision))
+    if promote:
+        before = production(client, name)
+        if before is not None:
+            client.set_registered_model_alias(name, PREVIOUS, before.version)
+        client.set_registered_model_alias(name, PRODUCTION, version)
+    found = _by_alias(client, name, CANDIDATE)
+    if found is not None and str(found.version) == version:
+        client.delete_registered_model_alias(name, CANDIDATE)
+
+
+def decisions(root: str, name: str) -> list[dict[str, Any]]:
+    """What was decided of candidates, the oldest first."""
+    versions = _client(root).search_model_versions(f"name = '{name}'")
+    found = [version.tags[DECISION] for version in versions if DECISION in version.tags]
+    decided: list[dict[str, Any]] = [json.loads(decision) for decision in found]
+    return sorted(decided, key=lambda decision: str(decision["time"]))
+
+
+def _by_alias(client: "MlflowClient", name: str, alias: str) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, PRODUCTION)
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException:
         return None
 
