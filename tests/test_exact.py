@@ -12,15 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import make_config
 from tests.gloo import run_workers
 from tests.test_tasks import image_bytes
+from train.bundle.bundle import WEIGHTS
 from train.data import order, shards
 from train.loop import parallel
 from train.loop.checkpoint import Store, trained
 from train.loop.loop import Loop
+from train.loop.run import NO_LESSON, Lesson
 
 NUM_LANES = 2
 
@@ -50,12 +53,11 @@ class Recorded(Loop):
             raise Stop
 
 
-def loop(worker, config, shards, folder, notes, stop_at=None, num_lanes=NUM_LANES):
+def loop(worker, config, shards, folder, notes, stop_at=None, lesson=NO_LESSON):
     store = Store(str(folder), keep=2)
+    options = {"num_lanes": NUM_LANES, "notes": notes, "stop_at": stop_at, "lesson": lesson}
     with contextlib.suppress(Stop):
-        Recorded(
-            config, shards, worker, store, num_lanes=num_lanes, notes=notes, stop_at=stop_at
-        ).run()
+        Recorded(config, shards, worker, store, **options).run()
 
 
 def noted(notes):
@@ -113,6 +115,24 @@ def test_a_run_on_2_then_1_then_2_workers_sees_each_sample_once_and_ends_the_sam
     weights, history = trained(Store(str(tmp_path / "run"), keep=2))
     assert_same(weights, undisturbed[0])
     assert [row["valid_loss"] for row in history] == [row["valid_loss"] for row in undisturbed[1]]
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_from_weights_ends_the_same_on_2_then_1_workers(
+    config, digits, undisturbed, tmp_path
+):
+    save_file(undisturbed[0], tmp_path / WEIGHTS)
+    lesson = Lesson(start=str(tmp_path))
+    run_workers(1, loop, config, digits, tmp_path / "whole", tmp_path, None, lesson)
+    for world_size, stop_at in ((2, 5), (1, None)):
+        parts = tmp_path / "parts"
+        run_workers(world_size, loop, config, digits, parts, tmp_path, stop_at, lesson)
+    (weights, history), (others, _) = (
+        trained(Store(str(tmp_path / name), keep=2)) for name in ("whole", "parts")
+    )
+    assert_same(others, weights)
+    # It went on from where the other had ended.
+    assert history[0]["train_loss"] < undisturbed[1][-1]["train_loss"]
 
 
 EVERYTHING = {

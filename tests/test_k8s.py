@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
+import serve.monitor.retrain
 import serve.offline
 import train.commandline
 import tune.commandline
@@ -35,11 +36,11 @@ from tests.server import REPOSITORY
 Object = dict[str, Any]
 
 K8S = REPOSITORY / "k8s"
-CORE = ("v1", "apps/v1", "policy/v1", "networking.k8s.io/v1")
+CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "networking.k8s.io/v1")
 KUBERNETES_VERSION = "1.32.0"
 OF_NO_NAMESPACE = ("Namespace", "ResourceFlavor", "ClusterQueue")
 # The operator makes longer names of these.
-NAME_LIMITS = {"RayService": 47, "RayJob": 47}
+NAME_LIMITS = {"RayService": 47, "RayJob": 47, "CronJob": 52}
 CLUSTERS = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
 # Of the machine: each container's limit says it.
 THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
@@ -108,6 +109,8 @@ def pods(name: str) -> Iterator[Pod]:
                 yield Pod(f"{where} {group['groupName']}", item, group["template"])
             if "submitterPodTemplate" in spec:
                 yield Pod(f"{where} submitter", item, spec["submitterPodTemplate"])
+        elif item["kind"] == "CronJob":
+            yield Pod(where, item, spec["jobTemplate"]["spec"]["template"])
         elif "template" in spec:
             yield Pod(where, item, spec["template"])
 
@@ -398,6 +401,20 @@ def test_training_has_the_workers_that_its_command_asks_for(name, monkeypatch):
         cores = int(limits["cpu"]) * group["replicas"] - job["spec"]["entrypointNumCpus"]
         assert workers.all_cpus <= cores
         assert workers.gpu == ("nvidia.com/gpu" in limits)
+
+
+@needs_kubectl
+def test_the_look_whether_to_retrain_ends_before_it_is_ended():
+    (item,) = of_kind("components/retrain", "CronJob")
+    (pod,) = (pod for pod in pods("components/retrain") if pod.owner["kind"] == "CronJob")
+    (container,) = pod.containers
+    assert container["command"][:3] == ["python", "-m", "serve.monitor.retrain"]
+    options = serve.monitor.retrain.parse(container["command"][3:])
+    job = item["spec"]["jobTemplate"]["spec"]
+    assert options.lease_hours * 3600 < job["activeDeadlineSeconds"]
+    assert options.storage == "runs"
+    # The cooldown says when to try again.
+    assert job["backoffLimit"] == 0
 
 
 def parsed(job: Object) -> tuple[str, Any]:

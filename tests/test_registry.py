@@ -68,6 +68,25 @@ def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     assert type(bundle).load(location).manifest == bundle.manifest
 
 
+def test_a_version_that_is_to_be_tried_becomes_candidate_whatever_its_figures(bundle, tmp_path):
+    from mlflow import MlflowClient
+
+    from cluster import storage
+
+    root = str(tmp_path)
+    publish(with_metric(bundle, "valid_accuracy", 0.9), root, "valid_accuracy")
+    better = with_metric(bundle, "valid_accuracy", 0.95)
+    with registry.Recording(root, "digits", {}) as recording:
+        published = registry.publish(
+            better, recording, root, None, candidate="it is new", tags={"of": "today"}
+        )
+    assert (published["version"], published["alias"]) == (2, "candidate")
+    assert registry.resolve("models:/digits@production", root)[1] == "1"
+    tags = MlflowClient(storage.tracking_uri(root)).get_model_version("digits", "2").tags
+    assert tags["of"] == "today"
+    assert float(tags["valid_accuracy"]) == 0.95
+
+
 @pytest.mark.parametrize(
     ("metric", "old", "new", "alias"),
     [

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from cluster import storage
 from cluster.errors import UserError
 from train.config import Config, validate
 
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str]) -> Command:
     if file is None and train is not None:
         base: dict[str, Any] = {"name": name_of(train)}
     else:
-        base = load_yaml(Path(file or DEFAULT_CONFIG))
+        base = load_yaml(file or DEFAULT_CONFIG)
     return Command(validate(merge(base, options)), Path(save_to) if save_to else None)
 
 
@@ -84,13 +85,15 @@ def name_of(url: str) -> str:
     return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing or is no YAML mapping."""
+def load_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a path or URL. Raises UserError if the file is missing or is no YAML mapping."""
+    fs, inner = storage.filesystem(str(path))
     try:
-        values = yaml.safe_load(path.read_text())
+        with fs.open(inner, "r") as file:
+            values = yaml.safe_load(file)
     except OSError as error:
         raise UserError(
-            f"config file '{path}': {error.strerror}; give the path of a YAML file, "
+            f"config file '{path}': {error.strerror or error}; give the path of a YAML file, "
             f"such as train/configs/{DEFAULT_CONFIG.name}."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

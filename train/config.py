@@ -49,6 +49,18 @@ class Data(Part):
     test: str | None = Field(
         None, description="Test records; split off the training records when not given."
     )
+    extra: str | None = Field(
+        None,
+        description="Further labelled records to train on; validation and test stay as they are "
+        "without them.",
+    )
+    extra_share: float | None = Field(
+        None,
+        gt=0,
+        le=0.95,
+        description="Share of the training samples that are extra records, repeated or drawn by "
+        "the seed of the splits; each once by default.",
+    )
     valid_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="Share of the training records held out to choose by."
     )
@@ -76,6 +88,12 @@ class Data(Part):
     bad_records: Literal["refuse", "drop"] = Field(
         "refuse", description="A record that cannot be encoded ends the run, or is left out, told."
     )
+
+    @model_validator(mode="after")
+    def _a_share_is_of_something(self) -> Self:
+        if self.extra is None and self.extra_share is not None:
+            raise ValueError("extra_share is for data.extra, which is not given; give both")
+        return self
 
 
 def _kind_alone(value: Any) -> Any:
@@ -434,6 +452,11 @@ class Config(Part):
     )
     task: str | None = Field(
         None, description="package.module:Class of a task of your own, a train.tasks.Task."
+    )
+    init: str | None = Field(
+        None,
+        description="models:/NAME@ALIAS, models:/NAME/VERSION or a bundle, whose weights, features "
+        "and target to begin with.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto is bf16 where the device computes in it, else fp32."

@@ -21,7 +21,7 @@ from train.bundle.manifest import Tensor
 from train.compress import compress
 from train.compress.recipes import check_calibration
 from train.config import LAST, Augment, Config
-from train.data import infer, order, shards
+from train.data import infer, order, origin, shards
 from train.data.baseline import baseline
 from train.data.report import PICTURE, REPORT
 from train.data.shards import Shards
@@ -29,7 +29,7 @@ from train.loop import schedule, trainer
 from train.loop.building import build_net
 from train.loop.checkpoint import trained
 from train.loop.figures import Event
-from train.loop.run import LEAST_SAMPLES, Run
+from train.loop.run import LEAST_SAMPLES, Lesson, Run
 from train.nets.losses import loss_of
 
 
@@ -43,8 +43,12 @@ def fit(config: Config, observe: Callable[[Event], None] = lambda event: None) -
     started = time.perf_counter()
     config, data = prepare(config)
     run = _run(config, storage.join(storage.resolve(config.storage.path), "train"))
-    trainer.train(config, run, data, observe=observe)
-    return bundle(config, data, run, started)
+    if config.init is None:
+        trainer.train(config, run, data, observe=observe)
+        return bundle(config, data, run, started)
+    origin_bundle = origin.load(config)
+    trainer.train(config, run, data, observe=observe, lesson=_begun(run, origin_bundle))
+    return bundle(config, data, run, started, lineage=lineage_of(config.init, origin_bundle))
 
 
 def prepare(config: Config) -> tuple[Config, Shards]:
@@ -55,7 +59,12 @@ def prepare(config: Config) -> tuple[Config, Shards]:
     root = storage.resolve(config.storage.path)
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     config = infer.complete(config)
-    data = shards.prepare(config, root)
+    fitted = None
+    if config.init is not None:
+        origin_bundle = origin.load(config)
+        check_weights(config, origin_bundle)
+        fitted = origin_bundle.task
+    data = shards.prepare(config, root, fitted)
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     check(config, data)
     return config, data
@@ -123,6 +132,40 @@ def check(config: Config, data: Shards) -> None:
     ):
         if metric is not None and metric not in accepted:
             raise UserError(f"{option} is '{metric}'; there are {', '.join(accepted)}.")
+
+
+def check_weights(config: Config, bundle: Bundle) -> None:
+    """Raises UserError where the config's net does not take the bundle's weights."""
+    try:
+        wanted = build_net(config, bundle.task).state_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = safetensors.torch.load_file(bundle.path / WEIGHTS)
+    for name in sorted(wanted.keys() | found.keys()):
+        one, other = (
+            "x".join(map(str, each[name].shape)) or "one number" if name in each else "missing"
+            for each in (found, wanted)
+        )
+        if one != other:
+            raise UserError(
+                f"init is '{config.init}', whose weights are of another net: '{name}' is {one} "
+                f"there, {other} here; leave the options of net out, or train without init."
+            )
+
+
+def _begun(run: Run, bundle: Bundle) -> Lesson:
+    """Keep a bundle's weights with the run, where every worker finds them, whenever it goes on."""
+    url = storage.join(run.url, "init")
+    with storage.written_whole(url, last=WEIGHTS) as folder:
+        shutil.copyfile(bundle.path / WEIGHTS, folder / WEIGHTS)
+    return Lesson(start=url)
+
+
+def lineage_of(init: str, bundle: Bundle) -> dict[str, Any]:
+    """Where a run's weights come from. init_epochs: those of the first, which began from none."""
+    manifest = bundle.manifest
+    epochs = manifest.lineage.get("init_epochs", manifest.config["optim"]["epochs"])
+    return {"init": init, "init_weights": manifest.files[WEIGHTS].sha256, "init_epochs": epochs}
 
 
 def _run(config: Config, runs: str) -> Run:

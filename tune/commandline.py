@@ -63,6 +63,8 @@ def parse(argv: Sequence[str]) -> StudyConfig:
     config = validate_as(StudyConfig, merge(values, options))
     if config.resume is not None:
         raise UserError("resume is for a single run; the same command continues a study.")
+    if config.init is not None:
+        raise UserError("init is for a single run; the nets of a study begin from nothing.")
     changing = config.tune.scheduling == "pbt"
     space.check(config.tune.space, training(config), changing=changing)
     return config

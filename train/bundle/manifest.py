@@ -138,5 +138,7 @@ class Manifest(Strict):
     host: dict[str, Any] = Field(description="The machine that was measured.")
     training_seconds: float
     lineage: dict[str, Any] = Field(
-        {}, description="Where its options come from: the study and the trial that found them."
+        {},
+        description="Where it comes from: the study and the trial that found its options; the "
+        "bundle that its weights began from.",
     )

@@ -128,6 +128,8 @@ def publish(
     metric: str | None,
     *,
     figure: float | None = None,
+    candidate: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Add the bundle to its run and register it as a new version of its model.
 
@@ -136,6 +138,8 @@ def publish(
     stderr says which and why. Returns {"version", "alias", "uri"}.
 
     figure: what stands for the metric where the bundle's own is of records it was trained on.
+    candidate: why the version becomes candidate and never production, whatever its figures.
+    tags: of the version, besides its figures and its lineage.
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
@@ -156,10 +160,17 @@ def publish(
         manifest.name,
         source=f"{run.info.artifact_uri}/{ARTIFACT}",
         run_id=run_id,
-        tags={WEIGHTS: weights, **origin, **{key: repr(figure) for key, figure in metrics.items()}},
+        tags={
+            WEIGHTS: weights,
+            **origin,
+            **(tags or {}),
+            **{key: repr(figure) for key, figure in metrics.items()},
+        },
     ).version
     alias, reason = PRODUCTION, "no version is in production yet"
-    if current is not None:
+    if candidate is not None:
+        alias, reason = CANDIDATE, candidate
+    elif current is not None:
         before = float(current.tags.get(metric, math.nan))
         reason = f"{metric} {value:.4f} against {before:.4f} of version {current.version}"
         if current.tags.get(WEIGHTS) == weights:
@@ -210,6 +221,11 @@ def resolve(uri: str, root: str) -> tuple[str, str]:
             f"'{uri}' is not in the registry at {_shown(root)} "
             f"({' '.join(str(error).split())[:200]}). Train one with: {TRAIN}"
         ) from error
+
+
+def name_of(uri: str) -> str:
+    """Return the model's name in models:/NAME@ALIAS or models:/NAME/VERSION."""
+    return _parse(uri)[0]
 
 
 def production(client: "MlflowClient", name: str) -> Any | None:

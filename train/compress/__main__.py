@@ -98,6 +98,9 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     manifest = earlier.manifest
     values = commandline.merge(manifest.config, given)
     values["storage"]["path"], values["resume"] = path, None
+    if model.startswith(registry.SCHEME):
+        # Its training may have left registering to another; what is in the registry stays in it.
+        values["registry"]["enabled"] = given.get("registry", {}).get("enabled", True)
     config = validate(values)
     if taken := [name for name in own if name in manifest.variants or name in RECIPES]:
         raise UserError(f"'{manifest.name}' has a variant '{taken[0]}' already; give another name.")
@@ -169,7 +172,7 @@ def _built(config: Config, data: Shards) -> nn.Module:
 def _data(config: Config, bundle: Bundle, root: str) -> Shards:
     """The encoded records that the model was trained on. Raises UserError for others."""
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
-    data = shards.prepare(config, root)
+    data = shards.prepare(config, root, bundle.task if config.init else None)
     check_calibration(config, data.task)
     if data.summary["digest"] != bundle.manifest.data["digest"]:
         raise UserError(

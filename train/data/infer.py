@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cluster.errors import UserError
 from train.config import Config, validate
-from train.data import sources
+from train.data import origin, sources
 from train.tasks import InvalidRecord
 from train.tasks.images import IMAGE_SIGNATURES
 from train.tasks.numbers import FALSE, TRUE, Boolean, Date, Number
@@ -49,8 +49,14 @@ class Decision:
 def complete(config: Config) -> Config:
     """Return the config with features, learn and what suits them filled in where left open.
 
+    Of a run that begins from a bundle, that is what the bundle says, by its version.
+
     Raises UserError if the records do not allow it.
     """
+    if config.init is not None:
+        given = config.model_dump(mode="json", exclude_unset=True)
+        given = {**given, "init": origin.pinned(config)}
+        config = validate(_under(given, origin.options(config)))
     if config.task is not None and not config.features:
         raise UserError(
             f"task is '{config.task}', and features are not listed; a task of your own needs them."

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,7 @@ from train.data import encoding, sources, splits
 from train.data.encoding import Encoded
 from train.data.report import Report
 from train.data.splits import NAMES, TRAIN, VALID, Part
-from train.tasks import Arrays, Columns, InvalidRecord, LabelsTarget, Task
+from train.tasks import Arrays, Columns, Images, InvalidRecord, LabelsTarget, Task
 from train.tasks.features import imported
 from train.tasks.records import is_missing
 
@@ -69,24 +69,27 @@ def read_at_random(inputs: Arrays) -> None:
             array.base.madvise(mmap.MADV_RANDOM)
 
 
-def prepare(config: Config, root: str) -> Shards:
+def prepare(config: Config, root: str, fitted: Task | None = None) -> Shards:
     """Return the encoded data of a run; encode and keep it under `root` if it is not there yet.
 
+    fitted: the task of a bundle that the run begins from; fitted to the training records if None.
     Raises UserError that names source and row of a record that cannot be encoded.
     """
     assert config.features, "train.data.infer names them"
     assert config.learn is not None
     data = config.data
-    urls = {"train": data.train, "valid": data.valid, "test": data.test}
+    urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
     found = {name: sources.find(url) for name, url in urls.items() if url is not None}
     depends_on = [
         ENCODING_VERSION,
         [(source.url, source.fingerprint) for source in found.values()],
-        data.model_dump(),
+        # Without extra records the digest is that of before there were any.
+        data.model_dump(exclude=set() if data.extra else {"extra", "extra_share"}),
         {column: feature.model_dump() for column, feature in config.features.items()},
         config.text.model_dump(),
         [config.target, config.learn, config.task],
         _texts_of(config),
+        *([fitted.to_dict()] if fitted else []),
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:20]
     url = storage.join(root, "data", key)
@@ -102,7 +105,7 @@ def prepare(config: Config, root: str) -> Shards:
                 for name, source in found.items()
             }
             size_bytes = sum(source.size_bytes for source in found.values())
-            _write(config, opened, size_bytes, folder)
+            _write(config, fitted, opened, size_bytes, folder)
     with fs.open(summary_path, "r") as file:
         return Shards(url, json.load(file))
 
@@ -143,30 +146,43 @@ def _text_of(url: str) -> str:
 
 
 def _write(
-    config: Config, opened: dict[str, list[sources.Block]], size_bytes: int, folder: Path
+    config: Config,
+    fitted: Task | None,
+    opened: dict[str, list[sources.Block]],
+    size_bytes: int,
+    folder: Path,
 ) -> None:
-    task = define(config)
+    task = fitted or define(config)
     drop_bad = config.data.bad_records == "drop"
     for name, blocks in opened.items():
-        wanted = [*encoding.columns_of(task), config.data.split_key, config.data.split_time]
+        wanted: list[str | None] = [*encoding.columns_of(task)]
+        if name != "extra":  # which is not divided
+            wanted += [config.data.split_key, config.data.split_time]
         url = getattr(config.data, name)
         needed = [column for column in wanted if column]
         sources.check_columns(url, needed, sources.schema(blocks).names)
     time = config.features.get(config.data.split_time or "")
     parts = splits.assign(config.data, opened, time.format if time else None)
-    task, sample = fit(task, parts[0], drop_bad)
+    task, sample = (check if fitted else fit)(task, parts[0], drop_bad)
     report = Report(task, sample)
     with Writer(folder, task, config.data.train_on_valid) as writer:
         for part in parts:
             for encoded in encoding.encode(
                 task, part.blocks, size_bytes=size_bytes, drop_bad=drop_bad
             ):
-                writer.add(encoded, part.codes_N[encoded.rows_N])
+                for codes_N in part.turns(encoded.rows_N):
+                    writer.add(encoded, codes_N)
                 report.add(encoded, part.codes_N[encoded.rows_N])
-    counts = {
-        name: {"source": getattr(config.data, name) or config.data.train, "num_records": count}
+    counts: dict[str, dict[str, Any]] = {
+        name: {
+            "source": getattr(config.data, name) or config.data.train,
+            "num_records": count,
+            "digest": writer.digest_of(name),
+        }
         for name, count in writer.counts.items()
     }
+    if config.data.extra:
+        counts["train"]["extra"] = config.data.extra
     for name, split in counts.items():
         if not split["num_records"]:
             raise UserError(
@@ -190,11 +206,41 @@ def fit(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
 
     The target sees every training record, the features at most FIT_RECORDS. Raises UserError.
     """
+    return _seen(task, part, drop_bad, task.target.fit, task.features.fit)
+
+
+def check(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
+    """See whether a fitted task can read training records; return it with a sample of them.
+
+    Raises UserError.
+    """
+
+    def encode_target(values: Iterable[Any]) -> Any:
+        task.target.encode(list(values))
+        return task.target
+
+    def encode_features(columns: Columns) -> Any:
+        for encoder in task.features.encoders:
+            if not isinstance(encoder, Images):  # of which the sample has one
+                encoder.encode(columns)
+        return task.features
+
+    return _seen(task, part, drop_bad, encode_target, encode_features)
+
+
+def _seen(
+    task: Task,
+    part: Part,
+    drop_bad: bool,
+    of_target: Callable[[Iterable[Any]], Any],
+    of_features: Callable[[Columns], Any],
+) -> tuple[Task, Columns]:
+    """Return what is made of training records: target, features and the sample for the latter."""
     rows_N = np.flatnonzero(part.codes_N == TRAIN)
 
     def fit_target(rows_N: np.ndarray) -> Any:
         values = _values(part, task.target.column, rows_N)
-        return task.target.fit(value for _, value in values)
+        return of_target(value for _, value in values)
 
     if drop_bad and not isinstance(task.target, LabelsTarget):  # by far the most frequent
         values = _values(part, task.target.column, rows_N)
@@ -205,7 +251,7 @@ def fit(task: Task, part: Part, drop_bad: bool) -> tuple[Task, Columns]:
 
     def fit_features(rows_N: np.ndarray) -> tuple[Any, Columns]:
         columns = _sample(task, part, rows_N)
-        return task.features.fit(columns), columns
+        return of_features(columns), columns
 
     (features, sample), _ = _without_bad(fit_features, part, sample_N, drop_bad)
     return replace(task, features=features, target=target), sample
@@ -299,11 +345,18 @@ class Writer:
     @property
     def digest(self) -> str:
         """Of all that was written."""
-        parts = [self._digests[path].hexdigest() for path in sorted(self._digests)]
+        return self._digest(sorted(self._digests))
+
+    def digest_of(self, name: str) -> str:
+        """Of what was written of one split."""
+        return self._digest([path for path in sorted(self._digests) if path.parent.name == name])
+
+    def _digest(self, paths: Iterable[Path]) -> str:
+        parts = [self._digests[path].hexdigest() for path in paths]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def add(self, encoded: Encoded, codes_N: np.ndarray) -> None:
-        """codes_N: the split of each record."""
+        """codes_N: the split of each record, or NOWHERE."""
         for code, name in enumerate(NAMES):
             chosen_N = np.isin(codes_N, self._members.get(code, [code]))
             if not chosen_N.any():

@@ -9,24 +9,35 @@ import numpy as np
 
 from cluster.errors import UserError
 from train.config import Data
-from train.data import sources
+from train.data import order, sources
 from train.data.sources import Block
 from train.tasks import InvalidRecord
 from train.tasks.numbers import Date, Number
 from train.tasks.records import is_missing, name_of
 
 MIN_TRAINING = 2
-TRAIN, VALID, TEST = 0, 1, 2
+TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
 NAMES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source and the split that each of its rows is in."""
+    """A source and the split that each of its rows is in.
+
+    copies_N: how often each row is in it; once if None.
+    """
 
     url: str
     blocks: list[Block]
     codes_N: np.ndarray
+    copies_N: np.ndarray | None = None
+
+    def turns(self, rows_N: np.ndarray) -> Iterator[np.ndarray]:
+        """The splits of some rows, once for each time that one of them is in it, else NOWHERE."""
+        codes_N = self.codes_N[rows_N]
+        copies_N = np.ones(len(rows_N)) if self.copies_N is None else self.copies_N[rows_N]
+        for turn in range(int(copies_N.max(initial=0))):
+            yield np.where(copies_N > turn, codes_N, NOWHERE)
 
 
 def assign(
@@ -35,9 +46,10 @@ def assign(
     """Return the sources, those of the training records first.
 
     date_format: of the dates of `split_time`, ISO 8601 if None.
-    opened: the blocks of `data.train` and, where given, of `data.valid` and `data.test`. A split
-    without a source of its own is taken from the training records: at random by `split_seed`
-    alone, or by `split_key` all records of a key together, or by `split_time` the latest.
+    opened: the blocks of `data.train` and, where given, of `data.valid`, `data.test` and
+    `data.extra`. A split without a source of its own is taken from the training records: at random
+    by `split_seed` alone, or by `split_key` all records of a key together, or by `split_time` the
+    latest. Extra records are for training alone, and come last.
     """
     blocks = opened["train"]
     count = sum(block.num_rows for block in blocks)
@@ -70,7 +82,23 @@ def assign(
             rows = sum(block.num_rows for block in opened[name])
             url = getattr(config, name)
             parts.append(Part(url, opened[name], np.full(rows, code, np.int8)))
+    if "extra" in opened:
+        training = (TRAIN, VALID) if config.train_on_valid else (TRAIN,)
+        num_training = sum(int(np.isin(part.codes_N, training).sum()) for part in parts)
+        parts.append(_extra(config, opened["extra"], num_training))
     return parts
+
+
+def _extra(config: Data, blocks: list[Block], num_training: int) -> Part:
+    """Training records besides `num_training` others, as many copies of them as their share is."""
+    assert config.extra is not None
+    rows = wanted = sum(block.num_rows for block in blocks)
+    if config.extra_share is not None:
+        wanted = max(1, round(num_training * config.extra_share / (1 - config.extra_share)))
+    times, left = divmod(wanted, rows)
+    copies_N = np.full(rows, times)
+    copies_N[order.generator(config.split_seed, 0, "extra").permutation(rows)[:left]] += 1
+    return Part(config.extra, blocks, np.full(rows, TRAIN, np.int8), copies_N)
 
 
 def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:

@@ -1,0 +1,420 @@
+"""Retraining: when it is due, what it does once, and that the new version is the better one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import scipy.stats
+import yaml
+from sklearn.datasets import load_digits
+
+from cluster import storage
+from cluster.errors import Failed, UserError
+from serve.monitor import jobs, lease, logged, paired, renewal, retrain
+from serve.monitor.due import Rules, decide
+from serve.monitor.history import State
+from tests.server import REPOSITORY
+from tests.test_tasks import image_bytes
+from train import commandline
+from train.bundle import Bundle, registry
+from train.tasks import ClassTarget, Features, LabelsTarget, Task, ValueTarget
+
+RULES = Rules(windows=2, of=5, max_drop=0.02)
+
+
+def window(*features):
+    alarms = [
+        {"feature": name, "statistic": "psi", "score": 1, "threshold": 0} for name in features
+    ]
+    return {"rows": 500, "time": "2026-11-23T12:00:00+00:00", "alarms": alarms}
+
+
+def watched(*windows, **feedback):
+    live = {"count": 300, "metric": "accuracy", "value": 0.9, "low": 0.86, "high": 0.93}
+    live = {**live, "expected": 0.9, **feedback} if feedback else None
+    return {"production": "3", "versions": {"3": {"windows": list(windows), "feedback": live}}}
+
+
+QUIET, LOUD = window(), window("age", "town")
+
+
+@pytest.mark.parametrize(
+    ("state", "due", "words"),
+    [
+        (None, False, "nothing has been seen of version 3"),
+        ({"versions": {"2": watched(LOUD, LOUD)["versions"]["3"]}}, False, "nothing has been seen"),
+        (watched(), False, "0 of the last 0 windows"),
+        (watched(LOUD), False, "1 of the last 1 windows drifted (age, town), 2 of 5 are needed"),
+        (watched(LOUD, QUIET, QUIET, QUIET, LOUD), True, "2 of the last 5 windows drifted (age"),
+        (watched(LOUD, LOUD, QUIET, QUIET, QUIET, QUIET), False, "1 of the last 5"),
+        (watched(QUIET, expected=0.95), False, "0.9 [0.86, 0.93] of 300, 0.95 expected"),
+        (watched(QUIET, expected=0.96), True, "live accuracy 0.9 [0.86, 0.93] of 300, 0.96 expect"),
+        (watched(QUIET, metric="rmse", low=8, high=9, expected=7.9), False, "as much as 0.2"),
+        (watched(QUIET, metric="rmse", low=8, high=9, expected=7.7), True, "live rmse"),
+        (watched(LOUD, LOUD, expected=0.9), True, "windows drifted"),
+    ],
+)
+def test_it_is_due_by_drift_or_by_how_often_it_is_right(state, due, words):
+    unit = 10 if "rmse" in json.dumps(state) else 1
+    decision = decide(state, "3", Rules(2, 5, 0.02, unit))
+    assert decision.due is due
+    assert words in decision.reason
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 0), (3, 9), (40, 22), (600, 500)])
+def test_the_p_is_that_of_scipys_binomial_test(better, worse):
+    wanted = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert paired.sign_test(better, worse) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_losses_are_wrong_names_or_squared_errors():
+    def task(target):
+        return Task(Features(()), target)
+
+    names = {"label": np.array(["a", "b", "b"], dtype=object)}
+    one = task(ClassTarget("y", ("a", "b")))
+    assert paired.losses(one, names, ["a", "a", "b"]).tolist() == [0, 1, 0]
+    several = task(LabelsTarget("y", ("a", "b")))
+    answers = {"label": np.array(["a|b", "", "b"], dtype=object)}
+    assert paired.losses(several, answers, ["b|a", "", "a|b"]).tolist() == [0, 0, 1]
+    number = task(ValueTarget("y", 0.0, 1.0))
+    assert paired.losses(number, {"value": np.array([1.0, 3.0])}, [2.0, 3.0]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "improved"),
+    [
+        ([1] * 10, [0] * 10, True),
+        ([1] * 5 + [0] * 5, [0] * 10, False),  # p is 0.06
+        ([0] * 10, [1] * 10, False),
+        # More errors became smaller than larger, but one is so large that the mean grows.
+        ([1] * 12, [0.5] * 11 + [100], False),
+    ],
+)
+def test_better_is_in_the_metric_and_by_more_than_chance(before, after, improved):
+    losses = np.array([before, after], float)
+    assert paired.of_losses(losses, in_numbers=True).improved is improved
+    if losses.max() <= 1:
+        assert paired.of_losses(losses, in_numbers=False).improved is improved
+
+
+# One at a time
+
+
+@pytest.fixture(params=["path", "URL"])
+def lease_url(tmp_path, request):
+    return f"{tmp_path}/new/digits.lease" if request.param == "path" else f"file://{tmp_path}/lease"
+
+
+def test_a_lease_is_held_by_one_and_given_back(lease_url):
+    with lease.held(lease_url, hours=1) as own:
+        own.check()
+        with (
+            pytest.raises(lease.Taken, match=f"{socket.gethostname()}, process {os.getpid()}"),
+            lease.held(lease_url, hours=1),
+        ):
+            pytest.fail("two hold it")
+        own.check()
+    with lease.held(lease_url, hours=1):
+        pass
+    assert not os.path.exists(urllib.parse.urlparse(lease_url).path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({}, False),
+        ({"host": "another", "pid": 1}, False),
+        ({"host": "another", "pid": 1, "time": time.time() - 3700}, True),
+        ({"pid": 2**22 + 1}, True),  # beyond the highest id that there can be
+    ],
+)
+def test_a_stale_lease_is_taken_over(lease_url, changes, stale):
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": "x"}
+    storage.write_file(lease_url, json.dumps({**holder, **changes}).encode())
+    if not stale:
+        with pytest.raises(lease.Taken), lease.held(lease_url, hours=1):
+            pytest.fail("two hold it")
+        return
+    with lease.held(lease_url, hours=1) as own:
+        own.check()
+
+
+def test_who_lost_the_lease_ends_and_leaves_it_to_the_other(lease_url):
+    with lease.held(lease_url, hours=1) as own:
+        storage.write_file(lease_url, json.dumps({**own.holder, "token": "other"}).encode())
+        with pytest.raises(Failed, match="taken over"):
+            own.check()
+    assert json.loads(storage.filesystem(lease_url)[0].cat_file(lease_url))["token"] == "other"
+
+
+def test_the_history_keeps_the_last_times_and_the_cooldown_begins_at_the_last(tmp_path):
+    state = State(str(tmp_path), "digits")
+    assert state.cooling(24) is None
+    now = datetime.now(UTC)
+    for hours in range(30, 2, -1):
+        began = (now - timedelta(hours=hours)).isoformat()
+        state.note({"began": began, "outcome": "began"})
+        state.note({"began": began, "outcome": "refused"})
+    history = state.history()
+    assert len(history) == 20
+    assert {entry["outcome"] for entry in history} == {"refused"}
+    assert "3.0 h ago, of 24" in state.cooling(24)
+    assert state.cooling(2.9) is None
+
+
+# What there is to learn from
+
+
+def table(truths, **columns):
+    count = len(truths)
+    records = [{name: values[row] for name, values in columns.items()} for row in range(count)]
+    return pa.table(
+        {"id": [f"request-{row // 2}" for row in range(count)], "record": records, "truth": truths}
+    )
+
+
+def test_only_truths_that_the_task_knows_are_learned_from():
+    names = Task(Features(()), ClassTarget("y", ("a", "b")))
+    several = Task(Features(()), LabelsTarget("y", ("a", "b")))
+    number = Task(Features(()), ValueTarget("y", 0.0, 1.0))
+    for task, truths, wanted in (
+        (names, ["a", None, "c", "b"], ["a", "b"]),
+        (several, ["a|b", "", "a|c", None], ["a|b", ""]),
+        (number, [1.5, float("nan"), None, float("inf")], [1.5]),
+    ):
+        found = renewal.usable(table(truths, n=[0.0] * 4), task)
+        assert found["truth"].to_pylist() == wanted
+
+
+def test_requests_stay_in_the_part_that_they_were_in_when_others_come():
+    task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
+    count = 2000
+    truths = ["a", "b"] * (count // 2)
+    parts = renewal.divided(table(truths, n=list(range(count)), other=["x"] * count), task)
+    assert parts.training.column_names == parts.held_out.column_names == ["n", "y"]
+    training, held_out = (set(part["n"].to_pylist()) for part in (parts.training, parts.held_out))
+    assert training | held_out == set(range(count))
+    assert not training & held_out
+    # Both rows of a request are in one part.
+    assert {row ^ 1 for row in held_out} == held_out
+    assert len(held_out) / count == pytest.approx(0.3, abs=0.05)
+    some = renewal.divided(table(truths[:500], n=list(range(500))), task)
+    assert set(some.held_out["n"].to_pylist()) == {row for row in held_out if row < 500}
+
+
+def test_nothing_is_learned_from_an_empty_log(tmp_path):
+    task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
+    nothing = logged.labelled(str(tmp_path), "digits")
+    new = renewal.divided(renewal.usable(nothing, task), task)
+    assert len(new.training) == len(new.held_out) == 0
+
+
+def test_requests_without_a_field_are_named():
+    task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
+    with pytest.raises(UserError, match="no field 'n'; they have m"):
+        renewal.divided(table(["a"], m=[1.0]), task)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "a/b"], "--model"),
+        (["--model", "digits", "--mix", "2"], "--mix"),
+        (["--model", "digits", "--min-labelled", "0"], "--min-labelled"),
+        (["--model", "digits", "--often"], "--often"),
+        ([], "--model"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, words):
+    with pytest.raises(UserError, match=words) as caught:
+        retrain.parse(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_read_as_they_are_written_on_a_command_line():
+    given = ["--model", "digits", "--dry-run", "--max-drop", "0.1", "--cooldown-hours", "2"]
+    options = retrain.parse(given)
+    assert (options.dry_run, options.check, options.max_drop) == (True, False, 0.1)
+    assert options.cooldown_hours == 2
+
+
+@pytest.fixture(scope="module")
+def root(bundle, tmp_path_factory):
+    """A storage path whose registry has the digits in production, as version 1."""
+    root = str(tmp_path_factory.mktemp("retrain"))
+    with registry.Recording(root, "digits", bundle.manifest.config) as recording:
+        registry.publish(bundle, recording, root, None)
+    return root
+
+
+@pytest.fixture
+def written(root):
+    """Write what the monitor has seen, until the test ends."""
+    url = storage.join(root, "monitor", "digits.json")
+
+    def write(state):
+        state = {"production": "1", "versions": {"1": state["versions"]["3"]}}
+        storage.write_file(url, json.dumps(state).encode())
+
+    yield write
+    for folder in ("monitor", "retrain"):
+        fs, path = storage.filesystem(storage.join(root, folder))
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def inverted(count):
+    """Labelled requests for digits, light on dark where the model has seen dark on light."""
+    digits = load_digits()
+    images = (255 - digits.images[:count] * 15.9).astype(np.uint8)
+    records = [{"image": image_bytes(image)} for image in images]
+    ids = [f"request-{row}" for row in range(count)]
+    truths = [str(label) for label in digits.target[:count]]
+    return pa.table({"id": ids, "record": records, "truth": truths})
+
+
+def log(requests, root):
+    """Keep labelled requests as the server does: what was asked apart from what is true."""
+    now = datetime.now(UTC)
+    columns = {
+        "id": requests["id"],
+        "row": pa.array([0] * requests.num_rows, pa.int32()),
+        "time": pa.array([now] * requests.num_rows, pa.timestamp("us", tz="UTC")),
+    }
+    for kind, name in (("requests", "record"), ("feedback", "truth")):
+        buffer = pa.BufferOutputStream()
+        pa.parquet.write_table(pa.table({**columns, name: requests[name]}), buffer)
+        url = storage.join(root, kind, "digits", f"{int(now.timestamp() * 1000)}-test.parquet")
+        storage.write_file(url, buffer.getvalue().to_pybytes())
+
+
+def never(*arguments):
+    pytest.fail("it trains, or reads for it")
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "due", "reason"),
+    [
+        (watched(QUIET), {}, False, "0 of the last 1 windows"),
+        (watched(LOUD, LOUD), {}, True, "20 labelled records are too few, 200 are needed"),
+        (watched(LOUD, LOUD), {"dry_run": True, "min_labelled": 20}, True, "train here for 2 epo"),
+        (watched(QUIET), {"force": True}, True, "20 labelled records are too few"),
+        (watched(QUIET), {"force": True, "dry_run": True, "min_labelled": 9}, True, "would train"),
+    ],
+)
+def test_what_is_not_trained_says_why(root, written, state, changes, due, reason, capsys):
+    written(state)
+    options = retrain.Options(model="digits", storage=root, **changes)
+    result = retrain.run(options, lambda *_: inverted(20), never)
+    assert (result["retrained"], result["due"]) == (False, due)
+    assert reason in result["reason"]
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not storage.filesystem(root)[0].exists(storage.join(root, "retrain"))
+
+
+def test_a_training_that_fails_is_written_down_and_counts_for_the_cooldown(root, written):
+    written(watched(LOUD, LOUD))
+    options = retrain.Options(model="digits", storage=root, min_labelled=20)
+
+    def fail(config_url, submit, timeout_s):
+        assert timeout_s == 6 * 3600
+        with (
+            pytest.raises(lease.Taken),
+            lease.held(State(root, "digits").url("lease"), hours=1),
+        ):
+            pytest.fail("another could begin")
+        raise Failed("training ended with exit 1")
+
+    with pytest.raises(Failed):
+        retrain.run(options, lambda *_: inverted(20), fail)
+    (entry,) = State(root, "digits").history()
+    assert (entry["outcome"], entry["reason"]) == ("failed", "training ended with exit 1")
+    result = retrain.run(options, lambda *_: inverted(20), never)
+    assert "the last training began 0.0 h ago, of 24" in result["reason"]
+    forced = options.model_copy(update={"force": True})
+    with pytest.raises(Failed):
+        retrain.run(forced, lambda *_: inverted(20), fail)
+
+
+def test_the_config_is_productions_but_for_what_makes_it_another_training(
+    root, bundle, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    options = retrain.Options(model="digits", storage=root, mix=0.25)
+    own = bundle.manifest.config
+    elsewhere = {**own, "data": {**own["data"], "test": "test.csv"}}
+    changed = bundle.manifest.model_copy(update={"config": elsewhere})
+    production = Bundle(bundle.location, bundle.path, changed)
+    values = retrain.config_of(options, root, production, "7", f"{root}/extra.parquet")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    config = commandline.parse(["--config", f"file://{tmp_path}/config.yaml"]).config
+    assert (config.init, config.optim.epochs) == ("models:/digits/7", own["optim"]["epochs"] // 3)
+    assert (config.data.extra, config.data.extra_share) == (f"{root}/extra.parquet", 0.25)
+    assert (config.data.train, config.data.test) == ("sklearn:digits", f"{tmp_path}/test.csv")
+    assert (config.registry.enabled, config.storage.path) == (False, root)
+    for name in ("net", "compress", "features", "augment", "seed", "workers"):
+        assert config.model_dump(mode="json")[name] == own[name]
+
+
+def test_a_result_is_the_last_line_that_is_one():
+    log = '{"bundle": "a"}\nwords\n{"bundle": "b"}\n{"other": 1}\nShutting down\n'
+    assert jobs.result_of(log) == {"bundle": "b"}
+    with pytest.raises(Failed, match="without its JSON line"):
+        jobs.result_of("words\n")
+
+
+def test_an_address_without_a_dashboard_is_named():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--submit is '{address}'"):
+            jobs.train("config.yaml", address, 1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_model_whose_requests_drifted_gets_a_candidate_that_knows_them(root, written, bundle):
+    written(watched(LOUD, QUIET, LOUD))
+    log(inverted(700), root)
+    arguments = ["--model", "digits", "--storage", root, "--epochs", "4", "--check"]
+    command = [sys.executable, "-m", "serve.monitor.retrain", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["retrained"], result["outcome"]) == (True, "registered")
+    assert (result["version"], result["alias"]) == (2, "candidate")
+    assert registry.resolve("models:/digits@production", root)[1] == "1"
+    location, version = registry.resolve("models:/digits@candidate", root)
+    assert version == "2"
+
+    candidate = Bundle.load(location)
+    assert candidate.manifest.lineage["init"] == "models:/digits/1"
+    assert candidate.manifest.data["test"] == bundle.manifest.data["test"]
+    assert candidate.task.to_dict() == bundle.task.to_dict()
+    figures = result["figures"]
+    assert figures["new_after"] > 0.8 > 0.5 > figures["new_before"]
+    assert figures["test_accuracy"] >= figures["production_test_accuracy"] - 0.02
+    # What it is judged by, it has not learned from.
+    learned = pyarrow.parquet.read_table(candidate.manifest.config["data"]["extra"])
+    assert learned.num_rows + result["num_held_out"] == 700
+    assert figures["new_num_records"] == result["num_held_out"]
+
+    (entry,) = State(root, "digits").history()
+    assert {**entry, "model": "digits", "retrained": True, "due": True} == result
+    again = retrain.run(retrain.parse(arguments), never, never)
+    assert "the last training began" in again["reason"]
