@@ -70,7 +70,7 @@ def test_a_module_imports_only_what_stands_before_it(path):
 
 
 @pytest.mark.parametrize(
-    "package", ["train.bundle", "train.tasks", "serve.dataplane", "serve.offline"]
+    "package", ["train.bundle", "train.tasks", "serve.dataplane", "serve.console", "serve.offline"]
 )
 def test_serving_needs_no_torch(package):
     code = (
