@@ -17,7 +17,7 @@ from serve.errors import BadRequest, BodyTooLarge, TimedOut
 from serve.metrics import PlaneMetrics, Snapshot
 from serve.monitor.sampler import Sampler
 from serve.profile import Profile
-from train.bundle import Predictor
+from train.bundle import Bundle, Predictor
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns, InvalidRecord, TensorSpec
 from train.tasks.images import num_pixels
@@ -56,8 +56,12 @@ class DataPlane:
             self._cache = Cache(config.cache_bytes, config.cache_ttl_s, identity, self.metrics)
 
     @property
+    def bundle(self) -> Bundle:
+        return self._predictor.bundle
+
+    @property
     def manifest(self) -> Manifest:
-        return self._predictor.bundle.manifest
+        return self.bundle.manifest
 
     @property
     def name(self) -> str:

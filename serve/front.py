@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
+from serve import console
 from serve.config import FrontConfig
 from serve.errors import NotFound
 from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
@@ -82,7 +83,8 @@ class Front(Http):
                 "/metrics": (GET, self.prometheus),
                 "/docs": (GET, self.docs),
                 "/docs/assets/[^/]+": (GET, openapi.asset),
-                "/": (GET, openapi.root),
+                "/console/[^/]+": (GET, console.asset),
+                "/": (GET, console.page),
             }
         ).find
 

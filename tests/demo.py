@@ -158,7 +158,7 @@ def show(
         f"pictures   {result['bundle']}/report/",
         f"registry   .venv/bin/mlflow ui --backend-store-uri {database}",
         f"server     .venv/bin/serve run serve.app model={result['uri']}",
-        f"try it     {server.URL}/docs once the server is up",
+        f"try it     {server.URL} once the server is up",
     ):
         console.print(f"  {line}", soft_wrap=True, highlight=False)
 

@@ -71,7 +71,10 @@ def test_a_module_imports_only_what_stands_before_it(path):
 
 @pytest.mark.parametrize(
     "package",
-    ["train.bundle", "train.tasks", "serve.dataplane", "serve.offline", "serve.monitor.requestlog"],
+    [
+        *("train.bundle", "train.tasks", "serve.dataplane", "serve.console", "serve.offline"),
+        "serve.monitor.requestlog",
+    ],
 )
 def test_serving_needs_no_torch(package):
     code = (

@@ -29,7 +29,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = "application/json"
 # What is answered without a key: whether the server lives, and how to use it.
 OPEN = re.compile(
-    r"/|/v2/health/(live|ready)|/docs(/assets/[^/]+)?|/openapi\.json"
+    r"/|/console/[^/]+|/v2/health/(live|ready)|/docs(/assets/[^/]+)?|/openapi\.json"
     r"|/v2/models/[^/]+/(docs|openapi\.json)"
 )
 

@@ -67,10 +67,6 @@ async def asset(request: Request) -> Answer:
     return Answer(_file(name), content_type=ASSETS[name])
 
 
-async def root(request: Request) -> Answer:
-    return Answer(b"", 307, headers={"Location": "/docs"})
-
-
 @cache
 def _file(name: str) -> bytes:
     return Path(swagger_ui_path, name).read_bytes()
@@ -97,6 +93,7 @@ def document(manifest: Manifest) -> dict[str, Any]:
             f"{model}/ready": _get("Whether the model answers"),
             f"{model}/config": _get("How the model is batched"),
             f"{model}/stats": _get("What one replica has answered"),
+            f"{model}/manifest": _get("What was trained, of which data, and how it measured"),
             "/v2": _get("Name and extensions of the server"),
             "/v2/models": _get("Names of the models"),
             "/v2/health/live": _get("Whether the server lives"),

@@ -1,7 +1,9 @@
 """The routes of the Open Inference Protocol v2 and KServe V1 for one model."""
 
+import asyncio
 import time
 
+from serve import console
 from serve.accesslog import AccessLog
 from serve.admission import Terms
 from serve.dataplane import DataPlane
@@ -122,6 +124,13 @@ class Rest(Http):
     async def docs(self, request: Request) -> Answer:
         return html(openapi.page(self._host.name))
 
+    async def manifest(self, request: Request) -> Answer:
+        return console.manifest(self._plane(request))
+
+    async def report(self, request: Request) -> Answer:
+        plane, name = self._plane(request), request.path.rpartition("/")[2]
+        return await asyncio.to_thread(console.report, plane, name)
+
     def snapshot(self, replica: str) -> Snapshot:
         """What this replica counted, by version; of no version what was asked of none."""
         none = {"model": "", "version": "", "variant": "", "replica": replica}
@@ -175,6 +184,9 @@ def _routes(rest: Rest) -> Routes:
             f"(?:{MODEL})?/openapi.json": (GET, rest.openapi),
             f"(?:{MODEL})?/docs": (GET, rest.docs),
             "/docs/assets/[^/]+": (GET, openapi.asset),
-            "/": (GET, openapi.root),
+            VERSIONED + "/manifest": (GET, rest.manifest),
+            VERSIONED + "/report/[^/]+": (GET, rest.report),
+            "/console/[^/]+": (GET, console.asset),
+            "/": (GET, console.page),
         }
     )
