@@ -30,6 +30,7 @@ ALLOWED = {
         *("train.nets", "train.data", "train.loop", "train.compress"),
     },
     "train.report": {"train.tasks", "train.bundle"},
+    "train.card": {"train.tasks", "train.bundle", "train.config", "train.card"},
     "train.compress.__main__": {"cluster", "train"},
     "train.fit": {"cluster", "train"},
     "train": {"cluster", "train"},

@@ -4,7 +4,6 @@ import asyncio
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from serve.admission import Terms
 from serve.config import ServeConfig
@@ -18,19 +17,11 @@ from serve.monitor.rollout import (
     chosen,
     judge,
     paired,
-    sign_test,
 )
 from serve.monitor.trial import Trials
 from serve.served import Trial
 
 RULES = Rules(least_labelled=100, margin=0.01, latency=2.0)
-
-
-@pytest.mark.parametrize(("better", "worse"), [(0, 0), (3, 9), (12, 12), (40, 5)])
-def test_the_sign_test_is_the_exact_binomial_one(better, worse):
-    count = better + worse
-    expected = stats.binomtest(better, count).pvalue if count else 1.0
-    assert sign_test(better, worse) == pytest.approx(expected)
 
 
 def test_a_share_of_keys_is_chosen_and_stays_chosen_as_it_grows():

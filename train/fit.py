@@ -14,7 +14,7 @@ import torch
 
 from cluster import connect, storage
 from cluster.errors import UserError
-from train import report
+from train import card, report
 from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import Tensor
@@ -206,20 +206,20 @@ def _write(
     metric = f"valid_{task.metric}"
     report.curves(history, metric, rates, writer.file("report/curves.png"))
     writer.json(BASELINE, baseline(data, made.outputs["valid"]))
-    report.predictions(task, *data.open("test"), made.outputs["test"], writer.file)
-    writer.commit(
-        Manifest(
-            name=config.name,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            task=task.to_dict(),
-            inputs=[Tensor.of(spec) for spec in task.features.fields],
-            outputs=[Tensor.of(spec) for spec in task.target.outputs],
-            files=writer.files(),
-            seed=config.seed,
-            data={"digest": data.summary["digest"], **data.summary["splits"]},
-            config=config.model_dump(mode="json"),
-            training_seconds=round(time.perf_counter() - started, 3),
-            lineage=lineage,
-            **made.fields,
-        )
+    test = *data.open("test"), made.outputs["test"]
+    report.predictions(task, *test, writer.file)
+    manifest = Manifest(
+        name=config.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=task.to_dict(),
+        inputs=[Tensor.of(spec) for spec in task.features.fields],
+        outputs=[Tensor.of(spec) for spec in task.target.outputs],
+        files=writer.files(),
+        seed=config.seed,
+        data={"digest": data.summary["digest"], **data.summary["splits"]},
+        config=config.model_dump(mode="json"),
+        training_seconds=round(time.perf_counter() - started, 3),
+        lineage=lineage,
+        **made.fields,
     )
+    writer.commit(card.write(writer, manifest, *test))

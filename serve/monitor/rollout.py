@@ -14,6 +14,7 @@ import numpy as np
 
 from serve.metrics import SECONDS, Histogram
 from serve.monitor.feedback import Live, Z
+from serve.monitor.paired import sign_test
 
 Phase = Literal["shadow", "canary"]
 SHADOW, CANARY = "shadow", "canary"
@@ -171,13 +172,6 @@ def paired(losses: np.ndarray) -> tuple[float, float, float, float]:
     half = Z * float(spread.std()) / math.sqrt(count)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     return gain, gain - half, gain + half, sign_test(better, worse)
-
-
-def sign_test(better: int, worse: int) -> float:
-    """Two-sided exact binomial test of `better` against `worse` at one half."""
-    count = better + worse
-    tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**count)
 
 
 def figures(

@@ -23,7 +23,7 @@ from cluster import connect, storage
 connect.prepare_environment()
 
 from cluster.errors import Failed, UserError, run_command
-from train import commandline, nets, report
+from train import card, commandline, nets, report
 from train.bundle import Bundle, CorruptBundle, registry
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, edge
@@ -130,17 +130,17 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
                 )
             )
         writer.json(BASELINE, baseline(data, made.outputs["valid"]))
-        report.predictions(data.task, *data.open("test"), made.outputs["test"], writer.file)
-        writer.commit(
-            manifest.model_copy(
-                update={
-                    "created": now.isoformat(timespec="seconds"),
-                    "files": writer.files(),
-                    "config": config.model_dump(mode="json"),
-                    **made.fields,
-                }
-            )
+        test = *data.open("test"), made.outputs["test"]
+        report.predictions(data.task, *test, writer.file)
+        compressed = manifest.model_copy(
+            update={
+                "created": now.isoformat(timespec="seconds"),
+                "files": writer.files(),
+                "config": config.model_dump(mode="json"),
+                **made.fields,
+            }
         )
+        writer.commit(card.write(writer, compressed, *test))
     bundle = Bundle.load(location)
     summary = registry.summary(bundle) | {"seconds": round(time.perf_counter() - started, 3)}
     if not config.registry.enabled:
