@@ -411,7 +411,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, marked):
         page.reload()
         page.wait_for_selector("figure img[src^='blob:']")
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        page.get_by_role("button", name="Forget the key").click()
+        page.get_by_role("button", name="Forget key").click()
         field.wait_for()
 
 

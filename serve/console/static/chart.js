@@ -59,11 +59,11 @@ export class Lines {
   }
 }
 
-// The next of 1, 2, 5, 10, 20, … from a value up.
+// The next round number from a value up.
 export function ceiling(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
 // Rows of a name, a bar from 0 to `most`, and words. bars: [{name, value, words, mood, mark}];

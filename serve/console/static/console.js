@@ -79,7 +79,7 @@ function header(models, model, view) {
   links[focused]?.focus();
   document.title = `${VIEWS[view][0]} · ${model} · Halyard`;
   login.hidden = true;
-  main.hidden = false;
+  main.hidden = document.getElementById("pick").hidden = false;
   document.getElementById("forget").hidden = !key.get();
 }
 

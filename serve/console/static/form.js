@@ -173,7 +173,9 @@ function imageField(input) {
     node.addEventListener(kind, (event) => {
       event.preventDefault();
       node.classList.toggle("over", kind === "dragenter" || kind === "dragover");
-      if (kind === "drop") take(event.dataTransfer.files[0]);
+      if (kind !== "drop") return;
+      control.files = event.dataTransfer.files;
+      take(control.files[0]);
     });
   }
   return {

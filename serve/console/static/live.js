@@ -7,8 +7,9 @@ import { Counters, parse, quantile, sum, sumBy } from "./prometheus.js";
 
 const POLL_MS = 2000;
 const SPAN_S = 240;
-// Replicas tell what they counted every few seconds: rates are of a window that covers that.
-const WINDOW_S = 10;
+// Replicas tell what they counted every four seconds. Were the window no multiple of that, rates
+// would go up and down with how many reports are in it.
+const WINDOW_S = 12;
 const PROTOCOLS = ["v1", "v2", "grpc"];
 const MAX_FEATURES = 40;
 
