@@ -141,6 +141,7 @@ def _quantity(name: str, quantity: Mapping[str, Any]) -> Markup | None:
         words = ", ".join(
             f"{labels[place]} {shares[place]:.0%}" for place in order if shares[place]
         )
+        words += "…" * (int(np.count_nonzero(shares)) > MAX_NAMES)
         drawn = histogram(range(len(shares) + 1), shares.tolist(), f"{name}: {words}")
         return tag("div", tag("b", name), drawn, words)
     edges = quantity["edges"]
