@@ -12,7 +12,7 @@ from serve.monitor.drift import thresholds
 from serve.monitor.sampler import BLOCK_ROWS, Sampler
 from serve.monitor.windows import Windows
 from train.bundle import quantities
-from train.bundle.quantities import Quantity
+from train.bundle.quantities import Measured, Quantity
 from train.tasks import Task
 
 EDGES = (0.0, 1.0, 2.0, 4.0)
@@ -35,6 +35,23 @@ def test_values_are_counted_as_numpy_counts_them():
 def test_a_number_that_never_changed_has_one_bin():
     constant = number([0] * 4, (3.0, 3.0))
     assert constant.count(np.array([2.0, 3.0, 3.0, 4.0])).tolist() == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("values", [[0, 1, 1, 0], [1, 2, 3, 3, 2], [0.5], list(range(16))])
+def test_each_of_few_values_has_a_bin(values):
+    measured = Measured("number", "inputs", np.array(values, float))
+    edges = quantities.edges_of(measured, "n")
+    counts = number([0] * (len(edges) + 2), edges).count(measured.values)
+    _, expected = np.unique(values, return_counts=True)
+    assert counts[2:-1].tolist() == expected.tolist()
+
+
+def test_bins_of_many_values_hold_about_as_many_each():
+    values = np.random.default_rng(0).lognormal(size=4000)
+    edges = quantities.edges_of(Measured("number", "inputs", values), "n")
+    counts = np.histogram(values, edges)[0]
+    assert len(counts) == quantities.NUM_BINS
+    assert np.ptp(counts) <= 2
 
 
 def test_names_beyond_the_last_bin_share_it():

@@ -197,11 +197,14 @@ def _shortened(labels: tuple[str, ...], most: int) -> tuple[str, ...]:
 
 
 def edges_of(measured: Measured, name: str) -> tuple[float, ...]:
-    """Edges of bins that hold about equally many of the values each; equal edges are one."""
+    """Edges of bins: one around each of few values, else bins that hold about equally many."""
     if name == "probabilities":
         return PROBABILITY_EDGES
     values = measured.values[np.isfinite(measured.values)]
     if not len(values):
         return (0.0, 0.0)
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, NUM_BINS + 1)))
-    return tuple((edges if len(edges) > 1 else edges.repeat(2)).tolist())
+    distinct = np.unique(values)
+    if len(distinct) <= NUM_BINS:
+        between = (distinct[1:] + distinct[:-1]) / 2
+        return (float(distinct[0]), *between.tolist(), float(distinct[-1]))
+    return tuple(np.unique(np.quantile(values, np.linspace(0, 1, NUM_BINS + 1))).tolist())
