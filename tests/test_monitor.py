@@ -1,0 +1,156 @@
+"""The loop after deployment, on a real server: drift, feedback, retraining, promotion, rollback."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from tests import server
+from tests.conftest import run_main
+from tests.load import wait_for
+from tests.server import REPOSITORY
+from train.bundle import Bundle, registry
+from train.config import validate
+from train.data import shards
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+WAIT_S = 90
+
+
+class Clients:
+    """Clients that ask all the time, give feedback, and remember what they were answered."""
+
+    def __init__(self, url, images, truths, num=4):
+        self._url, self._num = url, num
+        self.images, self._truths = images, truths
+        self.statuses = Counter()
+        self.feedback = Counter()
+        self._ended = threading.Event()
+
+    def __enter__(self):
+        self._pool = ThreadPoolExecutor(self._num)
+        self._futures = [self._pool.submit(self._run, number) for number in range(self._num)]
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._pool.shutdown()
+        for future in self._futures:
+            future.result()
+
+    def _run(self, number):
+        generator = np.random.default_rng(number)
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._ended.is_set():
+                rows = generator.choice(len(self.images), 4, replace=False)
+                image = {
+                    "name": "image",
+                    "shape": [4, 8, 8, 1],
+                    "datatype": "UINT8",
+                    "data": self.images[rows].ravel().tolist(),
+                }
+                answer = client.post("/v2/models/digits/infer", json={"inputs": [image]})
+                self.statuses[answer.status_code] += 1
+                truth = [str(self._truths[row]) for row in rows]
+                body = {"id": answer.headers["x-request-id"], "truth": truth}
+                given = client.post("/v2/models/digits/feedback", json=body)
+                self.feedback[given.status_code] += 1
+
+
+@pytest.fixture(scope="module")
+def place(trained, tmp_path_factory):
+    """A storage path of its own, whose registry has the trained digits in production."""
+    root = str(tmp_path_factory.mktemp("monitor"))
+    bundle = Bundle.load(trained["bundle"])
+    with registry.Recording(root, "digits", bundle.manifest.config) as recording:
+        registry.publish(bundle, recording, root, None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def unseen(trained):
+    """Images and digits that training did not see."""
+    config = validate(Bundle.load(trained["bundle"]).manifest.config)
+    splits = [shards.prepare(config, config.storage.path).open(name) for name in ("valid", "test")]
+    images, truths = zip(*((inputs["image"], targets) for inputs, targets in splits), strict=True)
+    return np.concatenate(images), np.concatenate(truths)
+
+
+def stats(url):
+    return httpx.get(f"{url}/v2/models/digits/stats", timeout=30).raise_for_status().json()
+
+
+def retrain(root, *options):
+    arguments = ["--model", "digits", "--storage", root, "--epochs", "4", *options]
+    command = [sys.executable, "-m", "serve.monitor.retrain", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_drifted_requests_lead_to_a_better_model_and_a_worse_one_is_rolled_back(
+    place, unseen, tmp_path
+):
+    options = [
+        *(f"storage={place}", "replicas=2", "drift_window=200", "log_share=1"),
+        *("shadow=0.5", "rollout_labelled=150"),
+    ]
+    with server.running(*options, log=tmp_path / "log") as url, Clients(url, *unseen) as clients:
+
+        def windows():
+            return stats(url)["monitor"].get("1", {}).get("windows", [])
+
+        wait_for(lambda: len(windows()) >= 2, WAIT_S)
+        assert not any(window["alarms"] for window in windows())
+        assert retrain(place)["due"] is False
+
+        clients.images = 255 - clients.images
+        wait_for(lambda: sum(bool(window["alarms"]) for window in windows()) >= 3, WAIT_S)
+        drifted = {alarm["feature"] for window in windows() for alarm in window["alarms"]}
+        assert "image.brightness" in drifted
+
+        def live(version):
+            return (stats(url)["monitor"].get(version) or {}).get("feedback") or {"count": 0}
+
+        wait_for(lambda: live("1")["count"] > 800, WAIT_S)
+        result = retrain(place)
+        assert (result["outcome"], result["alias"], result["version"]) == (
+            *("registered", "candidate"),
+            2,
+        )
+
+        wait_for(lambda: stats(url)["decisions"], WAIT_S)
+        (decision,) = stats(url)["decisions"]
+        assert (decision["version"], decision["decision"]) == ("2", "promoted"), decision
+        assert (
+            decision["figures"]["candidate_figures"]["low"]
+            > (decision["figures"]["production"]["high"])
+        )
+        assert registry.resolve("models:/digits@production", place)[1] == "2"
+        assert registry.resolve("models:/digits@previous", place)[1] == "1"
+        wait_for(lambda: live("2")["count"] > 400, WAIT_S)
+        assert live("2")["low"] > 0.8
+
+        # One that has learned next to nothing, and so is registered as candidate only.
+        worse = ["--storage.path", place, "--optim.epochs", "1", "--optim.lr", "1e-9"]
+        done = run_main([*worse, "--workers.num", "1", "--compress.variants", "[]"])
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["alias"] == "candidate"
+        wait_for(lambda: len(stats(url)["decisions"]) == 2, WAIT_S)
+        decision = stats(url)["decisions"][1]
+        assert (decision["version"], decision["decision"]) == ("3", "rolled back"), decision
+        assert registry.resolve("models:/digits@production", place)[1] == "2"
+        assert registry.candidate(place, "digits") is None
+        assert httpx.get(f"{url}/v2/models/digits").json()["versions"] == ["2"]
+    assert set(clients.statuses) == {200}, clients.statuses
+    assert set(clients.feedback) == {200}, clients.feedback
+    print(clients.statuses, clients.feedback)
