@@ -87,9 +87,9 @@ class Model:
         gateway.register(self._rest)
         grpc.local = grpc.InferenceService(host, self._rest.metrics, log)
 
-    def __serve_build_asgi_app__(self) -> Rest:
+    def __serve_build_asgi_app__(self) -> gateway.Proxied:
         # For what comes by way of Ray's own proxy.
-        return self._rest
+        return gateway.Proxied(self._rest)
 
     async def forward(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
@@ -129,7 +129,7 @@ class Model:
         installing = asyncio.ensure_future(self._served.install(state))
         while not (await asyncio.wait({installing}, timeout=repository.POLL_S))[0]:
             with contextlib.suppress(Exception):
-                await self._repository.beat(self._replica)
+                await self._repository.beat(self._replica, self._host.report())
         error = installing.exception()
         if error is None:
             return None
@@ -151,8 +151,8 @@ class Front:
         )
         gateway.register(self._front)
 
-    def __serve_build_asgi_app__(self) -> front.Front:
-        return self._front
+    def __serve_build_asgi_app__(self) -> gateway.Proxied:
+        return gateway.Proxied(self._front)
 
 
 # Ray Serve hands the key=value arguments to a function of one parameter.

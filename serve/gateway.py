@@ -20,6 +20,23 @@ SYSTEM = ("/-/healthz", "/-/routes")
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 REQUEST_ID = b"x-request-id"
 
+
+class Proxied:
+    """What Ray's own proxy hands on: the proxy adds the request's id to an answer itself."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        async def without_id(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair[0] != REQUEST_ID]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._application(scope, receive, without_id)
+
+
 # The application of this process, once its replica is ready.
 _local: Application | None = None
 

@@ -114,12 +114,14 @@ class Repository:
         asked = time.monotonic()
         self._wake()
         while any(known.at < asked for known in self._alive().values()):
-            if time.monotonic() > asked + POLL_S:
+            # One that is going over to another state only beats.
+            if time.monotonic() > asked + 2 * POLL_S:
                 return
             await asyncio.sleep(0.02)
 
-    async def beat(self, replica: str) -> None:
-        """A replica that is going over to another state still lives."""
+    async def beat(self, replica: str, report: Report) -> None:
+        """A replica that is going over to another state still lives, and answers."""
+        self.conductor.report(report)
         if replica in self._replicas:
             self._replicas[replica].at = time.monotonic()
 

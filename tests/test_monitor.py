@@ -1,6 +1,7 @@
 """The loop after deployment, on a real server: drift, feedback, retraining, promotion, rollback."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from serve.monitor import logged
 from tests import server
 from tests.conftest import run_main
 from tests.load import wait_for
@@ -87,6 +89,47 @@ def stats(url):
     return httpx.get(f"{url}/v2/models/digits/stats", timeout=30).raise_for_status().json()
 
 
+def feedback(url, **body):
+    """Send feedback; return status and answer."""
+    answer = httpx.post(f"{url}/v2/models/digits/feedback", json=body, timeout=30)
+    return answer.status_code, answer.json()
+
+
+def ask(url, images):
+    """Return the id of a request and its labels."""
+    image = {
+        "name": "image",
+        "shape": list(images.shape),
+        "datatype": "UINT8",
+        "data": images.ravel().tolist(),
+    }
+    body = {"inputs": [image]}
+    answer = httpx.post(f"{url}/v2/models/digits/infer", json=body, timeout=30)
+    label = next(out for out in answer.json()["outputs"] if out["name"] == "label")
+    return answer.headers["x-request-id"], label["data"]
+
+
+def check_feedback(url, images):
+    """What a client may get wrong, and what it may send twice."""
+    status, answer = feedback(url, id="never-asked", truth=["1"])
+    assert (status, "no request 'never-asked' is known" in answer["error"]) == (404, True)
+    request_id, labels = ask(url, images[:2])
+    status, answer = feedback(url, id=request_id, truth=["<b>eleven</b>", "1"])
+    assert (status, "classes are 0, 1" in answer["error"]) == (400, True)
+    status, answer = feedback(url, id=request_id, truth=["1"])
+    assert (status, "has 1 values" in answer["error"]) == (400, True)
+    for changed in (True, False):
+        expected = {"id": request_id, "counted": True, "changed": changed}
+        assert feedback(url, id=request_id, truth=labels) == (200, expected)
+
+
+def check_late_feedback(url, root):
+    """A server that has begun anew knows from the log what was asked before."""
+    row = logged.read_requests(root, "digits").slice(0, 1).to_pylist()[0]
+    status, answer = feedback(url, id=row["id"], truth=[row["prediction"]] * 4)
+    assert (status, answer.get("counted")) == (200, True)
+
+
 def retrain(root, *options):
     arguments = ["--model", "digits", "--storage", root, "--epochs", "4", *options]
     command = [sys.executable, "-m", "serve.monitor.retrain", *arguments]
@@ -97,6 +140,20 @@ def retrain(root, *options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def publish_damaged(root, folder):
+    """Register a candidate that does not answer as it did."""
+    location, _ = registry.resolve("models:/digits@production", root)
+    copy = folder / "copy"
+    shutil.copytree(location, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for variant in manifest["variants"].values():
+        variant["golden_tolerance"] = -1.0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    bundle = Bundle.load(str(copy))
+    with registry.Recording(root, "digits", bundle.manifest.config) as recording:
+        registry.publish(bundle, recording, root, None, candidate="to be refused")
+
+
 def test_drifted_requests_lead_to_a_better_model_and_a_worse_one_is_rolled_back(
     place, unseen, tmp_path
 ):
@@ -105,6 +162,7 @@ def test_drifted_requests_lead_to_a_better_model_and_a_worse_one_is_rolled_back(
         *("shadow=0.5", "rollout_labelled=150"),
     ]
     with server.running(*options, log=tmp_path / "log") as url, Clients(url, *unseen) as clients:
+        check_feedback(url, clients.images)
 
         def windows():
             return stats(url)["monitor"].get("1", {}).get("windows", [])
@@ -138,7 +196,7 @@ def test_drifted_requests_lead_to_a_better_model_and_a_worse_one_is_rolled_back(
         assert registry.resolve("models:/digits@production", place)[1] == "2"
         assert registry.resolve("models:/digits@previous", place)[1] == "1"
         wait_for(lambda: live("2")["count"] > 400, WAIT_S)
-        assert live("2")["low"] > 0.8
+        assert live("2")["low"] > decision["figures"]["production"]["high"]
 
         # One that has learned next to nothing, and so is registered as candidate only.
         worse = ["--storage.path", place, "--optim.epochs", "1", "--optim.lr", "1e-9"]
@@ -151,6 +209,13 @@ def test_drifted_requests_lead_to_a_better_model_and_a_worse_one_is_rolled_back(
         assert registry.resolve("models:/digits@production", place)[1] == "2"
         assert registry.candidate(place, "digits") is None
         assert httpx.get(f"{url}/v2/models/digits").json()["versions"] == ["2"]
+
+        publish_damaged(place, tmp_path)
+        wait_for(lambda: len(stats(url)["decisions"]) == 3, WAIT_S)
+        decision = stats(url)["decisions"][2]
+        assert (decision["version"], decision["decision"]) == ("4", "refused"), decision
+        assert "golden" in decision["reason"]
     assert set(clients.statuses) == {200}, clients.statuses
     assert set(clients.feedback) == {200}, clients.feedback
-    print(clients.statuses, clients.feedback)
+    with server.running(f"storage={place}", "log_share=1", log=tmp_path / "log") as url:
+        check_late_feedback(url, place)

@@ -274,3 +274,10 @@ def test_a_wrong_server_option_is_named(arguments, word):
 
     with pytest.raises(UserError, match=word):
         validate(arguments)
+
+
+def test_what_rays_proxy_hands_on_has_its_id_added_there(bundle):
+    with TestClient(gateway.Proxied(make_rest(bundle))) as proxied:
+        answer = proxied.get("/v2", headers={"X-Request-ID": "r1"})
+    assert answer.json()["name"] == "halyard"
+    assert "x-request-id" not in answer.headers

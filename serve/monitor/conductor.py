@@ -16,7 +16,7 @@ from cluster.errors import UserError
 from serve.config import ServeConfig
 from serve.errors import BadRequest, NotFound, Unavailable
 from serve.monitor import logged, overseer
-from serve.monitor.feedback import Prediction
+from serve.monitor.feedback import Feedback, Prediction
 from serve.monitor.overseer import Overseer, Report
 from serve.monitor.requestlog import FeedbackLog, Sample, options
 from serve.monitor.rollout import PROMOTED, REFUSED, Decision, Verdict
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # How often the registry is asked for a candidate, and figures are judged.
 TICK_S = 2.0
 MAX_DECISIONS = 50
+# How long feedback waits for a server that has just begun.
+BEGIN_S = 15.0
 
 
 class Repository(Protocol):
@@ -61,6 +63,7 @@ class Conductor:
         self._decisions: list[dict[str, Any]] = []
         self._hearing: asyncio.Future[None] | None = None
         self._late = asyncio.Lock()
+        self._watches = asyncio.Event()
         self._dirty = False
         self._running: asyncio.Task[None] | None = None
 
@@ -90,9 +93,7 @@ class Conductor:
             raise BadRequest("feedback needs logged requests: serve with log_share=1, or less.")
         if not self._sample.has(request_id):
             return {"id": request_id, "counted": False, "reason": "this request is not sampled"}
-        known = self.overseer.feedback
-        if known is None:
-            raise Unavailable("the model is not watched yet.", 2)
+        known = await self._watching()
         if not (known.knows(request_id) or await self._heard_of(request_id, len(truths))):
             raise NotFound(
                 f"no request '{request_id[:100]}' is known; give the x-request-id of an answer."
@@ -103,10 +104,18 @@ class Conductor:
         self._dirty = True
         return {"id": request_id, "counted": True, "changed": changed}
 
+    async def _watching(self) -> Feedback:
+        """Wait until the first version is watched. Raises Unavailable."""
+        try:
+            await asyncio.wait_for(self._watches.wait(), BEGIN_S)
+        except TimeoutError:
+            raise Unavailable("the model is not watched yet.", 5) from None
+        assert self.overseer.feedback is not None
+        return self.overseer.feedback
+
     async def _heard_of(self, request_id: str, count: int) -> bool:
         """Ask the replicas; then look into the log, for what came long ago."""
-        known = self.overseer.feedback
-        assert known is not None
+        known = await self._watching()
         # The first time may have begun before the request was answered.
         for _ in range(2):
             await self._hear()
@@ -125,13 +134,9 @@ class Conductor:
 
     async def _hear(self) -> None:
         """Let the replicas report; all who want that at once wait for the same."""
-        if self._hearing is None:
+        if self._hearing is None or self._hearing.done():
             self._hearing = asyncio.ensure_future(self._repository.hear())
-            self._hearing.add_done_callback(self._heard)
         await asyncio.shield(self._hearing)
-
-    def _heard(self, hearing: asyncio.Future[None]) -> None:
-        self._hearing = None
 
     async def _run(self) -> None:
         try:
@@ -155,6 +160,7 @@ class Conductor:
             if not self.overseer.watches(version):
                 found = await asyncio.to_thread(overseer.find, location, self._config)
                 self.overseer.watch(version, *found)
+                self._watches.set()
         if self._dirty:
             self._dirty = False
             kept = self.overseer.state(state.default)

@@ -92,7 +92,8 @@ def document(manifest: Manifest) -> dict[str, Any]:
             model: _get("Inputs, outputs and versions of the model"),
             f"{model}/ready": _get("Whether the model answers"),
             f"{model}/config": _get("How the model is batched"),
-            f"{model}/stats": _get("What one replica has answered"),
+            f"{model}/stats": _get("What was answered, drift, live accuracy and the candidate"),
+            f"{model}/feedback": _post("Say what is true of a request", "Feedback", TRUTH),
             f"{model}/manifest": _get("What was trained, of which data, and how it measured"),
             "/v2": _get("Name and extensions of the server"),
             "/v2/models": _get("Names of the models"),
@@ -118,7 +119,17 @@ def document(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+TRUTH = {"id": "the x-request-id of an answer", "truth": ["7"]}
 SCHEMAS: dict[str, Any] = {
+    "Feedback": {
+        "type": "object",
+        "required": ["id", "truth"],
+        "additionalProperties": False,
+        "properties": {
+            "id": {"type": "string"},
+            "truth": {"type": "array", "items": {}},
+        },
+    },
     "Error": {
         "type": "object",
         "required": ["error"],

@@ -148,25 +148,20 @@ def _changes(predictor: Predictor, columns: Columns) -> dict[str, Change]:
         two = target.classes[:2]
         changes[f"only {two[0]} and {two[1]}"] = lambda given: _kept(given, target.column, two)
     if "age" in columns:
-        changes["age + 10"] = lambda given: {
-            **given,
-            "age": [None if age is None else age + 10 for age in _plain(given["age"])],
-        }
-        changes["age + 20"] = lambda given: {
-            **given,
-            "age": [None if age is None else age + 20 for age in _plain(given["age"])],
-        }
+        changes["age + 10"] = lambda given: {**given, "age": _older(given["age"], 10)}
+        changes["age + 20"] = lambda given: {**given, "age": _older(given["age"], 20)}
         changes["age missing"] = lambda given: {**given, "age": [None] * _count(given)}
     if "embarked" in columns:
         changes["'S' renamed in embarked"] = lambda given: {
             **given,
-            "embarked": ["Southampton" if at == "S" else at for at in _plain(given["embarked"])],
+            "embarked": ["Southampton" if at == "S" else at for at in given["embarked"]],
         }
     return changes
 
 
-def _plain(values: Any) -> list[Any]:
-    return [None if isinstance(value, float) and np.isnan(value) else value for value in values]
+def _older(ages: Any, years: float) -> list[float | None]:
+    """Ages as a CSV file has them, where some are missing."""
+    return [float(age) + years if age not in (None, "") else None for age in ages]
 
 
 def _kept(columns: Columns, column: str, names: Sequence[str]) -> Columns:
