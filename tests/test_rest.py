@@ -128,7 +128,9 @@ def test_an_image_of_another_size_is_brought_to_size(client):
 def test_the_documented_examples_work_as_they_stand(client):
     paths = client.get("/openapi.json").json()["paths"]
     posts = {path: entry["post"] for path, entry in paths.items() if "post" in entry}
-    bodies = {path: entry.get("requestBody") for path, entry in posts.items()}
+    # Feedback is of a request that was.
+    others = {path: entry for path, entry in posts.items() if not path.endswith("/feedback")}
+    bodies = {path: entry.get("requestBody") for path, entry in others.items()}
     assert sum(body is not None for body in bodies.values()) == 2
     for path, body in bodies.items():
         if body is not None:

@@ -226,7 +226,7 @@ def _post(summary: str, schema: str, example: dict[str, Any]) -> dict[str, Any]:
             "summary": summary,
             "requestBody": {"required": True, "content": {"application/json": body}},
             "responses": {
-                "200": {"description": "Predictions.", "content": OBJECT},
+                "200": {"description": "The answer.", "content": OBJECT},
                 **_errors(*REASONS),
             },
         }
