@@ -44,8 +44,17 @@ DRAIN_S = 35
 
 
 REPOSITORY = "repository"
+
+
+class KeptRepository(repository.Repository):
+    """The repository, as Serve ends it."""
+
+    async def __del__(self) -> None:
+        await self.conductor.close()
+
+
 # One for all replicas of a model.
-Repository = serve.deployment(repository.Repository).options(
+Repository = serve.deployment(KeptRepository).options(
     name=REPOSITORY, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
 )
 
@@ -90,6 +99,10 @@ class Model:
     def __serve_build_asgi_app__(self) -> gateway.Proxied:
         # For what comes by way of Ray's own proxy.
         return gateway.Proxied(self._rest)
+
+    async def __del__(self) -> None:
+        # Serve awaits it, once no request is under way.
+        await self._host.close()
 
     async def forward(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes

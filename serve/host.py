@@ -125,6 +125,11 @@ class Host:
             )
         return plane, predictions
 
+    async def close(self) -> None:
+        """Write what is left of the log."""
+        if self._log is not None:
+            await self._log.close()
+
     def report(self) -> Report:
         """What was seen since it was asked last."""
         planes = self._served.planes()

@@ -65,12 +65,19 @@ class Conductor:
         self._late = asyncio.Lock()
         self._watches = asyncio.Event()
         self._dirty = False
+        # Why the state could not be written the last time.
+        self._problem: str | None = None
         self._running: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Start, if it has not; the first replica is there then."""
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Write what is left of the feedback."""
+        if self._truths is not None:
+            await self._truths.close()
 
     def report(self, report: Report) -> None:
         self._dirty |= self.overseer.report(report)
@@ -162,9 +169,7 @@ class Conductor:
                 self.overseer.watch(version, *found)
                 self._watches.set()
         if self._dirty:
-            self._dirty = False
-            kept = self.overseer.state(state.default)
-            await asyncio.to_thread(overseer.keep, self._root, self._name, kept)
+            await self._keep(state.default)
         if not state.loaded or not self._config.phases:
             return
         if state.trial is None:
@@ -175,6 +180,19 @@ class Conductor:
         verdict = self.overseer.judge(state.default)
         if verdict is not None:
             await self._follow(state.trial, verdict)
+
+    async def _keep(self, production: str) -> None:
+        """Write the state; again next time, where that fails. A rollout goes on without."""
+        self._dirty = False
+        kept = self.overseer.state(production)
+        problem = None
+        try:
+            await asyncio.to_thread(overseer.keep, self._root, self._name, kept)
+        except OSError as error:
+            self._dirty, problem = True, str(error)
+        if problem is not None and problem != self._problem:
+            logger.error("the monitor's state cannot be written: %s", problem)
+        self._problem = problem
 
     async def _try(self, location: str, version: str) -> None:
         """Have the replicas load a candidate; refuse one that does not fit."""
