@@ -12,7 +12,7 @@ from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.test_tasks import image_bytes
 from train import commandline, fit
-from train.bundle import Bundle
+from train.bundle import Bundle, registry
 from train.bundle.bundle import WEIGHTS
 from train.config import validate
 from train.data import infer, origin, shards
@@ -117,13 +117,15 @@ def begun(bundle, storage_path, **options):
 def test_a_run_takes_over_the_task_and_the_net_of_its_bundle(bundle, trained, storage_path):
     config = infer.complete(begun(bundle, storage_path, init="models:/digits@production"))
     own = infer.complete(begun(bundle, storage_path))
-    assert config.init == f"models:/digits/{trained['version']}"
+    # Other tests promote versions of their own.
+    location, version = registry.resolve("models:/digits@production", str(storage_path))
+    assert config.init == f"models:/digits/{version}"
     assert own.init == str(bundle.path)
-    for each in (config, own):
-        assert each.net.model_dump(mode="json") == bundle.manifest.config["net"]
+    for each, began_from in ((config, Bundle.load(location)), (own, bundle)):
+        assert each.net.model_dump(mode="json") == began_from.manifest.config["net"]
         assert (each.learn, list(each.features)) == ("class", ["image"])
     assert infer.complete(config) == config
-    wanted = build_net(config, bundle.task).state_dict()
+    wanted = build_net(own, bundle.task).state_dict()
     assert wanted.keys() == safetensors.torch.load_file(bundle.path / WEIGHTS).keys()
 
 
