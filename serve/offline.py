@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import connect, storage
 from cluster.errors import UserError, run_command
+from serve import commandline
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 from train.data import sources
 from train.data.sources import Block
@@ -64,16 +65,7 @@ class _Command(BaseSettings, Options):
 
 def parse(argv: Sequence[str]) -> Options:
     """Raises UserError with one line that names the option."""
-    try:
-        given = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
-        return Options.model_validate(given)
-    except SettingsError as error:
-        problem = str(error).removeprefix("error parsing CLI: ")
-        raise UserError(f"{problem}; --help lists the options.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"option --{name}: {first['msg'].lower()}.") from error
+    return commandline.parse(_Command, Options, argv)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

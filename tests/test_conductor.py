@@ -104,3 +104,17 @@ def test_a_state_that_cannot_be_written_is_told_once_and_written_later(bundle, t
         await conductor.close()
 
     asyncio.run(scenario())
+
+
+def test_a_version_that_is_not_served_any_more_is_not_told_of(bundle, tmp_path):
+    async def scenario():
+        conductor, replicas = await made(bundle, tmp_path, answered("a", "1"))
+        await conductor.feedback("a", ["1"])
+        assert "live_accuracy" in conductor.overseer.snapshot()
+        replicas.current = State(1, "digits", "4", {"4": str(bundle.path)})
+        await conductor._tick()
+        assert list(conductor.stats()["monitor"]) == ["4"]
+        assert conductor.overseer.snapshot() == {}
+        await conductor.close()
+
+    asyncio.run(scenario())

@@ -163,6 +163,7 @@ class Conductor:
 
     async def _tick(self) -> None:
         state = self._repository.current
+        self.overseer.forget(state.locations)
         for version, location in state.locations.items():
             if not self.overseer.watches(version):
                 found = await asyncio.to_thread(overseer.find, location, self._config)

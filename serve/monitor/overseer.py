@@ -7,7 +7,7 @@ and request id, and the order is that of arrival.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -72,6 +72,12 @@ class Overseer:
         if self.feedback is None:
             self.feedback = Feedback(target)
             self._classes = isinstance(target, ClassTarget | LabelsTarget)
+
+    def forget(self, served: Container[str]) -> None:
+        """Drop what is not served any more: an alarm of it would never end."""
+        self._watched = {
+            version: watched for version, watched in self._watched.items() if version in served
+        }
 
     def watches(self, version: str) -> bool:
         return version in self._watched

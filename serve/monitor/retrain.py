@@ -17,17 +17,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import (
     BaseSettings,
     CliImplicitFlag,
-    CliSettingsSource,
     SettingsConfigDict,
-    SettingsError,
 )
 
 from cluster import storage
 from cluster.errors import Failed, UserError, run_command
+from serve import commandline
 from serve.monitor import jobs, lease, paired
 from serve.monitor.due import Decision, Rules, decide
 from serve.monitor.history import State
@@ -95,16 +94,7 @@ class _Command(BaseSettings, Options):
 
 def parse(argv: Sequence[str]) -> Options:
     """Raises UserError with one line that names the option."""
-    try:
-        given = CliSettingsSource(_Command, cli_parse_args=list(argv), cli_exit_on_error=False)()
-        return Options.model_validate(given)
-    except SettingsError as error:
-        problem = str(error).removeprefix("error parsing CLI: ")
-        raise UserError(f"{problem}; --help lists the options.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise UserError(f"option --{name}: {first['msg'].lower()}.") from error
+    return commandline.parse(_Command, Options, argv)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
