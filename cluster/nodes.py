@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import connect, ingress, network, process
+from cluster import auth, connect, ingress, network, process
 from cluster.errors import Failed, UserError
 
 HEAD = "head"
@@ -32,7 +32,6 @@ LOOPBACK = "127.0.0.1"
 # In the environment of every process of a node.
 MARK = "HALYARD_NODE"
 OBJECT_STORE_BYTES = 256 * 2**20
-START_S = 60
 STOP_S = 15
 
 
@@ -47,8 +46,9 @@ class Cluster:
     dashboard_port: int
     isolated: bool
     names: list[str]
-    token: bool
     head_cpus: int
+    # Ray's mode of authentication that the nodes were started in.
+    auth_mode: str = "token"
     # What nodes are started with besides this process's environment, and the head alone.
     environment: dict[str, str] = field(default_factory=dict)
     head_environment: dict[str, str] = field(default_factory=dict)
@@ -68,9 +68,8 @@ class Cluster:
     @property
     def client_environment(self) -> dict[str, str]:
         """What a command needs to use this cluster."""
-        token = {"RAY_AUTH_TOKEN_PATH": str(home() / "token")} if self.token else {}
-        mode = "token" if self.token else "disabled"
-        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": mode, **token}
+        token = {auth.PATH: os.environ[auth.PATH]} if auth.PATH in os.environ else {}
+        return {"RAY_ADDRESS": self.address, auth.MODE: self.auth_mode, **token}
 
     def node_address(self, name: str) -> str:
         return network.address(self.names.index(name)) if self.isolated else self.host
@@ -103,7 +102,7 @@ class Cluster:
         with (folder / "log").open("wb") as log:
             return subprocess.Popen(
                 command,
-                env={**os.environ, **self._node_environment(name, folder)},
+                env={**os.environ, **self._node_environment(name)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -158,8 +157,8 @@ class Cluster:
     def _listed(self) -> list[dict[str, Any]]:
         """Nodes that Ray takes for alive, in its own words."""
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
-        if self.token:
-            request.add_header("Authorization", f"Bearer {(home() / 'token').read_text()}")
+        if token := auth.token():
+            request.add_header("Authorization", f"Bearer {token}")
         # Not by way of a proxy that the environment names.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -181,18 +180,17 @@ class Cluster:
         if name == HEAD:
             raise UserError("the head is on this machine's own network; cut another node.")
 
-    def _node_environment(self, name: str, folder: Path) -> dict[str, str]:
-        ingress.prepare_environment()
+    def _node_environment(self, name: str) -> dict[str, str]:
+        ingress.prepare()
         shared = {
             **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
-            **{key: value for key, value in self.client_environment.items() if "AUTH" in key},
+            auth.MODE: self.auth_mode,
             # So that a node is known by the name that it has here.
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",
         }
-        haproxy = {} if self.isolated else process.own_haproxy(folder)
         of_head = self.head_environment if name == HEAD else {}
-        return {**shared, **haproxy, **self.environment, **of_head}
+        return {**shared, **self.environment, **of_head}
 
     def _cpus_of(self, name: str) -> int:
         return self.head_cpus if name == HEAD else self.cpus
@@ -214,7 +212,6 @@ def up(
     *,
     port: int = 6379,
     dashboard_port: int = 8265,
-    token: bool = False,
     isolate: bool = True,
     head_cpus: int | None = None,
     environment: Mapping[str, str] | None = None,
@@ -237,6 +234,7 @@ def up(
         )
     from ray.util import get_node_ip_address
 
+    ingress.prepare()
     problem = network.problem() if isolate else "not asked for"
     # Ray takes the loopback address of several nodes for the machine's own.
     host = get_node_ip_address() if problem else network.address(0)
@@ -249,8 +247,8 @@ def up(
         dashboard_port,
         problem is None,
         names,
-        token,
         cpus if head_cpus is None else head_cpus,
+        os.environ[auth.MODE],
         dict(environment or {}),
         dict(head_environment or {}),
     )
@@ -261,13 +259,15 @@ def up(
             f"no networks of their own for the nodes ({problem}); they share this machine's.",
             file=sys.stderr,
         )
-    if problem and not token:
-        print(f"whoever reaches {host} may use them; --token asks for a token.", file=sys.stderr)
+    if not auth.enabled():
+        print(
+            f"whoever reaches {host} can run code there, as {auth.MODE} is "
+            f"{os.environ[auth.MODE]}; unset it to ask for a token.",
+            file=sys.stderr,
+        )
     down()
     shutil.rmtree(home(), ignore_errors=True)
     home().mkdir(mode=0o700)
-    if token:
-        _write_token(home() / "token")
     if cluster.isolated:
         network.create()
     _keep(cluster)
@@ -328,7 +328,7 @@ def wait_for(started: Mapping[str, subprocess.Popen[bytes]], cluster: Cluster) -
 
     started: their first processes. Raises Failed, with the end of a node's log.
     """
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + connect.START_S
     while missing := [name for name in started if name not in cluster.alive()]:
         ended = [name for name in missing if started[name].poll() is not None]
         if ended or time.monotonic() > deadline:
@@ -352,11 +352,6 @@ def _check_port(port: int) -> None:
                 f"port {port} is taken by another program; stop that one first "
                 f"(ss -ltnp 'sport = :{port}' names it), or give another port."
             ) from None
-
-
-def _write_token(path: Path) -> None:
-    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(secrets.token_hex(32))
 
 
 def _keep(cluster: Cluster) -> None:

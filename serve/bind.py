@@ -1,0 +1,80 @@
+"""The addresses that the servers of Ray Serve listen on.
+
+Ray Serve takes an address for HTTP alone. Its gRPC servers listen on all interfaces: the one by
+which deployments call each other, which runs what it is sent once the token fits, and the ones that
+answer clients behind HAProxy. Imported in a process of Serve, this module binds the former to the
+address of the node, and the latter to loopback and, where HTTP is for other machines too, to the
+address of the node.
+
+Written against Ray 2.60, whose private functions it replaces; `tests/test_bind.py` touches each.
+"""
+
+import asyncio
+from typing import Any
+
+import ray
+import ray.serve._private.default_impl as default_impl
+import ray.serve._private.proxy as proxy
+import ray.serve._private.replica as replica
+from ray._common.network_utils import build_address
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.util import get_node_ip_address
+
+from cluster.connect import LOOPBACK
+
+_start_asgi_http_server = replica.start_asgi_http_server
+_add_port_to_grpc_server = replica.add_port_to_grpc_server
+_add_grpc_address = default_impl.add_grpc_address
+
+# The address that this process's HTTP server is bound to. It starts before the one for gRPC.
+_http_host = LOOPBACK[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    return host in LOOPBACK or host.startswith("127.")
+
+
+async def http_host() -> str:
+    """Return the address that clients reach this server at.
+
+    From Serve's controller: where a server is described by a file, the address is in that file and
+    not among the options of the application.
+    """
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    options = await controller.get_http_config.remote()
+    return str(options.host)
+
+
+def grpc_hosts() -> list[str]:
+    """The addresses for clients' gRPC calls.
+
+    HAProxy reaches a server on its own node by loopback, one on another node by its address.
+    """
+    if is_loopback(_http_host):
+        return [LOOPBACK[0]]
+    return sorted({LOOPBACK[0], get_node_ip_address()})
+
+
+async def start_asgi_http_server(
+    app: Any, options: Any, *, event_loop: asyncio.AbstractEventLoop, **others: Any
+) -> Any:
+    global _http_host
+    _http_host = options.host
+    return await _start_asgi_http_server(app, options, event_loop=event_loop, **others)
+
+
+def add_grpc_address(server: Any, address: str) -> None:
+    port = address.rpartition(":")[2]
+    for host in grpc_hosts():
+        _add_grpc_address(server, build_address(host, port))
+
+
+def add_port_to_grpc_server(server: Any, address: str) -> Any:
+    port = address.rpartition(":")[2]
+    return _add_port_to_grpc_server(server, build_address(get_node_ip_address(), port))
+
+
+replica.start_asgi_http_server = proxy.start_asgi_http_server = start_asgi_http_server
+replica.add_port_to_grpc_server = add_port_to_grpc_server
+default_impl.add_grpc_address = add_grpc_address
