@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,23 @@ MAX_LINES = 100_000
 Level = Literal["all", "errors", "none"]
 
 
+class PrivateFileHandler(RotatingFileHandler):
+    """Writes files that their owner alone can read, made with the first line."""
+
+    def __init__(self, path: Path, max_bytes: int, files: int) -> None:
+        super().__init__(path, maxBytes=max_bytes, backupCount=files, delay=True)
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        stream = super()._open()
+        os.fchmod(stream.fileno(), 0o600)
+        return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        # Called where an error is handled: whoever logs is told, instead of stderr.
+        raise
+
+
 class AccessLog:
     """Collects lines and writes them some times a second. Belongs to one event loop."""
 
@@ -28,10 +46,7 @@ class AccessLog:
         self._due = False
         self._logger = logging.Logger(f"halyard.access.{path}")
         if level != "none":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._logger.addHandler(
-                RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, delay=True)
-            )
+            self._logger.addHandler(PrivateFileHandler(path, FILE_BYTES, FILES))
 
     def add(self, status: int, line: dict[str, Any]) -> None:
         if self._level == "none" or (self._level == "errors" and status < 400):

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,10 +17,11 @@ from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.handle import DeploymentHandle
 
-from cluster import connect, ingress
+from cluster import ask, connect, ingress, probe
 from cluster.errors import EXIT_USER_ERROR, UserError
-from serve import autoscale, front, gateway, repository, tracing
+from serve import autoscale, bind, front, gateway, repository, startup, tracing
 from serve import config as configs
+from serve.access import Guard
 from serve.accesslog import AccessLog
 from serve.config import FrontConfig, ServeConfig
 from serve.dataplane import DataPlane
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 # Serve's own loopback connections to a replica live longer than HAProxy leaves them idle.
 KEEP_ALIVE_S = 120
 DRAIN_S = 35
+# What a node of a busy cluster may take to answer.
+ASK_S = 30.0
 
 
 REPOSITORY = "repository"
@@ -89,7 +91,8 @@ class Model:
         self._served = await asyncio.to_thread(Served, state, self._load)
         self._busy = autoscale.Busy(self._served.engine_s, self._served.answers)
         keys = Keys.load(config.keys) if config.keys else None
-        host = self._host = Host(self._served, config, self._repository, keys)
+        loopback = bind.is_loopback(await bind.http_host())
+        host = self._host = Host(self._served, config, self._repository, keys, loopback=loopback)
         log = AccessLog(_logs() / f"access_{state.name}_{self._replica}.jsonl", config.access_log)
         self._rest = Rest(host, log=log, tracer=tracing.tracer(config.traces, "halyard"))
         self._following = asyncio.get_running_loop().create_task(self._follow())
@@ -109,6 +112,11 @@ class Model:
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Answer a request that the front has taken; (status, headers, body)."""
         return await front.call(self._rest, method, path, headers, body)
+
+    async def describe(self) -> dict[str, str]:
+        """Name the version and the variant that answer by default."""
+        plane = self._served.find(self._served.name)
+        return {"version": plane.version, "variant": plane.variant}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {autoscale.ROWS: float(self._served.rows()), autoscale.BUSY: self._busy.share()}
@@ -154,12 +162,17 @@ class Model:
 class Front:
     """What belongs to none of several models."""
 
-    def __init__(self, config: FrontConfig) -> None:
-        keys = Keys.load(config.keys) if config.keys else None
+    async def __init__(self, config: FrontConfig) -> None:  # type: ignore[misc]
+        guard = Guard(
+            Keys.load(config.keys) if config.keys else None,
+            loopback=bind.is_loopback(await bind.http_host()),
+            open_metrics=config.open_metrics,
+            hosts=config.security.allowed_hosts,
+        )
         self._front = front.Front(
             lambda name: Follower(serve.get_app_handle(name)),
             lambda name: Follower(serve.get_deployment_handle(REPOSITORY, name)),
-            lambda authorization: keys.check(authorization, time.monotonic()) if keys else None,
+            guard,
             config,
         )
         gateway.register(self._front)
@@ -171,7 +184,10 @@ class Front:
 # Ray Serve hands the key=value arguments to a function of one parameter.
 def app(arguments: dict[str, str]) -> serve.Application:
     """Find the model in the registry, check its bundle, and return the application."""
+    # What `serve run` says at each of its steps; what matters to a user is said by `startup`.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        _check_environment()
         config = configs.validate(arguments)
         state = repository.resolve(config)
         profile = _check(state, config)
@@ -190,10 +206,16 @@ def app(arguments: dict[str, str]) -> serve.Application:
         if config.tls_cert:
             # HAProxy as Ray sets it up speaks no TLS; Ray's own proxy does.
             os.environ[ingress.HAPROXY] = "0"
+        ingress.prepare()
+        # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
+        # which is told within a second.
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
         connect.connect(num_cpus=config.replica_range[1] * config.threads)
     if global_worker.mode != ray.WORKER_MODE:
-        _start(config)
+        startup.end_on_signals()
+        _start(config, with_grpc=not joined or _prepared())
+        startup.announce(config, state.name, state.default)
     deployment = serve.deployment(Model).options(
         name=state.name,
         # The data plane's own queue decides what waits and what is refused.
@@ -212,6 +234,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
 def several(arguments: dict[str, Any]) -> serve.Application:
     """Return the front of several models; see serve/configs/multi.yaml."""
     try:
+        _check_environment()
         config = configs.validate_front(arguments)
         if config.keys:
             Keys.load(config.keys)
@@ -229,7 +252,35 @@ def _logs() -> Path:
     return Path(ray._private.worker._global_node.get_logs_dir_path(), "serve")
 
 
-def _start(config: ServeConfig) -> None:
+def _check_environment() -> None:
+    """Raises UserError where this is a node of a cluster that lacks the server's environment.
+
+    There Ray's proxies would listen on all interfaces.
+    """
+    if global_worker.mode == ray.WORKER_MODE and not probe.gateway():
+        raise UserError(
+            "Ray was started without the server's environment. Before it starts, run: "
+            "source <(python -m serve.environment)"
+        )
+
+
+def _prepared() -> bool:
+    """Whether every node was started with the server's environment; say on stderr what is not.
+
+    Elsewhere Ray's own proxy serves, and its gRPC listens on all interfaces.
+    """
+    nodes = ask.each_node(ask.alive(), probe.gateway, timeout_s=ASK_S)
+    missing = sorted(address for address, (gateway, _) in nodes.items() if not gateway)
+    if missing:
+        print(
+            f"serving without HAProxy and gRPC: Ray was started on {', '.join(missing)} without "
+            "the lines of `python -m serve.environment`.",
+            file=sys.stderr,
+        )
+    return not missing
+
+
+def _start(config: ServeConfig, *, with_grpc: bool) -> None:
     """Start Serve with this server's addresses, unless it runs; `serve run` finds it started."""
     http = HTTPOptions(
         host=config.host,
@@ -239,7 +290,7 @@ def _start(config: ServeConfig) -> None:
         ssl_keyfile=config.tls_key,
     )
     # Ray's gRPC speaks no TLS: keys would travel in the clear.
-    spoken = config.grpc_port and not config.tls_cert
+    spoken = with_grpc and config.grpc_port and not config.tls_cert
     functions = ["serve.protocol.grpc.add_to_server"] if spoken else []
     port = config.grpc_port or configs.GRPC_PORT
     serve.start(

@@ -1,15 +1,45 @@
 """Every knob of a server."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.errors import UserError
 
 HOST, HTTP_PORT, GRPC_PORT = "127.0.0.1", 8000, 9000
 RANGE = re.compile(r"(\d+)-(\d+)")
+
+
+def _listed(value: Any) -> Any:
+    """A command line has a comma between names where a config file has a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class SecurityConfig(BaseModel):
+    """Options of the section `security`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allowed_hosts: Names = Field(
+        (),
+        description="Names by which clients may ask for the server, besides this machine's own "
+        "name and its addresses: api.example.com, *.example.com; * for every name.",
+    )
 
 
 class ServeConfig(BaseModel):
@@ -160,8 +190,17 @@ class ServeConfig(BaseModel):
         description="How many times production's 95th percentile a candidate's may be.",
     )
 
+    plugins: Names = Field(
+        (),
+        description="Modules whose classes a model may name: my_package, and what is below it. "
+        "A model is data; code that it names is imported only from these.",
+    )
+
+    security: SecurityConfig = SecurityConfig()
     keys: str | None = Field(
-        None, description="File of hashed keys (python -m serve.security); without, all may ask."
+        None,
+        description="File of hashed keys (python -m serve.security). Without, all who reach the "
+        "server may ask, and changes are for its own machine.",
     )
     open_metrics: bool = Field(
         False, description="Answer /metrics without a key, for a Prometheus that has none."
@@ -246,6 +285,7 @@ class FrontConfig(BaseModel):
     models: list[str] = Field(
         min_length=1, description="Applications of models, named as their models are."
     )
+    security: SecurityConfig = SecurityConfig()
     keys: str | None = Field(None, description="File of hashed keys, as of the models.")
     open_metrics: bool = Field(False, description="Answer /metrics without a key.")
     max_body_bytes: int = Field(64 * 2**20, ge=1, le=2**31, description="Largest request body.")
@@ -278,16 +318,37 @@ def validate_front(values: Mapping[str, Any]) -> FrontConfig:
     return _validated(values, FrontConfig)
 
 
+def _names(kind: type[BaseModel]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from (f"{name}.{option}" for option in _names(field.annotation))
+        else:
+            yield name
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give `section.option` to its section."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, option = key.partition(".")
+        options = nested.get(section, {})
+        if dot and isinstance(options, Mapping):
+            nested[section] = {**options, option: value}
+        else:
+            nested[key] = value
+    return nested
+
+
 def _validated(values: Mapping[str, Any], kind: type[Options]) -> Options:
     try:
-        return kind.model_validate(dict(values))
+        return kind.model_validate(_nested(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ")
         problem = problem[0].lower() + problem[1:]
         if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
+            known = ", ".join(_names(kind))
             raise UserError(f"unknown option '{key}'; accepted are {known}.") from error
         if not key:
             raise UserError(f"{problem}.") from error

@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any, Protocol, TypeVar
 
 from serve import console
+from serve.access import Access, Guard
 from serve.config import FrontConfig
 from serve.errors import NotFound
-from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
+from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged, of_models
 from serve.protocol import describe, openapi
 from serve.protocol.http import (
     GET,
@@ -21,12 +22,12 @@ from serve.protocol.http import (
     POST,
     Answer,
     Http,
+    Route,
     Routes,
     html,
     json,
 )
 from serve.protocol.request import REQUEST_ID, Request
-from serve.security import Key
 
 logger = logging.getLogger(__name__)
 
@@ -59,39 +60,37 @@ class Front(Http):
         self,
         model: Callable[[str], Model],
         repository: Callable[[str], Repository],
-        key: Callable[[str | None], Key | None],
+        guard: Guard,
         config: FrontConfig,
     ) -> None:
         """model, repository: by the model's name; they may take a moment."""
-        super().__init__(
-            key, max_pending_bytes=config.max_pending_bytes, open_metrics=config.open_metrics
-        )
+        super().__init__(guard, max_pending_bytes=config.max_pending_bytes)
         self._model, self._repository = cache(model), cache(repository)
         self._models = config.models
         self._limits = (config.max_body_bytes, config.body_timeout_s)
-        self._find = Routes(
+        named = "/v2/models/(?P<name>[^/]+)"
+        both = (*GET, *POST)
+        change = "/v2/repository/models/(?P<name>[^/]+)/(load|unload)"
+        self.routes = Routes(
             {
-                "/v2/?": (GET, self.server),
-                "/v2/health/live": (GET, self.live),
-                "/v2/health/ready": (GET, self.ready),
-                "/v[12]/models": (GET, self.models),
-                "/v2/repository/index": (POST, self.index),
-                "/v2/repository/models/(?P<name>[^/]+)/(load|unload)": (POST, self.forward),
-                "/v1/models/(?P<name>[^/:]+):predict": (POST, self.forward),
-                "/v1/models/(?P<name>[^/:]+)": (GET, self.forward),
-                "/v2/models/(?P<name>[^/]+)(?:/.*)?": ((*GET, *POST), self.forward),
-                "/metrics": (GET, self.prometheus),
-                "/docs": (GET, self.docs),
-                "/docs/assets/[^/]+": (GET, openapi.asset),
-                "/console/[^/]+": (GET, console.asset),
-                "/": (GET, console.page),
+                "/v2/?": Route(GET, self.server, Access.KEY),
+                "/v2/health/live": Route(GET, self.live, Access.OPEN),
+                "/v2/health/ready": Route(GET, self.ready, Access.OPEN),
+                "/v[12]/models": Route(GET, self.models, Access.KEY),
+                "/v2/repository/index": Route(POST, self.index, Access.KEY),
+                change: Route(POST, self.forward, Access.ADMIN),
+                "/v1/models/(?P<name>[^/:]+):predict": Route(POST, self.forward, Access.MODEL),
+                "/v1/models/(?P<name>[^/:]+)": Route(GET, self.forward, Access.MODEL),
+                f"{named}/feedback": Route(POST, self.forward, Access.FEEDBACK),
+                f"{named}/docs": Route(GET, self.forward, Access.PAGE),
+                f"{named}(?:/.*)?": Route(both, self.forward, Access.MODEL),
+                "/metrics": Route(GET, self.prometheus, Access.METRICS),
+                "/docs": Route(GET, self.docs, Access.PAGE),
+                "/docs/assets/[^/]+": Route(GET, openapi.asset, Access.OPEN),
+                "/console/[^/]+": Route(GET, console.asset, Access.OPEN),
+                "/": Route(GET, console.page, Access.PAGE),
             }
-        ).find
-
-    async def handle(self, request: Request) -> Answer:
-        handler, parts = self._find(request.method, request.path)
-        request.model = parts.get("name") or ""
-        return await handler(request)
+        )
 
     async def server(self, request: Request) -> Answer:
         return json(describe.server())
@@ -105,15 +104,15 @@ class Front(Http):
         return json({"ready": ready}, 200 if ready else 503)
 
     async def models(self, request: Request) -> Answer:
-        return json({"models": self._models})
+        return json({"models": [name for name in self._models if request.sees(name)]})
 
     async def index(self, request: Request) -> Answer:
-        return json(await self._indexes())
+        return json([model for model in await self._indexes() if request.sees(model["name"])])
 
     async def forward(self, request: Request) -> Answer:
         if request.model not in self._models:
             raise NotFound(
-                f"model '{request.model[:100]}' is not served here; {', '.join(self._models)} are."
+                f"model '{request.model[:100]}' is not served here; GET /v2/models lists what is."
             )
         body = await self.body(request, *self._limits) if request.method == "POST" else b""
         given = [header for header in request.scope["headers"] if header[0] != REQUEST_ID]
@@ -134,10 +133,12 @@ class Front(Http):
 
         found = await self._of_each(of)
         snapshots = [snapshot for snapshot in found.values() if snapshot is not None]
-        return Answer(exposition(merged(snapshots)), content_type=CONTENT_TYPE)
+        counted = of_models(merged(snapshots), request.sees)
+        return Answer(exposition(counted), content_type=CONTENT_TYPE)
 
     async def docs(self, request: Request) -> Answer:
-        return html(openapi.list_page(self._models))
+        # A browser that follows a link sends no key.
+        return html(openapi.list_page([] if self.guard.keys else self._models))
 
     async def _indexes(self) -> list[dict[str, Any]]:
         async def of(name: str) -> list[dict[str, Any]]:

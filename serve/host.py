@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cluster import storage
 from serve import admission
+from serve.access import Actor, Guard
 from serve.admission import Terms
 from serve.config import ServeConfig
 from serve.dataplane import DataPlane
@@ -17,7 +18,7 @@ from serve.monitor.logrows import Entry
 from serve.monitor.overseer import Report
 from serve.monitor.requestlog import RequestLog, options
 from serve.monitor.trial import Trials
-from serve.security import Key, Keys, check_scope
+from serve.security import Key, Keys
 from serve.served import Served
 from train.tasks import Arrays, Columns
 
@@ -31,10 +32,10 @@ class Repository(Protocol):
     async def index(self) -> list[dict[str, Any]]: ...
     async def stats(self) -> dict[str, Any]: ...
     async def feedback(
-        self, name: str, request_id: str, truths: Sequence[Any]
+        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
     ) -> dict[str, Any]: ...
-    async def load(self, name: str) -> dict[str, Any]: ...
-    async def unload(self, name: str) -> None: ...
+    async def load(self, name: str, actor: Actor) -> dict[str, Any]: ...
+    async def unload(self, name: str, actor: Actor) -> None: ...
     async def metrics(self) -> Snapshot: ...
 
 
@@ -42,12 +43,24 @@ class Host:
     """A replica's model, as its clients may use it."""
 
     def __init__(
-        self, served: Served, config: ServeConfig, repository: Repository, keys: Keys | None = None
+        self,
+        served: Served,
+        config: ServeConfig,
+        repository: Repository,
+        keys: Keys | None = None,
+        *,
+        loopback: bool = True,
     ) -> None:
+        """loopback: whether only this machine reaches the server."""
+        self.guard = Guard(
+            keys,
+            loopback=loopback,
+            open_metrics=config.open_metrics,
+            hosts=[config.host, *config.security.allowed_hosts],
+        )
         self._served = served
         self.config = config
         self.repository = repository
-        self.keys = keys
         self._log: RequestLog | None = None
         if config.log_share:
             self._log = RequestLog(storage.resolve(config.storage), served.name, options(config))
@@ -67,19 +80,6 @@ class Host:
 
     def ready(self) -> bool:
         return self._served.ready()
-
-    def key(self, authorization: str | None) -> Key | None:
-        """Return whose key came; None where none is needed. Raises Unauthorized, RateLimited."""
-        if self.keys is None:
-            return None
-        return self.keys.check(authorization, asyncio.get_running_loop().time())
-
-    def admit(self, metadata: Mapping[str, str], model: str | None, *, admin: bool) -> str:
-        """Return the client's name. Raises Unauthorized, RateLimited, Forbidden."""
-        key = self.key(metadata.get("authorization"))
-        if model is not None:
-            check_scope(key, model, admin=admin)
-        return key.name if key else metadata.get("x-client-id", "")
 
     def find(self, name: str, version: str | None = None) -> DataPlane:
         """Raises NotFound, Unavailable."""
@@ -162,14 +162,10 @@ class Host:
             asked_s=timeout_s,
         )
 
-    async def index(self) -> list[dict[str, Any]]:
-        return await self.repository.index()
-
-    async def load(self, name: str) -> dict[str, Any]:
-        return await self.repository.load(name)
-
-    async def unload(self, name: str) -> None:
-        await self.repository.unload(name)
+    async def index(self, key: Key | None) -> list[dict[str, Any]]:
+        """The versions of the models that a key may ask; of all without one."""
+        models = await self.repository.index()
+        return [model for model in models if key is None or key.sees(model["name"])]
 
     def snapshot(self, replica: str) -> Snapshot:
         """What the replica counted."""

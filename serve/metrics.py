@@ -7,7 +7,7 @@ then does what a lock would.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -158,6 +158,14 @@ def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
         for name, (kind, words, samples) in snapshot.items():
             result.setdefault(name, (kind, words, []))[2].extend(samples)
     return result
+
+
+def of_models(snapshot: Snapshot, sees: Callable[[str], bool]) -> Snapshot:
+    """Keep the samples of some models. sees: by the label `model`, "" where it is of none."""
+    return {
+        name: (kind, words, [sample for sample in samples if sees(sample[1].get("model", ""))])
+        for name, (kind, words, samples) in snapshot.items()
+    }
 
 
 def exposition(snapshot: Snapshot) -> bytes:

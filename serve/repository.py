@@ -6,14 +6,17 @@ One per application. It alone asks the registry; replicas ask it, and wait for c
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster import storage
 from cluster.errors import UserError
+from serve.access import Actor
+from serve.audit import AuditLog
 from serve.config import ServeConfig
-from serve.errors import BadRequest, NotFound, Unavailable
+from serve.errors import BadRequest, NotFound, RequestError, Unavailable
 from serve.metrics import Snapshot, merged
 from serve.monitor.conductor import Conductor
 from serve.monitor.overseer import Report
@@ -77,7 +80,8 @@ class Repository:
         self._changed = asyncio.Event()
         self._replicas: dict[str, Replica] = {}
         self.loading = asyncio.Lock()
-        self.conductor = Conductor(self, config, state.name)
+        self._audit = AuditLog(storage.resolve(config.storage), state.name)
+        self.conductor = Conductor(self, config, state.name, self._audit)
 
     async def state(self) -> State:
         return self.current
@@ -134,10 +138,13 @@ class Repository:
         """What the monitor and the rollout tell; see `Conductor.stats`."""
         return self.conductor.stats()
 
-    async def feedback(self, name: str, request_id: str, truths: Sequence[Any]) -> dict[str, Any]:
+    async def feedback(
+        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
+    ) -> dict[str, Any]:
         """Take the truth of a request's records. Raises NotFound, BadRequest."""
         self._check(name)
-        return await self.conductor.feedback(request_id, truths)
+        async with self._audited("feedback", actor, {"of": request_id, "rows": len(truths)}):
+            return await self.conductor.feedback(request_id, truths)
 
     async def index(self) -> list[dict[str, Any]]:
         """Return name, version and state of what is served."""
@@ -154,13 +161,14 @@ class Repository:
             for version in state.locations
         ]
 
-    async def load(self, name: str) -> dict[str, Any]:
+    async def load(self, name: str, actor: Actor) -> dict[str, Any]:
         """Serve what the registry has now. The old state stays unless every new version is fit.
 
         Raises NotFound for another model, BadRequest for a version that fails its self-test.
         """
         self._check(name)
-        async with self.loading:
+        details: dict[str, Any] = {}
+        async with self._audited("load", actor, details), self.loading:
             before = self.current
             try:
                 state = await asyncio.to_thread(self.find_now)
@@ -177,18 +185,34 @@ class Repository:
                 raise Unavailable(f"the registry cannot be read now. {STAYS}", 10) from error
             if replace(state, revision=before.revision) != before:
                 await self.publish(state)
-            return {"name": name, "versions": list(state.locations), "default": state.default}
+            details |= {"versions": list(state.locations), "default": state.default}
+            return {"name": name, **details}
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, actor: Actor) -> None:
         """Answer 503 until it is loaded again. Raises NotFound for another model."""
         self._check(name)
-        async with self.loading:
+        async with self._audited("unload", actor, {}), self.loading:
             state = self.current
             await self.publish(replace(state, revision=state.revision + 1, loaded=False))
 
+    @asynccontextmanager
+    async def _audited(
+        self, action: str, actor: Actor, details: dict[str, Any]
+    ) -> AsyncIterator[None]:
+        """Write what the block does, and whether it is done, to the audit log."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        except RequestError as error:
+            outcome = f"refused: {error}"
+            raise
+        finally:
+            await self._audit.add(action, actor, outcome, **details)
+
     def _check(self, name: str) -> None:
         if name != self.current.name:
-            raise NotFound(f"model '{name[:100]}' is not served here; '{self.current.name}' is.")
+            raise NotFound(f"model '{name[:100]}' is not served here.")
 
     def find_now(self) -> State:
         """What the registry has, as the next state. Raises UserError, CorruptBundle."""

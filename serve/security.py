@@ -1,28 +1,39 @@
-"""Who may ask: bearer keys, kept as hashes in a file.
+"""Bearer keys of clients, kept as hashes in a file.
 
-    python -m serve.security NAME --file keys.yaml [--models a,b] [--rate 100] [--admin]
+    python -m serve.security NAME [--models a,b] [--rate 100] [--expires 90d] [--admin]
+    python -m serve.security NAME --revoke
 
-makes a key, shows it once, and adds its hash to the file.
+The first makes a key, shows it once, and adds its hash to the file; the second takes it out again.
+Servers that run see both within seconds.
 """
 
 import argparse
 import hashlib
-import hmac
+import logging
 import os
+import re
 import secrets
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.errors import EXIT_USER_ERROR, UserError
-from serve.errors import Forbidden, RateLimited, Unauthorized
+from serve.errors import RateLimited, Unauthorized
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "bearer "
 PREFIX = "hk_"
+# How often a server looks whether the file has changed.
+LOOK_S = 1.0
+DURATION = re.compile(r"(\d{1,6})([dh])")
 
 
 class Key(BaseModel):
@@ -34,54 +45,70 @@ class Key(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     models: list[str] | None = Field(None, description="Models it may ask; all when not given.")
     rate: float | None = Field(None, gt=0, description="Requests per second of each replica.")
+    expires: datetime | None = Field(None, description="When it ends; never when not given.")
     admin: bool = Field(False, description="Whether it may load and unload models.")
+
+    @field_validator("expires")
+    @classmethod
+    def _in_utc(cls, value: datetime | None) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+    def sees(self, model: str) -> bool:
+        """Whether it may ask a model."""
+        return self.models is None or model in self.models
 
 
 class Bucket:
     """A token bucket that holds one second's worth."""
 
     def __init__(self, rate: float) -> None:
-        self._rate = rate
+        self.rate = rate
         self._tokens = max(rate, 1.0)
         self._at: float | None = None
 
     def take(self, now: float) -> float:
         """Take a token; return 0, or how many seconds to wait for one."""
         if self._at is not None:
-            filled = self._tokens + (now - self._at) * self._rate
-            self._tokens = min(max(self._rate, 1.0), filled)
+            filled = self._tokens + (now - self._at) * self.rate
+            self._tokens = min(max(self.rate, 1.0), filled)
         self._at = now
         if self._tokens < 1:
-            return (1 - self._tokens) / self._rate
+            return (1 - self._tokens) / self.rate
         self._tokens -= 1
         return 0
 
 
 class Keys:
-    """The keys of a file."""
+    """The keys of a file, read again when it changes. Belongs to one thread."""
 
-    def __init__(self, keys: list[Key]) -> None:
-        self._keys = keys
-        self._buckets = {key.sha256: Bucket(key.rate) for key in keys if key.rate is not None}
+    def __init__(self, keys: Sequence[Key], path: Path | None = None) -> None:
+        """path: of the file that they are from."""
+        self._path = path
+        self._seen = _version(path)
+        self._looked_at = -LOOK_S
+        self._buckets: dict[str, Bucket] = {}
+        self._adopt(keys)
 
     @classmethod
     def load(cls, path: str) -> Self:
         """Raises UserError for a file that is missing or wrong."""
-        return cls(_read(Path(path)))
+        return cls(_read(Path(path)), Path(path))
 
     def check(self, authorization: str | None, now: float) -> Key:
-        """Return the key of an Authorization header. Raises Unauthorized, RateLimited."""
+        """Return the key of an Authorization header. Raises Unauthorized, RateLimited.
+
+        now: of a monotonic clock, in seconds.
+        """
+        self._look(now)
         if authorization is None or not authorization.lower().startswith(SCHEME):
             raise Unauthorized("a key is needed: send the header 'Authorization: Bearer KEY'.")
-        digest = _digest(authorization[len(SCHEME) :].strip())
-        found = None
-        # All are compared, whichever fits: the time it takes tells nothing.
-        for key in self._keys:
-            if hmac.compare_digest(key.sha256, digest):
-                found = key
+        # The digest cannot be chosen, so how long it takes to find it tells nothing about others.
+        found = self._keys.get(_digest(authorization[len(SCHEME) :].strip()))
         if found is None:
             raise Unauthorized("this key is not known.")
-        if bucket := self._buckets.get(digest):
+        if found.expires is not None and found.expires.timestamp() <= time.time():
+            raise Unauthorized(f"key '{found.name}' has expired.")
+        if bucket := self._buckets.get(found.sha256):
             wait_s = bucket.take(now)
             if wait_s:
                 raise RateLimited(
@@ -89,15 +116,46 @@ class Keys:
                 )
         return found
 
+    def _adopt(self, keys: Sequence[Key]) -> None:
+        before = self._buckets
+        self._keys = {key.sha256: key for key in keys}
+        self._buckets = {}
+        for key in keys:
+            if key.rate is not None:
+                known = before.get(key.sha256)
+                same = known is not None and known.rate == key.rate
+                self._buckets[key.sha256] = known if known and same else Bucket(key.rate)
 
-def check_scope(key: Key | None, model: str, *, admin: bool = False) -> None:
-    """Raises Forbidden for a model, or a change, that is not for this key."""
-    if key is None:
-        return
-    if key.models is not None and model not in key.models:
-        raise Forbidden(f"key '{key.name}' is not for model '{model[:100]}'.")
-    if admin and not key.admin:
-        raise Forbidden(f"key '{key.name}' may not load and unload models.")
+    def _look(self, now: float) -> None:
+        """Read the file again where it has changed. Without one, no key is valid.
+
+        The keys stay where the file cannot be read as keys: somebody is writing it.
+        """
+        if self._path is None or now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        version = _version(self._path)
+        if version == self._seen:
+            return
+        self._seen = version
+        if version is None:
+            logger.error("keys file '%s' is gone: no key is valid until it is back", self._path)
+            self._adopt([])
+            return
+        try:
+            self._adopt(_read(self._path))
+            logger.warning("keys file '%s' has changed: %d keys", self._path, len(self._keys))
+        except UserError as error:
+            logger.error("%s The keys stay as they were.", error)
+
+
+def _version(path: Path | None) -> tuple[int, int, int] | None:
+    """What changes with a file's content, or None where there is no file."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None
 
 
 def _digest(key: str) -> str:
@@ -110,7 +168,7 @@ def _read(path: Path) -> list[Key]:
         return [Key.model_validate(entry) for entry in entries]
     except OSError as error:
         raise UserError(f"keys file '{path}' cannot be read ({error.strerror}).") from error
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
+    except (ValidationError, yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"keys file '{path}' is not a list of keys; make one with: "
             "python -m serve.security NAME"
@@ -124,32 +182,61 @@ def _write(path: Path, keys: list[Key]) -> None:
     os.replace(file.name, path)
 
 
+def _until(words: str) -> datetime:
+    """Return when a key ends: 90d or 12h from now, or a date or time in ISO 8601 (UTC)."""
+    if match := DURATION.fullmatch(words):
+        unit = timedelta(days=1) if match[2] == "d" else timedelta(hours=1)
+        return (datetime.now(UTC) + int(match[1]) * unit).replace(microsecond=0)
+    try:
+        found = datetime.fromisoformat(words)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{words}' is no time; expected 90d, 12h, or 2027-01-31"
+        ) from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _made(given: argparse.Namespace, secret: str) -> Key:
+    """Raises UserError."""
+    try:
+        return Key(
+            name=given.name,
+            sha256=_digest(secret),
+            models=given.models.split(",") if given.models else None,
+            rate=given.rate,
+            expires=given.expires,
+            admin=given.admin,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}: {first['msg'].lower()}.") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="serve.security", description="Make a client's key.")
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.security", description="Make or revoke a client's key."
+    )
     parser.add_argument("name")
     parser.add_argument("--file", type=Path, default=Path("keys.yaml"))
     parser.add_argument("--models", help="models it may ask, such as digits,taxis; all without")
     parser.add_argument("--rate", type=float, help="requests per second of each replica")
+    parser.add_argument("--expires", type=_until, help="when it ends: 90d, 12h, or 2027-01-31")
     parser.add_argument("--admin", action="store_true", help="it may load and unload models")
+    parser.add_argument("--revoke", action="store_true", help="take the key out of the file")
     given = parser.parse_args(arguments)
     try:
         keys = _read(given.file) if given.file.exists() else []
-        if any(key.name == given.name for key in keys):
+        others = [key for key in keys if key.name != given.name]
+        if given.revoke:
+            if len(others) == len(keys):
+                raise UserError(f"'{given.file}' has no key '{given.name}'.")
+            _write(given.file, others)
+            print(f"revoked '{given.name}' in {given.file}.", file=sys.stderr)
+            return
+        if len(others) < len(keys):
             raise UserError(f"'{given.file}' has a key '{given.name}' already.")
         secret = PREFIX + secrets.token_urlsafe(32)
-        models = given.models.split(",") if given.models else None
-        try:
-            key = Key(
-                name=given.name,
-                sha256=_digest(secret),
-                models=models,
-                rate=given.rate,
-                admin=given.admin,
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{first['loc'][0]}: {first['msg'].lower()}.") from error
-        _write(given.file, [*keys, key])
+        _write(given.file, [*keys, _made(given, secret)])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -69,7 +69,9 @@ class Served:
         """
         state = self.state
         if name != state.name:
-            raise NotFound(f"model '{name[:100]}' is not served here; '{state.name}' is.")
+            raise NotFound(
+                f"model '{name[:100]}' is not served here; GET /v2/models lists what is."
+            )
         if not state.loaded:
             raise Unavailable(
                 f"model '{name}' is unloaded; POST /v2/repository/models/{name}/load loads it.", 10

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from starlette.testclient import TestClient
+
 from serve.config import ServeConfig
 from serve.dataplane import DataPlane
 from serve.host import Host
@@ -41,3 +43,8 @@ def make_host(
 
 def make_rest(bundle: Bundle, **options: Any) -> Rest:
     return Rest(make_host(bundle, **options))
+
+
+def client_of(application: Any) -> TestClient:
+    """A client that asks by the server's address, as one on its machine does."""
+    return TestClient(application, base_url="http://127.0.0.1:8000")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from serve.audit import AuditLog
 from serve.config import ServeConfig
 from serve.errors import BadRequest, NotFound
 from serve.monitor.conductor import Conductor
@@ -31,7 +32,9 @@ async def made(bundle, root, *reports, **options):
     """A conductor whose model is watched, and its replicas."""
     replicas = Replicas(bundle, reports)
     options = {"log_share": 1, "monitor_rows_per_s": 0, "storage": str(root), **options}
-    replicas.conductor = conductor = Conductor(replicas, ServeConfig(**options), "digits")
+    replicas.conductor = conductor = Conductor(
+        replicas, ServeConfig(**options), "digits", AuditLog(str(root), "digits")
+    )
     await conductor._tick()
     return conductor, replicas
 

@@ -14,16 +14,16 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import uvicorn
-from starlette.testclient import TestClient
 
 from serve import console, front
+from serve.access import Guard
 from serve.config import FrontConfig
 from serve.metrics import SECONDS, PlaneMetrics, exposition
 from serve.protocol import v2
 from serve.protocol.rest import Rest
 from serve.security import Key, Keys
 from tests import server
-from tests.serving import make_host, make_rest
+from tests.serving import client_of, make_host, make_rest
 from tests.test_front import Application
 from tests.test_tasks import image_bytes
 from train.bundle import Bundle
@@ -65,7 +65,7 @@ def marked(bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(marked):
-    with TestClient(make_rest(marked)) as client:
+    with client_of(make_rest(marked)) as client:
         yield client
 
 
@@ -156,14 +156,14 @@ def test_a_manifest_cannot_lead_out_of_the_report(marked, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["report/../features.json"] = manifest["files"]["features.json"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with TestClient(make_rest(Bundle.load(str(copy)))) as client:
+    with client_of(make_rest(Bundle.load(str(copy)))) as client:
         plane = client.app._host.find("digits")
         with pytest.raises(console.NotFound):
             console.report(plane, "../features.json")
 
 
 def test_a_key_is_needed_for_what_is_of_a_model_and_not_for_the_page(marked):
-    with TestClient(make_rest(marked, keys=keys())) as client:
+    with client_of(make_rest(marked, keys=keys())) as client:
         for path in ("/", "/console/console.js"):
             assert client.get(path).status_code == 200
         for path in ("manifest", "report/card.html"):
@@ -179,11 +179,11 @@ def several(*bundles):
     models = {bundle.manifest.name: Application(make_host(bundle)) for bundle in bundles}
     config = FrontConfig(models=list(models), max_body_bytes=10**6, body_timeout_s=5)
     find = models.__getitem__
-    return front.Front(find, find, lambda _: None, config)
+    return front.Front(find, find, Guard(None, loopback=True), config)
 
 
 def test_the_front_of_several_models_has_the_console_too(marked):
-    with TestClient(several(marked)) as client:
+    with client_of(several(marked)) as client:
         assert client.get("/").text == (console.STATIC / "index.html").read_text()
         assert client.get("/console/console.js").status_code == 200
         assert client.get("/v2/models/digits/manifest").json()["name"] == "digits"

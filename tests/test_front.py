@@ -2,13 +2,13 @@
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.testclient import TestClient
 
 from serve import autoscale, front
+from serve.access import Guard
 from serve.config import FrontConfig, ServeConfig
 from serve.profile import Profile
 from serve.protocol.rest import Rest
-from tests.serving import make_host
+from tests.serving import client_of, make_host
 from tests.test_rest import ZEROS, v2_body
 
 
@@ -22,7 +22,7 @@ class Application:
         return await front.call(self.rest, *request)
 
     async def index(self):
-        return await self.host.index()
+        return await self.host.repository.index()
 
     async def metrics(self):
         return self.rest.snapshot("r1")
@@ -36,7 +36,7 @@ class Gone:
 def make_client(**models):
     config = FrontConfig(models=list(models), max_body_bytes=10_000, body_timeout_s=5)
     find = models.__getitem__
-    return TestClient(front.Front(find, find, lambda _: None, config))
+    return client_of(front.Front(find, find, Guard(None, loopback=True), config))
 
 
 @pytest.fixture

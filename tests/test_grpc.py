@@ -17,6 +17,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import InferenceServerException
 
 from serve import admission
+from serve.access import Access, Guard
 from serve.config import ServeConfig
 from serve.errors import (
     BadRequest,
@@ -52,6 +53,14 @@ class Plane:
         self.metrics = PlaneMetrics()
 
 
+class SomeKeys:
+    """Asks for none, but knows a wrong one."""
+
+    def check(self, authorization, now):
+        if authorization == "Bearer wrong":
+            raise Unauthorized("this key is not known.")
+
+
 class Repository:
     """What is served: planes by name. Remembers what was asked of it."""
 
@@ -59,19 +68,15 @@ class Repository:
     config = ServeConfig(max_rows=64, max_body_bytes=MAX_BYTES)
 
     def __init__(self, planes):
-        self.planes, self.asked, self.admitted = planes, [], []
+        self.planes, self.asked = planes, []
+        self.guard = Guard(SomeKeys(), loopback=True)
+        self.repository = self
 
     def live(self):
         return True
 
     def ready(self):
         return True
-
-    def admit(self, metadata, model, *, admin):
-        self.admitted.append((model, admin))
-        if metadata.get("authorization") == "Bearer wrong":
-            raise Unauthorized("this key is not known.")
-        return metadata.get("x-client-id", "")
 
     def find(self, name, version):
         if name not in self.planes or version not in (None, "3"):
@@ -86,16 +91,16 @@ class Repository:
     async def infer(self, plane, columns, terms, request_id, *, named):
         return plane, await plane.infer(columns, terms)
 
-    async def index(self):
+    async def index(self, key):
         return [
             {"name": name, "version": "3", "state": state, "reason": "", "default": True}
             for name, state in (("digits", "READY"), ("taxis", "UNAVAILABLE"))
         ]
 
-    async def load(self, name):
+    async def load(self, name, actor):
         self.asked.append(("load", name))
 
-    async def unload(self, name):
+    async def unload(self, name, actor):
         self.asked.append(("unload", name))
         if name != "digits":
             raise NotFound(f"model '{name}' is not served here.")
@@ -495,7 +500,8 @@ def test_models_are_listed_loaded_and_unloaded(client, repository):
     client.load_model("digits")
     client.unload_model("digits")
     assert repository.asked[-2:] == [("load", "digits"), ("unload", "digits")]
-    assert repository.admitted[-2:] == [("digits", True)] * 2
+    assert protocol.ACCESS["RepositoryModelLoad"] == Access.ADMIN
+    assert protocol.ACCESS["RepositoryModelUnload"] == Access.ADMIN
     with pytest.raises(InferenceServerException, match="not served"):
         client.unload_model("taxis")
     with pytest.raises(InferenceServerException, match="no parameters"):

@@ -6,13 +6,12 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from serve import gateway
 from serve.config import validate
 from serve.security import Key, Keys
-from tests.serving import make_rest
+from tests.serving import client_of, make_rest
 from tests.test_tasks import image_bytes
 from train.bundle import Predictor
 from train.config import validate as validate_run
@@ -21,7 +20,7 @@ from train.data import shards
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    with TestClient(make_rest(bundle, max_body_bytes=100_000)) as client:
+    with client_of(make_rest(bundle, max_body_bytes=100_000)) as client:
         yield client
 
 
@@ -148,7 +147,7 @@ def test_an_engine_failure_shows_no_insides(bundle, caplog):
 
     plane = rest._host.find("digits")
     plane.batcher._run = fail
-    response = TestClient(rest).post("/v2/models/digits/infer", json=v2_body(ZEROS))
+    response = client_of(rest).post("/v2/models/digits/infer", json=v2_body(ZEROS))
     assert response.status_code == 500
     assert "secret" not in response.text
     assert "secret path" in caplog.text
@@ -185,7 +184,7 @@ def test_a_body_may_be_the_pixels_or_the_file_alone(client, test_split):
     ],
 )
 def test_more_than_allowed_is_refused(bundle, options, body, status):
-    with TestClient(make_rest(bundle, **options)) as client:
+    with client_of(make_rest(bundle, **options)) as client:
         png = base64.b64encode(image_bytes(np.zeros((8, 8), np.uint8))).decode()
         path = "/v1/models/digits:predict" if "instances" in body else "/v2/models/digits/infer"
         response = client.post(path, content=json.dumps(body).replace("PNG", png))
@@ -197,7 +196,7 @@ def test_no_websocket_is_opened(bundle):
     rest = make_rest(bundle)
     gateway.register(rest)
     try:
-        client = TestClient(gateway.Gateway(rest))
+        client = client_of(gateway.Gateway(rest))
         with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v2"):
             pass
         assert client.get("/v2").status_code == 200
@@ -224,7 +223,7 @@ def test_a_request_may_say_how_long_it_waits(client):
 
 
 def test_an_unloaded_model_says_so_until_it_is_loaded(bundle):
-    with TestClient(make_rest(bundle)) as client:
+    with client_of(make_rest(bundle)) as client:
         assert client.post("/v2/repository/index").json()[0]["state"] == "READY"
         assert client.post("/v2/repository/models/digits/unload").status_code == 200
         assert client.post("/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
@@ -238,10 +237,10 @@ def test_keys_open_what_they_are_for(bundle):
             Key(name="other", sha256=sha256(other.encode()).hexdigest(), models=["x"], rate=2),
         ]
     )
-    with TestClient(make_rest(bundle, keys=keys, open_metrics=True)) as client:
+    with client_of(make_rest(bundle, keys=keys, open_metrics=True)) as client:
         assert client.get("/metrics").status_code == 200
         assert client.get("/v2/models/digits").status_code == 401
-    with TestClient(make_rest(bundle, keys=keys)) as client:
+    with client_of(make_rest(bundle, keys=keys)) as client:
 
         def status(path, key=None, method="GET"):
             headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -279,7 +278,7 @@ def test_a_wrong_server_option_is_named(arguments, word):
 
 
 def test_what_rays_proxy_hands_on_has_its_id_added_there(bundle):
-    with TestClient(gateway.Proxied(make_rest(bundle))) as proxied:
+    with client_of(gateway.Proxied(make_rest(bundle))) as proxied:
         answer = proxied.get("/v2", headers={"X-Request-ID": "r1"})
     assert answer.json()["name"] == "halyard"
     assert "x-request-id" not in answer.headers

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import UserError
 from serve import repository
+from serve.access import Actor
 from serve.config import ServeConfig, validate
 from serve.errors import BadRequest, NotFound, Unavailable
 from serve.monitor.overseer import Report
@@ -17,6 +18,8 @@ from serve.repository import Repository
 from serve.served import Served, State
 from tests.serving import make_plane
 from train.bundle import Bundle, CorruptBundle, registry
+
+ACTOR = Actor("team", "127.0.0.1", "r1")
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +114,7 @@ def test_a_load_ends_when_every_replica_has_gone_over(place):
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=good))
         following = asyncio.create_task(replica(kept, served, 2))
         await asyncio.sleep(0)
-        answer = await kept.load("digits")
+        answer = await kept.load("digits", ACTOR)
         assert answer == {"name": "digits", "versions": ["2"], "default": "2"}
         assert served.find("digits").version == "2"
         await following
@@ -124,10 +127,10 @@ def test_a_load_of_a_bad_version_is_refused_and_the_old_one_stays(place):
         good, bad = place
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
         with pytest.raises(BadRequest, match="What was served before still is"):
-            await kept.load("digits")
+            await kept.load("digits", ACTOR)
         assert (await kept.state()).revision == 0
         with pytest.raises(NotFound):
-            await kept.load("other")
+            await kept.load("other", ACTOR)
 
     asyncio.run(scenario())
 
@@ -141,7 +144,7 @@ def test_what_a_replica_cannot_serve_is_taken_back(place):
         following = asyncio.create_task(replica(kept, served, 3))
         await asyncio.sleep(0)
         with pytest.raises(BadRequest, match="golden"):
-            await kept.load("digits")
+            await kept.load("digits", ACTOR)
         await following
         assert served.find("digits").version == "1"
         assert (await kept.state()).default == "1"
@@ -173,8 +176,8 @@ def test_a_problem_of_before_does_not_end_what_comes_after(place):
         following = asyncio.create_task(replica(kept, served, 5))
         await asyncio.sleep(0)
         with pytest.raises(BadRequest):
-            await kept.load("digits")
-        await kept.unload("digits")
+            await kept.load("digits", ACTOR)
+        await kept.unload("digits", ACTOR)
         assert not served.ready()
         await following
 

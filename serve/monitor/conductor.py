@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from cluster import storage
 from cluster.errors import UserError
+from serve.audit import ROLLOUT, AuditLog
 from serve.config import ServeConfig
 from serve.errors import BadRequest, NotFound, Unavailable
 from serve.monitor import logged, overseer
@@ -52,8 +53,11 @@ class Repository(Protocol):
 class Conductor:
     """Belongs to one event loop."""
 
-    def __init__(self, repository: Repository, config: ServeConfig, name: str) -> None:
+    def __init__(
+        self, repository: Repository, config: ServeConfig, name: str, audit: AuditLog
+    ) -> None:
         self._repository, self._config, self._name = repository, config, name
+        self._audit = audit
         self._root = storage.resolve(config.storage)
         self.overseer = Overseer(config, name)
         self._sample = Sample(config.log_share)
@@ -261,6 +265,9 @@ class Conductor:
         promote = verdict.decision == PROMOTED
         await asyncio.to_thread(
             lambda: registry.decide(self._root, self._name, version, decision, promote=promote)
+        )
+        await self._audit.add(
+            verdict.decision, ROLLOUT, "done", version=version, reason=verdict.reason
         )
         logger.warning("candidate %s of %s is %s: %s", version, self._name, *vars(verdict).values())
         self._decisions = [*self._decisions, decision][-MAX_DECISIONS:]

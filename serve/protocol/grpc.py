@@ -16,23 +16,24 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
-from cluster.connect import LOOPBACK
+from serve.access import Access, Actor
 from serve.accesslog import AccessLog
 from serve.dataplane import DataPlane
-from serve.errors import BadRequest, BodyTooLarge, Forbidden, RequestError
+from serve.errors import BadRequest, BodyTooLarge, RequestError
 from serve.host import Host
 from serve.metrics import PlaneMetrics
 from serve.protocol import describe, grpc_messages
 from serve.protocol.grpc_messages import types
-from serve.protocol.request import MAX_ID, new_id
+from serve.protocol.request import BEHIND_HAPROXY, MAX_ID, new_id
+from serve.protocol.request import PEER as HTTP_PEER
+from serve.security import Key
 
 logger = logging.getLogger(__name__)
 
 SERVICE = f"{grpc_messages.PACKAGE}.GRPCInferenceService"
 INFER = "ModelInfer"
 HOST = "127.0.0.1"
-LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.")
-REQUEST_ID, RETRY_AFTER = "x-request-id", "retry-after"
+REQUEST_ID, RETRY_AFTER, PEER = "x-request-id", "retry-after", HTTP_PEER.decode()
 # A message travels in HTTP/2 trailers, for which clients have about 8 KB.
 MAX_DETAILS = 500
 
@@ -52,13 +53,15 @@ CODES = {
 
 @dataclass
 class Call:
-    """One call. metrics: of the model that it turns out to be about."""
+    """One call. metrics: of the model that it turns out to be about. peer: whom it is from."""
 
     id: str
     metadata: dict[str, str]
     timeout_s: float | None
     metrics: PlaneMetrics
+    peer: str = ""
     model: str = ""
+    key: Key | None = None
 
     @classmethod
     def of(cls, context: Any, metrics: PlaneMetrics) -> "Call":
@@ -67,50 +70,74 @@ class Call:
         metadata = context.invocation_metadata() or ()
         words = {key: value for key, value in metadata if isinstance(value, str)}
         request_id = words.get(REQUEST_ID, "")[:MAX_ID] or new_id()
-        return cls(request_id, words, remaining(), metrics)
+        peer = words.get(PEER, "") if BEHIND_HAPROXY else context.peer()
+        return cls(request_id, words, remaining(), metrics, peer or "")
 
+    @property
+    def client(self) -> str:
+        return self.key.name if self.key else self.metadata.get("x-client-id", "")
+
+    @property
+    def actor(self) -> Actor:
+        """Who calls, for the audit log."""
+        return Actor(self.client[:100], self.peer[:100], self.id)
+
+    def header(self, name: bytes) -> str | None:
+        return self.metadata.get(name.decode())
+
+
+# What each method needs, by its name.
+ACCESS: dict[str, Access] = {}
 
 Service = TypeVar("Service", bound="InferenceService")
 Handler = Callable[[Service, Any, Call], Awaitable[Any]]
 Method = Callable[[Service, bytes, Any], Awaitable[Any]]
 
 
-def _method(handler: Handler[Service]) -> Method[Service]:
+def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
     """Make a method of gRPC of what answers a message; an error becomes the call's status."""
-    name = handler.__name__
-    request_type, empty = getattr(types, f"{name}Request"), getattr(types, f"{name}Response")()
 
-    @functools.wraps(handler)
-    async def method(self: Service, data: bytes, context: Any) -> Any:
-        began = time.perf_counter()
-        call = Call.of(context, self.metrics)
-        _trail(context, REQUEST_ID, call.id)
-        status = 500
-        try:
-            self.check_peer(context)
-            self.check_size(data)
-            response = await handler(self, request_type.FromString(data), call)
-            status = 200
-            return response
-        except asyncio.CancelledError:
-            status = 499
-            raise
-        except DecodeError:
-            status = _refuse(context, call, BadRequest(f"the message is not a {name}Request."))
-        except RequestError as error:
-            status = _refuse(context, call, error)
-        except Exception:
-            # What went wrong is in the log; a client gets none of the server's insides.
-            logger.exception("gRPC call failed: %s", name)
-            _set(context, grpc.StatusCode.INTERNAL, "the server failed to answer this request.")
-        finally:
-            seconds = time.perf_counter() - began
-            protocol = "grpc" if name == INFER else "http"
-            call.metrics.answered(protocol, status, seconds)
-            self.tell(name, call, status, seconds)
-        return empty
+    def made(handler: Handler[Service]) -> Method[Service]:
+        name = handler.__name__
+        request_type = getattr(types, f"{name}Request")
+        empty = getattr(types, f"{name}Response")()
 
-    return method
+        @functools.wraps(handler)
+        async def method(self: Service, data: bytes, context: Any) -> Any:
+            began = time.perf_counter()
+            call = Call.of(context, self.metrics)
+            _trail(context, REQUEST_ID, call.id)
+            status = 500
+            try:
+                self.check_key(call, access)
+                self.check_size(data)
+                request = request_type.FromString(data)
+                self.check_scope(call, access, _model_name(request))
+                response = await handler(self, request, call)
+                status = 200
+                return response
+            except asyncio.CancelledError:
+                status = 499
+                raise
+            except DecodeError:
+                status = _refuse(context, call, BadRequest(f"the message is not a {name}Request."))
+            except RequestError as error:
+                status = _refuse(context, call, error)
+            except Exception:
+                # What went wrong is in the log; a client gets none of the server's insides.
+                logger.exception("gRPC call failed: %s", name)
+                _set(context, grpc.StatusCode.INTERNAL, "the server failed to answer this request.")
+            finally:
+                seconds = time.perf_counter() - began
+                protocol = "grpc" if name == INFER else "http"
+                call.metrics.answered(protocol, status, seconds)
+                self.tell(name, call, status, seconds)
+            return empty
+
+        ACCESS[name] = access
+        return method
+
+    return made
 
 
 class InferenceService:
@@ -131,11 +158,17 @@ class InferenceService:
                 f"at most {self._config.max_body_bytes} are accepted."
             )
 
-    def check_peer(self, context: Any) -> None:
-        """Raises Forbidden: Ray's gRPC servers listen on all interfaces, whatever the host is."""
-        peer = context.peer() if self._config.host in LOOPBACK else ""
-        if peer.startswith(("ipv4:", "ipv6:")) and not peer.startswith(LOOPBACK_PEERS):
-            raise Forbidden("this server is for its own machine; see the option host.")
+    def check_key(self, call: Call, access: Access) -> None:
+        """Raises Unauthorized, RateLimited, Forbidden."""
+        guard = self._host.guard
+        guard.check_page(call.header, method="POST", access=access)
+        if guard.needs_key(access):
+            call.key = guard.authenticate(call.metadata.get("authorization"))
+
+    def check_scope(self, call: Call, access: Access, model: str) -> None:
+        """Raises Forbidden, Unauthorized."""
+        call.model = model
+        self._host.guard.authorize(call.key, access, model)
 
     def tell(self, method: str, call: "Call", status: int, seconds: float) -> None:
         """Write the call to the access log."""
@@ -148,52 +181,51 @@ class InferenceService:
                 "status": status,
                 "ms": round(seconds * 1e3, 3),
                 "model": call.model[:100],
-                "client": call.metadata.get("x-client-id", "")[:100],
+                "client": call.client[:100],
             }
             self._log.add(status, line)
 
-    @_method
+    @_method(Access.OPEN)
     async def ServerLive(self, request: Any, call: Call) -> Any:
         return types.ServerLiveResponse(live=self._host.live())
 
-    @_method
+    @_method(Access.OPEN)
     async def ServerReady(self, request: Any, call: Call) -> Any:
         return types.ServerReadyResponse(ready=self._host.ready())
 
-    @_method
+    @_method(Access.MODEL)
     async def ModelReady(self, request: Any, call: Call) -> Any:
         self._plane(request.name, request.version, call)
         return types.ModelReadyResponse(ready=True)
 
-    @_method
+    @_method(Access.KEY)
     async def ServerMetadata(self, request: Any, call: Call) -> Any:
-        self._host.admit(call.metadata, None, admin=False)
         return _parsed(describe.server(), types.ServerMetadataResponse())
 
-    @_method
+    @_method(Access.MODEL)
     async def ModelMetadata(self, request: Any, call: Call) -> Any:
-        plane, _ = self._plane(request.name, request.version, call)
+        plane = self._plane(request.name, request.version, call)
         metadata = describe.metadata(plane, self._host.versions)
         return _parsed(metadata, types.ModelMetadataResponse())
 
-    @_method
+    @_method(Access.MODEL)
     async def ModelConfig(self, request: Any, call: Call) -> Any:
-        plane, _ = self._plane(request.name, request.version, call)
+        plane = self._plane(request.name, request.version, call)
         config = {"config": describe.config(plane, self._config)}
         return _parsed(config, types.ModelConfigResponse())
 
-    @_method
+    @_method(Access.MODEL)
     async def ModelStatistics(self, request: Any, call: Call) -> Any:
-        plane, _ = self._plane(request.name, request.version, call)
+        plane = self._plane(request.name, request.version, call)
         statistics = {"model_stats": [describe.statistics(plane)]}
         return _parsed(statistics, types.ModelStatisticsResponse())
 
-    @_method
+    @_method(Access.MODEL)
     async def ModelInfer(self, request: Any, call: Call) -> Any:
         began = time.perf_counter()
-        plane, client = self._plane(request.model_name, request.model_version, call)
+        plane = self._plane(request.model_name, request.model_version, call)
         inference = grpc_messages.decode(request, plane.manifest, self._config.max_rows)
-        terms = self._host.terms(inference.parameters, client, call.timeout_s)
+        terms = self._host.terms(inference.parameters, call.client, call.timeout_s)
         plane.metrics.stages["parse"].observe(time.perf_counter() - began)
         answering, predictions = await self._host.infer(
             plane, inference.columns, terms, call.id, named=bool(request.model_version)
@@ -204,39 +236,34 @@ class InferenceService:
         plane.metrics.stages["reply"].observe(time.perf_counter() - replied)
         return response
 
-    @_method
+    @_method(Access.KEY)
     async def RepositoryIndex(self, request: Any, call: Call) -> Any:
-        self._host.admit(call.metadata, None, admin=False)
-        models = await self._host.index()
+        models = await self._host.index(call.key)
         if request.ready:
             models = [model for model in models if model["state"] == "READY"]
         return _parsed({"models": models}, types.RepositoryIndexResponse())
 
-    @_method
+    @_method(Access.ADMIN)
     async def RepositoryModelLoad(self, request: Any, call: Call) -> Any:
         name = _model_name(request)
-        self._host.admit(call.metadata, name, admin=True)
         if request.parameters:
             raise BadRequest(
                 f"load takes no parameters; {', '.join(request.parameters)[:100]} came."
             )
-        await self._host.load(name)
+        await self._host.repository.load(name, call.actor)
         return types.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
-    @_method
+    @_method(Access.ADMIN)
     async def RepositoryModelUnload(self, request: Any, call: Call) -> Any:
         name = _model_name(request)
-        self._host.admit(call.metadata, name, admin=True)
-        await self._host.unload(name)
+        await self._host.repository.unload(name, call.actor)
         return types.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
-    def _plane(self, name: str, version: str, call: Call) -> tuple[DataPlane, str]:
-        """Return the plane and the client's name."""
-        call.model = name
-        client = self._host.admit(call.metadata, name, admin=False)
+    def _plane(self, name: str, version: str, call: Call) -> DataPlane:
+        """Raises NotFound, Unavailable."""
         plane = self._host.find(name, version or None)
         call.metrics = plane.metrics
-        return plane, client
+        return plane
 
 
 METHODS = [name for name in vars(InferenceService) if name[0].isupper()]
@@ -307,8 +334,12 @@ def _parsed(values: dict[str, Any], message: Any) -> Any:
 
 
 def _model_name(request: Any) -> str:
-    # KServe's message has the model's name where Triton's has the repository's.
-    return str(request.model_name or request.repository_name)
+    """The model that a message names; "" where it names none."""
+    # KServe's messages of the repository have the model's name where Triton's have another.
+    for field in ("model_name", "repository_name", "name"):
+        if name := getattr(request, field, ""):
+            return str(name)
+    return ""
 
 
 def _refuse(context: Any, call: Call, error: RequestError) -> int:

@@ -7,7 +7,6 @@ like, the log and the metrics. Plain ASGI, as this is on the path of every reque
 import logging
 import re
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,11 +14,11 @@ from typing import Any
 
 import orjson
 
+from serve.access import Access, Guard
 from serve.accesslog import AccessLog
 from serve.errors import BadMethod, BodyTooLarge, NotFound, RequestError, SlowBody
 from serve.metrics import PlaneMetrics
 from serve.protocol.request import REQUEST_ID, Pending, Receive, Request
-from serve.security import Key
 from serve.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -27,11 +26,6 @@ logger = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 JSON = "application/json"
-# What is answered without a key: whether the server lives, and how to use it.
-OPEN = re.compile(
-    r"/|/console/[^/]+|/v2/health/(live|ready)|/docs(/assets/[^/]+)?|/openapi\.json"
-    r"|/v2/models/[^/]+/(docs|openapi\.json)"
-)
 
 
 @dataclass
@@ -61,39 +55,32 @@ async def _lifespan(receive: Receive, send: Send) -> None:
         await send({"type": f"lifespan.{step}.complete"})
 
 
-class Http(ABC):
-    """An ASGI application. A subclass says what answers a path.
+class Http:
+    """An ASGI application. A subclass has the routes."""
 
-    key: Authorization header → whose key it is; raises Unauthorized, RateLimited.
-    """
+    routes: "Routes"
 
     def __init__(
         self,
-        key: Callable[[str | None], Key | None],
+        guard: Guard,
         *,
         max_pending_bytes: int,
-        open_metrics: bool,
         log: AccessLog | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         self._pending = Pending(max_pending_bytes)
         self.metrics = PlaneMetrics()
-        self._key = key
-        self._open_metrics = open_metrics
+        self.guard = guard
         self._log = log
         self._tracer = tracer
-
-    @abstractmethod
-    async def handle(self, request: Request) -> Answer:
-        """Answer, or raise RequestError."""
 
     async def body(self, request: Request, max_bytes: int, timeout_s: float) -> bytes:
         """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""
         return await request.body(max_bytes, timeout_s, self._pending)
 
-    def is_open(self, path: str) -> bool:
-        """Whether a path is answered without a key."""
-        return OPEN.fullmatch(path) is not None or (path == "/metrics" and self._open_metrics)
+    def model_of(self, name: str | None) -> str:
+        """The model that a request is about. name: of the path; None where it names none."""
+        return name or ""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -115,9 +102,7 @@ class Http(ABC):
 
     async def _answer(self, request: Request) -> Answer:
         try:
-            if not self.is_open(request.path):
-                request.key = self._key(request.header(b"authorization"))
-            return await self.handle(request)
+            return await self._admitted(request).handler(request)
         except RequestError as error:
             (request.metrics or self.metrics).refused[error.reason] += 1
             return failure(error)
@@ -125,6 +110,24 @@ class Http(ABC):
             # What went wrong is in the log; a client gets none of the server's insides.
             logger.exception("request failed: %s", request.path[:200])
             return json({"error": "the server failed to answer this request."}, 500)
+
+    def _admitted(self, request: Request) -> "Route":
+        """Return what answers a request that may be asked. Raises RequestError."""
+        guard, problem, route = self.guard, None, None
+        try:
+            route, parts = self.routes.find(request.method, request.path)
+        except RequestError as error:
+            problem = error
+        access = route.access if route else None
+        guard.check_page(request.header, method=request.method, access=access)
+        if guard.needs_key(access):
+            request.key = guard.authenticate(request.header(b"authorization"))
+        if route is None:
+            assert problem is not None
+            raise problem
+        request.model, request.version = self.model_of(parts.get("name")), parts.get("version")
+        guard.authorize(request.key, route.access, request.model)
+        return route
 
     def _tell(self, request: Request, answer: Answer, began_ns: int, seconds: float) -> None:
         metrics = request.metrics or self.metrics
@@ -172,26 +175,36 @@ GET, POST = ("GET", "HEAD"), ("POST",)
 MAX_KNOWN = 256
 
 
-class Routes:
-    """Which handler answers a path. Patterns name the parts of a path that handlers need."""
+@dataclass(frozen=True)
+class Route:
+    """What answers a path, and what a request must bring for that."""
 
-    def __init__(self, handlers: Mapping[str, tuple[tuple[str, ...], Handler]]) -> None:
-        """handlers: pattern of the whole path → methods, handler."""
-        self._routes = [(re.compile(pattern), *route) for pattern, route in handlers.items()]
+    methods: tuple[str, ...]
+    handler: Handler
+    access: Access
+
+
+class Routes:
+    """Which route a path takes. Patterns name the parts of a path that handlers need."""
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        """routes: by the pattern of the whole path."""
+        self.by_pattern = dict(routes)
+        self._compiled = [(re.compile(pattern), route) for pattern, route in routes.items()]
         self._known = lru_cache(1024)(self._find)
 
-    def find(self, method: str, path: str) -> tuple[Handler, dict[str, str | None]]:
-        """Return the handler and the named parts. Raises NotFound, or BadMethod."""
+    def find(self, method: str, path: str) -> tuple[Route, dict[str, str | None]]:
+        """Return the route and the named parts. Raises NotFound, or BadMethod."""
         # Clients choose paths: only a bounded memory of them is kept.
         return (self._known if len(path) <= MAX_KNOWN else self._find)(method, path)
 
-    def _find(self, method: str, path: str) -> tuple[Handler, dict[str, str | None]]:
+    def _find(self, method: str, path: str) -> tuple[Route, dict[str, str | None]]:
         allowed: list[str] = []
-        for pattern, methods, handler in self._routes:
+        for pattern, route in self._compiled:
             if match := pattern.fullmatch(path):
-                if method in methods:
-                    return handler, match.groupdict()
-                allowed.extend(methods)
+                if method in route.methods:
+                    return route, match.groupdict()
+                allowed.extend(route.methods)
         if allowed:
             raise BadMethod(f"{method} {path[:200]}: expected {' or '.join(allowed)}.", allowed)
         raise NotFound(f"{method} {path[:200]}: there is nothing here. See /docs.")

@@ -22,40 +22,53 @@ from train.tasks.records import DTYPES
 
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 
-# The page's parts come from the server itself: it works without the internet.
+# The page's parts come from the server itself: it works without the internet. The key is the one
+# that the console keeps for the tab.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Halyard: {name}</title>
+<title>Halyard: API</title>
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css">
 </head>
 <body>
+{note}
 <div id="ui"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script>
 <script>
 SwaggerUIBundle({{
-    url: "/v2/models/{name}/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1
+    url: "{base}/openapi.json", dom_id: "#ui", defaultModelsExpandDepth: -1,
+    requestInterceptor: (request) => {{
+        const key = sessionStorage.getItem("halyard key");
+        if (key && !request.headers.Authorization) {{
+            request.headers.Authorization = `Bearer ${{key}}`;
+        }}
+        return request;
+    }},
 }})
 </script>
 </body>
 </html>
 """
+NOTE = '<p>This server asks for a key. <a href="/">Give it in the console</a>, then come back.</p>'
 
 
-def page(model: str) -> str:
-    return PAGE.format(name=quote(model))
+def page(path: str, *, needs_key: bool) -> str:
+    """Return the page at a path that ends in /docs, of the document beside it."""
+    base = quote(path.removesuffix("/docs"))
+    return PAGE.format(base=base, note=NOTE if needs_key else "")
 
 
 def list_page(models: Sequence[str]) -> str:
-    """Return a page that leads to the page of each model."""
+    """Return a page that leads to the page of each model; with none, to the console."""
     links = "".join(
         f'<li><a href="/v2/models/{quote(model)}/docs">{escape(model)}</a></li>' for model in models
     )
+    body = f"<ul>{links}</ul>" if models else NOTE
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Halyard</title>'
-        f"<h1>Models</h1><ul>{links}</ul></html>"
+        f"<h1>Models</h1>{body}</html>"
     )
 
 

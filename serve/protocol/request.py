@@ -2,10 +2,12 @@
 
 import asyncio
 import itertools
+import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
+from serve.access import Actor
 from serve.errors import BodyTooLarge, ClientGone, Overloaded, SlowBody
 from serve.metrics import PlaneMetrics
 from serve.security import Key
@@ -15,6 +17,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 T = TypeVar("T")
 
 REQUEST_ID, MAX_ID = b"x-request-id", 128
+# HAProxy says by it whom a request is from, whatever a client wrote there.
+PEER = b"x-halyard-peer"
+BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 # Requests that came without an id are told apart by their process and a count.
 _PROCESS = secrets.token_hex(6)
 _counter = itertools.count(1)
@@ -64,6 +69,17 @@ class Request:
     def client(self) -> str:
         """Whose share of the engine it takes: its key's, or what it calls itself."""
         return self.key.name if self.key else self.header(b"x-client-id") or ""
+
+    @property
+    def actor(self) -> Actor:
+        """Who asks, for the audit log."""
+        host, _ = self.scope.get("client") or ("", 0)
+        address = self.header(PEER) if BEHIND_HAPROXY else None
+        return Actor(self.client[:100], (address or host)[:100], self.id)
+
+    def sees(self, model: str) -> bool:
+        """Whether the client may know of a model."""
+        return self.key is None or self.key.sees(model)
 
     async def body(self, max_bytes: int, timeout_s: float, pending: "Pending") -> bytes:
         """Raises BodyTooLarge as soon as that is known, Overloaded, SlowBody, ClientGone."""

@@ -4,15 +4,15 @@ import asyncio
 import time
 
 from serve import console
+from serve.access import Access
 from serve.accesslog import AccessLog
 from serve.admission import Terms
 from serve.dataplane import DataPlane
 from serve.host import Host
-from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged
+from serve.metrics import CONTENT_TYPE, Snapshot, exposition, merged, of_models
 from serve.protocol import describe, feedback, openapi, v1, v2
-from serve.protocol.http import GET, POST, Answer, Http, Routes, html, json
+from serve.protocol.http import GET, POST, Answer, Http, Route, Routes, html, json
 from serve.protocol.request import Request
-from serve.security import check_scope
 from serve.tracing import Tracer
 from train.tasks import Arrays, Columns
 
@@ -28,21 +28,17 @@ class Rest(Http):
         self, host: Host, *, log: AccessLog | None = None, tracer: Tracer | None = None
     ) -> None:
         super().__init__(
-            host.key,
+            host.guard,
             max_pending_bytes=host.config.max_pending_bytes,
-            open_metrics=host.config.open_metrics,
             log=log,
             tracer=tracer,
         )
         self._host = host
         self.config = host.config
-        self._find = _routes(self).find
+        self.routes = _routes(self)
 
-    async def handle(self, request: Request) -> Answer:
-        handler, parts = self._find(request.method, request.path)
-        request.model = parts.get("name") or self._host.name
-        request.version = parts.get("version")
-        return await handler(request)
+    def model_of(self, name: str | None) -> str:
+        return name or self._host.name
 
     async def infer(self, request: Request) -> Answer:
         request.protocol = "v2"
@@ -82,7 +78,7 @@ class Rest(Http):
         return json({"ready": ready}, 200 if ready else 503)
 
     async def models(self, request: Request) -> Answer:
-        return json({"models": [self._host.name]})
+        return json({"models": [self._host.name] if request.sees(self._host.name) else []})
 
     async def model(self, request: Request) -> Answer:
         return json(describe.metadata(self._plane(request), self._host.versions))
@@ -98,31 +94,30 @@ class Rest(Http):
         return json({"model_stats": statistics, **await self._host.repository.stats()})
 
     async def feedback(self, request: Request) -> Answer:
-        check_scope(request.key, request.model)
         limits = self.config.max_json_bytes, self.config.body_timeout_s
         request_id, truths = feedback.decode(await self.body(request, *limits))
-        return json(await self._host.repository.feedback(request.model, request_id, truths))
+        repository = self._host.repository
+        return json(await repository.feedback(request.model, request_id, truths, request.actor))
 
     async def index(self, request: Request) -> Answer:
-        return json(await self._host.repository.index())
+        return json(await self._host.index(request.key))
 
     async def load(self, request: Request) -> Answer:
-        check_scope(request.key, request.model, admin=True)
-        return json(await self._host.repository.load(request.model))
+        return json(await self._host.repository.load(request.model, request.actor))
 
     async def unload(self, request: Request) -> Answer:
-        check_scope(request.key, request.model, admin=True)
-        await self._host.repository.unload(request.model)
+        await self._host.repository.unload(request.model, request.actor)
         return json({})
 
     async def prometheus(self, request: Request) -> Answer:
-        return Answer(exposition(await self._host.repository.metrics()), content_type=CONTENT_TYPE)
+        counted = of_models(await self._host.repository.metrics(), request.sees)
+        return Answer(exposition(counted), content_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Answer:
-        return json(openapi.document(self._host.find(self._host.name).manifest))
+        return json(openapi.document(self._host.find(request.model).manifest))
 
     async def docs(self, request: Request) -> Answer:
-        return html(openapi.page(self._host.name))
+        return html(openapi.page(request.path, needs_key=self.guard.keys is not None))
 
     async def manifest(self, request: Request) -> Answer:
         return console.manifest(self._plane(request))
@@ -137,8 +132,7 @@ class Rest(Http):
         return merged([self._host.snapshot(replica), self.metrics.snapshot(none)])
 
     def _plane(self, request: Request) -> DataPlane:
-        """Raises NotFound, Unavailable, Forbidden."""
-        check_scope(request.key, request.model)
+        """Raises NotFound, Unavailable."""
         plane = self._host.find(request.model, request.version)
         request.named = request.version is not None
         request.metrics, request.version = plane.metrics, plane.version
@@ -163,30 +157,31 @@ class Rest(Http):
 
 
 def _routes(rest: Rest) -> Routes:
+    repository = "/v2/repository/models/(?P<name>[^/]+)"
     return Routes(
         {
-            VERSIONED + "/infer": (POST, rest.infer),
-            r"/v1/models/(?P<name>[^/:]+):predict": (POST, rest.predict),
-            "/v2/?": (GET, rest.server),
-            "/v2/health/live": (GET, rest.live),
-            "/v2/health/ready": (GET, rest.health),
-            "/v[12]/models": (GET, rest.models),
-            VERSIONED: (GET, rest.model),
-            VERSIONED + "/ready": (GET, rest.ready),
-            r"/v1/models/(?P<name>[^/:]+)": (GET, rest.ready),
-            VERSIONED + "/config": (GET, rest.model_config),
-            VERSIONED + "/stats": (GET, rest.stats),
-            MODEL + "/feedback": (POST, rest.feedback),
-            "/v2/repository/index": (POST, rest.index),
-            "/v2/repository/models/(?P<name>[^/]+)/load": (POST, rest.load),
-            "/v2/repository/models/(?P<name>[^/]+)/unload": (POST, rest.unload),
-            "/metrics": (GET, rest.prometheus),
-            f"(?:{MODEL})?/openapi.json": (GET, rest.openapi),
-            f"(?:{MODEL})?/docs": (GET, rest.docs),
-            "/docs/assets/[^/]+": (GET, openapi.asset),
-            VERSIONED + "/manifest": (GET, rest.manifest),
-            VERSIONED + "/report/[^/]+": (GET, rest.report),
-            "/console/[^/]+": (GET, console.asset),
-            "/": (GET, console.page),
+            VERSIONED + "/infer": Route(POST, rest.infer, Access.MODEL),
+            r"/v1/models/(?P<name>[^/:]+):predict": Route(POST, rest.predict, Access.MODEL),
+            "/v2/?": Route(GET, rest.server, Access.KEY),
+            "/v2/health/live": Route(GET, rest.live, Access.OPEN),
+            "/v2/health/ready": Route(GET, rest.health, Access.OPEN),
+            "/v[12]/models": Route(GET, rest.models, Access.KEY),
+            VERSIONED: Route(GET, rest.model, Access.MODEL),
+            VERSIONED + "/ready": Route(GET, rest.ready, Access.MODEL),
+            r"/v1/models/(?P<name>[^/:]+)": Route(GET, rest.ready, Access.MODEL),
+            VERSIONED + "/config": Route(GET, rest.model_config, Access.MODEL),
+            VERSIONED + "/stats": Route(GET, rest.stats, Access.MODEL),
+            MODEL + "/feedback": Route(POST, rest.feedback, Access.FEEDBACK),
+            "/v2/repository/index": Route(POST, rest.index, Access.KEY),
+            repository + "/load": Route(POST, rest.load, Access.ADMIN),
+            repository + "/unload": Route(POST, rest.unload, Access.ADMIN),
+            "/metrics": Route(GET, rest.prometheus, Access.METRICS),
+            f"(?:{MODEL})?/openapi.json": Route(GET, rest.openapi, Access.MODEL),
+            f"(?:{MODEL})?/docs": Route(GET, rest.docs, Access.PAGE),
+            "/docs/assets/[^/]+": Route(GET, openapi.asset, Access.OPEN),
+            VERSIONED + "/manifest": Route(GET, rest.manifest, Access.MODEL),
+            VERSIONED + "/report/[^/]+": Route(GET, rest.report, Access.MODEL),
+            "/console/[^/]+": Route(GET, console.asset, Access.OPEN),
+            "/": Route(GET, console.page, Access.PAGE),
         }
     )

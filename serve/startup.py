@@ -1,0 +1,114 @@
+"""What `serve run` does around the server: say that it is up, and end cleanly."""
+
+import asyncio
+import signal
+import ssl
+import sys
+import threading
+import time
+import urllib.request
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from cluster import connect
+from serve.config import ServeConfig
+
+POLL_S = 0.2
+# After which a user is told what the server waits for.
+PATIENCE_S = 20.0
+ALL_INTERFACES = {"0.0.0.0": connect.LOOPBACK[0], "::": "[::1]"}
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM end `serve run` as Ctrl-C does: requests in progress are answered, logs written.
+
+    Ray's own handler of SIGTERM aborts the process. A second signal ends it at once. To be called
+    from the main thread.
+    """
+
+    def end(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        # What the processes that end print from here on says only that they end.
+        connect.silence()
+        print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+
+
+def announce(config: ServeConfig, model: str, version: str) -> None:
+    """Say on stderr, once the server answers, what it serves and where. Returns at once.
+
+    model: name of the deployment. version: the default one.
+    """
+
+    def run() -> None:
+        # Serve ends what belongs to the loop when it ends, so the loop goes on till then.
+        loop = asyncio.new_event_loop()
+        announcing = loop.create_task(_announce(config, model, version))
+        announcing.add_done_callback(lambda task: task.result())
+        loop.run_forever()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def url(config: ServeConfig) -> str:
+    """Where a client on this machine reaches the server."""
+    host = ALL_INTERFACES.get(config.host, config.host)
+    return f"{'https' if config.tls_cert else 'http'}://{host}:{config.port}"
+
+
+async def _announce(config: ServeConfig, model: str, version: str) -> None:
+    address = url(config)
+    application = await _running(model)
+    if config.replica_range[0]:
+        while not await asyncio.to_thread(_answers, address):
+            await asyncio.sleep(POLL_S)
+        handle = serve.get_deployment_handle(model, application)
+        served = await handle.describe.remote()
+        words = f"version {served['version']}, variant {served['variant']}"
+    else:
+        words = f"version {version}, which the first request starts"
+    print(
+        f"serving {model} {words}, at {address}; API {address}/docs, console {address}/",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+async def _running(model: str) -> str:
+    """Return the name of the model's application once it runs."""
+    began, told = time.monotonic(), False
+    while True:
+        found = await asyncio.to_thread(serve.status)
+        for name, application in found.applications.items():
+            if model not in application.deployments:
+                continue
+            if application.status == ApplicationStatus.RUNNING:
+                return name
+            if not told and time.monotonic() - began > PATIENCE_S:
+                told = True
+                print(f"waiting for {model}: {_reason(application, model)}", file=sys.stderr)
+        await asyncio.sleep(POLL_S)
+
+
+def _reason(application: ApplicationStatusOverview, model: str) -> str:
+    """Why it does not run yet, in Serve's words."""
+    words = application.deployments[model].message or application.message
+    return " ".join(words.split())[:300] or "it starts"
+
+
+def _answers(address: str) -> bool:
+    # The certificate is for the names that clients use, not for this machine's.
+    tls = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+    # Not by way of a proxy that the environment names.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
+    try:
+        with direct.open(f"{address}/v2/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
