@@ -104,10 +104,9 @@ def connect(
 
     global _local
     _local = True
-    os.environ[ON_LOOPBACK] = "0"
     # This machine is not taken away with notice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Ray has read this on import, perhaps before it was set.
+    # Ray has read ON_LOOPBACK on import, before it is set.
     ray_constants.ENABLE_RAY_CLUSTER = False
     options |= {
         "address": "local",
@@ -116,7 +115,8 @@ def connect(
         "_temp_dir": str(private.folder("ray")),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
-    _start(lambda: ray.init(**options))
+    with _set(ON_LOOPBACK, "0"):
+        _start(lambda: ray.init(**options))
 
 
 def ray_data() -> ModuleType:
@@ -178,9 +178,9 @@ def _noted_address() -> str | None:
 
 
 def _answers(address: str) -> bool:
-    """Whether a gRPC server answers at HOST:PORT; other forms of address are taken to answer.
+    """Whether Ray answers at HOST:PORT; other forms of address are taken to answer.
 
-    Ray itself tries for minutes.
+    Ray itself tries for minutes. Raises UserError where it asks for another token.
     """
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
@@ -192,11 +192,20 @@ def _answers(address: str) -> bool:
     _refresh()
     with init_grpc_channel(address) as channel:
         try:
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=ANSWER_S)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S)
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(_other_token(address)) from None
             silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             return error.code() not in silent
     return True
+
+
+def _other_token(address: str) -> str:
+    return (
+        f"the cluster at {address} asks for another token. Set {auth.MODE}=token, and {auth.PATH} "
+        "to a file with the cluster's token where that is not in ~/.ray/auth_token."
+    )
 
 
 def _refresh() -> None:
@@ -227,6 +236,20 @@ def _start(init: Callable[[], Any]) -> None:
             if again:
                 raise Failed(f"Ray does not start on this machine: {reason}") from error
             print(f"Ray did not start ({reason}); trying once more.", file=sys.stderr)
+
+
+@contextmanager
+def _set(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment for the processes that the block starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -282,10 +305,7 @@ def _join(address: str, **options: Any) -> None:
     try:
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
-        raise UserError(
-            f"the cluster at {address} asks for a token. Set {auth.MODE}=token, and "
-            f"{auth.PATH} where it is not in ~/.ray/auth_token."
-        ) from error
+        raise UserError(_other_token(address)) from error
     except RuntimeError as error:
         words = " ".join(str(error).split())
         if "Version mismatch" in words:

@@ -20,6 +20,8 @@ BINARY = "HALYARD_HAPROXY"
 DROPPED = ("frontend prometheus", "listen stats")
 # Bound to the options `host`, `port` and `grpc_port`.
 SERVING = ("frontend http_frontend", "frontend grpc_frontend")
+# The header that tells a replica who asks, whatever a client wrote there; for the audit log.
+PEER = "    http-request set-header x-halyard-peer %[src]"
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
@@ -37,11 +39,13 @@ def restricted(config: str) -> str:
             section = line.strip()
         if section in DROPPED:
             continue
-        if BIND.match(line) and section not in SERVING:
-            raise ValueError(f"unknown listener '{line.strip()}' in '{section}'")
         line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
         sockets += found
         lines.append(line)
+        if BIND.match(line):
+            if section not in SERVING:
+                raise ValueError(f"unknown listener '{line.strip()}' in '{section}'")
+            lines.append(PEER)
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
     return "\n".join(lines) + "\n"

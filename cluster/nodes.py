@@ -185,6 +185,8 @@ class Cluster:
         shared = {
             **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
             auth.MODE: self.auth_mode,
+            # A command that had a Ray of its own may have set this one.
+            connect.ON_LOOPBACK: "1",
             # So that a node is known by the name that it has here.
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,12 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import private
 from cluster.errors import UserError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 DEFAULT_PATH = "runs"
+# What a model, a variant or a run may be called, as paths are made of the name.
+MODEL_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
 REGISTRY = "mlflow.db"
 # A job submitted to Ray runs in a copy of the working directory that goes when the job ends.
 JOB_COPY_MARK = "/runtime_resources/working_dir_files/"
@@ -34,6 +39,19 @@ def resolve(path: str) -> str:
         return path.rstrip("/")
     base = Path.home() if JOB_COPY_MARK in str(Path.cwd()) else Path.cwd()
     return str((base / Path(path).expanduser()).resolve())
+
+
+def check_name(name: str, pattern: str, what: str) -> str:
+    """Return a name that a path may be made of. Raises UserError for another.
+
+    what: the name of the option or the thing, for the message.
+    """
+    if not re.fullmatch(pattern.removesuffix("$"), name):
+        raise UserError(
+            f"{what} is '{name[:100]}'; expected letters, digits, '-' and '_' only, such as "
+            "'digits'."
+        )
+    return name
 
 
 def join(root: str, *parts: str) -> str:
@@ -135,7 +153,7 @@ def fetch(source: str, last: str) -> Path:
     if not is_url(source):
         return Path(source)
     digest = hashlib.sha256(source.encode()).hexdigest()[:20]
-    target = Path(tempfile.gettempdir()) / "halyard" / digest
+    target = private.folder("fetched") / digest
     if not (target / last).exists():
         fs, source_path = filesystem(source)
         with written_whole(str(target), last) as aside:

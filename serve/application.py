@@ -86,8 +86,10 @@ class Model:
     async def __init__(self, config: ServeConfig, handle: DeploymentHandle) -> None:  # type: ignore[misc]
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._config = config
+        configs.allow(config.plugins, config.storage)
         self._repository = Follower(handle)
         state: State = await self._repository.state()
+        self._name = state.name
         self._served = await asyncio.to_thread(Served, state, self._load)
         self._busy = autoscale.Busy(self._served.engine_s, self._served.answers)
         keys = Keys.load(config.keys) if config.keys else None
@@ -124,6 +126,8 @@ class Model:
     def _load(self, location: str, version: str) -> DataPlane:
         config = self._config
         bundle = Bundle.load(location)
+        if bundle.manifest.name != self._name:
+            raise CorruptBundle(f"'{location}' is of model '{bundle.manifest.name}'.")
         predictor = Predictor.load(bundle, config.variant, num_threads=config.threads)
         plane = DataPlane(predictor, version, config)
         plane.warm_up()
@@ -189,6 +193,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     try:
         _check_environment()
         config = configs.validate(arguments)
+        configs.allow(config.plugins, config.storage)
         state = repository.resolve(config)
         profile = _check(state, config)
         joined = ray.is_initialized() or connect.join_running()

@@ -1,7 +1,7 @@
 """Every knob of a server."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from cluster import storage
 from cluster.errors import UserError
+from train.tasks import plugins
 
 HOST, HTTP_PORT, GRPC_PORT = "127.0.0.1", 8000, 9000
 RANGE = re.compile(r"(\d+)-(\d+)")
@@ -296,6 +298,15 @@ class FrontConfig(BaseModel):
 
 
 Options = TypeVar("Options", bound=BaseModel)
+
+
+def allow(modules: Sequence[str], path: str) -> None:
+    """Let this process import classes that a model names, of some modules.
+
+    path: the storage path, below which nothing is imported.
+    """
+    root = storage.resolve(path)
+    plugins.allow(modules, storage=None if storage.is_url(root) else root)
 
 
 def validate(values: Mapping[str, Any]) -> ServeConfig:

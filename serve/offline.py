@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster import connect, storage
 from cluster.errors import UserError, run_command
 from serve import commandline
+from serve.config import Names, allow
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 from train.data import sources
 from train.data.sources import Block
@@ -52,6 +53,7 @@ class Options(BaseModel):
     variant: str | None = Field(None, description="Variant; the bundle's default if not given.")
     keep: list[str] = Field([], description="Columns of the input to write beside predictions.")
     storage: str = Field("runs", description="Storage path whose registry has the model.")
+    plugins: Names = Field((), description="Modules whose classes the model may name.")
     encoding: str = Field("utf-8", description="Of CSV files.")
     workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
 
@@ -72,8 +74,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     options = parse(argv)
     started = time.perf_counter()
     try:
-        location, version = registry.resolve(options.model, storage.resolve(options.storage))
-        bundle = Bundle.load(location)
+        allow(options.plugins, options.storage)
+        bundle, version = registry.load(options.model, storage.resolve(options.storage))
         variant = Predictor.load(bundle, options.variant).variant
     except (CorruptBundle, ValueError) as error:
         raise UserError(str(error)) from error
@@ -85,7 +87,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if missing:
         connect.connect(num_cpus=options.workers)
         worker = {
-            "location": location,
+            "location": bundle.location,
+            "plugins": list(options.plugins),
+            "storage": options.storage,
             "variant": variant,
             "model": f"{bundle.manifest.name}/{version}",
             "output": output,
@@ -197,7 +201,10 @@ class Worker:
         output: str,
         keep: list[str],
         blocks: list[Block],
+        plugins: Sequence[str] = (),
+        storage: str = storage.DEFAULT_PATH,
     ) -> None:
+        allow(plugins, storage)
         self._predictor = Predictor.load(Bundle.load(location), variant)
         self._model, self._output, self._keep, self._blocks = model, output, keep, blocks
 

@@ -15,7 +15,7 @@ from cluster import storage
 from cluster.errors import UserError
 from serve.access import Actor
 from serve.audit import AuditLog
-from serve.config import ServeConfig
+from serve.config import ServeConfig, allow
 from serve.errors import BadRequest, NotFound, RequestError, Unavailable
 from serve.metrics import Snapshot, merged
 from serve.monitor.conductor import Conductor
@@ -54,14 +54,14 @@ def resolve(config: ServeConfig, revision: int = 0) -> State:
     root = storage.resolve(config.storage)
     locations: dict[str, str] = {}
     aliases: dict[str, str] = {}
+    names = []
     for reference in config.references:
-        location, version = registry.resolve(reference, root)
-        locations[version] = location
+        bundle, version = registry.load(reference, root)
+        locations[version] = bundle.location
+        names.append(bundle.manifest.name)
         if "@" in reference:
             aliases[reference.rpartition("@")[2]] = version
-    default = next(iter(locations))
-    name = Bundle.load(locations[default]).manifest.name
-    return State(revision, name, default, locations, aliases)
+    return State(revision, names[0], next(iter(locations)), locations, aliases)
 
 
 class Repository:
@@ -75,6 +75,7 @@ class Repository:
     ) -> None:
         """state: what was to be served when the application was deployed."""
         self._config = config
+        allow(config.plugins, config.storage)
         self._find = find
         self.current = state
         self._changed = asyncio.Event()

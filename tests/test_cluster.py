@@ -40,7 +40,7 @@ def answer(done):
 
 @pytest.fixture(scope="module")
 def cluster():
-    answer(command("up", "--nodes", "2", "--cpus", "1", "--token"))
+    answer(command("up", "--nodes", "2", "--cpus", "1"))
     yield nodes.current()
     answer(command("down"))
 
@@ -118,8 +118,8 @@ class TestOfTwoNodes:
         done = command("kill", "node7")
         assert done.stderr == "error: there is no node 'node7'; there are head, node1.\n"
 
-    def test_who_has_no_token_is_refused_in_one_line(self, cluster):
-        environment = {**cluster.client_environment, "RAY_AUTH_TOKEN_PATH": os.devnull}
+    def test_another_token_is_refused_in_one_line(self, cluster):
+        environment = {**cluster.client_environment, "RAY_AUTH_TOKEN": "0" * 64}
         done = subprocess.run(
             [sys.executable, "-c", "from cluster import connect; connect.connect()"],
             cwd=REPOSITORY,
@@ -132,7 +132,7 @@ class TestOfTwoNodes:
         assert done.returncode != 0
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("cluster.errors.UserError: the cluster at")
-        assert "asks for a token" in last
+        assert "asks for another token" in last
 
     def test_the_doctor_finds_both_well(self, cluster, storage_path):
         done = command(
@@ -221,13 +221,14 @@ def test_ray_accepts_the_file_for_machines_of_ones_own():
 
 
 def test_gloo_is_given_the_interface_that_has_rays_address(monkeypatch):
-    monkeypatch.delenv(interface.VARIABLE, raising=False)
+    for variable in (interface.GLOO, interface.NCCL):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(interface.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     interface.choose()
-    assert os.environ[interface.VARIABLE] == "lo"
-    monkeypatch.setenv(interface.VARIABLE, "chosen0")
+    assert os.environ[interface.GLOO] == os.environ[interface.NCCL] == "lo"
+    monkeypatch.setenv(interface.GLOO, "chosen0")
     interface.choose()
-    assert os.environ[interface.VARIABLE] == "chosen0"
+    assert os.environ[interface.GLOO] == "chosen0"
     assert interface.interface("192.0.2.1") is None
 
 
@@ -301,6 +302,6 @@ def test_the_doctor_warns_of_a_cluster_that_anyone_may_use(address, mode, mark):
 
 
 def test_only_nodes_beside_the_head_have_a_cable():
-    alone = nodes.Cluster("id", "127.0.0.1", 1, 6379, 8265, True, ["head"], False, 1)
+    alone = nodes.Cluster("id", "127.0.0.1", 1, 6379, 8265, True, ["head"], 1)
     with pytest.raises(UserError, match="cut another node"):
         alone.cut("head")

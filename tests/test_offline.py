@@ -170,7 +170,7 @@ def test_http_gives_the_engine_the_bytes_that_training_had(table, recorded, in_t
 
     async def ask():
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             return await client.post(path, json=body)
 
     import asyncio

@@ -15,8 +15,12 @@ from pydantic import (
 )
 from pydantic_settings import CliImplicitFlag
 
+from cluster import storage
 from cluster.errors import UserError
+from cluster.storage import FILE_NAME, MODEL_NAME
+from train.tasks import plugins
 from train.tasks.features import KINDS
+from train.tasks.plugins import code_of_config
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 # As `checkpoint.best`: no epoch is chosen, the last one counts.
@@ -435,9 +439,7 @@ class Storage(Part):
 class Config(Part):
     """One training run."""
 
-    name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="The model's name in the registry."
-    )
+    name: str = Field(pattern=MODEL_NAME, description="The model's name in the registry.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation.")
     target: str = Field("label", description="The column to predict.")
     learn: Literal["class", "labels", "value"] | None = Field(
@@ -471,7 +473,14 @@ class Config(Part):
         False, description="Write a torch profiler trace of some steps beside the checkpoints."
     )
     resume: str | None = Field(
-        None, description="Name of a run under storage.path to continue where it stopped."
+        None,
+        pattern=FILE_NAME,
+        description="Name of a run under storage.path to continue where it stopped.",
+    )
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Modules whose classes a bundle may name: my_package, and what is below it. "
+        "The modules of classes that these options themselves name are among them.",
     )
     data: Data
     text: Text = Text()
@@ -504,6 +513,38 @@ class Config(Part):
 def validate(values: Mapping[str, Any]) -> Config:
     """Raises UserError for the first field that is wrong."""
     return validate_as(Config, values)
+
+
+def allow_code(config: Config) -> Config:
+    """Let this process import the code that a user's own options name; return them with its
+    modules among `plugins`, for other processes of the run.
+
+    To be called before options of a bundle are added, whose code counts only if it is in plugins.
+    """
+    named = [path.partition(":")[0] for path in code_of_config(config.model_dump())]
+    allowed = tuple(sorted({*config.plugins, *named}))
+    if allowed != config.plugins:
+        config = config.model_copy(update={"plugins": allowed})
+    allow_plugins(config)
+    return config
+
+
+def allow_plugins(config: Config) -> None:
+    """Let this process import the code of `plugins`; nothing that lies below the storage path."""
+    path = storage.resolve(config.storage.path)
+    plugins.allow(config.plugins, storage=None if storage.is_url(path) else path)
+
+
+def of_bundle(values: Mapping[str, Any], given: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a bundle's options with the plugins that a user gave, and no others.
+
+    Raises UserError where they name code that is not among these.
+    """
+    try:
+        plugins.check(code_of_config(values), "the options of the bundle")
+    except plugins.NotAllowed as error:
+        raise UserError(str(error)) from error
+    return {**values, "plugins": list(given)}
 
 
 def validate_as(model: type[AnyModel], values: Mapping[str, Any]) -> AnyModel:

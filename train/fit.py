@@ -20,7 +20,7 @@ from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import Tensor
 from train.compress import compress
 from train.compress.recipes import check_calibration
-from train.config import LAST, Augment, Config
+from train.config import LAST, Augment, Config, allow_code
 from train.data import infer, order, origin, shards
 from train.data.baseline import baseline
 from train.data.report import PICTURE, REPORT
@@ -57,6 +57,7 @@ def prepare(config: Config) -> tuple[Config, Shards]:
     Raises UserError when the data or the configuration do not allow to train.
     """
     root = storage.resolve(config.storage.path)
+    config = allow_code(config)
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     config = infer.complete(config)
     fitted = None

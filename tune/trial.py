@@ -17,7 +17,7 @@ from ray import tune
 from cluster import storage
 from cluster.errors import Failed, UserError
 from train.bundle import BundleWriter
-from train.config import Compress, Config, validate
+from train.config import Compress, Config, allow_plugins, validate
 from train.data import order, shards
 from train.data.shards import Shards
 from train.loop.building import build_net
@@ -103,6 +103,7 @@ def results(plan: Plan) -> Generator[dict[str, Any]]:
     Raises what training raises.
     """
     config = validate(plan.config)
+    allow_plugins(config)
     root = storage.resolve(config.storage.path)
     data = shards.prepare(config, root)
     run = _run(plan, config, data)

@@ -27,6 +27,7 @@ from pydantic_settings import (
 from cluster import storage
 from cluster.errors import Failed, UserError, run_command
 from serve import commandline
+from serve.config import Names, allow
 from serve.monitor import jobs, lease, paired
 from serve.monitor.due import Decision, Rules, decide
 from serve.monitor.history import State
@@ -44,9 +45,7 @@ Train = Callable[[str, str | None, float], dict[str, Any]]
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="The model's name in the registry."
-    )
+    model: str = Field(pattern=storage.MODEL_NAME, description="The model's name in the registry.")
     check: CliImplicitFlag[bool] = Field(
         False, description="Train if it is due, as without any of these three."
     )
@@ -57,6 +56,7 @@ class Options(BaseModel):
         False, description="Train though it is not due, or too soon after the last time."
     )
     storage: str = Field("runs", description="Storage path, with the registry and the request log.")
+    plugins: Names = Field((), description="Modules whose classes the model may name.")
     windows: int = Field(2, ge=1, le=50, description="Windows with drift alarms that make it due.")
     of: int = Field(5, ge=1, le=50, description="How many of the last windows count.")
     max_drop: float = Field(
@@ -108,6 +108,7 @@ def run(options: Options, read: Read, train: Train) -> dict[str, Any]:
     Raises UserError where no version is in production, Failed when training failed.
     """
     root = storage.resolve(options.storage)
+    allow(options.plugins, options.storage)
     production, version = _production(options.model, root)
     state = State(root, options.model)
     decision = _decision(options, root, production, version)
@@ -149,9 +150,8 @@ def _told(options: Options, decision: Decision, reason: str) -> dict[str, Any]:
 
 
 def _production(model: str, root: str) -> tuple[Bundle, str]:
-    location, version = registry.resolve(f"{registry.SCHEME}{model}@{registry.PRODUCTION}", root)
     try:
-        return Bundle.load(location), version
+        return registry.load(f"{registry.SCHEME}{model}@{registry.PRODUCTION}", root)
     except CorruptBundle as error:
         raise UserError(str(error)) from error
 
@@ -244,6 +244,7 @@ def config_of(
     }
     return {
         **config,
+        "plugins": list(options.plugins),
         "init": f"{registry.SCHEME}{options.model}/{version}",
         "resume": None,
         "profile": False,

@@ -17,7 +17,8 @@ from cluster import storage
 from train.bundle import manifest as manifests
 from train.bundle.manifest import Manifest
 from train.bundle.quantities import Quantity, read
-from train.tasks import Arrays, Task
+from train.tasks import Arrays, Task, plugins
+from train.tasks.plugins import NotAllowed, code_of_config, code_of_task
 
 GOLDEN = "golden.npz"
 FEATURES = "features.json"
@@ -98,9 +99,10 @@ class Bundle:
     def load(cls, location: str) -> "Bundle":
         """Read the bundle at `location`, a path or URL; check every file against its digest.
 
-        Raises CorruptBundle, naming the file.
+        Raises CorruptBundle, naming the file, or the code that is named and not allowed.
         """
         path = storage.fetch(location, last=manifests.FILENAME)
+        plugins.keep_out(path)
         try:
             content = (path / manifests.FILENAME).read_bytes()
             _check_format(path, content)
@@ -130,7 +132,26 @@ class Bundle:
                 raise CorruptBundle(
                     f"'{file}' differs from its digest in {manifests.FILENAME}. {_REMEDY}"
                 )
-        return cls(location, path, manifest)
+        bundle = cls(location, path, manifest)
+        bundle._check_code()
+        return bundle
+
+    def _check_code(self) -> None:
+        """Raises CorruptBundle where the bundle names code that the operator has not allowed."""
+        named = code_of_task(self.manifest.task) + code_of_config(self.manifest.config)
+        # The torch engine's files say what net to build, and for what task.
+        nets = [each.file for each in self.manifest.variants.values()]
+        for name in [FEATURES, *(file for file in nets if file.endswith(".json"))]:
+            try:
+                state = json.loads((self.path / name).read_bytes())
+            except ValueError as error:
+                raise CorruptBundle(f"'{self.path / name}' is not JSON. {_REMEDY}") from error
+            named += code_of_task(state) + code_of_config(state)
+            named += code_of_task(state.get("task")) if isinstance(state, dict) else []
+        try:
+            plugins.check(named, f"'{self.path}'")
+        except NotAllowed as error:
+            raise CorruptBundle(str(error)) from error
 
     @property
     def task(self) -> Task:

@@ -1,10 +1,11 @@
 """manifest.json: what a bundle holds, what it was made of, and how each variant measured."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from cluster.storage import FILE_NAME, MODEL_NAME
 from train.tasks import TensorSpec
 
 FORMAT_VERSION = 2
@@ -119,7 +120,7 @@ def ranked(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
 
 class Manifest(Strict):
     format_version: int = FORMAT_VERSION
-    name: str
+    name: str = Field(pattern=MODEL_NAME, description="As it is registered.")
     created: str = Field(description="UTC, ISO 8601.")
     task: dict[str, Any]
     inputs: list[Tensor]
@@ -130,7 +131,7 @@ class Manifest(Strict):
     data: dict[str, Any] = Field(description="Source, digest and number of records per split.")
     config: dict[str, Any]
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics of the net itself.")
-    variants: dict[str, Variant]
+    variants: dict[Annotated[str, StringConstraints(pattern=FILE_NAME)], Variant]
     skipped: dict[str, str] = Field(description="Variants that could not be made, and why.")
     default_variant: str
     optimize_for: str = Field(description="By what the default variant was chosen.")

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from cluster import storage
+from cluster import private, storage
 from cluster.errors import UserError
-from train.bundle.bundle import WEIGHTS, Bundle
+from train.bundle.bundle import WEIGHTS, Bundle, CorruptBundle
 from train.tasks.targets import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
@@ -223,6 +222,22 @@ def resolve(uri: str, root: str) -> tuple[str, str]:
         ) from error
 
 
+def load(uri: str, root: str) -> tuple[Bundle, str]:
+    """Return (bundle, version) for what `resolve` takes.
+
+    Raises UserError as it does, CorruptBundle for a bundle that is damaged, that names code which
+    the operator has not allowed, or that is of another model than the one it is registered as.
+    """
+    location, version = resolve(uri, root)
+    bundle = Bundle.load(location)
+    if uri.startswith(SCHEME) and bundle.manifest.name != name_of(uri):
+        raise CorruptBundle(
+            f"'{location}' is registered as '{name_of(uri)}' version {version}, and says that it "
+            f"is '{bundle.manifest.name}'. Register the bundle that belongs there."
+        )
+    return bundle, version
+
+
 def name_of(uri: str) -> str:
     """Return the model's name in models:/NAME@ALIAS or models:/NAME/VERSION."""
     return _parse(uri)[0]
@@ -281,10 +296,10 @@ def _parse(uri: str) -> tuple[str, str, str]:
     rest = uri.removeprefix(SCHEME)
     name, _, alias = rest.partition("@")
     if alias and name:
-        return name, alias, ""
+        return storage.check_name(name, storage.MODEL_NAME, f"the model of '{uri}'"), alias, ""
     name, _, version = rest.partition("/")
     if name and version.isdecimal():
-        return name, "", version
+        return storage.check_name(name, storage.MODEL_NAME, f"the model of '{uri}'"), "", version
     raise UserError(f"'{uri}' names no model; expected models:/NAME@ALIAS or models:/NAME/VERSION.")
 
 
@@ -350,7 +365,8 @@ def _local(version: Any, root: str) -> str:
         return url2pathname(source.path)
     from mlflow.artifacts import download_artifacts
 
-    cache = Path(tempfile.gettempdir() if storage.is_url(root) else root) / "downloads"
+    cache = private.folder("downloads") if storage.is_url(root) else Path(root) / "downloads"
+    storage.check_name(version.run_id, storage.FILE_NAME, "the run of a registered model")
     target = cache / version.run_id
     if not (target / ARTIFACT).exists():
         aside = cache / f"{version.run_id}.{os.getpid()}.part"

@@ -28,14 +28,16 @@ from train.bundle import Bundle, CorruptBundle, registry
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, edge
 from train.compress.recipes import RECIPES, check_calibration
-from train.config import Config, validate
+from train.config import Config, of_bundle, validate
 from train.data import shards
 from train.data.baseline import baseline
 from train.data.shards import Shards
+from train.tasks import plugins
+from train.tasks.plugins import code_of_config
 
 # What may be given besides compress.…: where things are, and who works.
 NAME = "[a-z0-9][a-z0-9_-]{0,62}"
-MAY_CHANGE = ("compress", "data", "registry", "storage", "workers")
+MAY_CHANGE = ("compress", "data", "plugins", "registry", "storage", "workers")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -54,8 +56,11 @@ def _export(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--to", required=True, type=Path, help="folder to write")
     parser.add_argument("--variant", help="the bundle's default if not given")
     parser.add_argument("--storage.path", dest="storage", default="runs", help="with the registry")
+    parser.add_argument("--plugins", default="", help="modules whose classes the bundle may name")
     options = parser.parse_args(argv)
-    return edge.export(_load(options.model, options.storage), options.variant, options.to)
+    modules = [name for name in options.plugins.split(",") if name]
+    bundle = _load(options.model, options.storage, modules)
+    return edge.export(bundle, options.variant, options.to)
 
 
 def _add(argv: Sequence[str]) -> dict[str, Any]:
@@ -94,9 +99,12 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
             f"{', '.join(MAY_CHANGE)}."
         )
     path = given.get("storage", {}).get("path", "runs")
-    earlier = _load(model, path)
+    # What the command line itself names counts as named, what the bundle names does not.
+    named = [name.partition(":")[0] for name in code_of_config(given)]
+    modules = sorted({*given.pop("plugins", []), *named})
+    earlier = _load(model, path, modules)
     manifest = earlier.manifest
-    values = commandline.merge(manifest.config, given)
+    values = commandline.merge(of_bundle(manifest.config, modules), given)
     values["storage"]["path"], values["resume"] = path, None
     if model.startswith(registry.SCHEME):
         # Its training may have left registering to another; what is in the registry stays in it.
@@ -112,8 +120,9 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     name = f"{manifest.name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-compressed"
     location = storage.join(root, "bundles", name)
     with Bundle.create(location) as writer:
-        shutil.copytree(earlier.path / "report", writer.path / "report")
-        for file in (WEIGHTS, FEATURES):
+        # Only what the manifest lists, and has been checked.
+        report_files = [file for file in manifest.files if file.startswith("report/")]
+        for file in (*report_files, WEIGHTS, FEATURES):
             shutil.copyfile(earlier.path / file, writer.file(file))
         net = _built(config, data)
         net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
@@ -154,9 +163,12 @@ def _accepted(variant: Any) -> bool:
     return variant is not None and variant.accepted
 
 
-def _load(model: str, path: str) -> Bundle:
+def _load(model: str, path: str, modules: Sequence[str]) -> Bundle:
+    """modules: whose classes the bundle may name."""
+    root = storage.resolve(path)
+    plugins.allow(modules, storage=None if storage.is_url(root) else root)
     try:
-        return Bundle.load(registry.resolve(model, storage.resolve(path))[0])
+        return registry.load(model, root)[0]
     except (CorruptBundle, ValueError) as error:
         raise UserError(str(error)) from error
 

@@ -126,9 +126,14 @@ class Workshop:
         if self._earlier is not None:
             entry = self._earlier.manifest.variants.get(variant)
             if entry is not None and entry.recipe.get("key") in (key, OWN):
-                source = self._earlier.path / entry.file
-                shutil.copytree(source.parent, self.folder(variant), dirs_exist_ok=True)
-                return Made(self.folder(variant) / source.name, entry.recipe)
+                # Only what the manifest lists, and has been checked.
+                parent, _, name = entry.file.rpartition("/")
+                for file in self._earlier.manifest.files:
+                    if file.startswith(f"{parent}/"):
+                        target = self.folder(variant) / file.removeprefix(f"{parent}/")
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(self._earlier.path / file, target)
+                return Made(self.folder(variant) / name, entry.recipe)
         made = RECIPES[variant](self, variant)
         return Made(made.path, {"key": key, **made.recipe})
 

@@ -20,7 +20,7 @@ from cluster import connect
 from cluster.errors import UserError
 from train.data import sources
 from train.data.sources import Block
-from train.tasks import Arrays, InvalidRecord, Task
+from train.tasks import Arrays, InvalidRecord, Task, plugins
 from train.tasks.records import encode_good, num_rows
 
 # Sources larger than this are worth the seconds that Ray Data takes to start.
@@ -135,11 +135,12 @@ def _by_ray_data(task: Task, blocks: Sequence[Block], drop_bad: bool) -> Iterato
     from ray.exceptions import RayTaskError
 
     ray_data = connect.ray_data()
-    state = task.to_dict()
+    state, allowed = task.to_dict(), plugins.allowed()
     specs = task.features.inputs
     target = task.target.encode([])
 
     def encode_blocks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        plugins.allow(allowed)
         own = Task.from_dict(state)
         for number in batch["block"]:
             for read in _read(own, blocks[number]):

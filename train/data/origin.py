@@ -5,7 +5,7 @@ from typing import Any
 from cluster import storage
 from cluster.errors import UserError
 from train.bundle import Bundle, CorruptBundle, registry
-from train.config import Config, validate
+from train.config import Config, of_bundle, validate
 from train.tasks.records import shown
 
 # What fits a bundle's weights, and is taken over with them.
@@ -15,9 +15,8 @@ OF_THE_TASK = ("target", "learn", "features", "task", "text")
 def load(config: Config) -> Bundle:
     """Return the bundle that `init` names. Raises UserError if there is none, or not whole."""
     assert config.init is not None
-    location, _ = registry.resolve(config.init, storage.resolve(config.storage.path))
     try:
-        return Bundle.load(location)
+        return registry.load(config.init, storage.resolve(config.storage.path))[0]
     except CorruptBundle as error:
         raise UserError(f"init is '{config.init}': {error}") from error
 
@@ -37,7 +36,7 @@ def options(config: Config) -> dict[str, Any]:
     Raises UserError for an option of the task that is given and is another.
     """
     assert config.init is not None
-    own = validate(load(config).manifest.config)
+    own = validate(of_bundle(load(config).manifest.config, config.plugins))
     for name in OF_THE_TASK:
         came, wanted = getattr(config, name), getattr(own, name)
         if name in config.model_fields_set and came and came != wanted:

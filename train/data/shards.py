@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import json
 import mmap
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,7 +24,7 @@ from train.data.encoding import Encoded
 from train.data.report import Report
 from train.data.splits import NAMES, TRAIN, VALID, Part
 from train.tasks import Arrays, Columns, Images, InvalidRecord, LabelsTarget, Task
-from train.tasks.features import imported
+from train.tasks.plugins import imported
 from train.tasks.records import is_missing
 
 # Part of every digest: raise it when encoding changes.
@@ -116,11 +116,11 @@ def _texts_of(config: Config) -> list[str]:
     paths = [feature.kind for feature in config.features.values()] + [config.task or ""]
     try:
         return texts + [
-            inspect.getsource(import_module(path.partition(":")[0]))
+            inspect.getsource(sys.modules[imported(path).__module__])
             for path in paths
             if ":" in path
         ]
-    except (ImportError, OSError, TypeError):  # `define` says what is wrong, if anything is
+    except (ValueError, OSError, TypeError):  # `define` says what is wrong, if anything is
         return texts
 
 

@@ -1,4 +1,7 @@
-"""A net's outputs over a whole split, computed by all workers, each sample once."""
+"""A net's outputs over a whole split, computed by all workers, each sample once.
+
+Shapes: W workers, T turns, B batch, K outputs of the net.
+"""
 
 from collections.abc import Callable
 
@@ -21,20 +24,37 @@ def outputs(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> A
     """
     count = len(next(iter(inputs.values())))
     starts = range(0, count, BATCH_SIZE)
-    parts: dict[int, np.ndarray] = {}
+    world_size, parts = worker.world_size, []
     # Every worker makes as many forward passes, as FSDP needs; the surplus ones repeat the first.
-    for turn in range(-(-len(starts) // worker.world_size)):
-        number = turn * worker.world_size + worker.rank
+    turns = -(-len(starts) // world_size)
+    for turn in range(turns):
+        number = turn * world_size + worker.rank
         start = starts[number] if number < len(starts) else 0
         batch = [
             torch.from_numpy(np.array(array[start : start + BATCH_SIZE])).to(worker.device)
             for array in inputs.values()
         ]
-        parts[start] = forward(*batch).float().cpu().numpy()
-    if worker.world_size > 1:
-        gathered: list[dict[int, np.ndarray]] = [{}] * worker.world_size
-        dist.gather_object(parts, gathered if worker.rank == 0 else None)
-        if worker.rank != 0:
-            return None
-        parts = {start: part for each in gathered for start, part in each.items()}
-    return {"logits": np.concatenate([parts[start] for start in starts])}
+        parts.append(forward(*batch).float())
+    if world_size == 1:
+        return {"logits": torch.cat(parts).cpu().numpy()}
+    # As tensors of one shape: objects would be pickled, and the network is not to be trusted.
+    own_TBK = torch.stack([_padded(part_BK) for part_BK in parts])
+    all_WTBK = [torch.empty_like(own_TBK) for _ in range(world_size)]
+    dist.gather(own_TBK, all_WTBK if worker.rank == 0 else None)
+    if worker.rank != 0:
+        return None
+    in_order = [all_WTBK[rank][turn] for turn in range(turns) for rank in range(world_size)]
+    return {
+        "logits": np.concatenate(
+            [
+                part_BK[: count - start].cpu().numpy()
+                for start, part_BK in zip(starts, in_order, strict=False)
+            ]
+        )
+    }
+
+
+def _padded(part_BK: Tensor) -> Tensor:
+    """Fill up the last batch of a split to the size of the others."""
+    missing = BATCH_SIZE - len(part_BK)
+    return torch.nn.functional.pad(part_BK, (0, 0, 0, missing)) if missing else part_BK

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "workers.max_failures",
     "checkpoint",
     "compress",
+    "plugins",
     "profile",
     "registry",
     "resume",

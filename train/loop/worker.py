@@ -12,7 +12,7 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster import storage
-from train.config import Config
+from train.config import Config, allow_plugins
 from train.data import order
 from train.data.shards import Shards
 from train.loop.checkpoint import Superseded
@@ -48,6 +48,7 @@ def take_part(job: Job, run: Run, worker: Worker, **options: Any) -> None:
     samples at once, Superseded where others continue the run.
     """
     config = Config.model_validate(job.config)
+    allow_plugins(config)
     shards = Shards(job.shards_url, job.shards_summary)
     tracing: Any = nullcontext(lambda: None)
     if config.profile and worker.rank == 0:

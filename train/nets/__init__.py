@@ -8,7 +8,7 @@ from train.config import Net
 from train.nets.combined import CombinedNet, image_net
 from train.nets.convnet import ConvNet
 from train.tasks import Images, Task
-from train.tasks.features import imported
+from train.tasks.plugins import imported
 
 __all__ = ["ConvNet", "build", "folded", "resize"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.config import Optim
 from train.tasks import ClassTarget, LabelsTarget, Target
-from train.tasks.features import imported
+from train.tasks.plugins import imported
 from train.tasks.values import HUBER
 
 # Outputs [B, K] and targets → the mean loss of the batch.

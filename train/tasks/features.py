@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any, Protocol, Self
 
 from train.tasks.categories import Categories
 from train.tasks.images import Images
 from train.tasks.numbers import COLUMNS, Date, Numbers
+from train.tasks.plugins import imported
 from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, columns
 from train.tasks.texts import Texts
 
@@ -156,26 +156,14 @@ class Features:
 def found(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
     """Return the class of a saved state: one of `known`, or a user's own.
 
-    Raises ValueError for one that is neither.
+    Raises ValueError for one that is neither, NotAllowed for one that the operator has not named.
     """
     kind = state["kind"]
-    if kind in known:
+    if isinstance(kind, str) and kind in known:
         return known[kind]
-    if ":" in kind:
+    if isinstance(kind, str) and ":" in kind:
         return imported(kind)
     raise ValueError(f"unknown kind '{kind}'; known are {sorted(known)} and package.module:Class")
 
 
-def imported(path: str) -> Any:
-    """Return what package.module:Name names. Raises ValueError if there is no such thing."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"'{path}' cannot be imported ({error}); expected package.module:Name, importable from "
-            "the current directory."
-        ) from error
-
-
-__all__ = ["ENCODERS", "KINDS", "Encoder", "Features", "InvalidRecord", "found", "imported"]
+__all__ = ["ENCODERS", "KINDS", "Encoder", "Features", "InvalidRecord", "found"]

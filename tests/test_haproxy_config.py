@@ -1,0 +1,99 @@
+"""The configuration that HAProxy is started with, made of the one that Ray writes."""
+
+import os
+import re
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from ray.serve._private import haproxy_templates
+
+from cluster import haproxy_config, ingress
+
+TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
+ENVIRONMENT = {**os.environ, **ingress.ENVIRONMENT}
+RAYS = """global
+    stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    mode http
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:8000
+    mode http
+frontend grpc_frontend
+    bind 127.0.0.1:9000 proto h2
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_only_requests_are_listened_for_and_administration_is_private():
+    config = haproxy_config.restricted(RAYS)
+    binds = re.findall(r"^\s*bind\s+(\S+)", config, re.M)
+    assert binds == ["127.0.0.1:8000", "127.0.0.1:9000"]
+    assert "mode 600 level admin" in config
+    assert "stats enable" not in config
+    assert config.count("set-header x-halyard-peer %[src]") == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        RAYS + "frontend new\n    bind *:1\n",
+        RAYS.replace("frontend prometheus", "frontend renamed"),
+        RAYS.replace("listen stats", "listen others"),
+        RAYS.replace("mode 666", ""),
+        RAYS.replace("stats socket", "stats unix"),
+    ],
+)
+def test_what_another_ray_would_open_is_refused(changed):
+    with pytest.raises(ValueError, match=r"listener|sockets"):
+        haproxy_config.restricted(changed)
+
+
+def test_rays_template_has_the_sections_that_are_known():
+    sections = re.findall(r"^(?:frontend|listen) \S+", TEMPLATE, re.M)
+    assert sorted(sections) == sorted([*haproxy_config.SERVING, *haproxy_config.DROPPED])
+
+
+def test_haproxy_runs_with_a_private_socket_and_is_found_by_rays_file(tmp_path):
+    config = tmp_path / "node" / "haproxy.cfg"
+    config.parent.mkdir(mode=0o755)
+    socket = config.with_name("admin.sock")
+    config.write_text(
+        RAYS.replace("/tmp/x/admin.sock", str(socket))
+        .replace("127.0.0.1:8000", f"unix@{tmp_path}/http")
+        .replace("127.0.0.1:9000", f"unix@{tmp_path}/grpc")
+    )
+    arguments = [str(ingress.WRAPPER), "-db", "-f", str(config)]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    try:
+        while not socket.exists():
+            assert process.poll() is None, process.stderr.read()
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(config.parent.stat().st_mode) == 0o700
+        # As Ray looks for it.
+        command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+        assert os.fsencode(config) in command
+        assert b"haproxy" in command[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_configuration_that_is_refused_starts_nothing(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(RAYS + "frontend new\n    bind *:1\n")
+    done = subprocess.run(
+        [str(ingress.WRAPPER), "-db", "-f", str(config)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "HAProxy is not started: unknown listener 'bind *:1' in 'frontend new'\n"
