@@ -59,6 +59,13 @@ def token() -> str | None:
         return None
 
 
+def source() -> str:
+    """Where the token is, for a user to read."""
+    if os.environ.get(TOKEN):
+        return f"in {TOKEN}"
+    return str(os.environ.get(PATH) or default_path())
+
+
 def _create(path: Path) -> None:
     """Write a new token unless there is one. Several processes may do so at once: one wins."""
     if path.exists():

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,10 @@ from cluster import auth, private
 from cluster.errors import Failed, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# How long the processes of a node may take to start. Ray's own 30 s are not enough on a machine
+# whose cores are taken by other work.
+START_S = 180
 
 # Read by Ray when it is imported or started, so set before either. Each may be overridden from
 # outside.
@@ -25,6 +30,11 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray gives its workers the least of the cores (15): beside other work they would stand still.
+    "RAY_worker_niceness": "0",
+    # So would their start fail: Ray waits a minute for one that it has started.
+    "RAY_worker_register_timeout_seconds": str(START_S),
+    "RAY_gcs_server_port_wait_time_s": str(START_S),
     # Workers report once an epoch; a shorter poll than the default 2 s ends a run sooner.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
@@ -36,9 +46,6 @@ ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
-# How long the processes of a node may take to start. Ray's own 30 s are not enough on a machine
-# whose cores are taken by other work.
-START_S = 180
 # When a user is told what a start waits for.
 PATIENCE_S = 10
 # What a cluster that is up takes far less than, also on a busy machine.
@@ -98,7 +105,8 @@ def connect(
                 f"RAY_ADDRESS is {address}, where no Ray answers; start it there, or unset "
                 "RAY_ADDRESS to start Ray on this machine."
             )
-        _join(address, **options)
+        with _sigterm_kept():
+            _join(address, **options)
         return
     from ray._private import ray_constants
 
@@ -115,8 +123,17 @@ def connect(
         "_temp_dir": str(private.folder("ray")),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
-    with _set(ON_LOOPBACK, "0"):
+    with _sigterm_kept(), _set(ON_LOOPBACK, "0"):
         _start(lambda: ray.init(**options))
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Put this process's handler of SIGTERM back, in whose place Ray puts ones that abort."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def ray_data() -> ModuleType:
@@ -136,8 +153,7 @@ def is_local() -> bool:
 def join_running() -> bool:
     """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any.
 
-    A Ray on loopback belongs to the command that started it and is left alone. So is one that
-    has ended, whose address Ray's notes still have; stderr says so.
+    A Ray on loopback belongs to the command that started it and is left alone.
 
     Raises UserError where no cluster answers at RAY_ADDRESS, and as `connect` does.
     """
@@ -145,17 +161,26 @@ def join_running() -> bool:
     if "RAY_ADDRESS" in os.environ:
         connect()
         return True
-    address = _noted_address()
+    address = forget_ended()
     if not address or address.rpartition(":")[0] in LOOPBACK:
-        return False
-    if not _answers(address):
-        print(
-            f"Ray has ended at {address}, which {_notes()} still names; starting Ray here.",
-            file=sys.stderr,
-        )
         return False
     _join(address, logging_level=logging.WARNING)
     return True
+
+
+def forget_ended() -> str | None:
+    """Return the address of the Ray that runs on this machine by Ray's own notes, if any.
+
+    Where it has ended, which Ray finds out in minutes only, the note is removed, and stderr says
+    so. Raises UserError where it asks for another token.
+    """
+    address = _noted_address()
+    if address is None or _answers(address):
+        return address
+    print(f"Ray has ended at {address}, which {_notes()} still named.", file=sys.stderr)
+    with suppress(OSError):
+        _notes().unlink()
+    return None
 
 
 def _notes() -> Path:
@@ -172,7 +197,7 @@ def _noted_address() -> str | None:
     try:
         if _notes().stat().st_uid not in (0, os.getuid()):
             return None
-        return _notes().read_text().strip()
+        return _notes().read_text().strip() or None
     except OSError:
         return None
 
@@ -196,8 +221,7 @@ def _answers(address: str) -> bool:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise UserError(_other_token(address)) from None
-            silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            return error.code() not in silent
+            return False  # nothing is there, or another program
     return True
 
 
@@ -224,7 +248,6 @@ def _start(init: Callable[[], Any]) -> None:
 
     auth.ensure_token()
     _refresh()
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(START_S))
     for again in (False, True):
         try:
             with _told("Ray to start on this machine"), _patient():
@@ -297,7 +320,7 @@ def _patient() -> Iterator[None]:
 
 
 def _join(address: str, **options: Any) -> None:
-    """Raises UserError where the cluster has another Ray or Python, or another token."""
+    """Raises UserError where the cluster cannot be joined, such as one of another Ray."""
     import ray
 
     auth.ensure_token()
@@ -306,11 +329,20 @@ def _join(address: str, **options: Any) -> None:
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(_other_token(address)) from error
+    except ConnectionError as error:
+        raise UserError(f"the cluster at {address} cannot be joined: {error}") from error
     except RuntimeError as error:
         words = " ".join(str(error).split())
         if "Version mismatch" in words:
             raise UserError(f"{words} Use the same versions here as on the cluster.") from error
         raise
+
+
+def logs() -> str:
+    """Where Ray's processes of this machine write what they log."""
+    from ray._private import worker
+
+    return str(worker._global_node.get_logs_dir_path())
 
 
 def silence() -> None:

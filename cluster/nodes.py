@@ -88,7 +88,7 @@ class Cluster:
             f"--object-store-memory={OBJECT_STORE_BYTES}",
         ]
         if name == HEAD:
-            self._forget_head()
+            self.forget_head()
             command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
             command += [f"--dashboard-port={self.dashboard_port}"]
             command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
@@ -168,7 +168,7 @@ class Cluster:
             return []  # the head starts, or ends
         return [node for node in nodes if node["state"] == "ALIVE"]
 
-    def _forget_head(self) -> None:
+    def forget_head(self) -> None:
         """Ray takes a head for running that is in its notes while nodes of it run here."""
         notes = Path("/tmp/ray/ray_current_cluster")
         if notes.exists() and notes.read_text().strip() == self.address:
@@ -183,7 +183,7 @@ class Cluster:
     def _node_environment(self, name: str) -> dict[str, str]:
         ingress.prepare()
         shared = {
-            **{key: os.environ[key] for key in (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)},
+            **{key: os.environ[key] for key in ingress.names()},
             auth.MODE: self.auth_mode,
             # A command that had a Ray of its own may have set this one.
             connect.ON_LOOPBACK: "1",
@@ -294,6 +294,7 @@ def down() -> int:
             network.leave(name)
     if cluster.isolated:
         network.remove()
+    cluster.forget_head()
     shutil.rmtree(home(), ignore_errors=True)
     return len(cluster.names) if was_up else 0
 

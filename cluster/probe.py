@@ -32,7 +32,62 @@ def look(storage_root: str | None, nonce: str, ports: tuple[int, ...]) -> dict[s
         "ingress": os.environ.get(INGRESS) == "1",
         "auth": os.environ.get("RAY_AUTH_MODE", "unset"),
         "taken": [port for port in ports if _is_taken(port)],
+        "listeners": listeners(),
     }
+
+
+def listeners() -> list[dict[str, Any]]:
+    """What Ray, Serve and HAProxy of this user listen on here: {"process", "host", "port", "auth"}.
+
+    process: in the words of Ray, such as raylet or ServeReplica. auth: Ray's mode in it.
+    """
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            with process.oneshot():
+                name = _kind(process)
+                if name is None or process.uids().real != os.getuid():
+                    continue
+                auth = _auth(process)
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        host = connection.laddr.ip.removeprefix("::ffff:")
+                        port = connection.laddr.port
+                        found.append({"process": name, "host": host, "port": port, "auth": auth})
+        except psutil.Error:  # it has ended, or is another user's
+            continue
+    return sorted(found, key=lambda each: (each["process"], each["port"]))
+
+
+def _auth(process: Any) -> str:
+    """Ray's mode of authentication in a process; in its parent, where its title hides it."""
+    for each in filter(None, (process, process.parent())):
+        if mode := each.environ().get("RAY_AUTH_MODE"):
+            return str(mode)
+    return "unset"
+
+
+def _kind(process: Any) -> str | None:
+    """What a process is called here; None for one that has nothing to do with Ray."""
+    command = process.cmdline()
+    if not command:
+        return None
+    name = os.path.basename(command[0])
+    if name in ("raylet", "gcs_server", "haproxy"):
+        return name
+    if name.startswith("ray::"):
+        return name.removeprefix("ray::").partition(":")[0].partition(".")[0]
+    try:
+        with open(f"/proc/{process.pid}/maps") as file:
+            uses_ray = "_raylet.so" in file.read()
+    except OSError:
+        return None
+    if not uses_ray:
+        return None
+    scripts = [os.path.basename(word) for word in command[1:] if not word.startswith("-")]
+    return scripts[0] if scripts else name
 
 
 def gateway() -> str:

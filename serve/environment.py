@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local", action="store_true", help="for a Ray on this machine alone")
     local = parser.parse_args(arguments).local
     ingress.prepare()
-    names = (*connect.ENVIRONMENT, *ingress.ENVIRONMENT)
-    values = {name: os.environ[name] for name in names}
+    values = {name: os.environ[name] for name in ingress.names()}
     if local:
         values |= connect.local_environment()
     for name, value in values.items():

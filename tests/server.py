@@ -15,8 +15,9 @@ import httpx
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 URL = "http://127.0.0.1:8000"
-READY_S = 120
-STOP_S = 60
+# Also beside other work that takes all cores.
+READY_S = 600
+STOP_S = 180
 
 
 def start(

@@ -12,7 +12,7 @@ from ray.serve._private import haproxy_templates
 from cluster import haproxy_config, ingress
 
 TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
-ENVIRONMENT = {**os.environ, **ingress.ENVIRONMENT}
+ENVIRONMENT = {**os.environ, **ingress.of_this_machine()}
 RAYS = """global
     stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
 defaults

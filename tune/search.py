@@ -106,7 +106,7 @@ def concurrency(config: StudyConfig) -> int:
             f"workers.num is {list(workers.num)}; a trial has as many workers from first to last. "
             f"Give --workers.num {workers.most}."
         )
-    fit = trainer.check_resources(workers) // workers.most
+    fit = trainer.check_resources(workers).workers // workers.most
     if wanted is not None and wanted > fit:
         raise UserError(
             f"tune.parallel is {wanted}, and a trial has {workers.most} workers, each with "

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -23,6 +24,7 @@ from train.loop.local import LocalTorchTrainer
 from train.loop.progress import ProgressDisplay
 from train.loop.resize import CheckpointBeforeResize
 from train.loop.run import NO_LESSON, Job, Lesson, Run
+from train.loop.waiting import SayWaitingOnce
 from train.loop.worker import work
 
 # How often an elastic run looks whether the cluster has grown or shrunk.
@@ -43,7 +45,7 @@ def train(
     Raises Failed with the reason, UserError if nothing fits.
     """
     own = connect.is_local()
-    fit = _check(config, run, own=own)
+    room = _check(config, run, own=own)
     display = ProgressDisplay(config.optim.epochs)
     gauges = Gauges(run.name, config.checkpoint.every_minutes * 60)
     record = until_it_fails(observe)
@@ -55,7 +57,7 @@ def train(
 
     with display, gauges, Follower(show) as follower:
         job = _job(config, run, shards, follower, lesson)
-        _run(config, run, job, fit, own=own)
+        _run(config, run, job, room, own=own)
 
 
 def train_here(config: Config, run: Run, shards: Shards, observe: Callable[[Event], None]) -> None:
@@ -63,9 +65,9 @@ def train_here(config: Config, run: Run, shards: Shards, observe: Callable[[Even
 
     In a placement group they take its bundles after the first. For `observe` see `train`.
     """
-    fit = _check(config, run, own=True)
+    room = _check(config, run, own=True)
     with Follower(observe) as follower:
-        _run(config, run, _job(config, run, shards, follower), fit, own=True)
+        _run(config, run, _job(config, run, shards, follower), room, own=True)
 
 
 def _job(
@@ -76,18 +78,25 @@ def _job(
     return Job(values, run.url, shards.url, shards.summary, follower.events, owner, lesson)
 
 
-def _check(config: Config, run: Run, *, own: bool) -> int:
-    """Return how many workers the cluster can hold. Raises UserError, and the run is untouched."""
-    fit = check_resources(config.workers)
+class Room(NamedTuple):
+    """How many workers the cluster can hold, and whether others hold their places now."""
+
+    workers: int
+    is_taken: bool
+
+
+def _check(config: Config, run: Run, *, own: bool) -> Room:
+    """Return the cluster's room for workers. Raises UserError, and the run is untouched."""
+    room = check_resources(config.workers)
     if not own:
         check_storage(run)
-    return fit
+    return room
 
 
-def _run(config: Config, run: Run, job: Job, fit: int, *, own: bool) -> None:
+def _run(config: Config, run: Run, job: Job, room: Room, *, own: bool) -> None:
     least, most = config.workers.num
     if own:  # which neither grow nor shrink
-        least = most = min(most, fit)
+        least = most = min(most, room.workers)
     kind = LocalTorchTrainer if own else TorchTrainer
     trainer = kind(
         work,
@@ -104,7 +113,7 @@ def _run(config: Config, run: Run, job: Job, fit: int, *, own: bool) -> None:
             name=f"ray-{time.time_ns():x}",
             storage_path=run.url,
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            callbacks=[CheckpointBeforeResize(run)],
+            callbacks=[CheckpointBeforeResize(run), SayWaitingOnce(said=room.is_taken)],
         ),
     )
     try:
@@ -115,8 +124,8 @@ def _run(config: Config, run: Run, job: Job, fit: int, *, own: bool) -> None:
         raise Failed(reason)
 
 
-def check_resources(workers: Workers) -> int:
-    """Return how many workers the cluster can hold.
+def check_resources(workers: Workers) -> Room:
+    """Return how many workers the cluster can hold; say on stderr if there is no room now.
 
     Raises UserError at once where it could never hold the fewest.
     """
@@ -136,10 +145,11 @@ def check_resources(workers: Workers) -> int:
             f"Give --workers.num {max(fit, 1)} or add nodes."
         )
     free = ray.available_resources()
-    if any(free.get(name, 0) < least * amount for name, amount in per_worker.items()):
+    is_taken = any(free.get(name, 0) < least * amount for name, amount in per_worker.items())
+    if is_taken:
         shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in per_worker)
         print(f"waiting for {least} workers, each with {words}; free now: {shown}", file=sys.stderr)
-    return fit
+    return Room(fit, is_taken)
 
 
 def check_storage(run: Run) -> None:
@@ -161,5 +171,5 @@ def _reason(error: TrainingFailedError, run: Run) -> str:
         return f"{run.name} is continued by another command; this one ends."
     return (
         f"training failed: {lines[-1] if lines else type(first).__name__}. Continue it with "
-        f"--resume {run.name}; Ray's logs are under /tmp/ray/session_latest/logs."
+        f"--resume {run.name}; Ray's logs are under {connect.logs()}."
     )
