@@ -158,11 +158,9 @@ def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Findin
         words = "; ".join(f"{', '.join(places)} ({kind})" for kind, places in kinds.items())
         remedy = ""
         if OPEN in kinds:
-            remedy = (
-                f"unset {auth_module.MODE} before Ray starts, or close these ports by a firewall"
-            )
+            remedy = f"unset {auth_module.MODE} before Ray starts, or close them by a firewall"
         elif READABLE in kinds:
-            remedy = "close these ports to others by a firewall; see the README, 'Who reaches what'"
+            remedy = "close it by a firewall; see the README, 'Who reaches what'"
         yield Finding(f"{process} {where}", words, remedy, required=False)
 
 

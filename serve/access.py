@@ -57,16 +57,17 @@ class Guard:
         loopback: bool,
         open_metrics: bool = False,
         hosts: Iterable[str] = (),
+        own_name: str = "",
     ) -> None:
         """loopback: whether only this machine reaches the server.
 
-        hosts: names that the server has besides this machine's own and its addresses; "*.a.b" is
-        every name that ends so, and "*" every name.
+        hosts: names that the server has elsewhere, whose pages are its own. "*.a.b" is every name
+        that ends so, and "*" every name; their pages are not. own_name: what it was told to listen on.
         """
         self.keys = keys
         self._loopback = loopback
         self._open_metrics = open_metrics
-        self._hosts = Hosts(hosts)
+        self._hosts = Hosts(hosts, own_name)
 
     def check_page(self, header: Header, *, method: str, access: Access | None) -> None:
         """Refuse what a page of another site makes a browser ask. Raises Forbidden.
@@ -131,9 +132,9 @@ class Guard:
 class Hosts:
     """Names by which clients may ask for a server."""
 
-    def __init__(self, listed: Iterable[str] = ()) -> None:
+    def __init__(self, listed: Iterable[str] = (), own_name: str = "") -> None:
         self._listed = [name.lower().rstrip(".") for name in listed]
-        self._own = {*LOOPBACK, socket.gethostname().lower()}
+        self._own = {*LOOPBACK, socket.gethostname().lower(), own_name.lower()}
         # Clients choose what they send: only a bounded memory of it is kept.
         self._known = lru_cache(256)(self._has)
 
@@ -148,9 +149,8 @@ class Hosts:
         return name in self._own or _is_address(name) or self._is_listed(name)
 
     def lists(self, place: str) -> bool:
-        """Whether the operator has listed the name of a place HOST[:PORT]."""
-        name = _name(place)
-        return name is not None and self._is_listed(name)
+        """Whether the operator has listed the very name of a place HOST[:PORT]."""
+        return _name(place) in self._listed
 
     def _is_listed(self, name: str) -> bool:
         return any(

@@ -9,12 +9,10 @@ address of the node.
 Written against Ray 2.60, whose private functions it replaces; `tests/test_bind.py` touches each.
 """
 
-import asyncio
 from typing import Any
 
 import ray
 import ray.serve._private.default_impl as default_impl
-import ray.serve._private.proxy as proxy
 import ray.serve._private.replica as replica
 from ray._common.network_utils import build_address
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -22,11 +20,12 @@ from ray.util import get_node_ip_address
 
 from cluster.connect import LOOPBACK
 
-_start_asgi_http_server = replica.start_asgi_http_server
+ASK_S = 60.0
+
 _add_port_to_grpc_server = replica.add_port_to_grpc_server
 _add_grpc_address = default_impl.add_grpc_address
 
-# The address that this process's HTTP server is bound to. It starts before the one for gRPC.
+# The address that this process answers HTTP at; on loopback until it is known.
 _http_host = LOOPBACK[0]
 
 
@@ -41,9 +40,17 @@ async def http_host() -> str:
     From Serve's controller: where a server is described by a file, the address is in that file and
     not among the options of the application.
     """
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    options = await controller.get_http_config.remote()
+    options = await _controller().get_http_config.remote()
     return str(options.host)
+
+
+def learn_http_host() -> None:
+    """Ask for the address, for the servers of this process that start from here on.
+
+    Blocks, as Serve calls it where nothing can be awaited: while a server starts.
+    """
+    global _http_host
+    _http_host = ray.get(_controller().get_http_config.remote(), timeout=ASK_S).host
 
 
 def grpc_hosts() -> list[str]:
@@ -54,14 +61,6 @@ def grpc_hosts() -> list[str]:
     if is_loopback(_http_host):
         return [LOOPBACK[0]]
     return sorted({LOOPBACK[0], get_node_ip_address()})
-
-
-async def start_asgi_http_server(
-    app: Any, options: Any, *, event_loop: asyncio.AbstractEventLoop, **others: Any
-) -> Any:
-    global _http_host
-    _http_host = options.host
-    return await _start_asgi_http_server(app, options, event_loop=event_loop, **others)
 
 
 def add_grpc_address(server: Any, address: str) -> None:
@@ -75,6 +74,9 @@ def add_port_to_grpc_server(server: Any, address: str) -> Any:
     return _add_port_to_grpc_server(server, build_address(get_node_ip_address(), port))
 
 
-replica.start_asgi_http_server = proxy.start_asgi_http_server = start_asgi_http_server
+def _controller() -> Any:
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+
+
 replica.add_port_to_grpc_server = add_port_to_grpc_server
 default_impl.add_grpc_address = add_grpc_address

@@ -11,8 +11,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-# Imported for what it does: Ray's proxy imports this module before its servers start.
-from serve import bind as bind
+from serve import bind
 
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -75,4 +74,6 @@ def _passes(name: bytes, value: bytes) -> bool:
 
 
 def middlewares() -> list[Middleware]:
+    """What Ray's proxies and replicas ask for before their servers start."""
+    bind.learn_http_host()
     return [Middleware(Gateway)]

@@ -56,7 +56,8 @@ class Host:
             keys,
             loopback=loopback,
             open_metrics=config.open_metrics,
-            hosts=[config.host, *config.security.allowed_hosts],
+            hosts=config.security.allowed_hosts,
+            own_name=config.host,
         )
         self._served = served
         self.config = config

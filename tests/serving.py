@@ -23,6 +23,7 @@ def make_host(
     bundle: Bundle,
     *,
     keys: Keys | None = None,
+    loopback: bool = True,
     load: Callable[[str], Predictor] = lambda location: Predictor.load(Bundle.load(location)),
     **options: Any,
 ) -> Host:
@@ -38,7 +39,7 @@ def make_host(
         return DataPlane(load(location), version, config)
 
     repository = Repository(config, state, lambda _config, _revision: state)
-    return Host(Served(state, load_plane), config, repository, keys)
+    return Host(Served(state, load_plane), config, repository, keys, loopback=loopback)
 
 
 def make_rest(bundle: Bundle, **options: Any) -> Rest:

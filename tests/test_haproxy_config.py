@@ -14,6 +14,7 @@ from cluster import haproxy_config, ingress
 TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
 ENVIRONMENT = {**os.environ, **ingress.of_this_machine()}
 RAYS = """global
+    log 127.0.0.1:514 local0 info
     stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
 defaults
     mode http
@@ -38,6 +39,14 @@ def test_only_requests_are_listened_for_and_administration_is_private():
     assert "mode 600 level admin" in config
     assert "stats enable" not in config
     assert config.count("set-header x-halyard-peer %[src]") == 2
+
+
+def test_requests_are_logged_where_an_operator_says_and_else_nowhere(monkeypatch):
+    monkeypatch.delenv(haproxy_config.LOG_TARGET, raising=False)
+    assert "log 127.0.0.1" not in haproxy_config.restricted(RAYS)
+    elsewhere = RAYS.replace("127.0.0.1:514", "stdout")
+    monkeypatch.setenv(haproxy_config.LOG_TARGET, "stdout")
+    assert "log stdout local0 info" in haproxy_config.restricted(elsewhere)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from cluster import storage
 logger = logging.getLogger(__name__)
 
 REQUESTS, FEEDBACK = "requests", "feedback"
+# What people asked is for the server's own user.
+PRIVATE = 0o600
 SUFFIX = ".parquet"
 # A file below this size and age is written again with the next rows.
 SMALL_BYTES, YOUNG_S = 256 * 1024, 3600
@@ -81,7 +83,7 @@ class Writer:
         sink = pa.BufferOutputStream()
         pa.parquet.write_table(whole, sink, compression="zstd")
         content = sink.getvalue().to_pybytes()
-        storage.write_file(storage.join(self._folder, name), content)
+        storage.write_file(storage.join(self._folder, name), content, PRIVATE)
         small = len(content) < SMALL_BYTES
         self._name, self._table, self._begun_s = name, whole if small else None, begun_s
 

@@ -176,7 +176,7 @@ def _routes(rest: Rest) -> Routes:
             repository + "/load": Route(POST, rest.load, Access.ADMIN),
             repository + "/unload": Route(POST, rest.unload, Access.ADMIN),
             "/metrics": Route(GET, rest.prometheus, Access.METRICS),
-            f"(?:{MODEL})?/openapi.json": Route(GET, rest.openapi, Access.MODEL),
+            rf"(?:{MODEL})?/openapi\.json": Route(GET, rest.openapi, Access.MODEL),
             f"(?:{MODEL})?/docs": Route(GET, rest.docs, Access.PAGE),
             "/docs/assets/[^/]+": Route(GET, openapi.asset, Access.OPEN),
             VERSIONED + "/manifest": Route(GET, rest.manifest, Access.MODEL),
