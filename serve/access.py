@@ -62,7 +62,7 @@ class Guard:
         """loopback: whether only this machine reaches the server.
 
         hosts: names that the server has elsewhere, whose pages are its own. "*.a.b" is every name
-        that ends so, and "*" every name; their pages are not. own_name: what it was told to listen on.
+        that ends so, and "*" every name; their pages are not. own_name: what it listens on.
         """
         self.keys = keys
         self._loopback = loopback

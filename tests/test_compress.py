@@ -2,10 +2,11 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from tests.conftest import make_config
@@ -218,6 +219,57 @@ def test_int8_dynamic_multiplies_in_int8_with_a_scale_for_each_record(table, tmp
     whole = logits(tmp_path / "int8.onnx", arrays)
     alone = logits(tmp_path / "int8.onnx", {"codes": arrays["codes"][:1]})
     np.testing.assert_allclose(whole[:1], alone, atol=1e-6)
+
+
+def products(weight_dtype, zero, weight_DK, activations_BD):
+    """ONNX Runtime's integer products on this processor, of activations around 128."""
+    tensors = [
+        numpy_helper.from_array((weight_DK + zero).astype(weight_dtype), "weight"),
+        numpy_helper.from_array(np.uint8(128), "zero"),
+    ]
+    zeros = ["zero", "zero"] if zero else ["zero"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight", *zeros], ["y"])],
+        "products",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["B", len(weight_DK)])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["B", weight_DK.shape[1]])],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return session.run(None, {"x": activations_BD})[0]
+
+
+def saturated(weight_DK, activations_BD):
+    """Products of unsigned by signed bytes as x86 adds them without VNNI: in pairs of 16 bits."""
+    x_BDK = activations_BD.astype(np.int64)[:, :, None] * weight_DK.astype(np.int64)
+    pairs = np.clip(x_BDK[:, 0::2] + x_BDK[:, 1::2], -(2**15), 2**15 - 1)
+    return pairs.sum(axis=1) - 128 * weight_DK.astype(np.int64).sum(axis=0)
+
+
+def test_integer_products_are_exact_on_every_processor(rng):
+    """Bytes of the full range, as int8_dynamic writes them; signed weights would be cut."""
+    weight_DK = rng.integers(-127, 128, (512, 16))
+    activations_BD = rng.integers(1, 256, (8, 512)).astype(np.uint8)
+    exact = (activations_BD.astype(np.int64) - 128) @ weight_DK
+    np.testing.assert_array_equal(products(np.uint8, 128, weight_DK, activations_BD), exact)
+    cut = saturated(weight_DK, activations_BD)
+    assert (cut != exact).mean() > 0.5
+    # This processor does one or the other with signed weights.
+    signed = products(np.int8, 0, weight_DK, activations_BD)
+    assert np.array_equal(signed, exact) or np.array_equal(signed, cut)
+
+
+def test_int8_dynamic_writes_both_sides_unsigned(table, tmp_path):
+    weights.int8_dynamic(table[2], tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    tensors = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert nodes
+    for node in nodes:
+        _, weight, *zeros = node.input
+        assert [tensors[name] for name in (weight, *zeros)] == [TensorProto.UINT8] * 3
 
 
 # Measurement

@@ -15,7 +15,7 @@ from serve import repository
 from tests.conftest import make_config, run_main
 from tests.server import REPOSITORY
 from train.bundle import Bundle, CorruptBundle, registry
-from train.config import allow_code, of_bundle, validate
+from train.config import of_bundle, validate
 from train.tasks import Task, plugins
 
 # What a stranger's bundle brings with it: a module that leaves a mark when it is imported.
@@ -197,7 +197,7 @@ def test_no_more_is_imported_than_what_is_named(path, words):
 
 
 def test_a_class_in_a_users_own_options_counts_as_named_for_the_run():
-    config = allow_code(make_config(net="train.configs.curve_net:CurveNet"))
+    config = make_config(net="train.configs.curve_net:CurveNet")
     assert config.plugins == ("train.configs.curve_net",)
     assert plugins.is_allowed("train.configs.curve_net:CurveNet")
     assert not plugins.is_allowed("train.configs.curves:Curves")
@@ -206,7 +206,8 @@ def test_a_class_in_a_users_own_options_counts_as_named_for_the_run():
 
 
 def test_options_of_a_bundle_allow_nothing():
-    values = make_config(net="train.configs.curve_net:CurveNet", plugins=["os"]).model_dump()
+    values = make_config().model_dump()
+    values |= {"net": {"own": "train.configs.curve_net:CurveNet"}, "plugins": ["os"]}
     with pytest.raises(UserError, match="curve_net"):
         of_bundle(values)
     plugins.allow(["train.configs.curve_net"])

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from cluster import storage
 from cluster.errors import UserError
-from train.config import Config, allow_code, validate
+from train.config import Config, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
@@ -45,8 +45,6 @@ class Command(NamedTuple):
 def parse(argv: Sequence[str]) -> Command:
     """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
 
-    Lets this process import the code that they name.
-
     Raises UserError with one line that names the field.
     """
     options = given(argv)
@@ -57,8 +55,7 @@ def parse(argv: Sequence[str]) -> Command:
         base: dict[str, Any] = {"name": name_of(train)}
     else:
         base = load_yaml(file or DEFAULT_CONFIG)
-    config = allow_code(validate(merge(base, options)))
-    return Command(config, Path(save_to) if save_to else None)
+    return Command(validate(merge(base, options)), Path(save_to) if save_to else None)
 
 
 def given(argv: Sequence[str], command: type[BaseSettings] = _Command) -> dict[str, Any]:

@@ -511,15 +511,18 @@ class Config(Part):
 
 
 def validate(values: Mapping[str, Any]) -> Config:
-    """Raises UserError for the first field that is wrong."""
-    return validate_as(Config, values)
+    """Return the options of a user; the code that they name may be imported from here on.
+
+    Options that come from a bundle are no user's own, and pass `of_bundle` first.
+    Raises UserError for the first field that is wrong.
+    """
+    return allow_code(validate_as(Config, values))
 
 
 def allow_code(config: Config) -> Config:
-    """Let this process import the code that a user's own options name; return them with its
-    modules among `plugins`, for other processes of the run.
+    """Let this process import the code that a user's own options name.
 
-    To be called before options of a bundle are added, whose code counts only if it is in plugins.
+    Returns them with the modules of that code among `plugins`, for other processes of the run.
     """
     named = [path.partition(":")[0] for path in code_of_config(config.model_dump())]
     allowed = tuple(sorted({*config.plugins, *named}))

@@ -5,6 +5,12 @@ Weights become int8 with a scale for each output channel, or for each row of an 
 speed of fp32. With `int8_dynamic`, products with a matrix are computed in int8, activations with a
 scale for each row of them, found when they come. ONNX Runtime's own dynamic quantization takes one
 scale for a whole batch, so that an answer would depend on the batch it travelled in.
+
+Both sides of such a product are written as unsigned bytes with 128 as zero. x86 processors without
+VNNI multiply unsigned by signed bytes and add the products in pairs of 16 bits, which cuts sums
+above 32,767: with full-range bytes nearly every result is wrong. For two unsigned sides ONNX
+Runtime widens to 16 bits first there, and on processors with VNNI it runs the same kernel as for
+signed weights. So the answers are the same integers on every processor, at 8 bits.
 """
 
 from collections import defaultdict
@@ -17,6 +23,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 # Smaller weights save nothing, and those of a first layer are the most sensitive.
 LEAST_VALUES = 1024
 PRODUCTS = ("MatMul", "Gemm")
+# What stands for zero in an unsigned byte.
+ZERO = 128
 
 
 def int8_weights(source: Path, target: Path) -> None:
@@ -118,20 +126,19 @@ class _Rewriter:
     def product(self, node: NodeProto, weight: np.ndarray) -> None:
         """x·W in int8: x [..., D] with a scale for each row, W [D, K] with one for each column."""
         weight_DK = weight.T if _attributes(node).get("transB", 0) else weight
-        values, scale = self._weight(node.input[1], np.ascontiguousarray(weight_DK), 1)
         x, name = node.input[0], node.input[1]
+        values, scale = self._weight(name, np.ascontiguousarray(weight_DK), 1, zero=ZERO)
         axes = self._tensor(f"{name}.axes", np.array([-1]))
         largest = self._node("ReduceMax", self._node("Abs", x), axes, keepdims=1)
         steps = self._tensor(f"{name}.steps", np.float32(1 / 127))
         least = self._tensor(f"{name}.least", np.finfo(np.float32).tiny)
         row_scale = self._node("Max", self._node("Mul", largest, steps), least)
         rounded = self._node("Round", self._node("Div", x, row_scale))
-        # Unsigned, with 128 as zero: x86 multiplies unsigned by signed bytes.
-        middle = self._tensor(f"{name}.middle", np.float32(128))
+        middle = self._tensor(f"{name}.middle", np.float32(ZERO))
         shifted = self._node("Add", rounded, middle)
         activation = self._node("Cast", shifted, to=TensorProto.UINT8)
-        zero = self._tensor(f"{name}.zero", np.uint8(128))
-        summed = self._node("MatMulInteger", activation, values, zero)
+        zero = self._tensor(f"{name}.zero", np.uint8(ZERO))
+        summed = self._node("MatMulInteger", activation, values, zero, zero)
         wide = self._node("Cast", summed, to=TensorProto.FLOAT)
         scaled = self._node("Mul", self._node("Mul", wide, row_scale), scale)
         bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else None
@@ -140,8 +147,11 @@ class _Rewriter:
         else:
             self._node("Identity", scaled, output=node.output[0])
 
-    def _weight(self, name: str, weight: np.ndarray, axis: int) -> tuple[str, str]:
+    def _weight(self, name: str, weight: np.ndarray, axis: int, zero: int = 0) -> tuple[str, str]:
+        """Keep a weight in int8, or, where zero is another byte than 0, in uint8 around it."""
         values, scale = _quantized(weight, axis)
+        if zero:
+            values = (values.astype(np.int16) + zero).astype(np.uint8)
         self.replaced.add(name)
         return self._tensor(f"{name}.int8", values), self._tensor(f"{name}.scale", scale)
 
