@@ -12,6 +12,8 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	# Ray's own commands send the token only where this is set.
+	echo 'export RAY_AUTH_MODE="$${RAY_AUTH_MODE:-token}"' >> $(BIN)/activate
 	touch $@
 
 # KEEP=1 leaves the server up.

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ import serve.monitor.retrain
 import serve.offline
 import train.commandline
 import tune.commandline
-from cluster import connect, ingress
+from cluster import connect, ingress, private
 from serve import config as serve_config
+from serve.access import Hosts
 from serve.application import DRAIN_S
 from tests import server
 from tests.server import REPOSITORY
@@ -42,6 +44,8 @@ OF_NO_NAMESPACE = ("Namespace", "ResourceFlavor", "ClusterQueue")
 # The operator makes longer names of these.
 NAME_LIMITS = {"RayService": 47, "RayJob": 47, "CronJob": 52}
 CLUSTERS = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
+# How a service of the namespace is called, from near to far.
+SERVICE_NAMES = ("", ".halyard", ".halyard.svc", ".halyard.svc.cluster.local")
 # Of the machine: each container's limit says it.
 THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
 BUILDS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.glob("**/kustomization.yaml"))
@@ -279,6 +283,31 @@ def test_the_environment_is_what_the_code_expects_of_a_cluster(name):
     )
     code = connect.ENVIRONMENT | ingress.ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
     assert settings["data"] == {key: value for key, value in code.items() if key != THREADS}
+
+
+@each_build
+def test_the_server_is_known_by_the_names_that_lead_to_it(name):
+    (service,) = of_kind(name, "RayService")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    hosts = Hosts(serve_config.validate(application["args"]).security.allowed_hosts)
+    names = [f"{service['metadata']['name']}-serve-svc{end}" for end in SERVICE_NAMES]
+    if name.startswith("overlays/"):  # which have names of their own
+        names += [
+            each for route in of_kind(name, "HTTPRoute") for each in route["spec"]["hostnames"]
+        ]
+    for each in names:
+        assert hosts.has(each), each
+    assert not hosts.has("evil.example")
+
+
+def test_the_image_names_the_files_of_haproxy():
+    recipe = (K8S / "Dockerfile").read_text()
+    folder = str(private.root() / "haproxy").replace(f"-{os.getuid()}", "-1000")
+    for key, value in ingress.of_this_machine().items():
+        there = value.replace(str(private.root() / "haproxy"), folder)
+        there = there.replace(str(ingress.WRAPPER), "/srv/halyard/cluster/haproxy")
+        there = there.replace(sys.executable, "/usr/local/bin/python3")
+        assert f"{key}={there}" in recipe
 
 
 @each_build
