@@ -99,7 +99,8 @@ def connect(
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
         if not _answers(address):
             raise UserError(
                 f"RAY_ADDRESS is {address}, where no Ray answers; start it there, or unset "
@@ -158,9 +159,9 @@ def join_running() -> bool:
     Raises UserError where no cluster answers at RAY_ADDRESS, and as `connect` does.
     """
     prepare_environment()
-    if "RAY_ADDRESS" in os.environ:
+    if address := os.environ.get("RAY_ADDRESS"):
         connect()
-        return True
+        return address != "local"
     address = forget_ended()
     if not address or address.rpartition(":")[0] in LOOPBACK:
         return False
@@ -195,9 +196,10 @@ def _noted_address() -> str | None:
     Every user may write there, and whom this process joins may run code in it.
     """
     try:
-        if _notes().stat().st_uid not in (0, os.getuid()):
-            return None
-        return _notes().read_text().strip() or None
+        file = os.open(_notes(), os.O_RDONLY | os.O_NOFOLLOW)
+        with open(file) as notes:
+            is_ours = os.fstat(file).st_uid in (0, os.getuid())
+            return (notes.read().strip() or None) if is_ours else None
     except OSError:
         return None
 

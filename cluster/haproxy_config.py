@@ -24,6 +24,16 @@ UNREAD_LOG = re.compile(r"\s+log 127\.0\.0\.1:514 ")
 DROPPED = ("frontend prometheus", "listen stats")
 # Bound to the options `host`, `port` and `grpc_port`.
 SERVING = ("frontend http_frontend", "frontend grpc_frontend")
+# The address to listen on for clients, where Serve itself stays on loopback.
+HOST = "HALYARD_HOST"
+BOUND_TO_LOOPBACK = re.compile(r"(\s+bind\s+)127\.0\.0\.1(?=:\d)")
+# Names of applications are names of models, which are told by a key only.
+ROUTES = re.compile(r"\s+(acl routes |http-request .* if routes$)")
+LISTING = re.compile(r"\s+use_backend \S+ if is_list_applications$")
+NOT_LISTED = (
+    "    http-request return status 200 content-type application/grpc hdr grpc-status 7"
+    ' hdr grpc-message "not for clients" if is_list_applications'
+)
 # The header that tells a replica who asks, whatever a client wrote there; for the audit log.
 PEER = "    http-request set-header x-halyard-peer %[src]"
 SECTION = re.compile(r"[a-z]")
@@ -34,6 +44,7 @@ ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
 def restricted(config: str) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
+    Reads the environment for the address to listen on and for where to log.
     Raises ValueError where the configuration is not as Ray 2.60 writes it: it might open what is
     not known here.
     """
@@ -43,12 +54,19 @@ def restricted(config: str) -> str:
             section = line.strip()
         if section in DROPPED or (LOG_TARGET not in os.environ and UNREAD_LOG.match(line)):
             continue
+        if ROUTES.match(line):
+            continue
+        if LISTING.match(line):
+            line = NOT_LISTED
         line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
         sockets += found
         lines.append(line)
         if BIND.match(line):
             if section not in SERVING:
                 raise ValueError(f"unknown listener '{line.strip()}' in '{section}'")
+            if host := os.environ.get(HOST):
+                place = f"[{host}]" if ":" in host else host
+                lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
             lines.append(PEER)
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")

@@ -154,6 +154,7 @@ def fetch(source: str, last: str) -> Path:
     """Return a local directory with the content of `source`.
 
     A local path is returned as it is; a URL is copied to a temporary directory once.
+    Raises UserError where the source is not whole, or has a file whose name leads out of it.
     """
     if not is_url(source):
         return Path(source)
@@ -161,9 +162,26 @@ def fetch(source: str, last: str) -> Path:
     target = private.folder("fetched") / digest
     if not (target / last).exists():
         fs, source_path = filesystem(source)
+        base = source_path.rstrip("/") + "/"
+        found = fs.find(base)
+        if f"{base}{last}" not in found:
+            raise UserError(f"'{source}' is not there, or not whole: it has no {last}.")
         with written_whole(str(target), last) as aside:
-            fs.get(f"{source_path}/", f"{aside}/", recursive=True)
+            fs.get(found, [str(_below(aside, name, base)) for name in found])
     return target
+
+
+def _below(folder: Path, name: str, base: str) -> Path:
+    """Where a file that is called `name` in its file system, below `base`, goes in a folder.
+
+    Raises UserError for a name that leads out of it: whoever writes the source chose it.
+    """
+    parts = name.removeprefix(base).split("/")
+    if not name.startswith(base) or not parts[-1] or {"", ".", ".."} & set(parts):
+        raise UserError(f"'{base}' has a file '{name[:200]}', whose name leads out of it.")
+    path = folder.joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def tracking_uri(root: str) -> str:

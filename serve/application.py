@@ -17,7 +17,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.handle import DeploymentHandle
 
-from cluster import ask, connect, ingress, probe
+from cluster import ask, connect, haproxy_config, ingress, probe
 from cluster.errors import EXIT_USER_ERROR, UserError
 from serve import autoscale, bind, front, gateway, repository, startup, tracing
 from serve import config as configs
@@ -93,7 +93,7 @@ class Model:
         self._served = await asyncio.to_thread(Served, state, self._load)
         self._busy = autoscale.Busy(self._served.engine_s, self._served.answers)
         keys = Keys.load(config.keys) if config.keys else None
-        loopback = bind.is_loopback(await bind.http_host())
+        loopback = all(map(bind.is_loopback, (config.host, await bind.http_host())))
         host = self._host = Host(self._served, config, self._repository, keys, loopback=loopback)
         log = AccessLog(_logs() / f"access_{state.name}_{self._replica}.jsonl", config.access_log)
         self._rest = Rest(host, log=log, tracer=tracing.tracer(config.traces, "halyard"))
@@ -212,14 +212,19 @@ def app(arguments: dict[str, str]) -> serve.Application:
             # HAProxy as Ray sets it up speaks no TLS; Ray's own proxy does.
             os.environ[ingress.HAPROXY] = "0"
         ingress.prepare()
+        if os.environ[ingress.HAPROXY] == "1":
+            # Nothing but HAProxy listens to other machines.
+            os.environ[haproxy_config.HOST] = config.host
         # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
         # which is told within a second.
         os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
         # `serve run` would start Ray too, with a dashboard and workers ahead of need.
         connect.connect(num_cpus=config.replica_range[1] * config.threads)
     if global_worker.mode != ray.WORKER_MODE:
+        inside = not joined and os.environ[ingress.HAPROXY] == "1"
         startup.end_on_signals()
-        _start(config, with_grpc=not joined or _prepared())
+        host = connect.LOOPBACK[0] if inside else config.host
+        _start(config, host, with_grpc=not joined or _prepared())
         startup.announce(config, state.name, state.default)
     deployment = serve.deployment(Model).options(
         name=state.name,
@@ -232,8 +237,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
         max_surge_percent=100 if config.replica_range == (1, 1) else 0,
         **autoscale.options(config, profile),
     )
-    inside = config.of_a_replica
-    return deployment.bind(inside, Repository.bind(inside, state))
+    options = config.of_a_replica
+    return deployment.bind(options, Repository.bind(options, state))
 
 
 def several(arguments: dict[str, Any]) -> serve.Application:
@@ -285,10 +290,13 @@ def _prepared() -> bool:
     return not missing
 
 
-def _start(config: ServeConfig, *, with_grpc: bool) -> None:
-    """Start Serve with this server's addresses, unless it runs; `serve run` finds it started."""
+def _start(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
+    """Start Serve with this server's addresses, unless it runs; `serve run` finds it started.
+
+    host: of Serve's own servers, which may stay on loopback behind HAProxy.
+    """
     http = HTTPOptions(
-        host=config.host,
+        host=host,
         port=config.port,
         keep_alive_timeout_s=KEEP_ALIVE_S,
         ssl_certfile=config.tls_cert,

@@ -16,8 +16,9 @@ from serve import bind
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 
-# What Serve answers itself.
-SYSTEM = ("/-/healthz", "/-/routes")
+# What Serve answers itself; and what it would, with the names of applications, which are those of
+# models and told by a key only.
+HEALTH, LISTING = "/-/healthz", "/-/routes"
 # By these a client could switch off Serve's time limit, or its watch for clients that left.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 REQUEST_ID = b"x-request-id"
@@ -61,11 +62,20 @@ class Gateway:
             await send({"type": "websocket.close"})
             return
         if scope["type"] == "http":
-            if _local is not None and scope["path"] not in SYSTEM:
+            if _local is not None and scope["path"] != HEALTH:
                 await _local(scope, receive, send)
+                return
+            if scope["path"] == LISTING:
+                await _not_found(send)
                 return
             scope["headers"] = [header for header in scope["headers"] if _passes(*header)]
         await self._serve(scope, receive, send)
+
+
+async def _not_found(send: Any) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"error":"there is nothing here."}'})
 
 
 def _passes(name: bytes, value: bytes) -> bool:

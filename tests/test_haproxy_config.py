@@ -13,6 +13,14 @@ from cluster import haproxy_config, ingress
 
 TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
 ENVIRONMENT = {**os.environ, **ingress.of_this_machine()}
+
+
+@pytest.fixture(autouse=True)
+def _of_no_server(monkeypatch):
+    for name in (haproxy_config.HOST, haproxy_config.LOG_TARGET):
+        monkeypatch.delenv(name, raising=False)
+
+
 RAYS = """global
     log 127.0.0.1:514 local0 info
     stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
@@ -24,8 +32,20 @@ frontend prometheus
 frontend http_frontend
     bind 127.0.0.1:8000
     mode http
+    acl routes path -i /-/routes
+    http-request set-log-level debug if routes
+    http-request return status 200 content-type application/json string "{}" if routes
+    acl is_http-default path_beg /
+    use_backend http-default if is_http-default
 frontend grpc_frontend
     bind 127.0.0.1:9000 proto h2
+    acl is_list_applications path /ray.serve.RayServeAPIService/ListApplications
+    use_backend grpc_fallback_backend if is_list_applications
+    default_backend grpc-default
+backend http-default
+    mode http
+backend grpc-default
+    mode http
 listen stats
   bind *:8404
   stats enable
@@ -42,11 +62,36 @@ def test_only_requests_are_listened_for_and_administration_is_private():
 
 
 def test_requests_are_logged_where_an_operator_says_and_else_nowhere(monkeypatch):
-    monkeypatch.delenv(haproxy_config.LOG_TARGET, raising=False)
     assert "log 127.0.0.1" not in haproxy_config.restricted(RAYS)
     elsewhere = RAYS.replace("127.0.0.1:514", "stdout")
     monkeypatch.setenv(haproxy_config.LOG_TARGET, "stdout")
     assert "log stdout local0 info" in haproxy_config.restricted(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("host", "binds"),
+    [
+        ("0.0.0.0", ["0.0.0.0:8000", "0.0.0.0:9000"]),
+        ("::", ["[::]:8000", "[::]:9000"]),
+        ("127.0.0.1", ["127.0.0.1:8000", "127.0.0.1:9000"]),
+    ],
+)
+def test_haproxy_alone_listens_to_other_machines(monkeypatch, host, binds):
+    monkeypatch.setenv(haproxy_config.HOST, host)
+    config = haproxy_config.restricted(RAYS)
+    assert re.findall(r"^\s*bind\s+(\S+)", config, re.M) == binds
+    # On a cluster Serve itself has been told the address.
+    given = haproxy_config.restricted(RAYS.replace("127.0.0.1:8000", "10.0.0.1:8000"))
+    assert "bind 10.0.0.1:8000" in given
+
+
+def test_names_of_applications_are_not_told():
+    config = haproxy_config.restricted(RAYS)
+    assert "/-/routes" not in config
+    assert "if routes" not in config
+    assert "use_backend grpc_fallback_backend" not in config
+    assert 'grpc-message "not for clients" if is_list_applications' in config
+    assert "use_backend http-default if is_http-default" in config
 
 
 @pytest.mark.parametrize(
@@ -62,6 +107,16 @@ def test_requests_are_logged_where_an_operator_says_and_else_nowhere(monkeypatch
 def test_what_another_ray_would_open_is_refused(changed):
     with pytest.raises(ValueError, match=r"listener|sockets"):
         haproxy_config.restricted(changed)
+
+
+def test_rays_template_has_the_lines_that_are_known():
+    for known in (
+        "acl routes path -i /-/routes",
+        'string "{{ route_info.routes_message }}" if routes',
+        "use_backend grpc_fallback_backend if is_list_applications",
+        "log {{ config.log_target }} local0 info",
+    ):
+        assert known in TEMPLATE
 
 
 def test_rays_template_has_the_sections_that_are_known():
