@@ -151,8 +151,8 @@ def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Findin
     """What Ray, Serve and HAProxy listen on, and what protects it; a line for each process."""
     by_process: dict[str, dict[str, list[str]]] = {}
     for each in found:
-        protection = _protection(each)
-        places = by_process.setdefault(each["process"], {}).setdefault(protection, [])
+        kinds = by_process.setdefault(each["process"], {})
+        places = kinds.setdefault(protection(each), [])
         places.append(f"{each['host']}:{each['port']}")
     for process, kinds in by_process.items():
         words = "; ".join(f"{', '.join(places)} ({kind})" for kind, places in kinds.items())
@@ -172,7 +172,8 @@ OPEN = "open: whoever reaches it can run code"
 READABLE = "open: metrics"
 
 
-def _protection(listener: Mapping[str, Any]) -> str:
+def protection(listener: Mapping[str, Any]) -> str:
+    """Who can use what `probe.listeners` found."""
     host, port, process = listener["host"], listener["port"], listener["process"]
     is_serve = process in ("ServeReplica", "ProxyActor")
     if host.startswith("127.") or host == "::1":

@@ -1,16 +1,19 @@
 """A cluster of several nodes on this machine, as a user starts, asks and stops it."""
 
+import ipaddress
 import json
 import os
 import socket
 import subprocess
 import sys
 
+import grpc
+import httpx
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster import network, nodes
+from cluster import doctor, network, nodes, probe
 from cluster.doctor import auth, compare
 from cluster.errors import UserError
 from tests.load import wait_for
@@ -43,6 +46,36 @@ def cluster():
     answer(command("up", "--nodes", "2", "--cpus", "1"))
     yield nodes.current()
     answer(command("down"))
+
+
+# One method of each service of Ray's.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Push",
+    "/ray.rpc.CoreWorkerService/PushTask",
+    "/ray.rpc.ReporterService/GetTraceback",
+    "/ray.rpc.RayletDriver/Init",
+)
+
+
+def is_loopback(host):
+    return ipaddress.ip_address(host).is_loopback
+
+
+def ask_without_token(host, port):
+    """Whether a port refuses all that Ray's ports do, by gRPC or by HTTP, for lack of a token."""
+    codes = set()
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        for method in METHODS:
+            try:
+                channel.unary_unary(method)(b"", timeout=10)
+                codes.add("answered")
+            except grpc.RpcError as error:
+                codes.add(error.code())
+    if grpc.StatusCode.UNAUTHENTICATED in codes:
+        return codes <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+    return httpx.get(f"http://{host}:{port}/api/jobs/").status_code == 401
 
 
 def states():
@@ -133,6 +166,17 @@ class TestOfTwoNodes:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("cluster.errors.UserError: the cluster at")
         assert "asks for another token" in last
+
+    def test_no_port_of_ray_does_anything_without_the_token(self, cluster):
+        found = [each for each in probe.listeners() if not is_loopback(each["host"])]
+        assert {"gcs_server", "raylet", "DashboardAgent"} <= {each["process"] for each in found}
+        for each in found:
+            if doctor.protection(each) == doctor.READABLE:
+                answer = httpx.get(f"http://{cluster.host}:{each['port']}/metrics")
+                assert answer.text.startswith("# HELP")
+                continue
+            refused = ask_without_token(cluster.host, each["port"])
+            assert refused, each
 
     def test_the_doctor_finds_both_well(self, cluster, storage_path):
         done = command(
@@ -246,6 +290,7 @@ HERE = {
     "ingress": True,
     "auth": "token",
     "taken": [],
+    "listeners": [],
     "skew_s": 0.0,
 }
 
