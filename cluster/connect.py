@@ -69,9 +69,16 @@ def local_environment() -> dict[str, str]:
     """
     return {
         ON_LOOPBACK: "0",
-        # Ray lets every user of the machine write in its session's folder; this one keeps them out.
-        "RAY_TMPDIR": str(private.folder("ray").parent),
+        "RAY_TMPDIR": _temporary(),
     }
+
+
+def _temporary() -> str:
+    """Where a Ray of this machine alone keeps the folder of its sessions.
+
+    Ray lets every user of the machine write in it; the default keeps them out.
+    """
+    return os.environ.get("RAY_TMPDIR") or str(private.folder("ray").parent)
 
 
 def connect(
@@ -121,7 +128,7 @@ def connect(
         "address": "local",
         "num_cpus": max(os.cpu_count() or 1, num_cpus or 1),
         "include_dashboard": dashboard,
-        "_temp_dir": str(private.folder("ray")),
+        "_temp_dir": str(Path(_temporary()) / "ray"),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
     with _sigterm_kept(), _set(ON_LOOPBACK, "0"):

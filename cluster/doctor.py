@@ -272,7 +272,7 @@ def compare(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[Finding
         well = f"well on all {len(reports)}"
         yield Finding(subject, found or well, remedy if found else "", required)
     for name, report in reports.items():
-        yield from listening(report["listeners"], f"on {name}")
+        yield from listening(report.get("listeners", []), f"on {name}")
     kinds = sorted({gpu for report in reports.values() for gpu in report["gpus"]})
     if kinds:
         yield Finding("GPUs on nodes", ", ".join(kinds))

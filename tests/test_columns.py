@@ -217,7 +217,7 @@ def test_a_column_that_is_called_as_an_input_is_refused():
 
 
 def test_features_of_an_unknown_own_kind_say_what_is_wrong():
-    with pytest.raises(ValueError, match=r"'no\.such:Thing' cannot be imported"):
+    with pytest.raises(ValueError, match=r"not allowed is named: no\.such:Thing"):
         Features.of({"a": {"kind": "no.such:Thing"}})
 
 

@@ -116,8 +116,8 @@ def not_allowed(paths: Iterable[str]) -> str:
     names = sorted(set(paths))
     modules = ",".join(sorted({name.partition(":")[0] for name in names}))
     return (
-        f"code that the operator has not allowed is named: {', '.join(names)[:300]}. "
-        f"Where you trust it, give plugins={modules[:300]}"
+        f"code that is not allowed is named: {', '.join(names)[:300]}. "
+        f"If you trust it, add plugins={modules[:300]}"
     )
 
 
