@@ -27,7 +27,7 @@ ENVIRONMENT = {
     # Whoever reaches a port of Ray can run code there; see `cluster.auth`. Where this is not set,
     # the clients of jobs and of Serve send no token.
     auth.MODE: "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
+    **private.NO_TELEMETRY,
     # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray gives its workers the least of the cores (15): beside other work they would stand still.
@@ -57,7 +57,11 @@ _local = False
 
 
 def prepare_environment() -> None:
-    """Set Ray's environment variables that are not set already."""
+    """Set Ray's environment variables that are not set already.
+
+    Raises Failed, see `private.prepare_environment`.
+    """
+    private.prepare_environment()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

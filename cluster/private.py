@@ -1,4 +1,4 @@
-"""A folder on this machine that only this user can enter."""
+"""What only this user may read, write or hear of: a folder, and libraries that report to nobody."""
 
 import os
 import stat
@@ -8,6 +8,17 @@ from cluster.errors import Failed
 
 # Not the system's temporary folder: paths of sockets have at most 107 bytes, and Ray's are long.
 PARENT = Path("/tmp")
+
+# Libraries that report their use to their makers unless told otherwise. Each may be overridden
+# from outside.
+NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+# Compiled code that torch runs; its default is a folder that any user could have made before.
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def root() -> Path:
@@ -28,3 +39,14 @@ def folder(name: str) -> Path:
         if stat.S_IMODE(found.st_mode) != 0o700:
             path.chmod(0o700)
     return root() / name
+
+
+def prepare_environment() -> None:
+    """Turn off telemetry, and keep compiled code in this user's folder, unless set already.
+
+    For libraries that read it when they are imported. Raises Failed, see `folder`.
+    """
+    for name, value in NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
+    if COMPILED not in os.environ:
+        os.environ[COMPILED] = str(folder("inductor"))

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -152,3 +153,43 @@ def test_a_bundle_at_a_url_is_copied_whole(tmp_path, monkeypatch):
     assert path.is_relative_to(private.root())
     with pytest.raises(UserError, match="not whole"):
         storage.fetch("memory://nothing", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["train.bundle.engines.onnx_runtime", "train.compress.static", "train.bundle.registry"],
+)
+def test_libraries_report_to_nobody_and_cache_only_where_others_cannot_write(module, tmp_path):
+    code = f"""
+import importlib, os, tempfile
+from cluster import private
+from pathlib import Path
+private.PARENT = Path(tempfile.gettempdir())
+importlib.import_module("{module}")
+from mlflow.telemetry.utils import is_telemetry_disabled
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+assert is_telemetry_disabled()
+print(cache_dir())
+"""
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {*private.NO_TELEMETRY, private.COMPILED, "CI", "XDG_CACHE_HOME"}
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=kept | {"HOME": str(home), "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (cache,) = done.stdout.split()
+    assert Path(cache).parent.parent == temporary
+    assert mode(Path(cache).parent) == 0o700
+    # onnxruntime would keep a device's id and a queue of reports below the home folder.
+    assert [file for file in home.rglob("*") if "microsoft" in str(file).lower()] == []
+    assert [path.name for path in temporary.iterdir()] == [private.root().name]

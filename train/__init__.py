@@ -1,1 +1,6 @@
 """Training: tasks, data, nets, the loop, compression, and the bundle they end in."""
+
+from cluster import private
+
+# Before the libraries that read it are imported, in every process that uses them.
+private.prepare_environment()

@@ -220,6 +220,8 @@ The first dimension of every input is the number of records.
 {script.text(names)}
 ```
 
+onnxruntime 1.32 reports its use to its maker unless `ORT_DISABLE_TELEMETRY=1` is set.
+
 {known}
 """
 
