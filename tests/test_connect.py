@@ -105,7 +105,9 @@ def test_what_is_waited_for_is_said_once_and_only_after_a_while(monkeypatch, cap
 
 def test_a_command_ends_on_sigterm_as_on_ctrl_c():
     code = (
-        "import sys, time\nfrom cluster.errors import run_command\n"
+        "import signal, time\nfrom cluster.errors import run_command\n"
+        # A shell's background commands ignore Ctrl-C, and so does what they start.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main(argv):\n    print('up', flush=True)\n    time.sleep(60)\nrun_command(main)"
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -184,6 +184,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(digits
     assert all(bool(value.isfinite().all()) for value in kept.tensors.values())
 
 
+def test_weights_that_are_not_finite_are_not_kept(digits, config, tmp_path, monkeypatch):
+    """The last update before a checkpoint may overflow while its loss was finite."""
+    parts = {"checkpoint": {"every_steps": 1}, "storage": {"path": config.storage.path}}
+    after_step = Loop._after_step
+
+    def overflow(loop):
+        if loop.progress.step == 3:
+            next(loop._net.parameters()).data.view(-1)[0] = torch.inf
+        after_step(loop)
+
+    monkeypatch.setattr(Loop, "_after_step", overflow)
+    with pytest.raises(Diverged, match="the weights are no longer finite at step 3 of"):
+        train(make_config(**parts), digits, tmp_path)
+    kept = Store(str(tmp_path), keep=5)
+    assert kept.steps() == [1, 2]
+
+
 def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits, tmp_path):
     """One step's reported loss is that of the initial net on the first batch."""
     one_step = make_config(

@@ -2,18 +2,21 @@
 
 import csv
 import json
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.test_tasks import image_bytes
-from train.data import encoding, shards, sources, splits
+from train.data import encoding, formats, shards, sources, splits
 
 TABLE = {
     "n": [1.5, 2.0, None, 4.25, -1.0, 0.0] * 20,
@@ -331,3 +334,61 @@ def test_csv_fields_that_hold_lines_and_quotes_are_read_as_python_reads_them(tmp
     assert json.dumps(read_all(str(path), tmp_path / "s")) == json.dumps(
         {name: [row[index] for row in rows] for index, name in enumerate("pqy")}
     )
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("nested", ["plain", "list", "struct", "dictionary"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "stream", "feather"])
+def test_pickles_of_ray_data_in_a_file_are_refused_unread(tmp_path, kind, nested):
+    ray_objects = pytest.importorskip("ray.data._internal.object_extensions.arrow")
+    values = pa.ExtensionArray.from_storage(
+        ray_objects.ArrowPythonObjectType(),
+        pa.array([pickle.dumps(Runs(tmp_path / "ran"))] * 2, pa.large_binary()),
+    )
+    match nested:
+        case "list":
+            values = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), values)
+        case "struct":
+            values = pa.StructArray.from_arrays([values], ["inner"])
+        case "dictionary":
+            if kind == "parquet":
+                pytest.skip("Parquet has no dictionary of extension values")
+            values = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), values)
+    table = pa.table({"label": ["a", "b"], "x": values})
+    ending = "arrow" if kind == "stream" else kind
+    path = tmp_path / f"data.{ending}"
+    with path.open("wb") as file:
+        match kind:
+            case "parquet":
+                pa.parquet.write_table(table, file)
+            case "feather":
+                pa.feather.write_feather(table, file)
+            case _:
+                new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+                with new(file, table.schema) as writer:
+                    writer.write_table(table)
+    source = sources.find(str(path))
+    with pytest.raises(UserError, match="'x' has the extension type 'ray.data.arrow_pickled"):
+        sources.head(source, 10)
+    with pytest.raises(UserError, match="extension type"):  # noqa: PT012
+        blocks = sources.open_source(source, str(tmp_path / "scratch"))
+        for block in blocks:
+            list(block.read(["label", "x"], 10))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_types_of_arrow_itself_are_read(tmp_path):
+    uuids = pa.array([bytes(16)], pa.binary(16)).cast(pa.uuid())
+    path = tmp_path / "data.parquet"
+    pa.parquet.write_table(pa.table({"id": uuids}), path)
+    with path.open("rb") as file:
+        assert formats.parquet(file).read().num_rows == 1

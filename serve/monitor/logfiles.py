@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cluster import storage
+from train.data import formats
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,10 @@ def tables(folder: str, columns: Sequence[str] | None = None) -> Iterator[pa.Tab
             continue
         try:
             with fs.open(file.path, "rb") as stream:
-                yield pa.parquet.ParquetFile(stream).read(columns)
+                yield formats.parquet(stream).read(columns)
         except FileNotFoundError:  # retention deleted it meanwhile
             continue
-        except pa.ArrowInvalid as error:
+        except ValueError as error:
             logger.warning("%s cannot be read and is passed over: %s", file.path, error)
 
 

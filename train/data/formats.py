@@ -67,8 +67,39 @@ def tables(kind: str, files: Sequence[str], encoding: str) -> Iterator[pa.Table]
 
 
 def parquet(stream: BinaryIO) -> pa.parquet.ParquetFile:
-    """Open Parquet to be read a page at a time, not a whole row group."""
-    return pa.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+    """Open Parquet to be read a page at a time, not a whole row group.
+
+    Raises ValueError, see `check_types`.
+    """
+    file = pa.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
+    check_types(file.schema_arrow)
+    return file
+
+
+def check_types(schema: pa.Schema) -> None:
+    """Raises ValueError for a column of an extension type that is implemented in Python.
+
+    Libraries register such types for the whole process, and Ray Data's for objects unpickles each
+    value that is read.
+    """
+    for field in schema:
+        if name := _extension(field.type):
+            raise ValueError(
+                f"the column '{field.name}' has the extension type '{name}', whose values may run "
+                "code when they are read; write it as a plain type, or leave it out"
+            )
+
+
+def _extension(kind: pa.DataType) -> str | None:
+    """The name of an extension type that is implemented in Python, in a type or nested in it."""
+    if isinstance(kind, pa.ExtensionType):
+        return str(kind.extension_name)
+    nested = [kind.field(index).type for index in range(kind.num_fields)]
+    if isinstance(kind, pa.BaseExtensionType):
+        nested.append(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        nested.append(kind.value_type)
+    return next(filter(None, map(_extension, nested)), None)
 
 
 def _csv_or_why(fs: Any, path: str, encoding: str) -> Iterator[pa.Table]:
@@ -146,10 +177,13 @@ def _arrow(stream: BinaryIO) -> Iterator[pa.Table]:
     stream.seek(0)
     if magic == b"ARROW1":
         file = pa.ipc.open_file(stream)
+        check_types(file.schema)
         batches = (file.get_batch(index) for index in range(file.num_record_batches))
         yield from (pa.Table.from_batches([batch]) for batch in batches)
     else:
-        yield from (pa.Table.from_batches([batch]) for batch in pa.ipc.open_stream(stream))
+        batches = pa.ipc.open_stream(stream)
+        check_types(batches.schema)
+        yield from (pa.Table.from_batches([batch]) for batch in batches)
 
 
 def _json(stream: BinaryIO) -> Iterator[pa.Table]:

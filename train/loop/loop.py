@@ -244,18 +244,22 @@ class Loop:
             self._worker.rank == 0 and waited_s > config.checkpoint.every_minutes * 60,
         )
         if diverged:
-            self._settle()
-            factor = schedule.factor(config.optim, progress.step - 1, self._total_steps)
-            raise Diverged(
-                f"the loss is no longer finite at step {progress.step} of {self._total_steps}, "
-                f"at rate {config.optim.lr * factor:.3g}; lower optim.lr, now {config.optim.lr:g}. "
-                f"The last checkpoint is kept."
-            )
+            raise self._diverged("the loss is")
         due |= every is not None and progress.step % every < self._check_every
         if (due or urgent) and not ends_epoch:
             self._save()
             if urgent:
                 self._settle()
+
+    def _diverged(self, subject: str) -> Diverged:
+        self._settle()
+        optim, step = self._config.optim, self.progress.step
+        factor = schedule.factor(optim, step - 1, self._total_steps)
+        return Diverged(
+            f"{subject} no longer finite at step {step} of {self._total_steps}, at rate "
+            f"{optim.lr * factor:.3g}; lower optim.lr, now {optim.lr:g}. "
+            "The last checkpoint is kept."
+        )
 
     def _end_epoch(self, epoch: int) -> None:
         progress = self.progress
@@ -300,10 +304,17 @@ class Loop:
         return {} if outputs is None else self._task.metrics(outputs, targets_N, "valid")
 
     def _save(self) -> None:
-        """Hand a copy of the state to the store, once it is done with the one before."""
+        """Hand a copy of the state to the store, once it is done with the one before.
+
+        Raises Diverged where the state is not finite.
+        """
         progress = self.progress
         loss_sum, num_samples = self._sums()
         tensors = state.collect(self._net, self._ema, self._optimizers)
+        # The loss is of the weights before the last update.
+        finite = all(bool(value.isfinite().all()) for value in tensors.values())
+        if any(self._worker.any(not finite)):
+            raise self._diverged("the weights are")
         self._saved_at = time.monotonic()
         if self._worker.rank != 0:
             return
