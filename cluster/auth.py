@@ -5,6 +5,8 @@ presents a secret that all processes of a cluster share. Ray looks for it in RAY
 file that RAY_AUTH_TOKEN_PATH names, and in ~/.ray/auth_token, in this order.
 """
 
+import hashlib
+import hmac
 import os
 import secrets
 import sys
@@ -57,6 +59,16 @@ def token() -> str | None:
         return Path(os.environ.get(PATH) or default_path()).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def derived(purpose: str) -> str:
+    """Return a secret that whoever has the token can compute, and which does not tell the token.
+
+    Empty where there is no token.
+    """
+    if not (shared := token()):
+        return ""
+    return hmac.new(shared.encode(), purpose.encode(), hashlib.sha256).hexdigest()
 
 
 def source() -> str:

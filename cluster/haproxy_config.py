@@ -3,7 +3,7 @@
 Ray's configuration opens two pages of statistics to the network, and HAProxy's administration to
 every user of the machine. Ray starts what RAY_SERVE_HAPROXY_BINARY_PATH names: the script `haproxy`
 beside this file, which runs it. It runs once for each change of the replicas, so it is quick to
-start: standard library only.
+start: the standard library, and the token.
 """
 
 import os
@@ -34,8 +34,12 @@ NOT_LISTED = (
     "    http-request return status 200 content-type application/grpc hdr grpc-status 7"
     ' hdr grpc-message "not for clients" if is_list_applications'
 )
-# The header that tells a replica who asks, whatever a client wrote there; for the audit log.
-PEER = "    http-request set-header x-halyard-peer %[src]"
+# The header that tells a replica who asks, whatever a client wrote there; for the audit log. The
+# proof tells it from one that was sent to the replica itself.
+PEER = '    http-request set-header x-halyard-peer "{proof} %[src]"'
+PURPOSE = "address of a client"
+# A client that does not finish a request's headers keeps others from a connection.
+HEADERS_TIMEOUT = "    timeout http-request 10s"
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
@@ -49,6 +53,7 @@ def restricted(config: str) -> str:
     not known here.
     """
     lines, section, sockets = [], "", 0
+    peer = PEER.format(proof=proof())
     for line in config.splitlines():
         if SECTION.match(line):
             section = line.strip()
@@ -67,10 +72,17 @@ def restricted(config: str) -> str:
             if host := os.environ.get(HOST):
                 place = f"[{host}]" if ":" in host else host
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
-            lines.append(PEER)
+            lines += [HEADERS_TIMEOUT, peer]
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
     return "\n".join(lines) + "\n"
+
+
+def proof() -> str:
+    """What a header from HAProxy begins with. Without a token nothing tells it from a client's."""
+    from cluster import auth
+
+    return auth.derived(PURPOSE) or "-"
 
 
 def binary() -> str:
@@ -107,6 +119,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:

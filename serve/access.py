@@ -5,14 +5,16 @@ the same Guard.
 """
 
 import asyncio
+import hmac
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import lru_cache
+from functools import cache, lru_cache
 from urllib.parse import urlsplit
 
+from cluster import haproxy_config
 from cluster.connect import LOOPBACK
 from serve.errors import Forbidden, Unauthorized
 from serve.security import Key, Keys
@@ -45,6 +47,19 @@ class Actor:
     name: str
     address: str
     request_id: str
+
+
+_proof = cache(haproxy_config.proof)
+
+
+def address_of(peer: str | None, direct: str) -> str:
+    """Return the address of a client.
+
+    peer: what HAProxy says of it; None behind none. direct: the other end of the connection.
+    """
+    proof, _, address = (peer or "").partition(" ")
+    known = hmac.compare_digest(proof.encode(errors="replace"), _proof().encode())
+    return address if known and address else direct
 
 
 class Guard:

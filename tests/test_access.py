@@ -15,6 +15,8 @@ import grpc
 import pytest
 import yaml
 
+from cluster import auth, haproxy_config
+from serve import access as access_of_clients
 from serve import front, security
 from serve.access import Access, Guard, Hosts
 from serve.config import FrontConfig
@@ -519,18 +521,31 @@ def test_changes_are_written_down_with_who_asked(bundle, tmp_path):
 def test_an_address_is_taken_from_haproxy_only(monkeypatch):
     from serve.protocol import request
 
-    scope = {
-        "method": "GET",
-        "path": "/",
-        "headers": [(b"x-halyard-peer", b"203.0.113.9")],
-        "client": ("127.0.0.1", 5),
-    }
-    for behind, address in ((True, "203.0.113.9"), (False, "127.0.0.1")):
+    monkeypatch.setenv(auth.TOKEN, "0" * 64)
+    monkeypatch.setattr(access_of_clients, "_proof", haproxy_config.proof)
+    proven = f"{haproxy_config.proof()} 203.0.113.9"
+    direct = "198.51.100.1"
+    for behind, peers, address in (
+        (True, [proven], "203.0.113.9"),
+        # A trailer of the client's comes after the headers.
+        (True, [proven, f"{haproxy_config.proof()[::-1]} 192.0.2.1"], "203.0.113.9"),
+        # Sent to the replica itself.
+        (True, ["203.0.113.9"], direct),
+        (True, ["- 203.0.113.9"], direct),
+        (True, [], direct),
+        (False, [proven], direct),
+    ):
         monkeypatch.setattr(request, "BEHIND_HAPROXY", behind)
+        monkeypatch.setattr(protocol, "BEHIND_HAPROXY", behind)
+        scope = {
+            "method": "GET",
+            "path": "/",
+            "headers": [(b"x-halyard-peer", peer.encode()) for peer in peers],
+            "client": (direct, 5),
+        }
         assert request.Request(scope, None).actor.address == address
-    monkeypatch.setattr(protocol, "BEHIND_HAPROXY", False)
-    context = SimpleNamespace(
-        invocation_metadata=lambda: [("x-halyard-peer", "203.0.113.9")],
-        peer=lambda: "ipv4:198.51.100.1:7",
-    )
-    assert protocol.Call.of(context, PlaneMetrics()).actor.address == "ipv4:198.51.100.1:7"
+        metadata = tuple(("x-halyard-peer", peer) for peer in peers)
+        context = SimpleNamespace(
+            invocation_metadata=lambda metadata=metadata: metadata, peer=lambda: direct
+        )
+        assert protocol.Call.of(context, PlaneMetrics()).actor.address == address

@@ -58,7 +58,8 @@ def test_only_requests_are_listened_for_and_administration_is_private():
     assert binds == ["127.0.0.1:8000", "127.0.0.1:9000"]
     assert "mode 600 level admin" in config
     assert "stats enable" not in config
-    assert config.count("set-header x-halyard-peer %[src]") == 2
+    assert config.count(f'set-header x-halyard-peer "{haproxy_config.proof()} %[src]"') == 2
+    assert config.count("timeout http-request 10s") == 2
 
 
 def test_requests_are_logged_where_an_operator_says_and_else_nowhere(monkeypatch):

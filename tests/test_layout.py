@@ -35,7 +35,14 @@ ALLOWED = {
     "train.fit": {"cluster", "train"},
     "train": {"cluster", "train"},
     "tune": {"cluster", "train", "tune"},
-    "serve": {"cluster", "train.tasks", "train.bundle", "train.data.sources", "train.data.formats", "serve"},
+    "serve": {
+        "cluster",
+        "train.tasks",
+        "train.bundle",
+        "train.data.sources",
+        "train.data.formats",
+        "serve",
+    },
 }
 OURS = {"cluster", "train", "tune", "serve", "tests"}
 

@@ -377,7 +377,7 @@ def test_pickles_of_ray_data_in_a_file_are_refused_unread(tmp_path, kind, nested
                 with new(file, table.schema) as writer:
                     writer.write_table(table)
     source = sources.find(str(path))
-    with pytest.raises(UserError, match="'x' has the extension type 'ray.data.arrow_pickled"):
+    with pytest.raises(UserError, match="'x' has the extension type"):
         sources.head(source, 10)
     with pytest.raises(UserError, match="extension type"):  # noqa: PT012
         blocks = sources.open_source(source, str(tmp_path / "scratch"))

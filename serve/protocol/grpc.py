@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 
-from serve.access import Access, Actor
+from serve.access import Access, Actor, address_of
 from serve.accesslog import AccessLog
 from serve.dataplane import DataPlane
 from serve.errors import BadRequest, BodyTooLarge, RequestError
@@ -68,10 +68,11 @@ class Call:
         # Ray's own context tells no deadline.
         remaining = getattr(context, "time_remaining", lambda: None)
         metadata = context.invocation_metadata() or ()
-        words = {key: value for key, value in metadata if isinstance(value, str)}
+        # Of several the first, the one that HAProxy sets.
+        words = {key: value for key, value in reversed(metadata) if isinstance(value, str)}
         request_id = words.get(REQUEST_ID, "")[:MAX_ID] or new_id()
-        peer = words.get(PEER, "") if BEHIND_HAPROXY else context.peer()
-        return cls(request_id, words, remaining(), metrics, peer or "")
+        peer = address_of(words.get(PEER) if BEHIND_HAPROXY else None, context.peer() or "")
+        return cls(request_id, words, remaining(), metrics, peer)
 
     @property
     def client(self) -> str:

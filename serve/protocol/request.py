@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
-from serve.access import Actor
+from serve.access import Actor, address_of
 from serve.errors import BodyTooLarge, ClientGone, Overloaded, SlowBody
 from serve.metrics import PlaneMetrics
 from serve.security import Key
@@ -53,7 +53,8 @@ class Request:
         # Whether it names the version that is to answer.
         self.named = False
         self.rows = 0
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        # Of several the first, the one that HAProxy sets: a body's trailers come after the headers.
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.id = (self.header(REQUEST_ID) or "")[:MAX_ID] or new_id()
 
     def header(self, name: bytes) -> str | None:
@@ -74,8 +75,8 @@ class Request:
     def actor(self) -> Actor:
         """Who asks, for the audit log."""
         host, _ = self.scope.get("client") or ("", 0)
-        address = self.header(PEER) if BEHIND_HAPROXY else None
-        return Actor(self.client[:100], (address or host)[:100], self.id)
+        address = address_of(self.header(PEER) if BEHIND_HAPROXY else None, host)
+        return Actor(self.client[:100], address[:100], self.id)
 
     def sees(self, model: str) -> bool:
         """Whether the client may know of a model."""
