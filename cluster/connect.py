@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -207,9 +208,11 @@ def _noted_address() -> str | None:
     Every user may write there, and whom this process joins may run code in it.
     """
     try:
-        file = os.open(_notes(), os.O_RDONLY | os.O_NOFOLLOW)
+        # A pipe would be waited for.
+        file = os.open(_notes(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(file) as notes:
-            is_ours = os.fstat(file).st_uid in (0, os.getuid())
+            found = os.fstat(file)
+            is_ours = stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.getuid())
             return (notes.read().strip() or None) if is_ours else None
     except OSError:
         return None

@@ -104,7 +104,11 @@ class Guard:
         site = header(b"sec-fetch-site")
         if site in (None, "same-origin", "none"):
             return
-        linked = header(b"sec-fetch-mode") == "navigate" and method in ("GET", "HEAD")
+        linked = (
+            header(b"sec-fetch-mode") == "navigate"
+            and header(b"sec-fetch-dest") in (None, "document")
+            and method in ("GET", "HEAD")
+        )
         if not (access is Access.PAGE and linked):
             raise Forbidden("requests of pages from other sites are not answered.")
 

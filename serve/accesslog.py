@@ -27,7 +27,14 @@ class PrivateFileHandler(RotatingFileHandler):
 
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        stream = super()._open()
+
+        def private(name: str, flags: int) -> int:
+            return os.open(name, flags, 0o600)
+
+        stream = open(  # noqa: SIM115 - the handler closes it
+            self.baseFilename, self.mode, encoding=self.encoding, opener=private
+        )
+        # One of an older server may have been there.
         os.fchmod(stream.fileno(), 0o600)
         return stream
 

@@ -8,6 +8,7 @@ Servers that run see both within seconds.
 """
 
 import argparse
+import fcntl
 import hashlib
 import logging
 import os
@@ -16,13 +17,14 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import EXIT_USER_ERROR, UserError
 from serve.errors import RateLimited, Unauthorized
@@ -43,10 +45,23 @@ class Key(BaseModel):
 
     name: str = Field(min_length=1, max_length=100)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    models: list[str] | None = Field(None, description="Models it may ask; all when not given.")
+    models: list[str] | None = Field(
+        None, min_length=1, description="Models it may ask; all when not given."
+    )
     rate: float | None = Field(None, gt=0, description="Requests per second of each replica.")
     expires: datetime | None = Field(None, description="When it ends; never when not given.")
     admin: bool = Field(False, description="Whether it may load and unload models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_limits(cls, value: Any) -> Any:
+        """A field without a value would lift a limit that somebody meant to write."""
+        if isinstance(value, dict):
+            for name, given in value.items():
+                # A number would be seconds since 1970.
+                if given is None or (name == "expires" and not isinstance(given, str | date)):
+                    raise ValueError(f"'{name}' has no value that it can have")
+        return value
 
     @field_validator("expires")
     @classmethod
@@ -182,6 +197,20 @@ def _write(path: Path, keys: list[Key]) -> None:
     os.replace(file.name, path)
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one command at a time change a file. Raises UserError where its folder is missing."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"'{path.parent}' cannot be opened ({error.strerror}).") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def _until(words: str) -> datetime:
     """Return when a key ends: 90d or 12h from now, or a date or time in ISO 8601 (UTC)."""
     if match := DURATION.fullmatch(words):
@@ -198,13 +227,13 @@ def _until(words: str) -> datetime:
 
 def _made(given: argparse.Namespace, secret: str) -> Key:
     """Raises UserError."""
+    models = None if given.models is None else [each for each in given.models.split(",") if each]
+    limits = {"models": models, "rate": given.rate, "expires": given.expires}
     try:
         return Key(
             name=given.name,
             sha256=_digest(secret),
-            models=given.models.split(",") if given.models else None,
-            rate=given.rate,
-            expires=given.expires,
+            **{name: value for name, value in limits.items() if value is not None},
             admin=given.admin,
         )
     except ValidationError as error:
@@ -225,6 +254,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--revoke", action="store_true", help="take the key out of the file")
     given = parser.parse_args(arguments)
     try:
+        _change(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _change(given: argparse.Namespace) -> None:
+    """Add or revoke a key, one command at a time. Raises UserError."""
+    with _locked(given.file):
         keys = _read(given.file) if given.file.exists() else []
         others = [key for key in keys if key.name != given.name]
         if given.revoke:
@@ -237,9 +275,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"'{given.file}' has a key '{given.name}' already.")
         secret = PREFIX + secrets.token_urlsafe(32)
         _write(given.file, [*keys, _made(given, secret)])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
     print(f"added '{given.name}' to {given.file}; the key is shown only now:", file=sys.stderr)
     print(secret)
 

@@ -7,6 +7,8 @@ import asyncio
 import itertools
 import json
 import re._parser as parser
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import pytest
 import yaml
 
 from cluster import auth, haproxy_config
+from cluster.errors import UserError
 from serve import access as access_of_clients
 from serve import front, security
 from serve.access import Access, Guard, Hosts
@@ -26,6 +29,7 @@ from serve.protocol import grpc as protocol
 from serve.protocol.grpc_messages import types
 from serve.protocol.rest import Rest
 from serve.security import Key, Keys
+from tests.server import REPOSITORY
 from tests.serving import client_of, make_host
 
 SECRETS = {name: f"hk_{name:>043}" for name in ("admin", "reader", "stranger", "expired", "gone")}
@@ -243,6 +247,10 @@ def test_another_site_may_link_to_a_page_and_to_nothing_else(client, routes):
     for access, method, path in routes:
         refused = ask(client, method, path, "admin", **link).status_code == 403
         assert refused == (access is not Access.PAGE), (method, path)
+        framed = ask(client, method, path, "admin", **link, **{"Sec-Fetch-Dest": "iframe"})
+        assert framed.status_code == 403, (method, path)
+    page = ask(client, "GET", "/v2/models/digits/docs", "admin")
+    assert page.headers["content-security-policy"] == "frame-ancestors 'none'"
 
 
 @pytest.mark.parametrize("loopback", [True, False])
@@ -549,3 +557,34 @@ def test_an_address_is_taken_from_haproxy_only(monkeypatch):
             invocation_metadata=lambda metadata=metadata: metadata, peer=lambda: direct
         )
         assert protocol.Call.of(context, PlaneMetrics()).actor.address == address
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["models:", "models: []", "expires:", "expires: 20261201000000", "rate:", "rate: 0", "admin:"],
+)
+def test_a_limit_without_a_value_lifts_no_limit(tmp_path, limit):
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- name: team\n  sha256: {'0' * 64}\n  {limit}\n")
+    with pytest.raises(UserError, match="is not a list of keys"):
+        Keys.load(str(path))
+    with pytest.raises(SystemExit):
+        security.main(["other", "--models", "", "--file", str(tmp_path / "new.yaml")])
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_commands_that_change_keys_at_once_lose_nothing(tmp_path, capsys):
+    path = tmp_path / "keys.yaml"
+    security.main(["gone", "--file", str(path)])
+    commands = [[f"team{number}"] for number in range(6)] + [["gone", "--revoke"]]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "serve.security", *command, "--file", str(path)],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+        )
+        for command in commands
+    ]
+    assert [process.wait(60) for process in started] == [0] * len(started)
+    names = [entry["name"] for entry in yaml.safe_load(path.read_text())]
+    assert sorted(names) == [f"team{number}" for number in range(6)]

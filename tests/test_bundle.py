@@ -97,6 +97,20 @@ def test_a_file_without_a_digest_is_refused(copy, name):
         Bundle.load(str(copy))
 
 
+@pytest.mark.parametrize("name", ["variants/fp32/more.data", "baseline.json", "link"])
+def test_a_file_that_no_digest_covers_is_refused(copy, name):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"].pop(name, None)
+    path.write_text(json.dumps(manifest))
+    if name == "link":
+        (copy / name).symlink_to("/etc/hostname")
+    elif name != "baseline.json":
+        (copy / name).write_bytes(b"weights")
+    with pytest.raises(CorruptBundle, match="is not listed in"):
+        Bundle.load(str(copy))
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     target = tmp_path / "bundles" / "one"
 

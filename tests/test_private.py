@@ -114,6 +114,9 @@ def test_the_note_of_a_running_ray_is_trusted_from_its_user_only(tmp_path, monke
     note.unlink()
     note.symlink_to("/etc/hostname")
     assert connect._noted_address() is None
+    note.unlink()
+    os.mkfifo(note)
+    assert connect._noted_address() is None
     if os.getuid() == 0:
         note.unlink()
         note.write_text("10.0.0.1:6379\n")

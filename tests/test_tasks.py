@@ -131,3 +131,14 @@ def test_metrics_agree_with_scikit_learn(rng):
 def test_a_task_survives_json():
     task = Task(Features((Images("photo", (6, 5), 3),)), ClassTarget("y", ("a", "b"), (1, 2)))
     assert Task.from_dict(task.to_dict()) == task
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_read(rng):
+    encoder = Images("image", (8, 8), 1)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    encoder._pixels(content)
+    start = content.rindex(b"\xff\xda")
+    with pytest.raises(InvalidRecord, match="more than 64 scans"):
+        encoder._pixels(content[:-2] + content[start:-2] * 64 + content[-2:])

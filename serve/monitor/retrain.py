@@ -28,7 +28,7 @@ from cluster import storage
 from cluster.errors import Failed, UserError, run_command
 from serve import commandline
 from serve.config import Names, allow
-from serve.monitor import jobs, lease, paired
+from serve.monitor import jobs, lease, logfiles, paired
 from serve.monitor.due import Decision, Rules, decide
 from serve.monitor.history import State
 from serve.monitor.logged import labelled
@@ -228,7 +228,7 @@ def _written(
     pa.parquet.write_table(training, buffer, row_group_size=MAX_GROUP_ROWS)
     config = config_of(options, root, production, version, extra)
     with storage.writing(root):
-        storage.write_file(extra, buffer.getvalue().to_pybytes())
+        storage.write_file(extra, buffer.getvalue().to_pybytes(), logfiles.PRIVATE)
         storage.write_file(config_url, yaml.safe_dump(config, allow_unicode=True).encode())
     return config_url
 

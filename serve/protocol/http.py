@@ -166,7 +166,12 @@ class Http:
 
 
 def html(page: str) -> Answer:
-    return Answer(page.encode(), content_type="text/html; charset=utf-8")
+    """A page. No other site may show it in a frame, where its buttons could be clicked unseen."""
+    headers = {
+        "Content-Security-Policy": "frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Answer(page.encode(), content_type="text/html; charset=utf-8", headers=headers)
 
 
 Handler = Callable[[Request], Awaitable[Answer]]

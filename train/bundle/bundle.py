@@ -132,6 +132,10 @@ class Bundle:
                 raise CorruptBundle(
                     f"'{file}' differs from its digest in {manifests.FILENAME}. {_REMEDY}"
                 )
+        for file in _read_without_digest(path, manifest):
+            raise CorruptBundle(
+                f"'{file}' is not listed in {manifests.FILENAME}; delete it. {_REMEDY}"
+            )
         bundle = cls(location, path, manifest)
         bundle._check_code()
         return bundle
@@ -180,6 +184,16 @@ def _check_format(path: Path, content: bytes) -> None:
             f"'{path}' has format {found}; this version reads {manifests.FORMAT_VERSION}. "
             "Train the model again."
         )
+
+
+def _read_without_digest(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """Files that have no digest and could be read: links, and files where engines look for some."""
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        looked_for = name in (BASELINE, WEIGHTS) or name.startswith("variants/")
+        unlisted = name not in manifest.files and name != manifests.FILENAME
+        if file.is_symlink() or (looked_for and unlisted and not file.is_dir()):
+            yield file
 
 
 _REMEDY = "Copy the bundle again, or name another version."

@@ -13,6 +13,8 @@ IMAGE_FORMATS = ("PNG", "JPEG")
 IMAGE_SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff")
 # Larger images are refused from their header, before any pixel is decoded.
 MAX_PIXELS = 4096 * 4096
+# Each scan of a progressive JPEG file goes over all of its pixels; encoders write about ten.
+SCAN, MAX_SCANS = b"\xff\xda", 64
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -134,6 +136,11 @@ class Images:
             raise InvalidRecord(
                 f"field '{self.column}' is an image of {image.width}×{image.height} pixels; "
                 f"at most {MAX_PIXELS} are accepted. Send a smaller one."
+            )
+        if image.format == "JPEG" and bytes(value).count(SCAN) > MAX_SCANS:
+            raise InvalidRecord(
+                f"field '{self.column}' is a JPEG image of more than {MAX_SCANS} scans, which take "
+                "too long to read. Write it again with fewer."
             )
         if image.mode.startswith(("I", "F")):
             raise InvalidRecord(
