@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -51,6 +52,9 @@ LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": 
 PATIENCE_S = 10
 # What a cluster that is up takes far less than, also on a busy machine.
 ANSWER_S = 4.0
+
+# In the kernel's tables of connections.
+LISTENING = "0A"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -229,6 +233,8 @@ def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "://" in address:
         return True
+    if _is_of_another_user(host, int(port)):
+        return False
     auth.ensure_token()
     _refresh()
     with init_grpc_channel(address) as channel:
@@ -239,6 +245,26 @@ def _answers(address: str) -> bool:
                 raise UserError(_other_token(address)) from None
             return False  # nothing is there, or another program
     return True
+
+
+def _is_of_another_user(host: str, port: int) -> bool:
+    """Whether an address of this machine is listened on by another user than this one and root.
+
+    Where a Ray has died anybody may take its port, and would be sent the token.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False  # of another machine, or no address
+    users = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state, _, _, _, uid, *_ = line.split()
+                if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    users.add(int(uid))
+    return not users <= {0, os.getuid()}
 
 
 def _other_token(address: str) -> str:

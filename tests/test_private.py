@@ -1,6 +1,7 @@
 """Files that other users of the machine must not read, write or plant."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -196,3 +197,26 @@ print(cache_dir())
     # onnxruntime would keep a device's id and a queue of reports below the home folder.
     assert [file for file in home.rglob("*") if "microsoft" in str(file).lower()] == []
     assert [path.name for path in temporary.iterdir()] == [private.root().name]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user is needed")
+def test_the_token_is_not_sent_to_another_user_of_this_machine():
+    code = (
+        "import os, socket\nos.setuid(65534)\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "print(server.getsockname()[1], flush=True)\n"
+        "server.accept()\nprint('asked', flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stdout.readline())
+        assert connect._is_of_another_user("127.0.0.1", port)
+        assert not connect._answers(f"127.0.0.1:{port}")
+        # Connections are taken in their order: a call before this one would be the first.
+        process.kill()
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        assert not connect._is_of_another_user(*own.getsockname())
