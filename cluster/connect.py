@@ -62,10 +62,7 @@ _local = False
 
 
 def prepare_environment() -> None:
-    """Set Ray's environment variables that are not set already.
-
-    Raises Failed, see `private.prepare_environment`.
-    """
+    """Set Ray's environment variables that are not set already."""
     private.prepare_environment()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -308,12 +308,23 @@ def current() -> Cluster | None:
 def _noted() -> Cluster | None:
     """What was started last and not stopped. Raises UserError if the note may be another's."""
     place = home()
-    if place.is_symlink() or (place.exists() and place.stat().st_uid != os.getuid()):
-        raise UserError(f"'{place}' is not a folder of this user; remove it.")
     try:
-        return Cluster(**json.loads((place / "cluster.json").read_text()))
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise UserError(f"'{place}' is not a folder of this user; remove it.") from None
+    try:
+        # The note is read from the folder that was looked at, whatever has its name by now.
+        if os.fstat(folder).st_uid != os.getuid():
+            raise UserError(f"'{place}' is not a folder of this user; remove it.")
+        note = os.open("cluster.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+        with open(note) as file:
+            return Cluster(**json.load(file))
     except (OSError, ValueError, TypeError):
         return None
+    finally:
+        os.close(folder)
 
 
 @contextmanager

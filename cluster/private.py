@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.errors import Failed
@@ -32,7 +33,8 @@ def folder(name: str) -> Path:
     Raises Failed where another user owns the folder: it may have been put there to be used.
     """
     for path in (root(), root() / name):
-        path.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise Failed(f"'{path}' is not a folder of this user; remove it.")
@@ -44,9 +46,12 @@ def folder(name: str) -> Path:
 def prepare_environment() -> None:
     """Turn off telemetry, and keep compiled code in this user's folder, unless set already.
 
-    For libraries that read it when they are imported. Raises Failed, see `folder`.
+    For libraries that read it when they are imported.
     """
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     if COMPILED not in os.environ:
-        os.environ[COMPILED] = str(folder("inductor"))
+        try:
+            os.environ[COMPILED] = str(folder("inductor"))
+        except Failed:  # the command that needs the folder says so
+            os.environ[COMPILED] = str(Path.home() / ".cache" / "halyard" / "inductor")

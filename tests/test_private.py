@@ -104,6 +104,15 @@ def test_a_private_folder_is_closed_or_refused(tmp_path, monkeypatch):
     folder.symlink_to(tmp_path)
     with pytest.raises(Failed, match="not a folder of this user"):
         private.folder("ray")
+    folder.unlink()
+    folder.write_text("a file")
+    with pytest.raises(Failed, match="not a folder of this user"):
+        private.folder("ray")
+    # What is imported first does not fail by it.
+    (private.root() / "inductor").symlink_to(tmp_path)
+    monkeypatch.delenv(private.COMPILED, raising=False)
+    private.prepare_environment()
+    assert Path(os.environ[private.COMPILED]).is_relative_to(Path.home())
 
 
 def test_the_note_of_a_running_ray_is_trusted_from_its_user_only(tmp_path, monkeypatch):
