@@ -17,6 +17,8 @@ from serve.config import ServeConfig
 POLL_S = 0.2
 # After which a user is told what the server waits for.
 PATIENCE_S = 20.0
+# Set once the server ends: what is still asked of it then fails, and nobody waits for that.
+_ending = threading.Event()
 ALL_INTERFACES = {"0.0.0.0": connect.LOOPBACK[0], "::": "[::1]"}
 
 
@@ -30,6 +32,7 @@ def end_on_signals() -> None:
     def end(number: int, frame: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
+        _ending.set()
         # What the processes that end print from here on says only that they end.
         connect.silence()
         print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
@@ -50,10 +53,17 @@ def announce(config: ServeConfig, model: str, version: str) -> None:
         # Serve ends what belongs to the loop when it ends, so the loop goes on till then.
         loop = asyncio.new_event_loop()
         announcing = loop.create_task(_announce(config, model, version))
-        announcing.add_done_callback(lambda task: task.result())
+        announcing.add_done_callback(_report)
         loop.run_forever()
 
     threading.Thread(target=run, daemon=True).start()
+
+
+def _report(announcing: asyncio.Task[None]) -> None:
+    """Say in one line why the server's start could not be followed, unless it ends."""
+    if (error := announcing.exception()) and not _ending.is_set():
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"the start of the server is no longer followed: {reason}", file=sys.stderr)
 
 
 def url(config: ServeConfig) -> str:
