@@ -1,83 +1,105 @@
 """python -m cluster doctor | up | status | down | kill | start | cut | heal"""
 
-import argparse
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
-from cluster import connect, doctor, network, nodes, storage
-from cluster.errors import Failed, UserError, run_command
+from pydantic import AliasChoices, BaseModel, Field
+from pydantic_settings import CliPositionalArg, CliSubCommand, SettingsConfigDict
+
+from cluster import connect, doctor, storage
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import CommandFailed, UserError
+from cluster.local import lifecycle, network_namespace
+from cluster.local.cluster import HEAD, Cluster
 
 
-def main(argv: Sequence[str]) -> dict[str, Any] | None:
-    arguments = _parser().parse_args(argv)
-    connect.prepare_environment()
-    result: dict[str, Any] | None = arguments.run(arguments)
-    return result
+class DoctorOptions(BaseModel):
+    """Show what works on this machine and cluster, what is missing, and what to do about it."""
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cluster")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("doctor", help="what works here, what is missing, what to do")
-    command.add_argument("--storage.path", dest="storage_path", default=storage.DEFAULT_PATH)
-    command.set_defaults(run=_doctor)
-
-    command = commands.add_parser("up", help="start a cluster of several nodes on this machine")
-    command.add_argument("--nodes", type=_at_least_one, default=3, help="with the head (3)")
-    command.add_argument("--cpus", type=_at_least_one, default=2, help="that each offers (2)")
-    command.add_argument("--head-cpus", type=_count, help="that the head offers; 0: no work there")
-    command.add_argument("--port", type=_port, default=6379, help="of the head (6379)")
-    command.add_argument("--dashboard-port", type=_port, default=8265, help="for jobs (8265)")
-    command.add_argument(
-        "--shared-network", action="store_true", help="no networks of their own for the nodes"
+    storage: str = Field(
+        storage.DEFAULT_PATH,
+        validation_alias=AliasChoices("storage", "storage.path"),
+        description="Storage path to check.",
     )
-    command.set_defaults(run=_up)
-
-    command = commands.add_parser("status", help="which nodes are up")
-    command.set_defaults(run=_status)
-    command = commands.add_parser("down", help="stop the cluster")
-    command.set_defaults(run=_down)
-
-    for name, words in {
-        "kill": "end a node as a power cut would",
-        "start": "start a node that was killed",
-        "cut": "unplug a node's network",
-        "heal": "plug it in again",
-    }.items():
-        command = commands.add_parser(name, help=words)
-        command.add_argument("node", help="a node's name, from status")
-        command.set_defaults(run=_change)
-    return parser
 
 
-def _bounded(least: int, most: int) -> Callable[[str], int]:
-    def parse(word: str) -> int:
-        if not word.isdecimal() or not least <= int(word) <= most:
-            raise argparse.ArgumentTypeError(f"'{word}' is not a number from {least} to {most}")
-        return int(word)
+class UpOptions(BaseModel):
+    """Start a cluster of several nodes on this machine."""
 
-    return parse
+    nodes: int = Field(3, ge=1, le=100, description="Nodes, the head among them.")
+    cpus: int = Field(2, ge=1, le=100, description="CPUs that each node offers.")
+    head_cpus: int | None = Field(
+        None, ge=0, le=100, description="CPUs that the head offers; with 0 no work runs there."
+    )
+    port: int = Field(6379, ge=1, le=65535, description="Port of the head.")
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="Port that takes jobs.")
+    shared_network: bool = Field(
+        False, description="Give the nodes no network interfaces of their own."
+    )
 
 
-_at_least_one, _count, _port = _bounded(1, 100), _bounded(0, 100), _bounded(1, 65535)
+class NoOptions(BaseModel):
+    pass
 
 
-def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    if not doctor.report(doctor.examine(arguments.storage_path)):
-        raise Failed("something that is needed is missing; the table says what to do.")
+class NodeOptions(BaseModel):
+    node: CliPositionalArg[str] = Field(description="A node's name, from status.")
+
+
+class ClusterOptions(CommandOptions):
+    """Check a cluster, or run one of several nodes on this machine."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m cluster")
+
+    doctor: CliSubCommand[DoctorOptions] = Field(
+        description="Show what works here, what is missing, what to do."
+    )
+    up: CliSubCommand[UpOptions] = Field(
+        description="Start a cluster of several nodes on this machine."
+    )
+    status: CliSubCommand[NoOptions] = Field(description="Show which nodes are up.")
+    down: CliSubCommand[NoOptions] = Field(description="Stop the cluster.")
+    kill: CliSubCommand[NodeOptions] = Field(description="Stop a node as a power cut would.")
+    start: CliSubCommand[NodeOptions] = Field(description="Start a node that was killed.")
+    cut: CliSubCommand[NodeOptions] = Field(description="Unplug a node's network.")
+    heal: CliSubCommand[NodeOptions] = Field(description="Plug a node's network in again.")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    options = parse_options(ClusterOptions, argv)
+    connect.set_ray_environment()
+    for name, given in options:
+        match name, given:
+            case _, None:
+                continue
+            case "doctor", DoctorOptions():
+                return _doctor(given)
+            case "up", UpOptions():
+                return _up(given)
+            case "status", _:
+                return _status()
+            case "down", _:
+                return _down()
+            case _, NodeOptions():
+                return _change(name, given.node)
+    raise UserError(f"give one of {', '.join(ClusterOptions.model_fields)}.")
+
+
+def _doctor(options: DoctorOptions) -> dict[str, Any]:
+    if not doctor.show_findings(doctor.examine(options.storage)):
+        raise CommandFailed("something that is needed is missing; the table says what to do.")
     return {"healthy": True}
 
 
-def _up(arguments: argparse.Namespace) -> dict[str, Any]:
-    cluster = nodes.up(
-        arguments.nodes,
-        arguments.cpus,
-        port=arguments.port,
-        dashboard_port=arguments.dashboard_port,
-        head_cpus=arguments.head_cpus,
-        isolate=not arguments.shared_network,
+def _up(options: UpOptions) -> dict[str, Any]:
+    cluster = lifecycle.up(
+        options.nodes,
+        options.cpus,
+        port=options.port,
+        dashboard_port=options.dashboard_port,
+        head_cpus=options.head_cpus,
+        isolate=not options.shared_network,
     )
     print("To use it, in this shell:", file=sys.stderr)
     for name, value in cluster.client_environment.items():
@@ -85,7 +107,7 @@ def _up(arguments: argparse.Namespace) -> dict[str, Any]:
     return _described(cluster)
 
 
-def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+def _status() -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
@@ -95,7 +117,7 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
         name: {
             "address": cluster.node_address(name),
             "state": _state(cluster, name, alive),
-            "cut": cluster.isolated and name != nodes.HEAD and network.is_cut(name),
+            "cut": cluster.isolated and name != HEAD and network_namespace.is_cut(name),
         }
         for name in cluster.names
     }
@@ -107,39 +129,38 @@ def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**_described(cluster), "nodes": states}
 
 
-def _state(cluster: nodes.Cluster, name: str, alive: Container[str]) -> str:
+def _state(cluster: Cluster, name: str, alive: Container[str]) -> str:
     if not cluster.processes(name):
         return "off"
     return "alive" if name in alive else "lost"
 
 
-def _down(arguments: argparse.Namespace) -> dict[str, Any]:
-    stopped = nodes.down()
+def _down() -> dict[str, Any]:
+    stopped = lifecycle.down()
     if not stopped:
         print("no cluster is up; nothing was stopped.", file=sys.stderr)
     return {"stopped": stopped}
 
 
-def _change(arguments: argparse.Namespace) -> dict[str, Any]:
+def _change(action: str, node: str) -> dict[str, Any]:
+    """action: kill, start, cut or heal, the methods of a cluster."""
     cluster = _current()
-    if arguments.node not in cluster.names:
-        raise UserError(
-            f"there is no node '{arguments.node}'; there are {', '.join(cluster.names)}."
-        )
-    started = getattr(cluster, arguments.command)(arguments.node)
-    if arguments.command == "start":
-        nodes.wait_for({arguments.node: started}, cluster)
-    return {"node": arguments.node, "done": arguments.command}
+    if node not in cluster.names:
+        raise UserError(f"there is no node '{node}'; there are {', '.join(cluster.names)}.")
+    started = getattr(cluster, action)(node)
+    if action == "start":
+        lifecycle.wait_for({node: started}, cluster)
+    return {"node": node, "done": action}
 
 
-def _current() -> nodes.Cluster:
-    cluster = nodes.current()
+def _current() -> Cluster:
+    cluster = lifecycle.current()
     if cluster is None:
         raise UserError("no cluster is up; python -m cluster up starts one.")
     return cluster
 
 
-def _described(cluster: nodes.Cluster) -> dict[str, Any]:
+def _described(cluster: Cluster) -> dict[str, Any]:
     return {
         "address": cluster.address,
         "dashboard": cluster.dashboard,

@@ -61,7 +61,7 @@ def token() -> str | None:
         return None
 
 
-def derived(purpose: str) -> str:
+def derive_secret(purpose: str) -> str:
     """Return a secret that whoever has the token can compute, and which does not tell the token.
 
     Empty where there is no token.
@@ -71,7 +71,7 @@ def derived(purpose: str) -> str:
     return hmac.new(shared.encode(), purpose.encode(), hashlib.sha256).hexdigest()
 
 
-def source() -> str:
+def token_source() -> str:
     """Where the token is, for a user to read."""
     if os.environ.get(TOKEN):
         return f"in {TOKEN}"

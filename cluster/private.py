@@ -5,7 +5,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.errors import Failed
+from cluster.errors import CommandFailed
 
 # Not the system's temporary folder: paths of sockets have at most 107 bytes, and Ray's are long.
 PARENT = Path("/tmp")
@@ -22,28 +22,28 @@ NO_TELEMETRY = {
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def root() -> Path:
+def private_root() -> Path:
     """Return the path of this user's folder, which may not exist yet."""
     return PARENT / f"halyard-{os.getuid()}"
 
 
-def folder(name: str) -> Path:
+def private_folder(name: str) -> Path:
     """Return `name` below this user's folder, made where it does not exist, with mode 0700.
 
-    Raises Failed where another user owns the folder: it may have been put there to be used.
+    Raises CommandFailed where another user owns the folder: it may have been put there to be used.
     """
-    for path in (root(), root() / name):
+    for path in (private_root(), private_root() / name):
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise Failed(f"'{path}' is not a folder of this user; remove it.")
+            raise CommandFailed(f"'{path}' is not a folder of this user; remove it.")
         if stat.S_IMODE(found.st_mode) != 0o700:
             path.chmod(0o700)
-    return root() / name
+    return private_root() / name
 
 
-def prepare_environment() -> None:
+def set_privacy_environment() -> None:
     """Turn off telemetry, and keep compiled code in this user's folder, unless set already.
 
     For libraries that read it when they are imported.
@@ -52,6 +52,6 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if COMPILED not in os.environ:
         try:
-            os.environ[COMPILED] = str(folder("inductor"))
-        except Failed:  # the command that needs the folder says so
+            os.environ[COMPILED] = str(private_folder("inductor"))
+        except CommandFailed:  # the command that needs the folder says so
             os.environ[COMPILED] = str(Path.home() / ".cache" / "halyard" / "inductor")

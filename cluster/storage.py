@@ -1,16 +1,13 @@
 """Where runs, bundles and the model registry are kept: a local path or any fsspec URL."""
 
-import hashlib
 import os
 import re
 import secrets
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster import private
 from cluster.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def resolve(path: str) -> str:
+def resolve_path(path: str) -> str:
     """Return `path` as a URL unchanged, or as an absolute local path.
 
     A relative path starts at the current directory; inside a submitted Ray job, whose current
@@ -54,7 +51,7 @@ def check_name(name: str, pattern: str, what: str) -> str:
     return name
 
 
-def join(root: str, *parts: str) -> str:
+def join_path(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
 
 
@@ -72,7 +69,7 @@ def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
 
 
 @contextmanager
-def writing(place: str) -> Iterator[None]:
+def storage_errors(place: str) -> Iterator[None]:
     """Turn what the file system says of a place that cannot be written into a UserError."""
     try:
         yield
@@ -83,105 +80,15 @@ def writing(place: str) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(
-    target: str, last: str, *, check: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """Yield a folder to write in; when the block ends well it becomes `target`, else it goes.
-
-    last: the file whose presence tells a reader that the rest is there.
-    check: called before that one appears; what it raises prevents it. If `target` has appeared
-    meanwhile, that one stays: equal names mean equal content.
-    """
-    parent = None if is_url(target) else Path(target).parent
-    if parent:
-        with writing(str(parent)):
-            parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="part-", dir=parent, ignore_cleanup_errors=True
-    ) as name:
-        aside = Path(name)
-        aside.chmod(0o755)
-        yield aside
-        assert (aside / last).exists(), f"{last} was not written"
-        if is_url(target):
-            fs, path = filesystem(target)
-            rest = [file for file in aside.rglob("*") if file.is_file() and file.name != last]
-            for file in rest:
-                fs.put_file(str(file), join(path, file.relative_to(aside).as_posix()))
-            check()
-            fs.put_file(str(aside / last), join(path, last))
-        else:
-            check()
-            try:
-                aside.rename(target)
-            except OSError:
-                if not (Path(target) / last).exists():
-                    raise
-
-
-def write_file(url: str, content: bytes, mode: int | None = None) -> None:
-    """Write a small file, whole or not at all; several may write it at once.
-
-    mode: permissions of a local file, before its content is there; the user's default if None.
-    """
-    fs, path = filesystem(url)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    part = f"{path}.part-{secrets.token_hex(4)}"
-    try:
-        if mode is not None and not is_url(url):
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
-        fs.pipe_file(part, content)
-        fs.mv(part, path)
-    except BaseException:
-        with suppress(Exception):  # what went wrong first is what is told
-            fs.rm_file(part)
-        raise
-
-
-@contextmanager
-def scratch(parent: str) -> Iterator[str]:
+def scratch_folder(parent: str) -> Iterator[str]:
     """Yield a folder's path or URL below `parent`, for files that go when the block ends."""
-    folder = join(parent, f".scratch-{secrets.token_hex(6)}")
+    folder = join_path(parent, f".scratch-{secrets.token_hex(6)}")
     fs, path = filesystem(folder)
     try:
         yield folder
     finally:
         if fs.exists(path):
             fs.rm(path, recursive=True)
-
-
-def fetch(source: str, last: str) -> Path:
-    """Return a local directory with the content of `source`.
-
-    A local path is returned as it is; a URL is copied to a temporary directory once.
-    Raises UserError where the source is not whole, or has a file whose name leads out of it.
-    """
-    if not is_url(source):
-        return Path(source)
-    digest = hashlib.sha256(source.encode()).hexdigest()[:20]
-    target = private.folder("fetched") / digest
-    if not (target / last).exists():
-        fs, source_path = filesystem(source)
-        base = source_path.rstrip("/") + "/"
-        found = fs.find(base)
-        if f"{base}{last}" not in found:
-            raise UserError(f"'{source}' is not there, or not whole: it has no {last}.")
-        with written_whole(str(target), last) as aside:
-            fs.get(found, [str(_below(aside, name, base)) for name in found])
-    return target
-
-
-def _below(folder: Path, name: str, base: str) -> Path:
-    """Where a file that is called `name` in its file system, below `base`, goes in a folder.
-
-    Raises UserError for a name that leads out of it: whoever writes the source chose it.
-    """
-    parts = name.removeprefix(base).split("/")
-    if not name.startswith(base) or not parts[-1] or {"", ".", ".."} & set(parts):
-        raise UserError(f"'{base}' has a file '{name[:200]}', whose name leads out of it.")
-    path = folder.joinpath(*parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def tracking_uri(root: str) -> str:
@@ -193,7 +100,7 @@ def tracking_uri(root: str) -> str:
             f"storage.path is '{root}' and MLFLOW_TRACKING_URI is not set; "
             "the embedded registry needs a local path. Set MLFLOW_TRACKING_URI to a server."
         )
-    with writing(root):
+    with storage_errors(root):
         Path(root).mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{root}/{REGISTRY}"
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from cluster import haproxy_config
 from cluster.connect import LOOPBACK
 from serve.errors import Forbidden, Unauthorized
-from serve.security import Key, Keys
+from serve.security import APIKey, KeyStore
 
 # The value of a header by its name in lower case; None where it was not sent.
 Header = Callable[[bytes], str | None]
@@ -49,10 +49,10 @@ class Actor:
     request_id: str
 
 
-_proof = cache(haproxy_config.proof)
+_proof = cache(haproxy_config.proof_prefix)
 
 
-def address_of(peer: str | None, direct: str) -> str:
+def client_address(peer: str | None, direct: str) -> str:
     """Return the address of a client.
 
     peer: what HAProxy says of it; None behind none. direct: the other end of the connection.
@@ -67,10 +67,10 @@ class Guard:
 
     def __init__(
         self,
-        keys: Keys | None,
+        keys: KeyStore | None,
         *,
         loopback: bool,
-        open_metrics: bool = False,
+        metrics_without_key: bool = False,
         hosts: Iterable[str] = (),
         own_name: str = "",
     ) -> None:
@@ -81,8 +81,8 @@ class Guard:
         """
         self.keys = keys
         self._loopback = loopback
-        self._open_metrics = open_metrics
-        self._hosts = Hosts(hosts, own_name)
+        self._metrics_without_key = metrics_without_key
+        self._hosts = AllowedHosts(hosts, own_name)
 
     def check_page(self, header: Header, *, method: str, access: Access | None) -> None:
         """Refuse what a page of another site makes a browser ask. Raises Forbidden.
@@ -121,9 +121,9 @@ class Guard:
         """access: None where there is no such route; that, too, is told only with a key."""
         if self.keys is None or access in (Access.OPEN, Access.PAGE):
             return False
-        return not (access is Access.METRICS and self._open_metrics)
+        return not (access is Access.METRICS and self._metrics_without_key)
 
-    def authenticate(self, authorization: str | None) -> Key | None:
+    def authenticate(self, authorization: str | None) -> APIKey | None:
         """Return the key of a header; None where there are no keys.
 
         Raises Unauthorized, RateLimited.
@@ -132,14 +132,14 @@ class Guard:
             return None
         return self.keys.check(authorization, asyncio.get_running_loop().time())
 
-    def authorize(self, key: Key | None, access: Access, model: str) -> None:
+    def authorize(self, key: APIKey | None, access: Access, model: str) -> None:
         """Raises Forbidden for a model or a change that a key is not for, Unauthorized for a change
         that needs a key where there are none."""
         if key is None:
             if self.keys is None and not self._loopback and access in CHANGES:
                 raise Unauthorized(
                     "this needs a key, as other machines reach this server: start it with "
-                    "keys=FILE (python -m serve.security makes one)."
+                    "security.api_keys_file=FILE (python -m serve.security makes one)."
                 )
             return
         if access in (Access.MODEL, *CHANGES) and not key.sees(model):
@@ -148,7 +148,7 @@ class Guard:
             raise Forbidden(f"key '{key.name}' may not load and unload models.")
 
 
-class Hosts:
+class AllowedHosts:
     """Names by which clients may ask for a server."""
 
     def __init__(self, listed: Iterable[str] = (), own_name: str = "") -> None:

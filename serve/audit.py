@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster import storage
 from serve.access import Actor
-from serve.accesslog import PrivateFileHandler
+from serve.telemetry.access_log import PrivateFileHandler
 
 logger = logging.getLogger(__name__)
 

@@ -6,19 +6,23 @@ answer clients behind HAProxy. Imported in a process of Serve, this module binds
 address of the node, and the latter to loopback and, where HTTP is for other machines too, to the
 address of the node.
 
-Written against Ray 2.60, whose private functions it replaces; `tests/test_bind.py` touches each.
+Written against Ray 2.60, whose private functions it replaces; `tests/serve/test_bind.py` touches
+each of them.
 """
 
 from typing import Any
 
 import ray
-import ray.serve._private.default_impl as default_impl
-import ray.serve._private.replica as replica
-from ray._common.network_utils import build_address
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util import get_node_ip_address
 
 from cluster.connect import LOOPBACK
+from serve.ray_serve_internals import (
+    SERVE_CONTROLLER_NAME,
+    SERVE_NAMESPACE,
+    build_address,
+    default_impl,
+    replica,
+)
 
 ASK_S = 60.0
 
@@ -44,7 +48,7 @@ async def http_host() -> str:
     return str(options.host)
 
 
-def learn_http_host() -> None:
+def set_http_host() -> None:
     """Ask for the address, for the servers of this process that start from here on.
 
     Blocks, as Serve calls it where nothing can be awaited: while a server starts.

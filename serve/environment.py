@@ -6,25 +6,34 @@
 --local keeps Ray on loopback, where no other machine reaches it.
 """
 
-import argparse
 import os
 import shlex
 from collections.abc import Sequence
 
-from cluster import connect, ingress
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from cluster import connect, serve_environment
+from cluster.cli import CommandOptions, parse_options, run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serve.environment")
-    parser.add_argument("--local", action="store_true", help="for a Ray on this machine alone")
-    local = parser.parse_args(arguments).local
-    ingress.prepare()
-    values = {name: os.environ[name] for name in ingress.names()}
-    if local:
+class EnvironmentOptions(CommandOptions):
+    """Print export lines with the variables that Ray needs before it starts, so that it serves."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.environment")
+
+    local: bool = Field(False, description="For a Ray on this machine alone.")
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse_options(EnvironmentOptions, argv)
+    serve_environment.prepare_local_serving()
+    values = {name: os.environ[name] for name in serve_environment.variable_names()}
+    if options.local:
         values |= connect.local_environment()
     for name, value in values.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,15 +4,15 @@ RequestError
 ├── BadRequest 400
 ├── Unauthorized 401, Forbidden 403
 ├── NotFound 404
-├── BadMethod 405
-├── SlowBody 408
-├── BodyTooLarge 413
-├── ClientGone 499           nobody is there to be answered
-└── TryLater                 says when to come again
+├── MethodNotAllowed 405
+├── RequestTimeout 408
+├── PayloadTooLarge 413
+├── ClientDisconnected 499           nobody is there to be answered
+└── RetryableError                 says when to come again
     ├── RateLimited 429
     ├── Overloaded 503
     ├── Unavailable 503
-    └── TimedOut 504
+    └── DeadlineExceeded 504
 """
 
 import math
@@ -51,7 +51,7 @@ class NotFound(RequestError):
     status, reason = 404, "not_found"
 
 
-class BadMethod(RequestError):
+class MethodNotAllowed(RequestError):
     status, reason = 405, "bad_method"
 
     def __init__(self, message: str, allowed: Sequence[str]) -> None:
@@ -63,19 +63,19 @@ class BadMethod(RequestError):
         return {"Allow": ", ".join(self._allowed)}
 
 
-class SlowBody(RequestError):
+class RequestTimeout(RequestError):
     status, reason = 408, "slow_body"
 
 
-class BodyTooLarge(RequestError):
+class PayloadTooLarge(RequestError):
     status, reason = 413, "too_large"
 
 
-class ClientGone(RequestError):
+class ClientDisconnected(RequestError):
     status, reason = 499, "client_gone"
 
 
-class TryLater(RequestError):
+class RetryableError(RequestError):
     """retry_after_s: when an answer is likely; rounded up to whole seconds, as HTTP has it."""
 
     def __init__(self, message: str, retry_after_s: float = 1, reason: str | None = None) -> None:
@@ -88,17 +88,17 @@ class TryLater(RequestError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
-class RateLimited(TryLater):
+class RateLimited(RetryableError):
     status, reason = 429, "rate"
 
 
-class Overloaded(TryLater):
+class Overloaded(RetryableError):
     status, reason = 503, "overloaded"
 
 
-class Unavailable(TryLater):
+class Unavailable(RetryableError):
     status, reason = 503, "unavailable"
 
 
-class TimedOut(TryLater):
+class DeadlineExceeded(RetryableError):
     status, reason = 504, "timeout"

@@ -7,7 +7,6 @@ The first makes a key, shows it once, and adds its hash to the file; the second 
 Servers that run see both within seconds.
 """
 
-import argparse
 import fcntl
 import hashlib
 import logging
@@ -15,18 +14,28 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from cluster.errors import EXIT_USER_ERROR, UserError
+from cluster import commit
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import UserError
 from serve.errors import RateLimited, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -38,7 +47,7 @@ LOOK_S = 1.0
 DURATION = re.compile(r"(\d{1,6})([dh])")
 
 
-class Key(BaseModel):
+class APIKey(BaseModel):
     """One client's key. The key itself is random and long, so one round of SHA-256 keeps it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,7 +82,7 @@ class Key(BaseModel):
         return self.models is None or model in self.models
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket that holds one second's worth."""
 
     def __init__(self, rate: float) -> None:
@@ -93,15 +102,15 @@ class Bucket:
         return 0
 
 
-class Keys:
+class KeyStore:
     """The keys of a file, read again when it changes. Belongs to one thread."""
 
-    def __init__(self, keys: Sequence[Key], path: Path | None = None) -> None:
+    def __init__(self, keys: Sequence[APIKey], path: Path | None = None) -> None:
         """path: of the file that they are from."""
         self._path = path
         self._seen = _version(path)
         self._looked_at = -LOOK_S
-        self._buckets: dict[str, Bucket] = {}
+        self._buckets: dict[str, TokenBucket] = {}
         self._adopt(keys)
 
     @classmethod
@@ -109,7 +118,7 @@ class Keys:
         """Raises UserError for a file that is missing or wrong."""
         return cls(_read(Path(path)), Path(path))
 
-    def check(self, authorization: str | None, now: float) -> Key:
+    def check(self, authorization: str | None, now: float) -> APIKey:
         """Return the key of an Authorization header. Raises Unauthorized, RateLimited.
 
         now: of a monotonic clock, in seconds.
@@ -131,7 +140,7 @@ class Keys:
                 )
         return found
 
-    def _adopt(self, keys: Sequence[Key]) -> None:
+    def _adopt(self, keys: Sequence[APIKey]) -> None:
         before = self._buckets
         self._keys = {key.sha256: key for key in keys}
         self._buckets = {}
@@ -139,7 +148,7 @@ class Keys:
             if key.rate is not None:
                 known = before.get(key.sha256)
                 same = known is not None and known.rate == key.rate
-                self._buckets[key.sha256] = known if known and same else Bucket(key.rate)
+                self._buckets[key.sha256] = known if known and same else TokenBucket(key.rate)
 
     def _look(self, now: float) -> None:
         """Read the file again where it has changed. Without one, no key is valid.
@@ -177,10 +186,10 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
-def _read(path: Path) -> list[Key]:
+def _read(path: Path) -> list[APIKey]:
     try:
         entries = yaml.safe_load(path.read_text()) or []
-        return [Key.model_validate(entry) for entry in entries]
+        return [APIKey.model_validate(entry) for entry in entries]
     except OSError as error:
         raise UserError(f"keys file '{path}' cannot be read ({error.strerror}).") from error
     except (ValidationError, yaml.YAMLError, TypeError, ValueError) as error:
@@ -190,11 +199,9 @@ def _read(path: Path) -> list[Key]:
         ) from error
 
 
-def _write(path: Path, keys: list[Key]) -> None:
+def _write(path: Path, keys: list[APIKey]) -> None:
     entries = [key.model_dump(exclude_none=True) for key in keys]
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        yaml.safe_dump(entries, file, sort_keys=False)
-    os.replace(file.name, path)
+    commit.write_atomic(str(path), yaml.safe_dump(entries, sort_keys=False).encode(), 0o600)
 
 
 @contextmanager
@@ -219,18 +226,34 @@ def _until(words: str) -> datetime:
     try:
         found = datetime.fromisoformat(words)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'{words}' is no time; expected 90d, 12h, or 2027-01-31"
-        ) from None
+        raise ValueError(f"'{words}' is not a time; expected 90d, 12h, or 2027-01-31") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def _made(given: argparse.Namespace, secret: str) -> Key:
+class KeyOptions(CommandOptions):
+    """Make a client's key, shown once, or revoke it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.security")
+
+    name: CliPositionalArg[str] = Field(description="The client's name.")
+    file: Path = Field(Path("keys.yaml"), description="File that holds the hashes of all keys.")
+    models: str | None = Field(
+        None, description="Models the client may use, such as digits,taxis; all if not given."
+    )
+    rate: float | None = Field(None, description="Requests per second of each replica.")
+    expires: Annotated[datetime, BeforeValidator(_until)] | None = Field(
+        None, description="When the key ends: 90d, 12h, or 2027-01-31."
+    )
+    admin: bool = Field(False, description="The client may load and unload models.")
+    revoke: bool = Field(False, description="Take the key out of the file.")
+
+
+def _new_key(given: KeyOptions, secret: str) -> APIKey:
     """Raises UserError."""
     models = None if given.models is None else [each for each in given.models.split(",") if each]
     limits = {"models": models, "rate": given.rate, "expires": given.expires}
     try:
-        return Key(
+        return APIKey(
             name=given.name,
             sha256=_digest(secret),
             **{name: value for name, value in limits.items() if value is not None},
@@ -241,27 +264,9 @@ def _made(given: argparse.Namespace, secret: str) -> Key:
         raise UserError(f"{first['loc'][0]}: {first['msg'].lower()}.") from error
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve.security", description="Make or revoke a client's key."
-    )
-    parser.add_argument("name")
-    parser.add_argument("--file", type=Path, default=Path("keys.yaml"))
-    parser.add_argument("--models", help="models it may ask, such as digits,taxis; all without")
-    parser.add_argument("--rate", type=float, help="requests per second of each replica")
-    parser.add_argument("--expires", type=_until, help="when it ends: 90d, 12h, or 2027-01-31")
-    parser.add_argument("--admin", action="store_true", help="it may load and unload models")
-    parser.add_argument("--revoke", action="store_true", help="take the key out of the file")
-    given = parser.parse_args(arguments)
-    try:
-        _change(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-
-def _change(given: argparse.Namespace) -> None:
+def main(argv: Sequence[str]) -> None:
     """Add or revoke a key, one command at a time. Raises UserError."""
+    given = parse_options(KeyOptions, argv)
     with _locked(given.file):
         keys = _read(given.file) if given.file.exists() else []
         others = [key for key in keys if key.name != given.name]
@@ -274,10 +279,10 @@ def _change(given: argparse.Namespace) -> None:
         if len(others) < len(keys):
             raise UserError(f"'{given.file}' has a key '{given.name}' already.")
         secret = PREFIX + secrets.token_urlsafe(32)
-        _write(given.file, [*keys, _made(given, secret)])
+        _write(given.file, [*keys, _new_key(given, secret)])
     print(f"added '{given.name}' to {given.file}; the key is shown only now:", file=sys.stderr)
     print(secret)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

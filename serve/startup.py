@@ -11,7 +11,7 @@ import urllib.request
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from cluster import connect
+from cluster import connect, ray_internals
 from serve.config import ServeConfig
 
 POLL_S = 0.2
@@ -34,7 +34,7 @@ def end_on_signals() -> None:
             signal.signal(each, signal.SIG_DFL)
         _ending.set()
         # What the processes that end print from here on says only that they end.
-        connect.silence()
+        ray_internals.silence_workers()
         print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
 
@@ -43,7 +43,7 @@ def end_on_signals() -> None:
         signal.signal(signal.SIGINT, end)
 
 
-def announce(config: ServeConfig, model: str, version: str) -> None:
+def announce_server(config: ServeConfig, model: str, version: str) -> None:
     """Say on stderr, once the server answers, what it serves and where. Returns at once.
 
     model: name of the deployment. version: the default one.
@@ -66,14 +66,14 @@ def _report(announcing: asyncio.Task[None]) -> None:
         print(f"the start of the server is no longer followed: {reason}", file=sys.stderr)
 
 
-def url(config: ServeConfig) -> str:
+def server_url(config: ServeConfig) -> str:
     """Where a client on this machine reaches the server."""
     host = ALL_INTERFACES.get(config.host, config.host)
-    return f"{'https' if config.tls_cert else 'http'}://{host}:{config.port}"
+    return f"{'https' if config.security.tls_cert else 'http'}://{host}:{config.port}"
 
 
 async def _announce(config: ServeConfig, model: str, version: str) -> None:
-    address = url(config)
+    address = server_url(config)
     application = await _running(model)
     if config.replica_range[0]:
         while not await asyncio.to_thread(_answers, address):

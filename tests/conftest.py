@@ -15,16 +15,16 @@ import pytest
 from cluster import connect
 from tests.server import REPOSITORY
 from train.bundle import Bundle
-from train.config import Config, validate
-from train.data import shards
-from train.data.shards import Shards
+from train.config import Config, validate_config
+from train.data import dataset
+from train.data.dataset import EncodedDataset
 from train.tasks import Record
 
-connect.prepare_environment()
+connect.set_ray_environment()
 
 CONFIG: dict[str, Any] = {
     "name": "digits",
-    "learn": "class",
+    "task_type": "classification",
     "features": {"image": "image"},
     "data": {"train": "sklearn:digits"},
     "net": {"widths": [16, 32]},
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 def make_config(**changes: Any) -> Config:
     """A small run on digits, with top-level fields changed."""
-    return validate({**CONFIG, **changes})
+    return validate_config({**CONFIG, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +49,8 @@ def config(storage_path: Path) -> Config:
 
 
 @pytest.fixture(scope="session")
-def digits(config: Config) -> Shards:
-    return shards.prepare(config, config.storage.path)
+def digits(config: Config) -> EncodedDataset:
+    return dataset.prepare_dataset(config, config.storage.path)
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ sys.path[0] = str(REPOSITORY)
 
 from cluster import storage
 from tests import server
-from train import commandline
-from train.data import shards
+from train import cli
+from train.data import dataset
 
 CONNECTIONS = 8
 # Each image is asked for this often, so that the figures rest on more than a second.
@@ -83,8 +83,8 @@ def train() -> dict[str, Any]:
 
 def test_split() -> tuple[np.ndarray, list[str]]:
     """Return the images [N, H, W, C] and labels that training did not see."""
-    config = commandline.parse([]).config
-    data = shards.prepare(config, storage.resolve(config.storage.path))
+    config = cli.parse([]).config
+    data = dataset.prepare_dataset(config, storage.resolve_path(config.storage.path))
     inputs, targets = data.open("test")
     classes = data.summary["task"]["target"]["classes"]
     return next(iter(inputs.values())), [classes[target] for target in targets]
@@ -152,7 +152,7 @@ def show(
         )
     console.print()
     console.print(table)
-    database = storage.tracking_uri(storage.resolve(commandline.parse([]).config.storage.path))
+    database = storage.tracking_uri(storage.resolve_path(cli.parse([]).config.storage.path))
     console.print("Where to look next", style="bold")
     for line in (
         f"pictures   {result['bundle']}/report/",

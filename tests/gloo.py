@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from train.loop.parallel import Worker
+from train.loop.parallelism import Worker
 
 
 def run_workers(world_size: int, function: Callable[..., None], *arguments: Any) -> None:

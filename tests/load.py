@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from serve.loadtest import Closed, Poisson, Report, Target, run
+from serve.loadtest import ClosedLoad, LoadTarget, LoadTestReport, PoissonLoad, run_load
 
 READY_S = 120
 
 
 @contextmanager
-def meanwhile(target: Target, load: Closed | Poisson, **options: Any) -> Iterator[list[Report]]:
+def meanwhile(
+    target: LoadTarget, load: ClosedLoad | PoissonLoad, **options: Any
+) -> Iterator[list[LoadTestReport]]:
     """Load the server while the block runs; the report is there once it has ended."""
-    reports: list[Report] = []
-    thread = threading.Thread(target=lambda: reports.append(run(target, load, **options)))
+    reports: list[LoadTestReport] = []
+    thread = threading.Thread(target=lambda: reports.append(run_load(target, load, **options)))
     thread.start()
     try:
         yield reports
@@ -23,7 +25,7 @@ def meanwhile(target: Target, load: Closed | Poisson, **options: Any) -> Iterato
         thread.join()
 
 
-def failures(report: Report) -> int:
+def failures(report: LoadTestReport) -> int:
     return (
         report.client_errors
         + report.server_errors
@@ -33,7 +35,7 @@ def failures(report: Report) -> int:
     )
 
 
-def brief(report: Report) -> dict[str, Any]:
+def brief(report: LoadTestReport) -> dict[str, Any]:
     latency = report.latency_ms or {}
     return {
         "requests": report.requests,

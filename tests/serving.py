@@ -6,12 +6,15 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from serve.config import ServeConfig
-from serve.dataplane import DataPlane
-from serve.host import Host
-from serve.protocol.rest import Rest
-from serve.repository import Repository
-from serve.security import Keys
-from serve.served import Served, State
+from serve.control.repository import Repository
+from serve.http.routes import ModelAPI
+from serve.inference.dataplane import DataPlane
+from serve.replica.handler import InferenceHandler
+from serve.replica.model_versions import ModelVersions
+from serve.replica.pipeline import PredictionPipeline
+from serve.security import KeyStore
+from serve.state import ServingState
+from serve.telemetry.recorder import RequestRecorder
 from train.bundle import Bundle, Predictor
 
 
@@ -22,28 +25,34 @@ def make_plane(bundle: Bundle, version: str = "3", **options: Any) -> DataPlane:
 def make_host(
     bundle: Bundle,
     *,
-    keys: Keys | None = None,
+    keys: KeyStore | None = None,
     loopback: bool = True,
     load: Callable[[str], Predictor] = lambda location: Predictor.load(Bundle.load(location)),
     **options: Any,
-) -> Host:
+) -> InferenceHandler:
     """A model in version 3, alias production, with its repository.
 
     load: location of a bundle → its predictor.
     """
     config = ServeConfig(model=str(bundle.path), **options)
     name = bundle.manifest.name
-    state = State(0, name, "3", {"3": str(bundle.path)}, {"production": "3"})
+    state = ServingState(0, name, "3", {"3": str(bundle.path)}, {"production": "3"})
 
     def load_plane(location: str, version: str) -> DataPlane:
         return DataPlane(load(location), version, config)
 
     repository = Repository(config, state, lambda _config, _revision: state)
-    return Host(Served(state, load_plane), config, repository, keys, loopback=loopback)
+    return InferenceHandler(
+        ModelVersions(state, load_plane, PredictionPipeline(config, name)),
+        config,
+        repository,
+        keys,
+        loopback=loopback,
+    )
 
 
-def make_rest(bundle: Bundle, **options: Any) -> Rest:
-    return Rest(make_host(bundle, **options))
+def make_rest(bundle: Bundle, recorder: RequestRecorder | None = None, **options: Any) -> ModelAPI:
+    return ModelAPI(make_host(bundle, **options), recorder)
 
 
 def client_of(application: Any) -> TestClient:

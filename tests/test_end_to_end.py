@@ -16,11 +16,11 @@ import pytest
 from tests import server
 from tests.alone import edge_labels
 from tests.conftest import run_main
-from tests.test_rest import v2_body
-from tests.test_tasks import image_bytes
-from train.compress import edge
-from train.config import validate
-from train.data import shards
+from tests.serve.http.test_routes import v2_body
+from tests.train.tasks.test_tasks import image_bytes
+from train.compress import export_edge
+from train.config import validate_config
+from train.data import dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -44,8 +44,8 @@ def processes():
 
 @pytest.fixture(scope="module")
 def test_split(bundle):
-    config = validate(bundle.manifest.config)
-    inputs, targets = shards.prepare(config, config.storage.path).open("test")
+    config = validate_config(bundle.manifest.config)
+    inputs, targets = dataset.prepare_dataset(config, config.storage.path).open("test")
     return inputs["image"], [bundle.task.target.to_dict()["classes"][index] for index in targets]
 
 
@@ -60,7 +60,7 @@ def test_training_prints_one_json_object_that_holds_the_result(trained, bundle):
     assert bundle.manifest.variants[trained["default_variant"]].accepted
 
 
-def test_a_served_model_answers_every_protocol_and_leaves_no_process(
+def test_a_served_model_answers_all_protocols_and_ends_cleanly(
     trained, bundle, test_split, storage_path, tmp_path
 ):
     before = processes()
@@ -70,7 +70,7 @@ def test_a_served_model_answers_every_protocol_and_leaves_no_process(
         answer = httpx.post(f"{url}/v2/models/digits/infer", json=v2_body(images)).json()
         by_tensor = answer["outputs"][0]["data"]
         assert np.mean(np.array(by_tensor) == labels) > 0.95
-        edge.export(bundle, None, tmp_path / "edge")
+        export_edge.export_edge(bundle, None, tmp_path / "edge")
         assert edge_labels(tmp_path / "edge", "image", np.array(images)) == by_tensor
         instances = [
             {"b64": base64.b64encode(image_bytes(image.squeeze())).decode()} for image in images
@@ -95,7 +95,7 @@ def test_a_served_model_answers_every_protocol_and_leaves_no_process(
         (["--data.train", "missing.parquet"], ["missing.parquet"]),
         (["--net.widths", "[8,8,8]"], ["8×8", "net.widths"]),
         (["--workers.num", "100"], ["63 samples", "100 workers"]),
-        (["--workers.lanes", "1"], ["workers.lanes is 1", "workers.num up to 2"]),
+        (["--workers.micro_batches", "1"], ["workers.micro_batches is 1", "workers.num up to 2"]),
         (["--workers.gpu", "true"], ["1 GPU", "0 GPU"]),
         (["--registry.metric", "test_accuracy"], ["test_accuracy", "valid_accuracy"]),
         (["--storage.path", "README.md/runs"], ["README.md", "storage.path"]),

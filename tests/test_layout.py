@@ -1,67 +1,135 @@
-"""Imports go one way, and each part does without what it must do without."""
+"""Imports go one way, folders stay small, and a name means one thing."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.server import REPOSITORY
 
-# Package → the packages of ours that it may import. Longest name first decides.
+PACKAGES = ("cluster", "train", "tune", "serve")
+
+# Package → the packages of this project that it may import. The longest matching name decides.
 ALLOWED = {
     "cluster": {"cluster"},
     "train.tasks": {"cluster", "train.tasks"},
     "train.bundle": {"cluster", "train.tasks", "train.bundle"},
     "train.config": {"cluster", "train.tasks", "train.config"},
-    "train.commandline": {"cluster", "train.config"},
+    "train.cli": {"cluster", "train.config"},
+    # Of numpy alone: training and serving judge by the same statistics.
+    "train.stats": set(),
     # Read by training and by offline inference alike.
-    "train.data.formats": {"cluster", "train.tasks"},
-    "train.data.sources": {"cluster", "train.tasks", "train.data.formats"},
+    "train.data.readers": {"cluster", "train.tasks"},
+    "train.data.sources": {"cluster", "train.tasks", "train.data.readers"},
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
     "train.data": {"cluster", "train.tasks", "train.bundle", "train.config", "train.data"},
+    "train.telemetry": {
+        *("cluster", "train.tasks", "train.config", "train.telemetry"),
+    },
     "train.loop": {
-        *("cluster", "train.tasks", "train.bundle", "train.config"),
-        *("train.nets", "train.data", "train.loop"),
+        *("cluster", "train.tasks", "train.bundle", "train.config", "train.nets", "train.data"),
+        *("train.telemetry", "train.distributed", "train.loop"),
+    },
+    "train.distributed": {
+        *("cluster", "train.tasks", "train.bundle", "train.config", "train.nets", "train.data"),
+        *("train.telemetry", "train.loop", "train.distributed"),
     },
     "train.compress": {
-        *("cluster", "train.tasks", "train.bundle", "train.config", "train.report"),
-        *("train.nets", "train.data", "train.loop", "train.compress"),
+        *("cluster", "train.tasks", "train.bundle", "train.config", "train.nets", "train.data"),
+        *("train.telemetry", "train.loop", "train.distributed", "train.reports"),
+        *("train.stats", "train.compress"),
     },
-    "train.report": {"train.tasks", "train.bundle"},
-    "train.card": {"train.tasks", "train.bundle", "train.config", "train.card"},
+    "train.reports": {
+        *("train.tasks", "train.bundle", "train.config", "train.stats", "train.reports"),
+    },
     "train.compress.__main__": {"cluster", "train"},
-    "train.fit": {"cluster", "train"},
+    "train.training": {"cluster", "train"},
     "train": {"cluster", "train"},
     "tune": {"cluster", "train", "tune"},
     "serve": {
-        "cluster",
-        "train.tasks",
-        "train.bundle",
-        "train.data.sources",
-        "train.data.formats",
-        "serve",
+        *("cluster", "train.tasks", "train.bundle", "train.data.sources", "train.data.readers"),
+        *("train.stats", "serve"),
     },
 }
-OURS = {"cluster", "train", "tune", "serve", "tests"}
+# Import strings that point the other way, each with the module that it names.
+IMPORT_STRINGS = {
+    # Ray Serve imports the middleware in its own processes.
+    ("cluster.serve_environment", "serve.http.gateway"),
+    # The table of engines; the torch engine needs the nets.
+    ("train.bundle.engines", "train.nets.torch_engine"),
+}
+IMPORT_STRING = re.compile(r"(?:cluster|train|tune|serve)(?:\.\w+)*[.:]\w+")
+
+MAX_MODULES = 12
+MAX_LINES = 300
+MAX_TEST_NAME = 60
+# Longer modules, and why they stay in one piece.
+LONG_MODULES = {
+    "train.loop.loop": "the training loop, which is read from top to bottom",
+}
+# Conventional names that several modules define.
+SHARED_NAMES = {"main", "parse", "encode", "decode"}
+
+
+def paths() -> list[Path]:
+    return sorted(path for part in PACKAGES for path in (REPOSITORY / part).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for path in paths()}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def module_of(name: str) -> str | None:
+    """Return the module of ours that a dotted name is or lies in."""
+    while name and name not in modules():
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def imports(path: Path) -> set[str]:
+    """Return what a module imports of this project, as package.module.name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in OURS}
+    return {name for name in found if name.split(".")[0] in {*PACKAGES, "tests"}}
 
 
-def modules() -> list[Path]:
-    return sorted(
-        path
-        for part in ("cluster", "train", "tune", "serve")
-        for path in (REPOSITORY / part).rglob("*.py")
+def import_strings(path: Path) -> set[str]:
+    """Return the strings of a module that name a module of this project to be imported."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            value = node.value
+            if IMPORT_STRING.fullmatch(value) and _resolves(value):
+                found.add(value.replace(":", "."))
+    return found
+
+
+def _resolves(value: str) -> bool:
+    """Whether a string is MODULE:ATTRIBUTE, MODULE.ATTRIBUTE or MODULE; not a dotted option."""
+    module, separator, _ = value.partition(":")
+    return (
+        module in modules() if separator else module_of(value) in {value, value.rpartition(".")[0]}
     )
 
 
@@ -69,19 +137,117 @@ def below(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def folder(module: str) -> str:
+    """Return the unit that must not be part of a circle.
+
+    It is a module's folder. A module beside the folders of a package is a unit alone: some stand
+    below the folders, as `train.config`, others above them, as `train.training`.
+    """
+    parent = ".".join(modules()[module].relative_to(REPOSITORY).parent.parts)
+    return module if parent in PACKAGES else parent
+
+
+@pytest.mark.parametrize("path", paths(), ids=module_name)
 def test_a_module_imports_only_what_stands_before_it(path):
-    module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+    module = module_name(path)
     package = max((name for name in ALLOWED if below(module, name)), key=len)
-    for name in imports(path):
+    strings = {
+        name for name in import_strings(path) if (module, module_of(name)) not in IMPORT_STRINGS
+    }
+    for name in imports(path) | strings:
         assert any(below(name, allowed) for allowed in ALLOWED[package]), f"{module} → {name}"
+
+
+def in_circles(edges: dict[str, set[str]]) -> set[str]:
+    """Return the nodes of a graph from which a circle is reached."""
+    left = set(edges)
+    while done := {unit for unit in left if not edges[unit] & left}:
+        left -= done
+    return left
+
+
+def test_folders_import_each_other_in_no_circle():
+    edges = defaultdict(set)
+    for module, path in modules().items():
+        for name in imports(path):
+            target = module_of(name)
+            if target and folder(target) != folder(module):
+                edges[folder(module)].add(folder(target))
+    assert not in_circles(edges)
+
+
+def test_modules_import_each_other_in_no_circle():
+    """What a function imports when it is called is no part of one."""
+    edges = defaultdict(set)
+    for module, path in modules().items():
+        for node in tree(path).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                edges[module] |= {module_of(name) for name in names} - {module, None}
+    assert not in_circles(edges)
+
+
+def test_no_folder_holds_more_than_twelve_modules():
+    count = Counter(path.parent for path in paths() if path.name != "__init__.py")
+    assert {str(path): number for path, number in count.items() if number > MAX_MODULES} == {}
+
+
+def test_no_module_is_longer_than_three_hundred_lines():
+    long = {
+        module
+        for module, path in modules().items()
+        if len(path.read_text().splitlines()) > MAX_LINES
+    }
+    assert long == set(LONG_MODULES)
+
+
+def test_a_public_name_is_defined_in_one_module_only():
+    where = defaultdict(list)
+    for module, path in modules().items():
+        for node in tree(path).body:
+            named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if named and not node.name.startswith("_"):
+                where[node.name].append(module)
+    assert {name for name, found in where.items() if len(found) > 1} <= SHARED_NAMES
+
+
+def test_import_strings_of_manifests_and_configs_resolve():
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.yaml"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+    checked = 0
+    for name in tracked:
+        for document in yaml.safe_load_all((REPOSITORY / name).read_text()):
+            for value in leaves(document):
+                module, separator, attribute = value.partition(":")
+                if separator and IMPORT_STRING.fullmatch(value) and module in modules():
+                    defined = {getattr(node, "name", None) for node in tree(modules()[module]).body}
+                    assert attribute in defined, f"{name}: {value}"
+                    checked += 1
+    assert checked >= 3
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for each in value:
+            yield from leaves(each)
+    elif isinstance(value, str):
+        yield value
 
 
 @pytest.mark.parametrize(
     "package",
     [
-        *("train.bundle", "train.tasks", "serve.dataplane", "serve.console", "serve.offline"),
-        "serve.monitor.requestlog",
+        *(
+            "train.bundle",
+            "train.tasks",
+            "serve.inference.dataplane",
+            "serve.http.console",
+            "serve.offline.__main__",
+        ),
+        "serve.requestlog.writer",
     ],
 )
 def test_serving_needs_no_torch(package):
@@ -100,3 +266,17 @@ def test_the_top_level_holds_the_agreed_folders_only():
     ).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name}
     assert folders <= {".ci", "cluster", "train", "tune", "serve", "k8s", "tests"}
+
+
+def test_folders_of_tests_mirror_the_packages():
+    tests = REPOSITORY / "tests"
+    for path in tests.rglob("test_*.py"):
+        folder = path.parent.relative_to(tests)
+        assert (REPOSITORY / folder).is_dir(), path
+
+
+def test_test_names_are_short():
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(node.name) <= MAX_TEST_NAME, node.name

@@ -3,4 +3,4 @@
 from cluster import private
 
 # Before the libraries that read it are imported, in every process that uses them.
-private.prepare_environment()
+private.set_privacy_environment()

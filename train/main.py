@@ -13,37 +13,38 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 # Where a user's own tasks and nets are.
 sys.path.insert(1, str(Path.cwd()))
 
-from cluster import connect, storage
+from cluster import connect
 
-connect.prepare_environment()
+connect.set_ray_environment()
 import ray  # noqa: F401 - before the threads of `main`, which would both import it
 
-from cluster.errors import run_command
-from train import commandline
+from cluster.cli import run_command
+from train import cli
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    config, save_to = commandline.parse(argv)
+    config, save_to = cli.parse(argv)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
-        imported = pool.submit(importlib.import_module, "train.fit")
+        imported = pool.submit(importlib.import_module, "train.training")
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
-    from train.bundle import registry
-    from train.data import infer
-    from train.fit import fit
+    from train.bundle import publishing
+    from train.data import schema_inference
+    from train.training import fit
 
-    config = infer.complete(config)
+    completed = schema_inference.complete_config(config)
+    config = completed.config
     if save_to:
-        commandline.save(config, save_to)
-    root = storage.resolve(config.storage.path)
+        cli.save_config(config, save_to)
+    root = config.storage.root
     if not config.registry.enabled:
-        return registry.summary(fit(config))
-    registry.check(root, config.registry.metric)
-    with registry.Recording(root, config.name, config.model_dump(mode="json")) as recording:
-        bundle = fit(config, recording.observe)
-        published = registry.publish(bundle, recording, root, config.registry.metric)
-    return registry.summary(bundle) | published
+        return publishing.bundle_summary(fit(completed))
+    publishing.check_publishable(root, config.registry.metric)
+    with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
+        bundle = fit(completed, recording.observe)
+        published = publishing.publish(bundle, recording, root, config.registry.metric)
+    return publishing.bundle_summary(bundle) | published
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from train.config import Config, Part
-from tune.space import Space
+from train.config import Config, Section
+from tune.search_space import Space
 
 Scheduling = Literal["asha", "hyperband", "median", "pbt", "none"]
 
 
-class Scheduler(Part):
+class SchedulerConfig(Section):
     """When a trial that does worse than others ends early."""
 
     name: Scheduling | None = Field(
@@ -35,7 +35,7 @@ class Scheduler(Part):
     )
 
 
-class Tune(Part):
+class TuneConfig(Section):
     """What is searched, for what, and how."""
 
     study: str | None = Field(
@@ -65,7 +65,7 @@ class Tune(Part):
         description="Gaussian process, the best of a few dozen trials; tree-structured Parzen "
         "estimator, for hundreds; genetic, for several objectives; random.",
     )
-    scheduler: Scheduler = Scheduler()
+    scheduler: SchedulerConfig = SchedulerConfig()
     start: bool = Field(
         True, description="Begin with the options as the config has them, where in the space."
     )
@@ -95,7 +95,7 @@ class Tune(Part):
 class StudyConfig(Config):
     """A study: the training config that trials begin from, and what is searched."""
 
-    tune: Tune
+    tune: TuneConfig
 
     @model_validator(mode="after")
     def _refits_what_was_found(self) -> Self:

@@ -13,17 +13,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 # Where a user's own tasks and nets are.
 sys.path.insert(1, str(Path.cwd()))
 
-from cluster import connect, storage
+from cluster import connect
 
-connect.prepare_environment()
+connect.set_ray_environment()
 import ray  # noqa: F401 - before the threads of `main`, which would both import it
 
-from cluster.errors import run_command
-from tune import commandline
+from cluster.cli import run_command
+from tune import cli
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    config = commandline.parse(argv)
+    config = cli.parse(argv)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "tune.tuner")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         imported.result()
     from tune import tuner
 
-    return tuner.tune(config, storage.resolve(config.storage.path))
+    return tuner.tune(config, config.storage.root)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Pick:
+class SelectionRule:
     """Which trial wins: the best in one figure, of those within some bounds."""
 
     best: Objective
@@ -79,7 +79,7 @@ class Goals:
     """What the trials of a study are measured by."""
 
     objectives: tuple[Objective, ...]
-    pick: Pick
+    pick: SelectionRule
 
     @property
     def early(self) -> str:
@@ -97,7 +97,7 @@ class Goals:
         return tuple(dict.fromkeys(each.variant for each in self.measured if each.variant))
 
 
-def goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -> Goals:
+def study_goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -> Goals:
     """metric_names: those of the task, its own first.
 
     Raises UserError for an objective that the task does not have.
@@ -105,7 +105,7 @@ def goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -
     task = [f"valid_{name}" for name in metric_names]
     own = task[0]
     objectives = tuple(_objective(name, task) for name in names or (own,))
-    chosen = Pick(objectives[0]) if pick is None else _pick(pick, task)
+    chosen = SelectionRule(objectives[0]) if pick is None else _pick(pick, task)
     found = Goals(objectives, chosen)
     if not any(each.metric.startswith("valid_") for each in objectives):
         # Trials are compared by it while they run.
@@ -113,7 +113,7 @@ def goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -
     return found
 
 
-def figures(variant: Variant) -> dict[str, Any]:
+def variant_metrics(variant: Variant) -> dict[str, Any]:
     """What objectives may ask of a variant. The test split is for no choice, so not of it."""
     return {
         "verdict": variant.verdict,
@@ -124,7 +124,7 @@ def figures(variant: Variant) -> dict[str, Any]:
     }
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """Which points no other is better than; of signed figures, more of each is better."""
 
     def beaten(mine: Sequence[float], other: Sequence[float]) -> bool:
@@ -151,7 +151,7 @@ def _objective(name: str, metrics: Sequence[str]) -> Objective:
     )
 
 
-def _pick(rule: str, metrics: Sequence[str]) -> Pick:
+def _pick(rule: str, metrics: Sequence[str]) -> SelectionRule:
     words, _, bounds = rule.strip().partition(" with ")
     verb, _, name = words.partition(" ")
     if verb != "best" or not name.strip():
@@ -166,4 +166,4 @@ def _pick(rule: str, metrics: Sequence[str]) -> Pick:
         except ValueError as error:
             raise UserError(f"tune.pick is '{rule}'; '{match[3]}' is no number.") from error
         conditions.append(Condition(_objective(match[1], metrics), match[2], bound))
-    return Pick(_objective(name.strip(), metrics), tuple(conditions))
+    return SelectionRule(_objective(name.strip(), metrics), tuple(conditions))

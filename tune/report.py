@@ -1,92 +1,101 @@
-"""python -m tune.report [STUDY] [--storage.path PATH]: a study's table and pictures, made anew.
+"""python -m tune.report [STUDY] [--storage PATH]: the table and plots of a study."""
 
-Of a study that is finished, or while it runs.
-"""
-
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices, Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
 from cluster import storage
-from cluster.errors import Failed, UserError, run_command
-from tune import pictures
-from tune.display import clock, shown
-from tune.objectives import front
-from tune.pick import winner
-from tune.study import REPORT, Study, Trial, location
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import CommandFailed, UserError
+from tune.objectives import pareto_front
+from tune.reports import plots
+from tune.reports.progress import format_duration, format_value
+from tune.run.study_store import REPORT, Study, study_location
+from tune.run.trial_record import Trial
+from tune.selection import select_winner
 
 TABLE = "report.md"
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tune.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+class ReportOptions(CommandOptions):
+    """Write the table and plots of a study again, whether it has finished or still runs."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m tune.report")
+
+    study: CliPositionalArg[str | None] = Field(
+        None, description="Name of the study; may be left out if there is only one."
     )
-    parser.add_argument("study", nargs="?", help="its name; the only one's if there is one")
-    parser.add_argument("--storage.path", dest="storage", default=storage.DEFAULT_PATH)
-    options = parser.parse_args(argv)
-    root = storage.resolve(options.storage)
-    study = Study.load(location(root, options.study or _only(root)))
-    place = write(study)
-    best = chosen(study)
-    print(table(study, best), file=sys.stderr)
+    storage: str = Field(
+        storage.DEFAULT_PATH,
+        validation_alias=AliasChoices("storage", "storage.path"),
+        description="Storage path that holds the study.",
+    )
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    options = parse_options(ReportOptions, argv)
+    root = storage.resolve_path(options.storage)
+    study = Study.load(study_location(root, options.study or _only(root)))
+    place = write_report(study)
+    best = current_winner(study)
+    print(trials_table(study, best), file=sys.stderr)
     return {
         "study": study.name,
         "report": place,
         "num_trials": len(study.trials),
-        "states": counts(study),
+        "states": count_states(study),
         "trial": best.number if best else None,
         "objectives": study.measured(best) if best else None,
     }
 
 
-def write(study: Study, also: Callable[[Path], None] = lambda folder: None) -> str:
+def write_report(study: Study, also: Callable[[Path], None] = lambda folder: None) -> str:
     """Write the table and the pictures into the study's folder; return where they are.
 
     also: called with a local folder that holds them.
     """
-    place = storage.join(study.url, REPORT)
-    best = chosen(study)
+    place = storage.join_path(study.url, REPORT)
+    best = current_winner(study)
     fs, path = storage.filesystem(place)
     fs.makedirs(path, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
-        pictures.draw(study, best, lambda name: Path(folder, name))
-        Path(folder, TABLE).write_text(table(study, best))
+        plots.draw_study(study, best, lambda name: Path(folder, name))
+        Path(folder, TABLE).write_text(trials_table(study, best))
         for file in Path(folder).iterdir():
-            fs.put_file(str(file), storage.join(path, file.name))
+            fs.put_file(str(file), storage.join_path(path, file.name))
         also(Path(folder))
     return place
 
 
-def chosen(study: Study) -> Trial | None:
+def current_winner(study: Study) -> Trial | None:
     """The trial that wins as the study stands, or None."""
     try:
-        return winner(study)
-    except Failed:
+        return select_winner(study)
+    except CommandFailed:
         return None
 
 
-def counts(study: Study) -> dict[str, int]:
+def count_states(study: Study) -> dict[str, int]:
     """How many trials are in each state that there is."""
     states = [trial.state for trial in study.trials]
     return {state: states.count(state) for state in dict.fromkeys(states)}
 
 
-def table(study: Study, best: Trial | None) -> str:
+def trials_table(study: Study, best: Trial | None) -> str:
     """All trials in Markdown: complete ones first, the best before all."""
     goals, names = study.goals, list(study.config.tune.space)
     measured = [each.name for each in goals.measured]
-    words = ", ".join(f"{count} {state}" for state, count in counts(study).items())
+    words = ", ".join(f"{count} {state}" for state, count in count_states(study).items())
     seconds = sum(trial.seconds for trial in study.trials)
     lines = [
         f"# Study {study.name}",
         "",
-        f"{len(study.trials)} trials ({words}), {clock(seconds)} of trials in all.",
+        f"{len(study.trials)} trials ({words}), {format_duration(seconds)} of trials in all.",
         "",
         "| " + " | ".join(["trial", "state", "epoch", "s", *measured, *names]) + " |",
         "|" + "---|" * (4 + len(measured) + len(names)),
@@ -97,7 +106,7 @@ def table(study: Study, best: Trial | None) -> str:
         for trial in complete
     ]
     several = len(goals.objectives) > 1
-    best_of_all = [complete[at] for at in front(points)] if several else []
+    best_of_all = [complete[at] for at in pareto_front(points)] if several else []
     if several:
         lines.insert(3, "\nfront: trials that no other complete one beats in all objectives.")
     order = {"complete": 0, "running": 1, "stopped": 2, "failed": 3}
@@ -114,15 +123,15 @@ def table(study: Study, best: Trial | None) -> str:
             "**winner**" if trial is best else "front" if trial in best_of_all else trial.state,
             str(trial.epoch),
             f"{trial.seconds:.1f}",
-            *(shown(figures[name]) if name in figures else "" for name in measured),
-            *(shown(trial.values[name]) for name in names),
+            *(format_value(figures[name]) if name in figures else "" for name in measured),
+            *(format_value(trial.values[name]) for name in names),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for trial in study.trials:
         notes = [trial.cause] if trial.cause else []
         notes += [
             f"at epoch {each.epoch} it took over from trial {each.donor}, and had "
-            + ", ".join(f"{name} {shown(value)}" for name, value in each.values.items())
+            + ", ".join(f"{name} {format_value(value)}" for name, value in each.values.items())
             for each in trial.takeovers
         ]
         refused = [
@@ -141,7 +150,7 @@ def _is_done(trial: Trial) -> bool:
 
 
 def _only(root: str) -> str:
-    fs, path = storage.filesystem(location(root, ""))
+    fs, path = storage.filesystem(study_location(root, ""))
     names = sorted(
         each.rstrip("/").rsplit("/", 1)[-1]
         for each in (fs.ls(path, detail=False) if fs.exists(path) else [])

@@ -9,26 +9,28 @@ import yaml
 
 from cluster import storage
 from cluster.errors import UserError
-from train import fit
-from train.bundle import registry
+from train.bundle import publishing
 from train.config import LAST, Config
-from train.data import shards
-from train.data.shards import Shards
-from train.loop import trainer
-from train.loop.figures import kept
-from train.loop.run import Run
-from tune import objectives, report, search, space
-from tune.commandline import training
+from train.data import dataset
+from train.data.dataset import EncodedDataset
+from train.distributed import launcher
+from train.loop.run_directory import Run
+from train.telemetry.throughput import best_epoch
+from train.training import build_bundle, check_against_data, prepare_run
+from tune import objectives, report, search_space
+from tune.cli import training_config
 from tune.config import StudyConfig
-from tune.display import Display
-from tune.pick import winner
-from tune.sampler import Sampler
-from tune.search import Search
-from tune.study import BEST, RESULT, Study, Trial, alone, location
-from tune.tracking import Tracking
+from tune.reports.mlflow_tracking import MLflowTracking
+from tune.reports.progress import StudyDisplay
+from tune.run import runner
+from tune.run.runner import SearchContext
+from tune.run.sampler import TrialSampler
+from tune.run.study_store import BEST, RESULT, Study, lock_study, study_location
+from tune.run.trial_record import Trial
+from tune.selection import select_winner
 
 REFIT = "refit"
-REFITTED = {"data.train_on_valid": True, "checkpoint.best": LAST, "stop.metric": None}
+REFITTED = {"data.train_on_valid": True, "checkpoint.metric": LAST, "stop.metric": None}
 
 
 def tune(config: StudyConfig, root: str) -> dict[str, Any]:
@@ -38,21 +40,22 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
     to win.
     """
     started = time.perf_counter()
-    base, data = fit.prepare(training(config))
+    completed, data = prepare_run(training_config(config))
+    base = completed.config
     metric_names = data.task.target.metric_names
-    wanted = objectives.goals(config.tune.objectives, config.tune.pick, metric_names).variants
+    wanted = objectives.study_goals(config.tune.objectives, config.tune.pick, metric_names).variants
     # What trials are measured by, the winner has too.
     variants = list(dict.fromkeys((*base.compress.variants, *wanted)))
-    base = space.with_values(base, {"compress.variants": variants})
+    base = search_space.with_values(base, {"compress.variants": variants})
     for name, dimension in config.tune.space.items():
         for value in dimension.tried:
-            fit.check(space.with_values(base, {name: value}), data)
-    choice = base.checkpoint.best or f"valid_{data.task.metric}"
-    parallel = search.concurrency(config)
+            check_against_data(search_space.with_values(base, {name: value}), data)
+    choice = base.checkpoint.metric or f"valid_{data.task.metric}"
+    parallel = runner.max_concurrent(config)
     if base.registry.enabled:
-        registry.check(root, base.registry.metric)
-    url = location(root, config.study)
-    with alone(url):
+        publishing.check_publishable(root, base.registry.metric)
+    url = study_location(root, config.study)
+    with lock_study(url):
         study = Study.open(url, config, metric_names, choice, data.summary["digest"])
         if (result := _result(study)) is not None:
             print(
@@ -61,23 +64,23 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
                 file=sys.stderr,
             )
             return result
-        plan = Search(study, base, parallel)
-        judge = search.judge(plan)  # first, as it ends trials
-        first = space.present(base, config.tune.space) if config.tune.start else {}
-        sampler = Sampler(study, first)
-        with Tracking(study, root) as tracking:
-            with Display(study, parallel) as display:
-                search.run(plan, sampler, judge, [display, tracking])
+        plan = SearchContext(study, base, parallel)
+        judge = runner.build_scheduler(plan)  # first, as it ends trials
+        first = search_space.current_values(base, config.tune.space) if config.tune.start else {}
+        sampler = TrialSampler(study, first)
+        with MLflowTracking(study, root) as tracking:
+            with StudyDisplay(study, parallel) as display:
+                runner.run_search(plan, sampler, judge, [display, tracking])
             study.tidy()
-            pictures = report.write(study, tracking.add)
-            result = _finish(plan, winner(study), root, tracking, started)
+            pictures = report.write_report(study, tracking.add)
+            result = _finish(plan, select_winner(study), root, tracking, started)
             result["report"] = pictures
         study.write(RESULT, {"of": _key(study), "result": result})
         return result
 
 
 def _finish(
-    plan: Search, trial: Trial, root: str, tracking: Tracking, started: float
+    plan: SearchContext, trial: Trial, root: str, tracking: MLflowTracking, started: float
 ) -> dict[str, Any]:
     """Make the bundle of the winner, register it, and write its config."""
     study, refit = plan.study, plan.study.config.tune.refit
@@ -86,8 +89,8 @@ def _finish(
     print(f"trial {trial.number} wins: {shown}", file=sys.stderr)
     best = plan.of(trial)
     if refit:
-        best = space.with_values(best, REFITTED)
-    best_url = storage.join(study.url, BEST)
+        best = search_space.with_values(best, REFITTED)
+    best_url = storage.join_path(study.url, BEST)
     fs, path = storage.filesystem(best_url)
     with fs.open(path, "w") as file:
         file.write(f"# Trial {trial.number} of study {study.name}: {shown}.\n")
@@ -97,7 +100,7 @@ def _finish(
         yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
 
     begun = time.perf_counter() - trial.seconds
-    data = shards.prepare(best, root)
+    data = dataset.prepare_dataset(best, root)
     run = _refitted(study, best, data) if refit else Run.open(study.run_url(trial.run))
     lineage = {
         "study": study.name,
@@ -107,12 +110,12 @@ def _finish(
         "takeovers": [{"epoch": each.epoch, "donor": each.donor} for each in trial.takeovers],
     }
     name = f"{best.name}-{study.name}-{trial.name}-{secrets.token_hex(2)}"
-    bundle = fit.bundle(best, data, run, begun, name=name, lineage=lineage)
-    result = registry.summary(bundle)
+    bundle = build_bundle(best, data, run, begun, name=name, lineage=lineage)
+    result = publishing.bundle_summary(bundle)
     if best.registry.enabled:
         metric = best.registry.metric or f"valid_{bundle.task.metric}"
         # The refitted net has seen the records that it would be judged by.
-        figure = kept(trial.rows, study.choice)[metric] if refit else None
+        figure = best_epoch(trial.rows, study.choice)[metric] if refit else None
         result |= tracking.publish(bundle, metric, figure)
     return result | {
         "study": study.name,
@@ -124,7 +127,7 @@ def _finish(
     }
 
 
-def _refitted(study: Study, config: Config, data: Shards) -> Run:
+def _refitted(study: Study, config: Config, data: EncodedDataset) -> Run:
     """Train on training and validation records together, or go on with it."""
     url = study.run_url(REFIT)
     try:
@@ -134,7 +137,7 @@ def _refitted(study: Study, config: Config, data: Shards) -> Run:
         if fs.exists(path):
             fs.rm(path, recursive=True)
         run = Run.start(url, config)
-    trainer.train(config, run, data)
+    launcher.train(config, run, data)
     return run
 
 

@@ -7,22 +7,22 @@
     print(report.ok_per_s, report.latency_ms["p99"])
 """
 
-from serve.loadtest.client import run
-from serve.loadtest.load import Closed, Load, Poisson
-from serve.loadtest.report import Outcome, Report
-from serve.loadtest.search import Search, find_rate
-from serve.loadtest.target import Target, probe, request
+from serve.loadtest.client import run_load
+from serve.loadtest.load import ClosedLoad, Load, PoissonLoad
+from serve.loadtest.report import LoadTestReport, Outcome
+from serve.loadtest.search import RateSearch, find_rate
+from serve.loadtest.target import LoadTarget, build_request, send_first
 
 __all__ = [
-    "Closed",
+    "ClosedLoad",
     "Load",
+    "LoadTarget",
+    "LoadTestReport",
     "Outcome",
-    "Poisson",
-    "Report",
-    "Search",
-    "Target",
+    "PoissonLoad",
+    "RateSearch",
+    "build_request",
     "find_rate",
-    "probe",
-    "request",
-    "run",
+    "run_load",
+    "send_first",
 ]

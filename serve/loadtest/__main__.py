@@ -1,36 +1,30 @@
 """`python -m serve.loadtest URL [options]`: see the package."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    CliSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from cluster.errors import UserError, run_command
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import UserError
 from serve.loadtest import target as targets
-from serve.loadtest.client import run
-from serve.loadtest.load import Closed, Load, Poisson
-from serve.loadtest.report import Report
+from serve.loadtest.client import run_load
+from serve.loadtest.load import ClosedLoad, Load, PoissonLoad
+from serve.loadtest.report import LoadTestReport
 from serve.loadtest.search import find_rate
-from serve.loadtest.target import Target
+from serve.loadtest.target import LoadTarget
 
 CLOSED_CONNECTIONS, OPEN_CONNECTIONS = 32, 512
 MAX_SHOWN = 300
 
 
-class Options(BaseModel):
-    """Every option of the command."""
+class LoadTestOptions(CommandOptions):
+    """Load an HTTP inference server and report how many answers arrived, and how late."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.loadtest")
 
     url: CliPositionalArg[str] = Field(description="The server, http://HOST:PORT.")
     connections: int | None = Field(
@@ -73,19 +67,10 @@ class Options(BaseModel):
     picture: Path | None = Field(None, description="PNG to draw latencies and throughput into.")
 
 
-class _Command(BaseSettings, Options):
-    """Load an HTTP inference server and tell how many answers came, how late, and how many not."""
-
-    # Apart: settings of this kind are also read from the environment, PATH as --path.
-    model_config = SettingsConfigDict(
-        cli_prog_name="python -m serve.loadtest", cli_kebab_case=True, cli_implicit_flags=True
-    )
-
-
 def main(argv: Sequence[str]) -> dict[str, Any]:
     options = parse(argv)
     target = _target(options)
-    status, answer = targets.probe(target, options.timeout)
+    status, answer = targets.send_first(target, options.timeout)
     if not 200 <= status < 300:
         shown = " ".join(answer.decode(errors="replace").split())[:MAX_SHOWN]
         _tell(f"warning: the first answer is {status}: {shown}")
@@ -96,30 +81,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return report.as_dict(options.p99)
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> LoadTestOptions:
     """Raises UserError with one line that names the option."""
-    # Apart, as pydantic-settings divides lists at commas, which paths and headers may have.
-    lists = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--body", "--header"):
-        lists.add_argument(name, action="append", default=[])
-    try:
-        listed, rest = lists.parse_known_args(argv)
-        given = CliSettingsSource(_Command, cli_parse_args=rest, cli_exit_on_error=False)()
-        options = Options.model_validate({**given, **vars(listed)})
-    except (SettingsError, argparse.ArgumentError) as error:
-        problem = str(error).removeprefix("error parsing CLI: ")
-        raise UserError(f"{problem}; --help lists the options.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise UserError(f"option --{name}: {first['msg'].lower()}.") from error
+    options = parse_options(LoadTestOptions, argv, verbatim=("--body", "--header"))
     _check(options)
     return options
 
 
-def _check(options: Options) -> None:
+def _check(options: LoadTestOptions) -> None:
     """Raises UserError for options that do not go together."""
-    targets.split(options.url)
+    targets.split_url(options.url)
     if options.find_rate and options.p99 is None:
         raise UserError("--find-rate needs the bound: give --p99 MILLISECONDS.")
     if options.body and options.path is None:
@@ -134,7 +105,7 @@ def _check(options: Options) -> None:
         raise UserError(f"--picture is '{drawn}'; expected a name.png in a folder that is there.")
 
 
-def _target(options: Options) -> Target:
+def _target(options: LoadTestOptions) -> LoadTarget:
     headers = _headers(options)
     if options.path is None:
         model = options.model or targets.served_model(options.url, headers, options.timeout)
@@ -147,13 +118,13 @@ def _target(options: Options) -> Target:
             seed=options.seed,
             timeout_s=options.timeout,
         )
-        return Target(options.url, requests)
+        return LoadTarget(options.url, requests)
     bodies: list[bytes | None] = [_read(path) for path in options.body]
     kind = options.content_type
-    return Target(
+    return LoadTarget(
         options.url,
         [
-            targets.request(
+            targets.build_request(
                 options.url, options.path, body=body, content_type=kind, headers=headers
             )
             for body in bodies or [None]
@@ -161,7 +132,7 @@ def _target(options: Options) -> Target:
     )
 
 
-def _headers(options: Options) -> dict[str, str]:
+def _headers(options: LoadTestOptions) -> dict[str, str]:
     headers = {}
     for line in options.header:
         name, colon, value = line.partition(":")
@@ -180,14 +151,14 @@ def _read(path: Path) -> bytes:
         raise UserError(f"--body: '{path}' cannot be read: {error.strerror}.") from error
 
 
-def _load(options: Options) -> Load:
+def _load(options: LoadTestOptions) -> Load:
     if options.rate is None:
-        return Closed(options.connections or CLOSED_CONNECTIONS)
-    return Poisson(options.rate, options.connections or OPEN_CONNECTIONS)
+        return ClosedLoad(options.connections or CLOSED_CONNECTIONS)
+    return PoissonLoad(options.rate, options.connections or OPEN_CONNECTIONS)
 
 
-def _measure(options: Options, target: Target, load: Load) -> Report:
-    return run(
+def _measure(options: LoadTestOptions, target: LoadTarget, load: Load) -> LoadTestReport:
+    return run_load(
         target,
         load,
         warmup_s=options.warmup,
@@ -198,11 +169,11 @@ def _measure(options: Options, target: Target, load: Load) -> Report:
     )
 
 
-def _find_rate(options: Options, target: Target) -> dict[str, Any]:
+def _find_rate(options: LoadTestOptions, target: LoadTarget) -> dict[str, Any]:
     assert options.p99 is not None
     connections = options.connections or OPEN_CONNECTIONS
     search = find_rate(
-        lambda rate_per_s: _measure(options, target, Poisson(rate_per_s, connections)),
+        lambda rate_per_s: _measure(options, target, PoissonLoad(rate_per_s, connections)),
         options.p99,
         options.rate or 100,
         _tell,
@@ -214,13 +185,13 @@ def _find_rate(options: Options, target: Target) -> dict[str, Any]:
     return {**search.best.as_dict(options.p99), "find_rate": search.as_dict()}
 
 
-def _show(options: Options, report: Report) -> None:
+def _show(options: LoadTestOptions, report: LoadTestReport) -> None:
     _tell(report.table(options.p99))
     if options.picture is not None:
         # Imported here: it takes half a second, and most runs draw nothing.
-        from serve.loadtest import picture
+        from serve.loadtest import plot
 
-        picture.draw(report, options.picture, options.p99)
+        plot.plot_load_test(report, options.picture, options.p99)
 
 
 def _tell(line: str) -> None:

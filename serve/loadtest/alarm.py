@@ -11,18 +11,18 @@ from typing import Protocol
 CLOCK_MONOTONIC, TFD_NONBLOCK, TFD_TIMER_ABSTIME = 1, 0o4000, 1
 
 
-class Alarm(Protocol):
+class Timer(Protocol):
     def at(self, when_s: float) -> None:
         """Call back once at this time of time.monotonic(); it replaces what was set before."""
 
     def close(self) -> None: ...
 
 
-def alarm(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Alarm:
+def create_timer(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Timer:
     """Return the most exact alarm of this system."""
     if hasattr(ctypes.CDLL(None), "timerfd_create"):
-        return KernelAlarm(loop, call)
-    return LoopAlarm(loop, call)
+        return KernelTimer(loop, call)
+    return LoopTimer(loop, call)
 
 
 class _Times(ctypes.Structure):
@@ -36,7 +36,7 @@ class _Times(ctypes.Structure):
     ]
 
 
-class KernelAlarm:
+class KernelTimer:
     """By Linux's timerfd, within some 50 microseconds."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
@@ -62,7 +62,7 @@ class KernelAlarm:
         self._call()
 
 
-class LoopAlarm:
+class LoopTimer:
     """By the event loop's timers: a millisecond early or late."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -15,9 +15,9 @@ from typing import cast
 
 import httptools
 
-from serve.loadtest.load import Load, pacer
-from serve.loadtest.report import Done, Outcome, Report, classify
-from serve.loadtest.target import Target
+from serve.loadtest.load import Load, create_pacer
+from serve.loadtest.report import Done, LoadTestReport, Outcome, classify
+from serve.loadtest.target import LoadTarget
 
 new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 try:
@@ -35,8 +35,8 @@ BACKOFF_S, MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 0.1, 2.0, 5.0
 clock = time.monotonic
 
 
-def run(
-    target: Target,
+def run_load(
+    target: LoadTarget,
     load: Load,
     *,
     warmup_s: float = 3,
@@ -44,19 +44,19 @@ def run(
     timeout_s: float = 10,
     retries: int = 0,
     seed: int = 0,
-) -> Report:
+) -> LoadTestReport:
     """Load a server and return what was measured after the warm-up.
 
     timeout_s: longest that a request may take, waiting and all its tries included; so the run
     takes at most warmup_s + duration_s + timeout_s. retries: tries again after a connection that
     failed or a 503.
     """
-    with asyncio.Runner(loop_factory=new_loop) as runner, no_collections():
+    with asyncio.Runner(loop_factory=new_loop) as runner, pause_gc():
         client = _Client(target, load, timeout_s, retries)
         cpu_s = time.process_time()
         start_s = runner.run(client.run(warmup_s, duration_s, seed))
         cpu_s = time.process_time() - cpu_s
-    return Report.of(
+    return LoadTestReport.of(
         client.done,
         load=str(load),
         start_s=start_s + warmup_s,
@@ -68,7 +68,7 @@ def run(
 
 
 @contextmanager
-def no_collections() -> Iterator[None]:
+def pause_gc() -> Iterator[None]:
     """Keep the collector of cycles out: it would hold up requests by tens of milliseconds."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -143,7 +143,7 @@ class _Connection(asyncio.Protocol):
 class _Client:
     """Sends what the load says over as many connections as it needs and may open."""
 
-    def __init__(self, target: Target, load: Load, timeout_s: float, retries: int) -> None:
+    def __init__(self, target: LoadTarget, load: Load, timeout_s: float, retries: int) -> None:
         self._target, self._load = target, load
         self._timeout_s, self._retries = timeout_s, retries
         self.done: list[Done] = []
@@ -162,7 +162,9 @@ class _Client:
         self._address, self._tls = self._target.address, self._target.tls
         ended = asyncio.Event()
         start_s = clock()
-        self._pacer = pacer(self._load, start_s, warmup_s, duration_s, seed, self._send, ended.set)
+        self._pacer = create_pacer(
+            self._load, start_s, warmup_s, duration_s, seed, self._send, ended.set
+        )
         ticker = self._loop.create_task(self._expire())
         try:
             self._pacer.start()

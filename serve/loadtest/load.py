@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serve.loadtest.alarm import alarm
+from serve.loadtest.alarm import create_timer
 from serve.loadtest.report import Outcome
 
 # A closed loop's connections are opened over this part of the warm-up: of those that come at once,
@@ -19,7 +19,7 @@ PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
-class Closed:
+class ClosedLoad:
     """Each connection sends its next request when it has its answer."""
 
     connections: int = 32
@@ -29,7 +29,7 @@ class Closed:
 
 
 @dataclass(frozen=True)
-class Poisson:
+class PoissonLoad:
     """Requests come at random times, however the server fares.
 
     connections: most that are open at once; a request that finds none free waits, and its wait
@@ -43,7 +43,7 @@ class Poisson:
         return f"Poisson, {self.rate_per_s:,.1f} requests/s, at most {self.connections} connections"
 
 
-Load = Closed | Poisson
+Load = ClosedLoad | PoissonLoad
 
 
 class Pacer(Protocol):
@@ -59,7 +59,7 @@ class Pacer(Protocol):
     def close(self) -> None: ...
 
 
-def pacer(
+def create_pacer(
     load: Load,
     start_s: float,
     warmup_s: float,
@@ -70,9 +70,9 @@ def pacer(
 ) -> Pacer:
     """Return what carries out a load from start_s, a time of time.monotonic()."""
     seconds = warmup_s + duration_s
-    if isinstance(load, Closed):
+    if isinstance(load, ClosedLoad):
         return ClosedPacer(load.connections, RAMP * warmup_s, start_s + seconds, send, end)
-    times_N = start_s + arrivals(load.rate_per_s, seconds, seed)
+    times_N = start_s + poisson_arrivals(load.rate_per_s, seconds, seed)
     return OpenPacer(times_N.tolist(), send, end)
 
 
@@ -116,7 +116,7 @@ class OpenPacer:
     ) -> None:
         self._times_s, self._send, self._end = times_s, send, end
         self._next, self._unfinished = 0, len(times_s)
-        self._alarm = alarm(asyncio.get_running_loop(), self._send_due)
+        self._alarm = create_timer(asyncio.get_running_loop(), self._send_due)
         self.lags_s: list[float] = []
 
     def start(self) -> None:
@@ -144,7 +144,7 @@ class OpenPacer:
             self._alarm.at(times_s[self._next])
 
 
-def arrivals(rate_per_s: float, seconds: float, seed: int) -> np.ndarray:
+def poisson_arrivals(rate_per_s: float, seconds: float, seed: int) -> np.ndarray:
     """Return the times in [0, seconds) of a Poisson process, in order."""
     mean = rate_per_s * seconds
     # Six standard deviations more than the mean: enough but once in a billion draws.

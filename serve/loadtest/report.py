@@ -37,7 +37,7 @@ def classify(status: int) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadTestReport:
     """Figures of the requests that were due while it was measured, each followed to its end.
 
     Latency is counted from when a request was due, not from when the client came to send it: a
@@ -81,7 +81,7 @@ class Report:
         lags_s: Sequence[float] = (),
         connections_opened: int = 0,
         client_cpu_s: float = 0.0,
-    ) -> "Report":
+    ) -> "LoadTestReport":
         """start_s: end of the warm-up, by the clock of `done`."""
         table = np.array(done, np.float64).reshape(-1, 5)
         is_ok_N = table[:, 2] == Outcome.OK

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.loadtest.report import Report
+from serve.loadtest.report import LoadTestReport
 
 # The rate is known when the highest that held and the lowest that did not differ by less.
 PRECISION = 0.05
@@ -12,12 +12,12 @@ MIN_RATE_PER_S = 1.0
 
 
 @dataclass
-class Search:
+class RateSearch:
     """rate_per_s: the highest that held, 0.0 if none did; best: what was measured at it."""
 
     bound_ms: float
     rate_per_s: float = 0.0
-    best: Report | None = None
+    best: LoadTestReport | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -31,16 +31,16 @@ class Search:
 
 
 def find_rate(
-    measure: Callable[[float], Report],
+    measure: Callable[[float], LoadTestReport],
     bound_ms: float,
     start_per_s: float = 100,
     tell: Callable[[str], None] = lambda line: None,
-) -> Search:
+) -> RateSearch:
     """Double the rate while the p99 is within the bound and 99 % end well, then halve the gap.
 
     measure: loads the server at a rate. tell: is given a line for each step.
     """
-    search = Search(bound_ms)
+    search = RateSearch(bound_ms)
 
     def holds(rate_per_s: float) -> bool:
         # Twice before it counts as too much: one short stall of the machine is not the server's.

@@ -13,14 +13,14 @@ from urllib.parse import SplitResult, quote, urlsplit
 
 import numpy as np
 
-from cluster.errors import Failed, UserError
+from cluster.errors import CommandFailed, UserError
 from train.tasks.records import DTYPES
 
 JSON, BYTES = "application/json", "application/octet-stream"
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """url: of the server, "http://HOST:PORT". requests: whole HTTP/1.1 requests, sent in turn."""
 
     url: str
@@ -28,19 +28,19 @@ class Target:
 
     @property
     def address(self) -> tuple[str, int]:
-        parts = split(self.url)
+        parts = split_url(self.url)
         assert parts.hostname is not None
         return parts.hostname, parts.port or (443 if self.tls else 80)
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        return ssl.create_default_context() if split(self.url).scheme == "https" else None
+        return ssl.create_default_context() if split_url(self.url).scheme == "https" else None
 
 
 EXAMPLE = "http://127.0.0.1:8000"
 
 
-def split(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
     """Return the parts of a URL. Raises UserError unless it is one of HTTP."""
     with contextlib.suppress(ValueError):  # a port that is none
         parts = urlsplit(url)
@@ -49,7 +49,7 @@ def split(url: str) -> SplitResult:
     raise UserError(f"URL is '{url[:200]}'; expected http://HOST:PORT, such as {EXAMPLE}.")
 
 
-def request(
+def build_request(
     url: str,
     path: str,
     *,
@@ -58,7 +58,7 @@ def request(
     headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return an HTTP/1.1 request for a path below the URL's own: POST, or GET without a body."""
-    parts = split(url)
+    parts = split_url(url)
     lines = [f"{'GET' if body is None else 'POST'} {parts.path.rstrip('/')}{path} HTTP/1.1"]
     given = {"Host": parts.netloc.rpartition("@")[2], "Accept": "*/*"}
     if body is not None:
@@ -67,10 +67,10 @@ def request(
     return "\r\n".join([*lines, "", ""]).encode() + (body or b"")
 
 
-def probe(target: Target, timeout_s: float) -> tuple[int, bytes]:
+def send_first(target: LoadTarget, timeout_s: float) -> tuple[int, bytes]:
     """Send the first request and return the answer's status and body.
 
-    Raises Failed if there is no answer in time.
+    Raises CommandFailed if there is no answer in time.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -84,7 +84,9 @@ def probe(target: Target, timeout_s: float) -> tuple[int, bytes]:
             return answer.status, answer.read()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Failed(f"no answer from {target.url}: {reason.lower()}; is the server up?") from error
+        raise CommandFailed(
+            f"no answer from {target.url}: {reason.lower()}; is the server up?"
+        ) from error
 
 
 def served_model(url: str, headers: Mapping[str, str], timeout_s: float) -> str:
@@ -126,7 +128,7 @@ def infer_requests(
         head, raw = _infer_body(metadata["inputs"], rows, draws)
         length = {"Inference-Header-Content-Length": str(len(head))} if raw else {}
         made.append(
-            request(
+            build_request(
                 url,
                 f"{path}/infer",
                 body=head + raw,
@@ -173,9 +175,9 @@ def random_values(datatype: str, shape: Sequence[int], draws: np.random.Generato
 def _get(
     url: str, path: str, headers: Mapping[str, str], timeout_s: float
 ) -> dict[str, Any] | None:
-    """Return the JSON object at a path, or None if there is none. Raises Failed without answer."""
-    asked = request(url, path, headers={"Connection": "close", **headers})
-    status, body = probe(Target(url, [asked]), timeout_s)
+    """Return the JSON object at a path, or None. Raises CommandFailed without an answer."""
+    asked = build_request(url, path, headers={"Connection": "close", **headers})
+    status, body = send_first(LoadTarget(url, [asked]), timeout_s)
     try:
         answer = json.loads(body) if status == 200 else None
     except ValueError:

@@ -25,7 +25,7 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
     raw: the tensor's binary data, or None when its JSON holds "data".
     Raises BadRequest that names the tensor.
     """
-    name, datatype, shape = declared(tensor)
+    name, datatype, shape = tensor_header(tensor)
     where, count = f"input '{name}'", math.prod(shape)
     if raw is not None:
         values = _from_raw(raw, datatype, count, where)
@@ -38,7 +38,7 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
     return name, values.reshape(shape)
 
 
-def declared(tensor: Any) -> tuple[str, str, list[int]]:
+def tensor_header(tensor: Any) -> tuple[str, str, list[int]]:
     """Return name, datatype and shape of an input tensor. Raises BadRequest that names it."""
     name = _field(tensor, "name", str, "input")
     where = f"input '{name}'"
@@ -60,7 +60,7 @@ def declared(tensor: Any) -> tuple[str, str, list[int]]:
 def encode_json(name: str, array: np.ndarray) -> dict[str, Any]:
     """Return an output tensor with its data inside; strings for BYTES."""
     data = array.ravel().tolist() if array.dtype == object else np.ascontiguousarray(array.ravel())
-    return {**header(name, array), "data": data}
+    return {**output_header(name, array), "data": data}
 
 
 def encode_raw(name: str, array: np.ndarray) -> tuple[dict[str, Any], bytes]:
@@ -70,10 +70,10 @@ def encode_raw(name: str, array: np.ndarray) -> tuple[dict[str, Any], bytes]:
         raw = b"".join(struct.pack("<I", len(part)) + part for part in parts)
     else:
         raw = np.ascontiguousarray(array).tobytes()
-    return {**header(name, array), "parameters": {"binary_data_size": len(raw)}}, raw
+    return {**output_header(name, array), "parameters": {"binary_data_size": len(raw)}}, raw
 
 
-def header(name: str, array: np.ndarray) -> dict[str, Any]:
+def output_header(name: str, array: np.ndarray) -> dict[str, Any]:
     return {"name": name, "datatype": DATATYPES[array.dtype], "shape": list(array.shape)}
 
 
@@ -112,7 +112,7 @@ def _strings_from_raw(raw: memoryview, count: int, where: str) -> np.ndarray:
         raise BadRequest(
             f"{where}: its binary data is not {count} elements of a 4-byte length and its bytes."
         )
-    return objects(values)
+    return object_array(values)
 
 
 def _from_json(
@@ -134,7 +134,7 @@ def _from_json(
     try:
         # Of floating-point numbers null becomes NaN; nothing else can hold it.
         holds_all = not unknown or datatype[0] == "F"
-        return np.array(values, DTYPES[datatype]) if holds_all else objects(values)
+        return np.array(values, DTYPES[datatype]) if holds_all else object_array(values)
     except OverflowError:
         known = [value for value in values if value is not None]
         raise BadRequest(
@@ -163,7 +163,7 @@ def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
 def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:
     if not all(isinstance(value, str | None) for value in values):
         raise BadRequest(f"{where}: data of BYTES must be strings, or null.")
-    return objects(
+    return object_array(
         [
             None
             if value is None
@@ -182,7 +182,7 @@ def from_base64(value: str, where: str) -> bytes:
         raise BadRequest(f"{where}: not valid base64 ({error}).") from error
 
 
-def objects(values: list[Any]) -> np.ndarray:
+def object_array(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = values
     return array

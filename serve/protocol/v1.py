@@ -8,7 +8,7 @@ import orjson
 from serve.errors import BadRequest
 from serve.protocol.tensors import flatten, from_base64
 from serve.protocol.v2 import check_rows, parse_json
-from train.bundle.manifest import Manifest, Tensor
+from train.bundle.manifest import Manifest, TensorMetadata
 from train.tasks import Arrays, Columns
 
 
@@ -56,7 +56,7 @@ def encode(predictions: Arrays) -> bytes:
     return orjson.dumps({"predictions": rows})
 
 
-def _value(value: Any, tensor: Tensor, where: str) -> Any:
+def _value(value: Any, tensor: TensorMetadata, where: str) -> Any:
     if isinstance(value, dict) and isinstance(value.get("b64"), str):
         return from_base64(value["b64"], where)
     if isinstance(value, list) and tensor.datatype == "UINT8":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serve.errors import BadRequest, BodyTooLarge
+from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
@@ -45,7 +45,7 @@ def decode(
     max_rows: int,
     max_json_bytes: int = 2**31,
 ) -> InferRequest:
-    """Raises BadRequest for whatever is not an infer request of this model, BodyTooLarge."""
+    """Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge."""
     view = memoryview(body)
     split = len(body)
     if header_length is not None:
@@ -74,8 +74,8 @@ def decode(
     binary = bool(parameters.get("binary_data_output"))
     return InferRequest(
         id=_optional(request, "id", str),
-        columns=columns_of(arrays, manifest, max_rows),
-        outputs=requested(request.get("outputs"), manifest, binary=binary),
+        columns=tensor_columns(arrays, manifest, max_rows),
+        outputs=requested_outputs(request.get("outputs"), manifest, binary=binary),
         binary=binary,
         parameters=parameters,
     )
@@ -102,17 +102,17 @@ def encode(
 
 
 def check_rows(count: int, max_rows: int) -> None:
-    """Raises BodyTooLarge for more rows than one request may have."""
+    """Raises PayloadTooLarge for more rows than one request may have."""
     if count > max_rows:
-        raise BodyTooLarge(
+        raise PayloadTooLarge(
             f"the request has {count} rows; at most {max_rows} are accepted. Send several requests."
         )
 
 
 def parse_json(body: bytes | memoryview, max_bytes: int = 2**31) -> dict[str, Any]:
-    """Raises BadRequest unless the body is a JSON object, BodyTooLarge for more than max_bytes."""
+    """Raises BadRequest unless the body is a JSON object, PayloadTooLarge if it is too long."""
     if len(body) > max_bytes:
-        raise BodyTooLarge(
+        raise PayloadTooLarge(
             f"the JSON has {len(body)} bytes; at most {max_bytes} are accepted. Send tensors as "
             "binary data, or several requests."
         )
@@ -147,7 +147,7 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
-def columns_of(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
+def tensor_columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
     """Row i of every tensor makes record i."""
     fields = {tensor.name: tensor for tensor in manifest.inputs}
     if arrays.keys() != fields.keys():
@@ -196,7 +196,7 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int) -> Columns:
     return {tensor.name: [bytes(raw)]}
 
 
-def requested(outputs: Any, manifest: Manifest, *, binary: bool = False) -> dict[str, bool]:
+def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False) -> dict[str, bool]:
     """Return the outputs asked for, and whether as binary data; `binary` where they do not say."""
     if outputs is None:
         return {}

@@ -24,12 +24,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
 from cluster import storage
-from serve.monitor import drift
-from serve.monitor.drift import Thresholds
-from serve.monitor.sampler import BLOCK_ROWS, Block
-from serve.monitor.windows import Windows
-from train.bundle import Bundle, Predictor, quantities, registry
-from train.bundle.quantities import Measured, Quantity
+from serve.drift import statistics
+from serve.drift.sampler import BLOCK_ROWS, Block
+from serve.drift.statistics import Thresholds
+from serve.drift.windows import DriftMonitor
+from train.bundle import Bundle, Predictor, feature_statistics, registry
+from train.bundle.feature_statistics import Quantity, QuantityValues
 from train.data import sources
 from train.tasks import ClassTarget, Columns
 
@@ -47,18 +47,18 @@ def main() -> None:
     parser.add_argument("--alarm-rate", type=float, default=0.001)
     parser.add_argument("--storage", default="runs")
     given = parser.parse_args()
-    location, _ = registry.resolve(given.model, storage.resolve(given.storage))
+    location, _ = registry.resolve_model(given.model, storage.resolve_path(given.storage))
     predictor = Predictor.load(Bundle.load(location), num_threads=2)
-    columns = sources.head(sources.find(given.data), MAX_RECORDS)
+    columns = sources.source_head(sources.find_source(given.data), MAX_RECORDS)
     watched = predictor.bundle.quantities
     count = _count(columns)
     result: dict[str, Any] = {"records": count, "window": given.window}
 
     clean = _measured(predictor, columns)
     for rate in dict.fromkeys((given.alarm_rate, 0.05)):
-        drawn = drift.thresholds(watched, given.window, rate)
+        drawn = statistics.draw_thresholds(watched, given.window, rate)
         result[f"false alarms at {rate:g}"] = _false_alarms(watched, drawn, clean, count)
-    drawn = drift.thresholds(watched, given.window, given.alarm_rate)
+    drawn = statistics.draw_thresholds(watched, given.window, given.alarm_rate)
     order = np.random.default_rng(0).permutation(count)
     windows = _stream(watched, drawn, clean, order)
     result["clean"] = f"{windows.num_alarmed} of {windows.num_full} windows with an alarm"
@@ -85,13 +85,15 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _measured(predictor: Predictor, columns: Columns) -> dict[str, Measured]:
+def _measured(predictor: Predictor, columns: Columns) -> dict[str, QuantityValues]:
     parts = []
     for part in _parts(_count(columns), BATCH_ROWS):
         rows = predictor.encode({name: values[part] for name, values in columns.items()})
-        parts.append(quantities.measure(predictor.task, rows, predictor.run(rows)))
+        parts.append(
+            feature_statistics.measure_quantities(predictor.task, rows, predictor.run(rows))
+        )
     return {
-        name: Measured(
+        name: QuantityValues(
             each.kind, each.of, np.concatenate([part[name].values for part in parts]), each.labels
         )
         for name, each in parts[0].items()
@@ -106,25 +108,27 @@ def _count(columns: Columns) -> int:
     return len(next(iter(columns.values())))
 
 
-def _block(watched: dict[str, Quantity], measured: dict[str, Measured], rows: np.ndarray) -> Block:
+def _block(
+    watched: dict[str, Quantity], measured: dict[str, QuantityValues], rows: np.ndarray
+) -> Block:
     return {name: quantity.count(measured[name].values[rows]) for name, quantity in watched.items()}
 
 
 def _stream(
     watched: dict[str, Quantity],
     drawn: Thresholds,
-    measured: dict[str, Measured],
+    measured: dict[str, QuantityValues],
     order: np.ndarray,
-) -> Windows:
+) -> DriftMonitor:
     """Let records pass in an order, a block at a time."""
-    windows = Windows(watched, drawn.rows, 1.0, drawn)
+    windows = DriftMonitor(watched, drawn.rows, 1.0, drawn)
     for part in _parts(len(order) // BLOCK_ROWS * BLOCK_ROWS, BLOCK_ROWS):
         windows.add(_block(watched, measured, order[part]))
     return windows
 
 
 def _false_alarms(
-    watched: dict[str, Quantity], drawn: Thresholds, measured: dict[str, Measured], count: int
+    watched: dict[str, Quantity], drawn: Thresholds, measured: dict[str, QuantityValues], count: int
 ) -> str:
     """Windows of records drawn from the clean ones, and how many of them raise an alarm."""
     generator = np.random.default_rng(2)

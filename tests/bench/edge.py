@@ -21,11 +21,11 @@ sys.path[0] = str(REPOSITORY)
 from cluster import storage
 from tests import server
 from tests.alone import edge_labels
-from tests.test_rest import v2_body
+from tests.serve.http.test_routes import v2_body
 from train.bundle import Bundle, registry
-from train.compress import edge
-from train.config import validate
-from train.data import shards
+from train.compress import export_edge
+from train.config import validate_config
+from train.data import dataset
 
 ROWS = 500
 
@@ -36,14 +36,16 @@ def main() -> None:
     parser.add_argument("--storage", default=storage.DEFAULT_PATH)
     arguments = parser.parse_args()
     os.chdir(REPOSITORY)
-    root = storage.resolve(arguments.storage)
-    bundle = Bundle.load(registry.resolve(arguments.model, root)[0])
+    root = storage.resolve_path(arguments.storage)
+    bundle = Bundle.load(registry.resolve_model(arguments.model, root)[0])
     (name,) = (spec.name for spec in bundle.task.features.inputs)
-    images, targets = shards.prepare(validate(bundle.manifest.config), root).open("test")
+    images, targets = dataset.prepare_dataset(validate_config(bundle.manifest.config), root).open(
+        "test"
+    )
     images_NHWC = np.array(images[name])
     url = f"{server.URL}/v2/models/{bundle.manifest.name}/infer"
     with tempfile.TemporaryDirectory() as folder:
-        edge.export(bundle, None, Path(folder))
+        export_edge.export_edge(bundle, None, Path(folder))
         by_edge = edge_labels(Path(folder), name, images_NHWC)
         options = (f"model={bundle.path}", f"storage={root}")
         served = []

@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--storage", default=storage.DEFAULT_PATH)
     arguments = parser.parse_args()
 
-    root = storage.resolve(arguments.storage)
-    bundle = Bundle.load(registry.resolve(arguments.model, root)[0])
+    root = storage.resolve_path(arguments.storage)
+    bundle = Bundle.load(registry.resolve_model(arguments.model, root)[0])
     with tempfile.TemporaryDirectory() as folder:
         script, log = Path(folder) / "request.lua", Path(folder) / "serve.log"
         script.write_text(infer_script(bundle))

@@ -28,7 +28,7 @@ POLL_S = 0.5
 # Ray takes a share of the machine's memory, not of a limit that is set for this command alone.
 ENVIRONMENT = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(400 << 20)}
 TRAINING = [
-    *("--target", "label", "--features", '{"image": "image"}', "--learn", "class"),
+    *("--target", "label", "--features", '{"image": "image"}', "--task_type", "classification"),
     *("--workers.num", "1", "--optim.epochs", "1", "--optim.batch_size", "64"),
     *("--net.widths", "[4,8]", "--registry.enabled", "false", "--data.test_fraction", "0.01"),
     *("--data.valid_fraction", "0.01"),

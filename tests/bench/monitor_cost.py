@@ -1,7 +1,7 @@
 """What the monitor and the request log cost: throughput with them and without, in turns.
 
     python tests/bench/monitor_cost.py --model models:/cifar10@production [--storage runs] \
-        [--rounds 4] [--seconds 8] [--on monitor_rows_per_s=200 log_share=0.1]
+        [--rounds 4] [--seconds 8] [--on drift.rows_per_s=200 log.sample_rate=0.1]
 
 The load generator runs on the same machine. The last line on stdout is a JSON object.
 """
@@ -17,12 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
 from cluster import storage
-from serve.loadtest import Closed, Target, run
+from serve.loadtest import ClosedLoad, LoadTarget, run_load
 from serve.loadtest.target import infer_requests
 from tests import server
 from train.bundle import Bundle, registry
 
-OFF = ("monitor_rows_per_s=0",)
+OFF = ("drift.rows_per_s=0",)
 
 
 def main() -> None:
@@ -32,10 +32,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--on", nargs="+", default=["log_share=0.1"])
+    parser.add_argument("--on", nargs="+", default=["log.sample_rate=0.1"])
     given = parser.parse_args()
-    root = storage.resolve(given.storage)
-    name = Bundle.load(registry.resolve(given.model, root)[0]).manifest.name
+    root = storage.resolve_path(given.storage)
+    name = Bundle.load(registry.resolve_model(given.model, root)[0]).manifest.name
 
     def throughput(*options: str) -> float:
         chosen = (f"model={given.model}", f"storage={root}", "access_log=none", *options)
@@ -44,8 +44,10 @@ def main() -> None:
             server.running(*chosen, log=Path(folder, "log")) as url,
         ):
             requests = infer_requests(url, name, {}, num_requests=256, rows=1, seed=0, timeout_s=10)
-            target = Target(url, requests)
-            report = run(target, Closed(given.clients), warmup_s=3, duration_s=given.seconds)
+            target = LoadTarget(url, requests)
+            report = run_load(
+                target, ClosedLoad(given.clients), warmup_s=3, duration_s=given.seconds
+            )
             assert report.ok == report.requests, "requests failed"
             return report.ok_per_s
 

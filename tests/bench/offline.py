@@ -23,7 +23,7 @@ import pandas as pd
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
-from tests.test_offline import KINDS, make_table
+from tests.serve.offline.test_offline import KINDS, make_table
 
 ROWS_PER_FILE = 50_000
 
@@ -52,7 +52,14 @@ def main() -> None:
         model = run(
             [
                 *("train/main.py", "--data.train", str(root / "train.csv"), "--target", "y"),
-                *("--features", json.dumps(KINDS), "--optim.epochs", "2", "--learn", "class"),
+                *(
+                    "--features",
+                    json.dumps(KINDS),
+                    "--optim.epochs",
+                    "2",
+                    "--task_type",
+                    "classification",
+                ),
                 *("--storage.path", str(root / "runs"), "--registry.enabled", "false"),
             ]
         )["bundle"]

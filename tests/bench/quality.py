@@ -4,7 +4,7 @@
 
 FOLDER has tabular/{titanic,taxis}.csv and agnews/{train,test}.csv. Each seed is
 another 80/20 split (of agnews, whose test split is given, another run). Training goes through
-`train.fit`, with the shipped configs.
+`train.training`, with the shipped configs.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 
 from cluster import connect
-from train import commandline
-from train.fit import fit
+from train import cli
+from train.training import fit
 
-CONFIGS = commandline.CONFIGS
+CONFIGS = cli.CONFIGS
 
 
 def boosting(train: pd.DataFrame, test: pd.DataFrame, target: str, columns: list[str]) -> float:
@@ -71,7 +71,7 @@ def ours(name: str, train: pd.DataFrame, test: pd.DataFrame, seed: int, root: Pa
         *("--data.train", str(files["train"]), "--data.test", str(files["test"])),
         *("--storage.path", str(root), "--workers.num", "1"),
     ]
-    bundle = fit(commandline.parse(options).config)
+    bundle = fit(cli.parse(options).config)
     return float(bundle.manifest.metrics[f"test_{bundle.task.metric}"])
 
 
@@ -82,7 +82,7 @@ def compare(
     seeds: int,
     root: Path,
 ) -> dict[str, object]:
-    config = commandline.parse(["--config", str(CONFIGS / f"{name}.yaml")]).config
+    config = cli.parse(["--config", str(CONFIGS / f"{name}.yaml")]).config
     columns = list(config.features)
     rows = []
     started = time.perf_counter()

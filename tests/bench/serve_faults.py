@@ -29,13 +29,13 @@ sys.path[0] = str(REPOSITORY)
 import serve as halyard
 from cluster import storage
 
-halyard.prepare_environment()
+halyard.set_serve_environment()
 
 from ray import serve
 
 from cluster import connect
-from serve import application
-from serve.loadtest import Closed, Poisson, Report, Target, run
+from serve import deployment
+from serve.loadtest import ClosedLoad, LoadTarget, LoadTestReport, PoissonLoad, run_load
 from serve.loadtest.target import infer_requests
 from tests.load import brief, failures, meanwhile, wait_for
 from train.bundle import registry
@@ -78,7 +78,7 @@ class Bench:
 
     def deploy(self, **options: Any) -> None:
         arguments = {"model": self.model, "storage": self.storage, **options}
-        built = application.app(arguments)
+        built = deployment.app(arguments)
         serve.run(built)
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline:
@@ -89,11 +89,11 @@ class Bench:
                 time.sleep(0.1)
         self.name = httpx.get(f"{URL}/v2/models").json()["models"][0]
 
-    def target(self, rows: int = 1, **headers: str) -> Target:
+    def target(self, rows: int = 1, **headers: str) -> LoadTarget:
         requests = infer_requests(
             URL, self.name, headers, num_requests=64, rows=rows, seed=0, timeout_s=10
         )
-        return Target(URL, requests)
+        return LoadTarget(URL, requests)
 
     def replicas(self) -> int:
         """Replicas that run."""
@@ -126,13 +126,19 @@ def memory(pids: Sequence[int]) -> Iterator[list[float]]:
 
 def overload(bench: Bench, seconds: float) -> dict[str, Any]:
     """Five times what it can do: good answers, their delay, memory, and how soon all is well."""
-    bench.deploy(replicas="2", variant="fp32", timeout_s=1)
+    bench.deploy(replicas="2", variant="fp32", **{"limits.timeout_s": 1})
     target = bench.target(rows=16)
-    capacity = run(target, Closed(16), warmup_s=3, duration_s=8).ok_per_s
+    capacity = run_load(target, ClosedLoad(16), warmup_s=3, duration_s=8).ok_per_s
     with memory(bench.pids()) as used:
-        hard = run(target, Poisson(5 * capacity), warmup_s=2, duration_s=seconds, timeout_s=10)
-    after = run(target, Poisson(capacity / 2), warmup_s=0, duration_s=6, timeout_s=10, seed=1)
-    calm = run(target, Poisson(capacity / 2), warmup_s=2, duration_s=6, timeout_s=10, seed=2)
+        hard = run_load(
+            target, PoissonLoad(5 * capacity), warmup_s=2, duration_s=seconds, timeout_s=10
+        )
+    after = run_load(
+        target, PoissonLoad(capacity / 2), warmup_s=0, duration_s=6, timeout_s=10, seed=1
+    )
+    calm = run_load(
+        target, PoissonLoad(capacity / 2), warmup_s=2, duration_s=6, timeout_s=10, seed=2
+    )
     latency = hard.latency_ms or {}
     return {
         "capacity_per_s": capacity,
@@ -161,7 +167,7 @@ def kill(bench: Bench) -> dict[str, Any]:
         wait_for(lambda: bench.replicas() == 2)
         target = bench.target()
         with meanwhile(
-            target, Closed(32), warmup_s=2, duration_s=12, timeout_s=20, retries=retries
+            target, ClosedLoad(32), warmup_s=2, duration_s=12, timeout_s=20, retries=retries
         ) as reports:
             time.sleep(5)
             os.kill(bench.pids()[0], signal.SIGKILL)
@@ -179,7 +185,7 @@ def changes(bench: Bench) -> dict[str, Any]:
 
     def under_load(name: str, change: Callable[[], None], seconds: float) -> None:
         with meanwhile(
-            bench.target(), Poisson(300), warmup_s=1, duration_s=seconds, timeout_s=20
+            bench.target(), PoissonLoad(300), warmup_s=1, duration_s=seconds, timeout_s=20
         ) as reports:
             time.sleep(3)
             began = time.monotonic()
@@ -188,8 +194,8 @@ def changes(bench: Bench) -> dict[str, Any]:
         figures[name] = {"change_s": taken_s, **brief(reports[0])}
 
     bench.deploy(replicas="2")
-    name, root = bench.name, storage.resolve(bench.storage)
-    client = registry._client(root)
+    name, root = bench.name, storage.resolve_path(bench.storage)
+    client = registry.mlflow_client(root)
     before = client.get_model_version_by_alias(name, "production").version
     other = next(
         v.version for v in client.search_model_versions(f"name='{name}'") if v.version != before
@@ -212,19 +218,19 @@ def changes(bench: Bench) -> dict[str, Any]:
 
 def step(bench: Bench) -> dict[str, Any]:
     """From 1 to 60 connections, on a server that may have three replicas."""
-    bench.deploy(replicas="1-3", downscale_delay_s=5)
+    bench.deploy(replicas="1-3", **{"autoscaling.downscale_delay_s": 5})
     wait_for(lambda: bench.replicas() == 1)
     target = bench.target()
-    with meanwhile(target, Closed(1), warmup_s=1, duration_s=4) as reports:
+    with meanwhile(target, ClosedLoad(1), warmup_s=1, duration_s=4) as reports:
         pass
     figures: dict[str, Any] = {"one": brief(reports[0])}
-    with meanwhile(target, Closed(60), warmup_s=0, duration_s=30, timeout_s=20) as reports:
+    with meanwhile(target, ClosedLoad(60), warmup_s=0, duration_s=30, timeout_s=20) as reports:
         began = time.monotonic()
         wait_for(lambda: bench.replicas() >= 2, 30)
         figures["two_replicas_after_s"] = round(time.monotonic() - began, 1)
     figures["sixty"] = brief(reports[0])
     began = time.monotonic()
-    with meanwhile(target, Closed(1), warmup_s=0, duration_s=60, timeout_s=20) as reports:
+    with meanwhile(target, ClosedLoad(1), warmup_s=0, duration_s=60, timeout_s=20) as reports:
         wait_for(lambda: bench.replicas() == 1, 60)
         figures["back_to_one_after_s"] = round(time.monotonic() - began, 1)
     figures["one_again"] = brief(reports[0])
@@ -237,8 +243,8 @@ def slow(bench: Bench) -> dict[str, Any]:
     target = bench.target()
     request = target.requests[0]
 
-    def measured(seed: int) -> Report:
-        return run(target, Poisson(300), warmup_s=1, duration_s=8, seed=seed)
+    def measured(seed: int) -> LoadTestReport:
+        return run_load(target, PoissonLoad(300), warmup_s=1, duration_s=8, seed=seed)
 
     before = measured(0)
     crowd = []

@@ -35,7 +35,7 @@ from tests import server
 from tests.bench.peers import processes
 from tests.bench.peers.candidates import CANDIDATES, PORT, URL, Candidate, Setup, infer_json
 from train.bundle import Bundle, registry
-from train.bundle.manifest import Tensor
+from train.bundle.manifest import TensorMetadata
 
 NUM_IMAGES = 64
 CONNECTIONS = 32
@@ -48,8 +48,8 @@ Figures = dict[str, float]
 
 def main() -> None:
     options = parse()
-    root = storage.resolve(options.storage)
-    bundle = Bundle.load(registry.resolve(options.model, root)[0])
+    root = storage.resolve_path(options.storage)
+    bundle = Bundle.load(registry.resolve_model(options.model, root)[0])
     variant = options.variant or bundle.manifest.default_variant
     file = bundle.path / bundle.manifest.variants[variant].file
     (tensor,) = bundle.manifest.inputs
@@ -128,7 +128,7 @@ class Client:
     headers: dict[str, str]
 
     @classmethod
-    def of(cls, candidate: Candidate, name: str, tensor: Tensor, folder: Path) -> "Client":
+    def of(cls, candidate: Candidate, name: str, tensor: TensorMetadata, folder: Path) -> "Client":
         """Write the bodies, random images, into a folder."""
         draws = np.random.default_rng(0)
         size = int(np.prod(tensor.shape[1:]))

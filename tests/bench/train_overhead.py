@@ -26,13 +26,13 @@ import torch.distributed as dist
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPOSITORY)
 
-from tests.test_tasks import image_bytes
-from train.commandline import parse
+from tests.train.tasks.test_tasks import image_bytes
+from train.cli import parse
 from train.config import Config
-from train.data import shards
-from train.loop.checkpoint import Store, trained
+from train.data import dataset
+from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
-from train.loop.parallel import Worker
+from train.loop.parallelism import Worker
 
 EPOCHS = 4
 NUM_IMAGES = 6000
@@ -98,7 +98,7 @@ def prepare(folder: Path) -> list[str]:
         *("--storage.path", str(folder), "--registry.enabled", "false"),
     ]
     config = parse(options).config
-    shards.prepare(config, config.storage.path)
+    dataset.prepare_dataset(config, config.storage.path)
     return options
 
 
@@ -117,7 +117,7 @@ def by_fit(options: list[str], place: Path) -> tuple[float, float]:
 def by_loop(launcher: list[str], options: list[str], place: Path) -> float:
     command = [*launcher, __file__, "--loop", str(place), *options]
     subprocess.run(command, check=True, capture_output=True)
-    return steady(trained(Store(str(place), keep=2))[1])
+    return steady(load_best_weights(CheckpointManager(str(place), keep=2))[1])
 
 
 def seconds_to(words: bytes, command: list[str]) -> tuple[float, bytes]:
@@ -143,8 +143,8 @@ def loop(place: str, config: Config) -> None:
     if world_size > 1:
         dist.init_process_group("gloo")
     worker = Worker(int(os.environ.get("RANK", "0")), world_size, torch.device("cpu"))
-    data = shards.prepare(config, config.storage.path)
-    Loop(config, data, worker, Store(place, keep=2), num_lanes=2).run()
+    data = dataset.prepare_dataset(config, config.storage.path)
+    Loop(config, data, worker, CheckpointManager(place, keep=2), num_micro_batches=2).run()
 
 
 if __name__ == "__main__":

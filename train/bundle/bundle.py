@@ -1,9 +1,7 @@
 """Writing and reading the bundle directory."""
 
-import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from cluster import storage
+from cluster import commit
 from train.bundle import manifest as manifests
+from train.bundle.feature_statistics import Quantity, read_baseline
 from train.bundle.manifest import Manifest
-from train.bundle.quantities import Quantity, read
 from train.tasks import Arrays, Task, plugins
 from train.tasks.plugins import NotAllowed, code_of_config, code_of_task
 
@@ -28,11 +26,6 @@ WEIGHTS = "weights.safetensors"
 
 class CorruptBundle(Exception):
     """A bundle that is incomplete, altered or of an unknown format. The message names the file."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class BundleWriter:
@@ -60,24 +53,20 @@ class BundleWriter:
             arrays |= {f"outputs/{variant}/{name}": array for name, array in tensors.items()}
         np.savez_compressed(self.file(GOLDEN), allow_pickle=False, **arrays)
 
-    def files(self) -> dict[str, manifests.File]:
+    def files(self) -> dict[str, manifests.BundleFile]:
         """Digest and size of every file written so far, by relative name."""
         paths = sorted(path for path in self.path.rglob("*") if path.is_file())
         return {
-            path.relative_to(self.path).as_posix(): manifests.File(
-                sha256=sha256(path), size_bytes=path.stat().st_size
+            path.relative_to(self.path).as_posix(): manifests.BundleFile(
+                sha256=commit.file_digest(path), size_bytes=path.stat().st_size
             )
             for path in paths
         }
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, which ends the bundle."""
-        # Manifest last: readers take its presence as "complete".
-        path = self.file(manifests.FILENAME)
-        with path.open("w") as file:
-            file.write(manifest.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # Last: readers take its presence as "complete".
+        self.file(manifests.FILENAME).write_text(manifest.model_dump_json(indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class Bundle:
     @contextmanager
     def create(cls, location: str) -> Iterator[BundleWriter]:
         """Write a bundle that appears at `location`, a path or URL, when the block ends well."""
-        with storage.written_whole(location, last=manifests.FILENAME) as aside:
+        with commit.atomic_folder(location, last=manifests.FILENAME, whole=_has_its_files) as aside:
             yield BundleWriter(aside)
 
     @classmethod
@@ -101,8 +90,8 @@ class Bundle:
 
         Raises CorruptBundle, naming the file, or the code that is named and not allowed.
         """
-        path = storage.fetch(location, last=manifests.FILENAME)
-        plugins.keep_out(path)
+        path = commit.fetch(location, last=manifests.FILENAME)
+        plugins.exclude_folder(path)
         try:
             content = (path / manifests.FILENAME).read_bytes()
             _check_format(path, content)
@@ -128,7 +117,10 @@ class Bundle:
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
                 raise CorruptBundle(f"'{file}' is missing; the bundle is damaged. {_REMEDY}")
-            if file.stat().st_size != expected.size_bytes or sha256(file) != expected.sha256:
+            if (
+                file.stat().st_size != expected.size_bytes
+                or commit.file_digest(file) != expected.sha256
+            ):
                 raise CorruptBundle(
                     f"'{file}' differs from its digest in {manifests.FILENAME}. {_REMEDY}"
                 )
@@ -153,7 +145,7 @@ class Bundle:
             named += code_of_task(state) + code_of_config(state)
             named += code_of_task(state.get("task")) if isinstance(state, dict) else []
         try:
-            plugins.check(named, f"'{self.path}'")
+            plugins.check_allowed(named, f"'{self.path}'")
         except NotAllowed as error:
             raise CorruptBundle(str(error)) from error
 
@@ -164,13 +156,24 @@ class Bundle:
     @property
     def quantities(self) -> dict[str, Quantity]:
         """What is watched of its traffic, with the counts of held-out records."""
-        return read((self.path / BASELINE).read_bytes())
+        return read_baseline((self.path / BASELINE).read_bytes())
 
     def golden(self, variant: str) -> tuple[Arrays, Arrays]:
         """Return the golden inputs and the variant's expected outputs."""
         with np.load(io.BytesIO((self.path / GOLDEN).read_bytes()), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return (_below(arrays, "inputs/"), _below(arrays, f"outputs/{variant}/"))
+
+
+def _has_its_files(path: Path) -> bool:
+    """Whether a local folder has a manifest and the files that it lists, undamaged."""
+    try:
+        manifest = Manifest.model_validate_json((path / manifests.FILENAME).read_bytes())
+        return all(
+            commit.file_digest(path / name) == file.sha256 for name, file in manifest.files.items()
+        )
+    except (OSError, ValidationError):
+        return False
 
 
 def _check_format(path: Path, content: bytes) -> None:

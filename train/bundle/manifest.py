@@ -8,17 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from cluster.storage import FILE_NAME, MODEL_NAME
 from train.tasks import TensorSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILENAME = "manifest.json"
 # Sizes of batches whose latency a profile tells.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tensor(Strict):
+class TensorMetadata(StrictModel):
     """A tensor on the wire; -1 is the free batch dimension."""
 
     name: str
@@ -26,16 +26,16 @@ class Tensor(Strict):
     shape: list[int]
 
     @classmethod
-    def of(cls, spec: TensorSpec) -> "Tensor":
+    def of(cls, spec: TensorSpec) -> "TensorMetadata":
         return cls(name=spec.name, datatype=spec.datatype, shape=[-1, *spec.shape])
 
 
-class File(Strict):
+class BundleFile(StrictModel):
     sha256: str
     size_bytes: int
 
 
-class Timing(Strict):
+class Timing(StrictModel):
     """How long one engine took for batches of one size: the median and the quartiles."""
 
     engine: str
@@ -46,7 +46,7 @@ class Timing(Strict):
     high_ms: float
 
 
-class Variant(Strict):
+class Variant(StrictModel):
     """One form of the net: what runs it, what it measured, and what the gate said."""
 
     engine: str = Field(description="Name of the engine that runs it.")
@@ -96,7 +96,7 @@ class Variant(Strict):
         )
 
 
-def ranked(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
+def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
     """The accepted variants, the best first.
 
     optimize_for: "latency" of one record, "throughput" of the best batch, both on one thread, or
@@ -118,14 +118,14 @@ def ranked(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
     return sorted((name for name, variant in variants.items() if variant.accepted), key=cost)
 
 
-class Manifest(Strict):
+class Manifest(StrictModel):
     format_version: int = FORMAT_VERSION
     name: str = Field(pattern=MODEL_NAME, description="As it is registered.")
     created: str = Field(description="UTC, ISO 8601.")
     task: dict[str, Any]
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    files: dict[str, File] = Field(description="Digest and size of every other file.")
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    files: dict[str, BundleFile] = Field(description="Digest and size of every other file.")
     versions: dict[str, str] = Field(description="Of the packages that made it.")
     seed: int
     data: dict[str, Any] = Field(description="Source, digest and number of records per split.")
@@ -143,3 +143,12 @@ class Manifest(Strict):
         description="Where it comes from: the study and the trial that found its options; the "
         "bundle that its weights began from.",
     )
+
+
+def flatten_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options in sections by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        flat |= flatten_options(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

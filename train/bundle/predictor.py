@@ -10,7 +10,7 @@ import numpy as np
 from train.bundle import engines
 from train.bundle.bundle import Bundle, CorruptBundle
 from train.bundle.engines import Engine
-from train.bundle.manifest import ranked
+from train.bundle.manifest import rank_variants
 from train.tasks import Arrays, Columns, Record, Task
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Predictor:
         ValueError for a variant that is unknown or that the gate did not accept.
         """
         manifest = bundle.manifest
-        accepted = ranked(manifest.variants, manifest.optimize_for)
+        accepted = rank_variants(manifest.variants, manifest.optimize_for)
         if variant is not None and variant not in accepted:
             entry = manifest.variants.get(variant)
             came = f"was {entry.verdict} by the gate" if entry else "is unknown"
@@ -83,7 +83,9 @@ def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
     if not expected:
         raise CorruptBundle(f"'{bundle.path}' has no golden outputs of variant '{variant}'.")
     try:
-        engine = engines.find(entry.engine).load(bundle.path / entry.file, num_threads=num_threads)
+        engine = engines.find_engine(entry.engine).load(
+            bundle.path / entry.file, num_threads=num_threads
+        )
         outputs = engine.run(inputs)
     except Exception as error:  # engines raise many kinds
         raise _Unfit(

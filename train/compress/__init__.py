@@ -1,5 +1,5 @@
 """Compression: smaller and faster variants of a net, and the gate that accepts or refuses them."""
 
-from train.compress.compress import Compressed, compress
+from train.compress.pipeline import CompressionResult, compress
 
-__all__ = ["Compressed", "compress"]
+__all__ = ["CompressionResult", "compress"]

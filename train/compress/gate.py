@@ -7,14 +7,14 @@ from typing import Literal
 import numpy as np
 
 from train.bundle.engines import Engine
+from train.stats import paired_interval
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.records import num_rows
+from train.tasks.regression import ValueTarget
 from train.tasks.targets import LOWER_IS_BETTER
-from train.tasks.values import ValueTarget
 
 # A count of records is never exactly a fraction of them.
 EPSILON = 1e-9
-Z_95 = 1.959964
 RESAMPLES = 1000
 # Metrics in the target's own unit, whatever that is.
 IN_UNITS = ("rmse", "mae")
@@ -24,7 +24,7 @@ MAX_BATCH_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VariantComparison:
     """A variant against fp32 on the same records.
 
     drop: how much worse the metric is, an error in standard deviations of the target; low, high:
@@ -45,12 +45,14 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     verdict: Literal["accepted", "refused", "undecided"]
     reason: str
 
 
-def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray) -> Comparison:
+def compare_with_fp32(
+    task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray
+) -> VariantComparison:
     """Compare a variant's outputs with fp32's for the same records, by the task's metric."""
     target, metric = task.target, task.metric
     before = _metric(task, reference, targets_N)
@@ -59,13 +61,13 @@ def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarra
     if metric in IN_UNITS:
         sign /= _scale(task)
     if isinstance(target, ClassTarget) and metric == "accuracy":
-        low, high = _of_matched_shares(
-            reference["logits"].argmax(axis=1) == targets_N,
-            outputs["logits"].argmax(axis=1) == targets_N,
+        low, high = paired_interval(
+            *(each["logits"].argmax(axis=1) != targets_N for each in (reference, outputs)),
+            binary=True,
         )
     else:
         low, high = _by_bootstrap(task, reference, outputs, targets_N, sign)
-    return Comparison(
+    return VariantComparison(
         metric=metric,
         reference=before,
         value=after,
@@ -77,19 +79,19 @@ def compare(task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarra
     )
 
 
-def judge(
-    comparison: Comparison,
+def judge_variant(
+    comparison: VariantComparison,
     max_drop: float,
     *,
     max_change: float = math.inf,
     strict: bool = False,
     batch: float = 0.0,
-) -> Verdict:
+) -> GateVerdict:
     """Accept a variant that was measured to be at most `max_drop` worse than fp32.
 
-    Beyond that it is refused if even the near end of the interval is beyond, or if it is worse by
-    more than chance; else undecided: more held-out records would tell. strict: accept only if the
-    far end of the interval is within.
+    A larger drop is refused if it is more than chance, which is if the interval excludes 0, and
+    undecided otherwise: more held-out records would decide. strict: accept only if the upper end of
+    the interval is at most `max_drop`.
     max_change: for a form of the same net, whose answers must be those of fp32 but for rounding:
     wrong weights may leave the labels as they are, and the probabilities are nonsense.
     batch: the largest difference between the answers for a record in batches of several sizes.
@@ -100,14 +102,14 @@ def judge(
         f"{c.drop:+.4f} worse [{c.low:+.4f}, {c.high:+.4f}], agreement {c.agreement:.4f}"
     )
     if not batch <= MAX_BATCH_DIFFERENCE:
-        return Verdict(
+        return GateVerdict(
             "refused",
             f"answers depend on the batch they travel in, by {batch:.2g} "
             f"(at most {MAX_BATCH_DIFFERENCE:g} is accepted); {figures}",
         )
     # A NaN compares false and is refused.
     if not c.change <= max_change:
-        return Verdict(
+        return GateVerdict(
             "refused",
             f"answers are others, by {c.change:.4f} in the mean (at most {max_change:g} is "
             f"accepted of the same net); {figures}",
@@ -115,13 +117,13 @@ def judge(
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
             beyond = ", though the interval reaches beyond" if c.high > max_drop + EPSILON else ""
-            return Verdict("accepted", f"{figures}: within {max_drop:g}{beyond}")
-        return Verdict("undecided", f"{figures}: the interval reaches beyond {max_drop:g}")
+            return GateVerdict("accepted", f"{figures}: within {max_drop:g}{beyond}")
+        return GateVerdict("undecided", f"{figures}: the interval reaches beyond {max_drop:g}")
     if c.low <= 0:
-        return Verdict(
+        return GateVerdict(
             "undecided", f"{figures}: more than {max_drop:g}, and no more than chance may make"
         )
-    return Verdict("refused", f"{figures}: more than the accepted {max_drop:g}")
+    return GateVerdict("refused", f"{figures}: more than the accepted {max_drop:g}")
 
 
 def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
@@ -151,20 +153,6 @@ def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
 
 def _metric(task: Task, outputs: Arrays, targets_N: np.ndarray) -> float:
     return task.metrics(outputs, targets_N, "valid")[f"valid_{task.metric}"]
-
-
-def _of_matched_shares(before_N: np.ndarray, after_N: np.ndarray) -> tuple[float, float]:
-    """The interval of the difference of two shares of the same records, by their discordant ones.
-
-    Agresti and Min, Statistics in Medicine 24 (2005), pages 729 to 740: Wald's interval, whose
-    test is McNemar's, after half a record is added to each of the four cells.
-    """
-    count = len(before_N) + 2
-    lost = int(np.sum(before_N & ~after_N)) + 0.5
-    won = int(np.sum(after_N & ~before_N)) + 0.5
-    middle = (lost - won) / count
-    reach = Z_95 * np.sqrt(lost + won - (lost - won) ** 2 / count) / count
-    return float(middle - reach), float(middle + reach)
 
 
 def _by_bootstrap(

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import Augment, Stage
-from train.data.order import generator
+from train.data.batch_sampler import random_stream
 
 GREY = 127
 WHOLE = Stage()
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixedBatch:
     """Inputs of which `share` is of targets_B and the rest of others_B."""
 
     inputs: list[Tensor]
@@ -42,16 +42,16 @@ class Augmentation:
         self._num_samples = num_samples
         # Whether a sample is mirrored in even epochs; in odd ones it is the other way round, so
         # that two epochs show both sides of every image.
-        self._flip_even_N = generator(seed, 0, "flip").random(num_samples) < 0.5
+        self._flip_even_N = random_stream(seed, 0, "flip").random(num_samples) < 0.5
 
     def start_epoch(self, epoch: int) -> None:
         """Draw for every sample how it will look in this epoch."""
         config, count = self._config, self._num_samples
-        self._place_N2 = generator(self._seed, epoch, "shift").random((count, 2))
+        self._place_N2 = random_stream(self._seed, epoch, "shift").random((count, 2))
         self._flip_N = self._flip_even_N ^ bool(epoch % 2) if config.flip else None
-        self._cutout_N2 = generator(self._seed, epoch, "cutout").random((count, 2))
+        self._cutout_N2 = random_stream(self._seed, epoch, "cutout").random((count, 2))
         # Area, aspect ratio and place of crops, each from 0 to 1.
-        self._crop_N4 = generator(self._seed, epoch, "crop").random((count, 4))
+        self._crop_N4 = random_stream(self._seed, epoch, "crop").random((count, 4))
 
     def stage(self, share: float) -> Stage:
         """The stage after this share of the steps, from 0 to below 1."""
@@ -70,13 +70,13 @@ class Augmentation:
             images_BHWC = _shrink(images_BHWC, stage.scale)
         return images_BHWC
 
-    def mix(self, inputs: list[Tensor], targets_B: Tensor, key: int) -> Mixed:
+    def mix(self, inputs: list[Tensor], targets_B: Tensor, key: int) -> MixedBatch:
         """Mix the images of a batch in pairs; what is drawn depends on seed and `key` alone."""
         config = self._config
         if not config.mixup and not config.cutmix:
-            return Mixed(inputs, targets_B, targets_B, 1.0)
+            return MixedBatch(inputs, targets_B, targets_B, 1.0)
         (images_BHWC,) = inputs
-        draws = generator(self._seed, key, "mix")
+        draws = random_stream(self._seed, key, "mix")
         order_B = torch.from_numpy(draws.permutation(len(targets_B))).to(targets_B.device)
         others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
         # With both configured, each is used half of the time.
@@ -88,10 +88,10 @@ class Augmentation:
             mixed_BHWC[:, rows, columns] = others_BHWC[:, rows, columns]
             height, width = images_BHWC.shape[1:3]
             covered = (rows.stop - rows.start) * (columns.stop - columns.start)
-            return Mixed([mixed_BHWC], targets_B, others_B, 1 - covered / (height * width))
+            return MixedBatch([mixed_BHWC], targets_B, others_B, 1 - covered / (height * width))
         share = float(draws.beta(config.mixup, config.mixup))
         mixed_BHWC = share * images_BHWC.float() + (1 - share) * others_BHWC.float()
-        return Mixed([mixed_BHWC], targets_B, others_B, share)
+        return MixedBatch([mixed_BHWC], targets_B, others_B, share)
 
     def _cut(self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float) -> Tensor:
         """Mirror, shift and crop; what a shift uncovers is filled by reflection."""

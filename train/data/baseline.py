@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from train.bundle import quantities
-from train.bundle.quantities import Measured, Quantity
-from train.data.shards import Shards, batches
+from train.bundle import feature_statistics
+from train.bundle.feature_statistics import Quantity, QuantityValues
+from train.data.dataset import EncodedDataset, batch_slices
 from train.tasks import Arrays
 
 BATCH_SIZE = 1024
@@ -18,8 +18,8 @@ BATCH_SIZE = 1024
 MAX_RECORDS = 50_000
 
 
-def baseline(shards: Shards, outputs: Arrays) -> dict[str, Any]:
-    """Return the baseline of a bundle, as `train.bundle.quantities.read` reads it.
+def build_baseline(shards: EncodedDataset, outputs: Arrays) -> dict[str, Any]:
+    """Return the baseline of a bundle, as `train.bundle.feature_statistics.read_baseline` reads it.
 
     outputs: what the net that will be served answers to the validation split.
     """
@@ -30,15 +30,15 @@ def baseline(shards: Shards, outputs: Arrays) -> dict[str, Any]:
         for name, measured in held_out.items()
     }
     states = {name: quantity.to_dict() for name, quantity in made.items()}
-    return {"version": quantities.VERSION, "quantities": states}
+    return {"version": feature_statistics.VERSION, "quantities": states}
 
 
-def _quantity(name: str, held_out: Measured, trained: Measured) -> Quantity:
+def _quantity(name: str, held_out: QuantityValues, trained: QuantityValues) -> Quantity:
     kind, labels = held_out.kind, held_out.labels
     if kind == "category":
         empty = Quantity(kind, held_out.of, np.zeros(len(labels), np.int64), labels=labels)
     else:
-        edges = quantities.edges_of(trained, name)
+        edges = feature_statistics.bin_edges(trained, name)
         shape = held_out.values.shape[1:]
         empty = Quantity(
             kind, held_out.of, np.zeros((*shape, len(edges) + 2), np.int64), edges=edges
@@ -46,22 +46,24 @@ def _quantity(name: str, held_out: Measured, trained: Measured) -> Quantity:
     return Quantity(kind, held_out.of, empty.count(held_out.values), empty.edges, labels)
 
 
-def _measured(shards: Shards, split: str, outputs: Arrays | None) -> dict[str, Measured]:
+def _measured(
+    shards: EncodedDataset, split: str, outputs: Arrays | None
+) -> dict[str, QuantityValues]:
     """Measure a split; of the inputs alone where there are no outputs."""
     inputs, targets_N = shards.open(split)
     task = shards.task
     count = len(targets_N) if outputs is not None else min(len(targets_N), MAX_RECORDS)
-    parts: list[dict[str, Measured]] = []
-    for part in batches(count, BATCH_SIZE):
+    parts: list[dict[str, QuantityValues]] = []
+    for part in batch_slices(count, BATCH_SIZE):
         rows = {
             name: np.asarray(array[part][: count - part.start]) for name, array in inputs.items()
         }
         answers = None
         if outputs is not None:
             answers = task.target.decode({name: array[part] for name, array in outputs.items()})
-        parts.append(quantities.measure(task, rows, answers))
+        parts.append(feature_statistics.measure_quantities(task, rows, answers))
     return {
-        name: Measured(
+        name: QuantityValues(
             each.kind, each.of, np.concatenate([part[name].values for part in parts]), each.labels
         )
         for name, each in parts[0].items()

@@ -18,8 +18,8 @@ import pyarrow.parquet
 
 from cluster import storage
 from cluster.errors import UserError
-from train.data import formats
-from train.data.formats import DIGITS, KNOWN, format_of
+from train.data import readers
+from train.data.readers import DIGITS, KNOWN, file_format
 from train.tasks import Columns
 
 # Rows read at once, and rows and bytes of a scratch file's row group.
@@ -32,7 +32,7 @@ HEAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Consecutive rows of a source, in one row group of a Parquet file.
 
     origin: the file that a user knows them from; first_row: the first one's number in it.
@@ -57,8 +57,8 @@ class Block:
         """Read in batches; row_bytes: how large a record will be once it is encoded."""
         batch_rows = int(np.clip(BATCH_BYTES // max(row_bytes, 1), 1, BATCH_ROWS))
         fs, path = storage.filesystem(self.path)
-        with reading(self.origin), fs.open(path, "rb") as stream:
-            yield from formats.parquet(stream).iter_batches(
+        with reading_errors(self.origin), fs.open(path, "rb") as stream:
+            yield from readers.open_parquet(stream).iter_batches(
                 batch_rows, row_groups=[self.group], columns=list(columns), use_threads=False
             )
 
@@ -74,14 +74,14 @@ class Source:
     fingerprint: str
 
 
-def find(url: str) -> Source:
+def find_source(url: str) -> Source:
     """Return the source at a path, a folder, a glob or any fsspec URL, or sklearn:digits.
 
     Raises UserError if there is none, or none of a known format.
     """
     if url == DIGITS:
         return Source(url, "digits", (url,), 0, url)
-    with reading(url):
+    with reading_errors(url):
         fs, path = storage.filesystem(url)
         if fs.isdir(path):
             below = path.rstrip("/") + "/"
@@ -91,7 +91,7 @@ def find(url: str) -> Source:
         else:
             paths = [each for each in fs.glob(path) if fs.isfile(each)]
         files = sorted(paths)
-        kinds = {format_of(each) for each in files} - {None}
+        kinds = {file_format(each) for each in files} - {None}
         if not files or not kinds:
             ending = f" with a known ending, but {PurePosixPath(files[0]).name}" if files else ""
             raise UserError(
@@ -104,7 +104,7 @@ def find(url: str) -> Source:
                 "give a glob of one of them, such as '*.csv'."
             )
         (kind,) = kinds
-        kept = [each for each in files if format_of(each) == kind]
+        kept = [each for each in files if file_format(each) == kind]
         if kind == "images" and kept == [path]:
             raise UserError(
                 f"'{url}' is one image; give the folder that has a folder for each class."
@@ -119,20 +119,20 @@ def find(url: str) -> Source:
         )
 
 
-def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[Block]:
+def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[RowBlock]:
     """Return the blocks of a source in order; write it as Parquet into `scratch` if need be.
 
     Raises UserError that names the file, and the line where it is known, of what cannot be read.
     """
-    blocks: list[Block] = []
+    blocks: list[RowBlock] = []
     together = source.format in ("images", "digits")
     for number, files in enumerate([source.files] if together else zip(source.files, strict=True)):
         origin = source.url if together else files[0]
         path = files[0]
-        with reading(origin):
+        with reading_errors(origin):
             if source.format != "parquet" or _largest_group(path) > MAX_GROUP_ROWS:
-                path = storage.join(scratch, f"{number:05}.parquet")
-                if not _write(formats.tables(source.format, files, encoding), path):
+                path = storage.join_path(scratch, f"{number:05}.parquet")
+                if not _write(readers.read_tables(source.format, files, encoding), path):
                     continue
             blocks += _blocks(path, origin, sum(each.num_rows for each in blocks))
     if not blocks:
@@ -153,7 +153,7 @@ def _largest_group(path: str) -> int:
         return max((metadata.row_group(group).num_rows for group in groups), default=0)
 
 
-def _blocks(path: str, origin: str, start: int) -> list[Block]:
+def _blocks(path: str, origin: str, start: int) -> list[RowBlock]:
     fs, inner = storage.filesystem(path)
     with fs.open(inner, "rb") as stream:
         metadata = pa.parquet.ParquetFile(stream).metadata
@@ -162,18 +162,18 @@ def _blocks(path: str, origin: str, start: int) -> list[Block]:
     first_row = 0
     for group, count in enumerate(counts):
         if count:
-            blocks.append(Block(path, group, count, start + first_row, origin, first_row))
+            blocks.append(RowBlock(path, group, count, start + first_row, origin, first_row))
         first_row += count
     return blocks
 
 
-def schema(blocks: Sequence[Block]) -> pa.Schema:
+def source_schema(blocks: Sequence[RowBlock]) -> pa.Schema:
     """Columns of a source. Raises UserError for files whose columns are not the same."""
     schemas: dict[str, tuple[str, pa.Schema]] = {}
     for block in blocks:
         if block.path not in schemas:
             fs, path = storage.filesystem(block.path)
-            with reading(block.origin), fs.open(path, "rb") as stream:
+            with reading_errors(block.origin), fs.open(path, "rb") as stream:
                 schemas[block.path] = block.origin, pa.parquet.read_schema(stream)
     (first_file, first), *others = schemas.values()
     for file, other in others:
@@ -186,13 +186,13 @@ def schema(blocks: Sequence[Block]) -> pa.Schema:
     return first
 
 
-def head(source: Source, count: int, encoding: str = "utf-8") -> Columns:
+def source_head(source: Source, count: int, encoding: str = "utf-8") -> Columns:
     """The first records of a source, every column of them, at most HEAD_BYTES."""
     together = source.format in ("images", "digits")
     parts: list[pa.Table] = []
     for files in [source.files] if together else zip(source.files, strict=True):
-        with reading(source.url if together else files[0]):
-            for part in formats.tables(source.format, files, encoding):
+        with reading_errors(source.url if together else files[0]):
+            for part in readers.read_tables(source.format, files, encoding):
                 parts.append(part)
                 rows = sum(each.num_rows for each in parts)
                 if rows >= count or sum(each.nbytes for each in parts) >= HEAD_BYTES:
@@ -203,7 +203,7 @@ def head(source: Source, count: int, encoding: str = "utf-8") -> Columns:
         raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
     table = pa.concat_tables(parts, promote_options="default").slice(0, count).combine_chunks()
     check_columns(source.url, table.schema.names, table.schema.names)
-    return columns(table.to_batches()[0])
+    return batch_columns(table.to_batches()[0])
 
 
 def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None:
@@ -220,13 +220,13 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
             raise UserError(f"'{url}' has the column '{column}' twice; rename one of them.")
 
 
-def columns(batch: pa.RecordBatch) -> Columns:
+def batch_columns(batch: pa.RecordBatch) -> Columns:
     """The values of a batch: numbers and dates as arrays, all else as lists."""
     return {name: _values(column) for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
 @contextmanager
-def reading(file: str) -> Iterator[None]:
+def reading_errors(file: str) -> Iterator[None]:
     """Turn what goes wrong with a file into one line that names it."""
     try:
         yield
@@ -258,7 +258,7 @@ def _write(tables: Iterator[pa.Table], path: str) -> bool:
     first = next(groups, None)
     if first is None or not first.num_rows:
         return False
-    with storage.writing(path):
+    with storage.storage_errors(path):
         fs.makedirs(inner.rpartition("/")[0], exist_ok=True)
         with (
             fs.open(inner, "wb") as stream,

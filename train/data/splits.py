@@ -9,11 +9,11 @@ import numpy as np
 
 from cluster.errors import UserError
 from train.config import Data
-from train.data import order, sources
-from train.data.sources import Block
+from train.data import batch_sampler, sources
+from train.data.sources import RowBlock
 from train.tasks import InvalidRecord
-from train.tasks.numbers import Date, Number
-from train.tasks.records import is_missing, name_of
+from train.tasks.numeric import Date, Number
+from train.tasks.records import category_name, is_missing
 
 MIN_TRAINING = 2
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
@@ -21,14 +21,14 @@ NAMES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitSource:
     """A source and the split that each of its rows is in.
 
     copies_N: how often each row is in it; once if None.
     """
 
     url: str
-    blocks: list[Block]
+    blocks: list[RowBlock]
     codes_N: np.ndarray
     copies_N: np.ndarray | None = None
 
@@ -40,9 +40,9 @@ class Part:
             yield np.where(copies_N > turn, codes_N, NOWHERE)
 
 
-def assign(
-    config: Data, opened: dict[str, list[Block]], date_format: str | None = None
-) -> list[Part]:
+def assign_splits(
+    config: Data, opened: dict[str, list[RowBlock]], date_format: str | None = None
+) -> list[SplitSource]:
     """Return the sources, those of the training records first.
 
     date_format: of the dates of `split_time`, ISO 8601 if None.
@@ -76,12 +76,12 @@ def assign(
                 f"no record of '{config.train}' falls into the {NAMES[code]} split; give "
                 f"--data.{NAMES[code]} or a column with more different values."
             )
-    parts = [Part(config.train, blocks, codes_N)]
+    parts = [SplitSource(config.train, blocks, codes_N)]
     for name, code in (("valid", VALID), ("test", TEST)):
         if name in opened:
             rows = sum(block.num_rows for block in opened[name])
             url = getattr(config, name)
-            parts.append(Part(url, opened[name], np.full(rows, code, np.int8)))
+            parts.append(SplitSource(url, opened[name], np.full(rows, code, np.int8)))
     if "extra" in opened:
         training = (TRAIN, VALID) if config.train_on_valid else (TRAIN,)
         num_training = sum(int(np.isin(part.codes_N, training).sum()) for part in parts)
@@ -89,16 +89,18 @@ def assign(
     return parts
 
 
-def _extra(config: Data, blocks: list[Block], num_training: int) -> Part:
+def _extra(config: Data, blocks: list[RowBlock], num_training: int) -> SplitSource:
     """Training records besides `num_training` others, as many copies of them as their share is."""
     assert config.extra is not None
     rows = wanted = sum(block.num_rows for block in blocks)
-    if config.extra_share is not None:
-        wanted = max(1, round(num_training * config.extra_share / (1 - config.extra_share)))
+    if config.extra_fraction is not None:
+        wanted = max(1, round(num_training * config.extra_fraction / (1 - config.extra_fraction)))
     times, left = divmod(wanted, rows)
     copies_N = np.full(rows, times)
-    copies_N[order.generator(config.split_seed, 0, "extra").permutation(rows)[:left]] += 1
-    return Part(config.extra, blocks, np.full(rows, TRAIN, np.int8), copies_N)
+    copies_N[
+        batch_sampler.random_stream(config.split_seed, 0, "extra").permutation(rows)[:left]
+    ] += 1
+    return SplitSource(config.extra, blocks, np.full(rows, TRAIN, np.int8), copies_N)
 
 
 def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
@@ -119,7 +121,7 @@ def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np
     cache: dict[str, int] = {}
 
     def code(value: Any) -> int:
-        key = "" if is_missing(value) else name_of(value)
+        key = "" if is_missing(value) else category_name(value)
         if key not in cache:
             digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
             place = int.from_bytes(digest, "big") / 2**64
@@ -131,13 +133,13 @@ def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np
     return np.fromiter((code(value) for value in values), np.int8)
 
 
-def _order_in_time(blocks: Sequence[Block], column: str, date_format: str | None) -> np.ndarray:
+def _order_in_time(blocks: Sequence[RowBlock], column: str, date_format: str | None) -> np.ndarray:
     """Rows by a column of dates, or of numbers that grow with time."""
     parts = []
     for block in blocks:
         start = block.start
         for batch in block.read([column]):
-            values = sources.columns(batch)[column]
+            values = sources.batch_columns(batch)[column]
             try:
                 times_N = _times(column, values, date_format)
             except InvalidRecord as error:
@@ -160,13 +162,13 @@ def _times(column: str, values: Sequence[Any] | np.ndarray, date_format: str | N
         return Date(column, date_format).read(values)
 
 
-def _values(blocks: Sequence[Block], column: str) -> Iterator[Any]:
+def _values(blocks: Sequence[RowBlock], column: str) -> Iterator[Any]:
     for block in blocks:
         for batch in block.read([column]):
-            yield from sources.columns(batch)[column]
+            yield from sources.batch_columns(batch)[column]
 
 
-def place(blocks: Sequence[Block], row: int) -> str:
+def row_location(blocks: Sequence[RowBlock], row: int) -> str:
     """Where a row of a source is, in a user's words."""
     block = next(each for each in blocks if each.start <= row < each.start + each.num_rows)
     return block.place(row)

@@ -1,15 +1,15 @@
 """Checkpoints: the complete state of a run, whole or absent, verified by digest.
 
 A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.json`, and
-`digests.json`, which is written last. Nothing in it is a pickle.
+`digests.json`, which is written last. Nothing in it is a pickle. A checkpoint that is reported as
+written is on disk and was read back; those before it are deleted only then.
 """
 
-import hashlib
 import json
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,16 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from cluster import storage
-from train.loop import state as states
+from cluster import commit, storage
+from train.loop import state_dict as states
 
 TENSORS = "state.safetensors"
 VALUES = "state.json"
-DIGESTS = "digests.json"
 WRITER = "writer.json"
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """Tensors and plain values by name; `values["step"]` is the number of steps taken."""
 
     tensors: dict[str, Tensor]
@@ -44,7 +43,7 @@ class Superseded(Exception):
     """Others continue the run. What this process would write is theirs to write."""
 
 
-class Store:
+class CheckpointManager:
     """The checkpoints of one run, in a directory or at a URL. Only rank 0 writes.
 
     A worker that the network is cut off from, and that others have been started for, may still be
@@ -61,7 +60,7 @@ class Store:
         self._written = written
         self._claimed: list[str] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: tuple[State, int | None, Future[None]] | None = None
+        self._pending: tuple[TrainingState, int | None, Future[None]] | None = None
 
     def hand_over(self) -> str:
         """Begin or continue the run; return the name under which its workers may claim it."""
@@ -76,7 +75,7 @@ class Store:
         self._claimed = [owner, secrets.token_hex(8)]
         self._put_writer(self._claimed)
 
-    def save(self, state: State, best_step: int | None) -> None:
+    def save(self, state: TrainingState, best_step: int | None) -> None:
         """Write a state in the background; the caller must not change its tensors afterwards.
 
         Only after `settle`, which tells what became of the one before.
@@ -116,7 +115,7 @@ class Store:
         found = (name.removeprefix("step-") for name in names if name.startswith("step-"))
         return sorted(int(name) for name in found if name.isdecimal())
 
-    def latest(self) -> State | None:
+    def latest(self) -> TrainingState | None:
         """The last checkpoint that is whole; says on stderr which ones it passes over."""
         for step in reversed(self.steps()):
             try:
@@ -125,69 +124,69 @@ class Store:
                 print(f"{error}; using the checkpoint before it", file=sys.stderr)
         return None
 
-    def load(self, step: int) -> State:
+    def load(self, step: int) -> TrainingState:
         """Raises DamagedCheckpoint, naming the file."""
-        url = self._at(step)
-        folder = storage.fetch(url, last=DIGESTS)
-        try:
-            digests = json.loads((folder / DIGESTS).read_text())
-        except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"'{folder / DIGESTS}' cannot be read") from error
-        for name in (TENSORS, VALUES):
-            file = folder / name
-            if not file.exists() or _digest(file) != digests.get(name):
-                raise DamagedCheckpoint(f"'{file}' differs from its digest")
+        url = self._step_url(step)
+        folder = commit.fetch(url, last=commit.DIGESTS)
+        _check_whole(folder)
         tensors = safetensors.torch.load_file(folder / TENSORS)
-        return State(tensors, json.loads((folder / VALUES).read_text()))
+        return TrainingState(tensors, json.loads((folder / VALUES).read_text()))
 
-    def adopt(self, donor: "Store", step: int) -> None:
+    def adopt(self, donor: "CheckpointManager", step: int) -> None:
         """Copy a checkpoint of another run, and that of its best epoch so far, to continue from.
 
         Raises DamagedCheckpoint, naming the file.
         """
         best = donor.load(step).values["best_step"]
         for each in dict.fromkeys((best, step) if best in donor.steps() else (step,)):
-            source = storage.fetch(donor._at(each), last=DIGESTS)
-            with storage.written_whole(self._at(each), last=DIGESTS) as folder:
-                for name in (TENSORS, VALUES, DIGESTS):
+            source = commit.fetch(donor._step_url(each), last=commit.DIGESTS)
+            _check_whole(source)
+            with commit.atomic_folder(self._step_url(each)) as folder:
+                for name in (TENSORS, VALUES):
                     shutil.copyfile(source / name, folder / name)
 
-    def _write(self, state: State, best_step: int | None) -> None:
+    def _write(self, state: TrainingState, best_step: int | None) -> None:
         step = state.values["step"]
-        target, check = self._at(step), self._check_claim
-        with storage.written_whole(target, last=DIGESTS, check=check) as folder:
+        target, check = self._step_url(step), self._check_claim
+        with commit.atomic_folder(target, check=check) as folder:
             try:
                 safetensors.torch.save_file(state.tensors, folder / TENSORS)
+                # Raises where the file is shorter than its header says.
+                with safetensors.safe_open(folder / TENSORS, "pt"):
+                    pass
             except safetensors.SafetensorError as error:  # a full disk, among others
                 raise OSError(str(error)) from error
             (folder / VALUES).write_text(json.dumps(state.values))
-            digests = {name: _digest(folder / name) for name in (TENSORS, VALUES)}
-            (folder / DIGESTS).write_text(json.dumps(digests))
         self._check_claim()
-        for old in self._superfluous(best_step):
-            fs, path = storage.filesystem(self._at(old))
-            fs.rm(path, recursive=True)
+        self._delete_old(step, best_step)
+
+    def _delete_old(self, written: int, best_step: int | None) -> None:
+        """Delete those before the one just written, but the latest and that of the best epoch.
+
+        Those after it are damaged: else the run would have continued from them.
+        """
+        for step in [each for each in self.steps() if each <= written][: -self._keep]:
+            if step != best_step:
+                fs, path = storage.filesystem(self._step_url(step))
+                fs.rm(path, recursive=True)
 
     def _check_claim(self) -> None:
         if self._claimed is not None and self._writer() != self._claimed:
             raise Superseded("the run is continued by others; this worker stops")
 
     def _writer(self) -> list[str]:
-        fs, path = storage.filesystem(storage.join(self._url, WRITER))
+        fs, path = storage.filesystem(storage.join_path(self._url, WRITER))
         writer: list[str] = json.loads(fs.cat_file(path))
         return writer
 
     def _put_writer(self, writer: list[str]) -> None:
-        storage.write_file(storage.join(self._url, WRITER), json.dumps(writer).encode())
+        commit.write_atomic(storage.join_path(self._url, WRITER), json.dumps(writer).encode())
 
-    def _superfluous(self, best_step: int | None) -> Iterator[int]:
-        return (step for step in self.steps()[: -self._keep] if step != best_step)
-
-    def _at(self, step: int) -> str:
-        return storage.join(self._url, f"step-{step:08d}")
+    def _step_url(self, step: int) -> str:
+        return storage.join_path(self._url, f"step-{step:08d}")
 
 
-def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def load_best_weights(store: CheckpointManager) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Return the weights of a finished run's best epoch, and its figures by epoch."""
     last = store.latest()
     assert last is not None, "a finished run has a checkpoint"
@@ -201,9 +200,13 @@ def trained(store: Store) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
             f"the model is that of step {last.values['step']}",
             file=sys.stderr,
         )
-    return states.weights(found.tensors), last.values["history"]
+    return states.exported_weights(found.tensors), last.values["history"]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_whole(folder: Path) -> None:
+    """Raises DamagedCheckpoint, naming the file."""
+    try:
+        for name in (TENSORS, VALUES):
+            commit.check_file(folder, name)
+    except commit.DamagedFile as error:
+        raise DamagedCheckpoint(str(error)) from error

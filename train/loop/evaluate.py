@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.loop.parallel import Worker
+from train.loop.parallelism import Worker
 from train.tasks import Arrays
 
 BATCH_SIZE = 500
 
 
 @torch.no_grad()
-def outputs(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> Arrays | None:
+def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> Arrays | None:
     """Return {"logits": float32 [N, K]} in the split's order on rank 0, None on the others.
 
     The same batches are computed whatever the number of workers, in turns.

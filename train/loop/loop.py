@@ -3,7 +3,7 @@
 What happens at a step is a function of the config and the step alone: sample order, augmentation,
 dropout, rate. With the state of a checkpoint, the rest of a run follows, wherever it continues.
 
-Shapes: B a lane's part of a global batch, N samples of a split, K outputs.
+Shapes: B a micro-batch's part of a global batch, N samples of a split, K outputs.
 """
 
 import math
@@ -16,25 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.data import order
+from train.data import batch_sampler
 from train.data.augment import Augmentation
-from train.data.shards import Shards, read_at_random
+from train.data.dataset import EncodedDataset, read_at_random
 from train.loop import (
-    building,
+    distillation,
     evaluate,
-    lessons,
+    lr_schedule,
+    net_setup,
     optimizers,
-    parallel,
+    parallelism,
     precision,
-    schedule,
-    state,
 )
-from train.loop.checkpoint import State, Store
-from train.loop.figures import Event, Figures, signed
-from train.loop.parallel import Buffers, Worker
-from train.loop.run import NO_LESSON, Lesson
-from train.nets.losses import loss_of
+from train.loop.checkpoint import CheckpointManager, TrainingState
+from train.loop.parallelism import Buffers, Worker
+from train.loop.run_directory import NO_LESSON, DistillationConfig
+from train.loop.state_dict import EMA, averaged_weights, collect_state, restore_state
+from train.nets.losses import target_loss
 from train.tasks import Task
+from train.telemetry.throughput import Event, ThroughputMeter, signed_metric
 
 TELL_EVERY_STEPS = 10
 
@@ -59,7 +59,7 @@ class Progress:
 class Loop:
     """A run from where its checkpoints left it. Every worker has one, and calls the same methods.
 
-    num_lanes: parts of a global batch, the same for the whole run; at least the world size.
+    num_micro_batches: parts of a global batch, the same for the whole run; at least the world size.
     observe: told on rank 0 of the start, of steps, epochs, and checkpoints that failed.
     urgent: whether a checkpoint is wanted now, say because this machine will be taken away.
     after_step: called after every step.
@@ -69,53 +69,53 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        shards: Shards,
+        shards: EncodedDataset,
         worker: Worker,
-        store: Store,
+        store: CheckpointManager,
         *,
-        num_lanes: int,
+        num_micro_batches: int,
         observe: Callable[[Event], None] = lambda event: None,
         urgent: Callable[[], bool] = lambda: False,
         after_step: Callable[[], None] = lambda: None,
-        build: Callable[[Config, Task], nn.Module] = building.build_net,
-        lesson: Lesson = NO_LESSON,
+        build: Callable[[Config, Task], nn.Module] = net_setup.build_net,
+        lesson: DistillationConfig = NO_LESSON,
     ) -> None:
-        assert worker.world_size <= num_lanes
+        assert worker.world_size <= num_micro_batches
         self._config, self._worker, self._store = config, worker, store
-        self._num_lanes, self._urgent, self._stepped = num_lanes, urgent, after_step
+        self._num_micro_batches, self._urgent, self._stepped = num_micro_batches, urgent, after_step
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
         read_at_random(self._inputs)
         self._valid = shards.open("valid")
-        self._metric = config.checkpoint.best or f"valid_{self._task.metric}"
+        self._metric = config.checkpoint.metric or f"valid_{self._task.metric}"
 
         optim, count = config.optim, len(self._targets_N)
-        self._steps_per_epoch = order.num_steps(count, optim.batch_size)
+        self._steps_per_epoch = batch_sampler.num_steps(count, optim.batch_size)
         self._total_steps = self._steps_per_epoch * optim.epochs
         self._augmentation = Augmentation(
             config.augment, config.seed, count, self._task.features.images
         )
-        self._criterion = loss_of(self._task.target, optim, worker.device)
+        self._criterion = target_loss(self._task.target, optim, worker.device)
 
-        precision.prepare(worker.device)
-        dtype = precision.number_format(config.precision, worker.device)
+        precision.set_backend_flags(worker.device)
+        dtype = precision.compute_dtype(config.precision, worker.device)
         self._autocast = precision.autocast(dtype, worker.device)
-        self._scaler = precision.scaler(dtype, worker.device)
+        self._scaler = precision.gradient_scaler(dtype, worker.device)
         torch.manual_seed(config.seed)
         net = build(config, self._task)
-        if not lessons.start(net, lesson):
-            building.fit_inputs(net, config, self._inputs)
-        self._net = building.placed(net, config, worker)
+        if not distillation.load_initial_weights(net, lesson):
+            net_setup.fit_inputs(net, config, self._inputs)
+        self._net = net_setup.place_net(net, config, worker)
         self._teacher = (
-            lessons.Teacher(lesson, self._task, worker) if lesson.teacher is not None else None
+            distillation.Teacher(lesson, self._task, worker) if lesson.teacher is not None else None
         )
-        self._ema = state.Average(self._net, optim.ema_decay) if optim.ema_decay else None
-        self._optimizers = optimizers.build(optim, self._net, dtype)
+        self._ema = EMA(self._net, optim.ema_decay) if optim.ema_decay else None
+        self._optimizers = optimizers.build_optimizers(optim, self._net, dtype)
         self._groups = [
             (group, group["lr"]) for each in self._optimizers for group in each.param_groups
         ]
-        self._gradients = parallel.gradients(self._net, worker, config.workers.parallel)
-        self._buffers = Buffers(self._net, worker, num_lanes)
+        self._gradients = parallelism.build_gradients(self._net, worker, config.workers.parallel)
+        self._buffers = Buffers(self._net, worker, num_micro_batches)
         self._forward = self._gradients.forward
         if config.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
@@ -124,9 +124,13 @@ class Loop:
         self._check_every = 1 if worker.device.type == "cpu" else 10
         self.progress = Progress()
         self._saved_at = time.monotonic()
-        self._figures = Figures(worker, observe)
+        self._throughput = ThroughputMeter(
+            observe, rank=worker.rank, world_size=worker.world_size, device=worker.device
+        )
         self._stage = self._augmentation.stage(0.0)
-        self._flops = building.flops(self._net, config, self._inputs, worker, self._augmentation)
+        self._flops = net_setup.flops_per_sample(
+            self._net, config, self._inputs, worker, self._augmentation
+        )
         self._restore()
 
     def run(self) -> None:
@@ -136,7 +140,7 @@ class Loop:
 
     def epochs(self) -> Iterator[None]:
         """Train to the end and stop after each epoch, for who wants to look. Raises as `run`."""
-        self._figures.tell(
+        self._throughput.report(
             "start",
             workers=self._worker.world_size,
             step=self.progress.step,
@@ -145,7 +149,7 @@ class Loop:
         while self.progress.step < self._total_steps and not self.progress.stopped:
             epoch, first = divmod(self.progress.step, self._steps_per_epoch)
             self._augmentation.start_epoch(epoch)
-            batches = order.epoch_batches(
+            batches = batch_sampler.epoch_batches(
                 self._config.seed, epoch, len(self._targets_N), self._config.optim.batch_size
             )
             started = time.perf_counter() - self.progress.seconds
@@ -161,24 +165,24 @@ class Loop:
     def _take_step(self, batch: np.ndarray) -> None:
         """Take a step on a global batch."""
         self._net.train()
-        factor = schedule.factor(self._config.optim, self.progress.step, self._total_steps)
+        factor = lr_schedule.lr_factor(self._config.optim, self.progress.step, self._total_steps)
         for group, peak in self._groups:
             group["lr"] = peak * factor
         self._stage = self._augmentation.stage(self.progress.step / self._total_steps)
-        parts = order.lanes(batch, self._num_lanes)
-        lanes = self._worker.lanes(self._num_lanes)
+        parts = batch_sampler.split_micro_batches(batch, self._num_micro_batches)
+        micro_batches = self._worker.micro_batches(self._num_micro_batches)
         self._buffers.start()
-        for lane in lanes:
-            ids_B = parts[lane]
-            with self._gradients.lane(last=lane == lanes[-1]):
-                loss = self._loss(ids_B, lane)
+        for micro_batch in micro_batches:
+            ids_B = parts[micro_batch]
+            with self._gradients.micro_batch(last=micro_batch == micro_batches[-1]):
+                loss = self._loss(ids_B, micro_batch)
                 self._buffers.collect()
                 self._scaler.scale(loss * (len(ids_B) / len(batch))).backward()
             # Only now: recomputed activations run the norms a second time.
             self._buffers.restore()
             self._loss_sum += loss.detach() * len(ids_B)
             self.progress.num_samples += len(ids_B)
-            self._figures.computed(len(ids_B) * self._flops.get(self._stage, 0.0))
+            self._throughput.add_flops(len(ids_B) * self._flops.get(self._stage, 0.0))
         self._buffers.finish()
         self._gradients.finish()
         for each in self._optimizers:
@@ -196,24 +200,25 @@ class Loop:
             self._ema.update(self._net, self.progress.step)
 
     def _tell_step(self, factor: float) -> None:
-        """Tell of a step, its gradients still there. The loss is of this worker's lanes."""
+        """Tell of a step, its gradients still there. The loss is of this worker's micro-batches."""
         grads = [param.grad for param in self._net.parameters() if param.grad is not None]
-        self._figures.tell_steps(
+        self._throughput.report_steps(
             self.progress.step,
             len(self._targets_N) / self._steps_per_epoch,
             loss=self._loss_sum.item() / max(self.progress.num_samples, 1),
             rate=self._groups[0][1] * factor,
-            grad_norm=parallel.whole(nn.utils.get_total_norm(grads)).item(),
+            grad_norm=parallelism.full_tensor(nn.utils.get_total_norm(grads)).item(),
         )
 
-    def _loss(self, ids_B: np.ndarray, lane: int) -> Tensor:
-        """Return the mean loss of a lane's samples."""
+    def _loss(self, ids_B: np.ndarray, micro_batch: int) -> Tensor:
+        """Return the mean loss of a micro-batch's samples."""
         config, device = self._config, self._worker.device
-        # Dropout and mixing depend on the step and the lane, not on the worker that computes it.
-        key = (self.progress.step * self._num_lanes + lane) % 2**31
+        # Dropout and mixing depend on the step and the micro-batch, not on the worker that computes
+        # it.
+        key = (self.progress.step * self._num_micro_batches + micro_batch) % 2**31
         torch.manual_seed(config.seed * 2**31 + key)
-        with self._figures.waiting_for_data():
-            inputs = building.varied(
+        with self._throughput.waiting_for_data():
+            inputs = net_setup.augmented_inputs(
                 self._inputs, ids_B, self._worker, self._augmentation, self._stage
             )
             targets_B = torch.from_numpy(self._targets_N[ids_B]).to(device)
@@ -254,7 +259,7 @@ class Loop:
     def _diverged(self, subject: str) -> Diverged:
         self._settle()
         optim, step = self._config.optim, self.progress.step
-        factor = schedule.factor(optim, step - 1, self._total_steps)
+        factor = lr_schedule.lr_factor(optim, step - 1, self._total_steps)
         return Diverged(
             f"{subject} no longer finite at step {step} of {self._total_steps}, at rate "
             f"{optim.lr * factor:.3g}; lower optim.lr, now {optim.lr:g}. "
@@ -269,15 +274,15 @@ class Loop:
             "epoch": epoch + 1,
             "train_loss": loss_sum / num_samples,
             **metrics,
-            **self._figures.of_epoch(num_samples, progress.seconds),
+            **self._throughput.epoch_metrics(num_samples, progress.seconds),
         }
         self._loss_sum.zero_()
         progress.num_samples, progress.seconds = 0, 0.0
         if self._worker.rank == 0:
             progress.history.append(row)
-            self._figures.tell("epoch", **row)
+            self._throughput.report("epoch", **row)
             # Of equal epochs the later one: it was taken at a lower rate.
-            if (value := signed(row, self._metric)) >= progress.best:
+            if (value := signed_metric(row, self._metric)) >= progress.best:
                 progress.best, progress.best_step = value, progress.step
             progress.stopped = self._is_stale()
         (progress.stopped,) = self._worker.any(progress.stopped)
@@ -292,15 +297,15 @@ class Loop:
         stop = self._config.stop
         if stop.metric is None:
             return False
-        values = [signed(row, stop.metric) for row in self.progress.history]
+        values = [signed_metric(row, stop.metric) for row in self.progress.history]
         return len(values) - 1 - int(np.argmax(values)) >= stop.patience
 
     def _validate(self) -> dict[str, float]:
         """Return the metrics of the validation split on rank 0; empty on the others."""
         inputs, targets_N = self._valid
         self._net.eval()
-        with state.averaged(self._net, self._ema), self._autocast:
-            outputs = evaluate.outputs(self._net, inputs, self._worker)
+        with averaged_weights(self._net, self._ema), self._autocast:
+            outputs = evaluate.evaluate(self._net, inputs, self._worker)
         return {} if outputs is None else self._task.metrics(outputs, targets_N, "valid")
 
     def _save(self) -> None:
@@ -310,7 +315,7 @@ class Loop:
         """
         progress = self.progress
         loss_sum, num_samples = self._sums()
-        tensors = state.collect(self._net, self._ema, self._optimizers)
+        tensors = collect_state(self._net, self._ema, self._optimizers)
         # The loss is of the weights before the last update.
         finite = all(bool(value.isfinite().all()) for value in tensors.values())
         if any(self._worker.any(not finite)):
@@ -325,13 +330,13 @@ class Loop:
             "num_samples": int(num_samples),
             "scaler": self._scaler.state_dict(),
         }
-        self._store.save(State(tensors, values), progress.best_step)
+        self._store.save(TrainingState(tensors, values), progress.best_step)
 
     def _settle(self) -> None:
         """Wait for the checkpoint that is being written; training goes on without it."""
         if error := self._store.settle():
             last = self._store.steps()[-1:]
-            self._figures.tell("unwritten", error=str(error), last=last[0] if last else None)
+            self._throughput.report("unwritten", error=str(error), last=last[0] if last else None)
 
     def _restore(self) -> None:
         """Continue from the last whole checkpoint, if there is one; all workers from the same."""
@@ -341,7 +346,7 @@ class Loop:
         if step == 0:
             return
         found = latest or self._store.load(int(step) - 1)
-        state.restore(self._net, self._ema, self._optimizers, found.tensors)
+        restore_state(self._net, self._ema, self._optimizers, found.tensors)
         values = dict(found.values)
         self._scaler.load_state_dict(values.pop("scaler"))
         loss_sum = values.pop("loss_sum")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train.config import Optim
-from train.loop.parallel import part_of, whole
+from train.loop.parallelism import full_tensor, local_shard
 
 
 class Muon(Optimizer):
@@ -40,12 +40,12 @@ class Muon(Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad.add(momentum, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                matrix = whole(nesterov).reshape(len(weight), -1)
-                turn = orthogonal(matrix.to(self._dtype)).to(weight.dtype).view(weight.shape)
-                weight.add_(part_of(weight, turn), alpha=-group["lr"])
+                matrix = full_tensor(nesterov).reshape(len(weight), -1)
+                turn = orthogonalize(matrix.to(self._dtype)).to(weight.dtype).view(weight.shape)
+                weight.add_(local_shard(weight, turn), alpha=-group["lr"])
 
 
-def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
+def orthogonalize(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
     """Return nearly the closest semi-orthogonal matrix: singular values within about 0.3 of 1.
 
     Newton-Schulz iteration of fifth order with the coefficients of the Muon post.
@@ -61,7 +61,9 @@ def orthogonal(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
     return x_RC.T if transposed else x_RC
 
 
-def build(config: Optim, net: nn.Module, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
+def build_optimizers(
+    config: Optim, net: nn.Module, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """Return the optimizers of a run; every trainable parameter is in exactly one group.
 
     dtype: what the net's products are computed in.

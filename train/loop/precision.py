@@ -5,7 +5,7 @@ import torch
 from cluster.errors import UserError
 
 
-def prepare(device: torch.device) -> None:
+def set_backend_flags(device: torch.device) -> None:
     """Let a GPU use TF32 where fp32 is asked for, and choose its convolutions by trial."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -13,7 +13,7 @@ def prepare(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def number_format(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type that products are computed in.
 
     auto is bf16 where the device computes in it natively, else fp32. Raises UserError for bf16
@@ -37,7 +37,7 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype)
 
 
-def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+def gradient_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
     """Return the gradient scaler that fp16 needs; with other formats it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

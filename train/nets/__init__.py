@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from train.config import Net
-from train.nets.combined import CombinedNet, image_net
 from train.nets.convnet import ConvNet
+from train.nets.multimodal import MultimodalNet, image_net
 from train.tasks import Images, Task
-from train.tasks.plugins import imported
+from train.tasks.plugins import import_object
 
-__all__ = ["ConvNet", "build", "folded", "resize"]
+__all__ = ["ConvNet", "create_net", "folded_net", "resize_net"]
 
 
-def build(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
+def create_net(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
     """Return a task's net with initial weights: one for images alone, else a combined one.
 
     A net of the user's own is a class of (task), whose instances take the task's arrays in their
@@ -23,24 +23,24 @@ def build(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
     smallest_side: share of height and width of the smallest images in training.
     Raises ValueError if the data do not fit the net.
     """
-    if config.own is not None:
-        own = imported(config.own)(task)
-        if not isinstance(own, nn.Module):
-            raise ValueError(f"net is '{config.own}', which makes no torch.nn.Module")
-        return own
+    if config.class_path is not None:
+        custom = import_object(config.class_path)(task)
+        if not isinstance(custom, nn.Module):
+            raise ValueError(f"net is '{config.class_path}', which makes no torch.nn.Module")
+        return custom
     match task.features.encoders:
         case [Images() as images]:
             return image_net(config, images, task.target.num_outputs, smallest_side)
         case _:
-            return CombinedNet(config, task, smallest_side)
+            return MultimodalNet(config, task, smallest_side)
 
 
-def folded(net: nn.Module) -> nn.Module:
+def folded_net(net: nn.Module) -> nn.Module:
     """Return the net in its inference form."""
     return net.folded() if hasattr(net, "folded") else net.eval()  # type: ignore[operator]
 
 
-def resize(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def resize_net(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give `net` weights and, where channels have been removed from them, their shapes.
 
     Raises RuntimeError if they are not of such a net.

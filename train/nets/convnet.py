@@ -18,7 +18,7 @@ PATCH = 2
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """Convolution, halving max pool, norm, activation; convolution, norm, activation."""
 
     def __init__(self, channels_in: int, channels: int, activation: str) -> None:
@@ -71,7 +71,7 @@ class ConvNet(nn.Module):
         widths_in = [2 * directions, *widths[:-1]]
         self.activation = activation
         self.blocks = nn.Sequential(
-            *(Block(*pair, activation) for pair in zip(widths_in, widths, strict=True))
+            *(ConvBlock(*pair, activation) for pair in zip(widths_in, widths, strict=True))
         )
         self.head = nn.Linear(widths[-1], num_outputs)
         nn.init.normal_(self.head.weight, std=1 / widths[-1])
@@ -127,7 +127,7 @@ class FoldedConvNet(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.stem = _copy(stem, stem.weight, stem.bias)
-        pairs = [(b.conv1, b.norm1, b.conv2, b.norm2) for b in blocks if isinstance(b, Block)]
+        pairs = [(b.conv1, b.norm1, b.conv2, b.norm2) for b in blocks if isinstance(b, ConvBlock)]
         self.first = nn.ModuleList([_fold(conv, norm) for conv, norm, _, _ in pairs])
         self.second = nn.ModuleList([_fold(conv, norm) for _, _, conv, norm in pairs])
         self.head = nn.Linear(head.in_features, head.out_features)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def install(net: nn.Module) -> None:
+def install_fake_quant(net: nn.Module) -> None:
     """Let a net's convolutions and linear layers compute as int8 will. Names stay as they are."""
     for layer in net.modules():
         if type(layer) in _ROUNDED:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from train.config import Optim
 from train.tasks import ClassTarget, LabelsTarget, Target
-from train.tasks.plugins import imported
-from train.tasks.values import HUBER
+from train.tasks.plugins import import_object
+from train.tasks.regression import HUBER
 
 # Outputs [B, K] and targets → the mean loss of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def distillation(target: Target, temperature: float) -> Loss:
+def distillation_loss(target: Target, temperature: float) -> Loss:
     """Return the loss against a teacher's outputs [B, K] for the same samples.
 
     Classes: Hinton et al., https://arxiv.org/abs/1503.02531, with the gradient's scale kept.
@@ -44,7 +44,7 @@ def distillation(target: Target, temperature: float) -> Loss:
     return F.mse_loss
 
 
-def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
+def target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
     """Return the loss of a target, with the weights and the smoothing that are configured.
 
     Raises ValueError for a loss that is unknown, or a setting that the loss has no use for.
@@ -54,7 +54,7 @@ def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
     if isinstance(target, ClassTarget) and target.loss == ClassTarget.loss:
         counts_K = torch.tensor(target.counts, dtype=torch.float32, device=device)
         # Their mean over the training records is 1. Divided by nothing else, so that a sample
-        # counts the same whatever the others of its lane are.
+        # counts the same whatever the others of its micro-batch are.
         weights_K = counts_K.sum() / (len(counts_K) * counts_K) if balanced else None
         return lambda outputs_BK, targets_B: F.cross_entropy(
             outputs_BK, targets_B, weights_K, reduction="none", label_smoothing=smoothing
@@ -69,5 +69,5 @@ def loss_of(target: Target, optim: Optim, device: torch.device) -> Loss:
         raise ValueError("optim.class_weights is balanced, and the target has no classes")
     if target.loss == "huber":
         return lambda outputs_B1, targets_B: F.huber_loss(outputs_B1[:, 0], targets_B, delta=HUBER)
-    own: Loss = imported(target.loss)
+    own: Loss = import_object(target.loss)
     return own

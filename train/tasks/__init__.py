@@ -4,16 +4,16 @@ No torch. The same code runs in training, behind HTTP and offline, and its state
 bundle as JSON.
 """
 
-from train.tasks.categories import Categories
-from train.tasks.classes import ClassTarget, LabelsTarget, NamedTarget
+from train.tasks.categorical import Categories
+from train.tasks.classification import ClassTarget, LabelsTarget, NamedTarget
 from train.tasks.features import KINDS, Encoder, Features
-from train.tasks.images import Images
-from train.tasks.numbers import Numbers
+from train.tasks.image import Images
+from train.tasks.numeric import Numbers
 from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
+from train.tasks.regression import ValueTarget
 from train.tasks.targets import Target
 from train.tasks.task import TARGETS, Task
-from train.tasks.texts import Texts
-from train.tasks.values import ValueTarget
+from train.tasks.text import Texts
 
 __all__ = [
     "KINDS",

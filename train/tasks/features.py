@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, Self
 
-from train.tasks.categories import Categories
-from train.tasks.images import Images
-from train.tasks.numbers import COLUMNS, Date, Numbers
-from train.tasks.plugins import imported
-from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, columns
-from train.tasks.texts import Texts
+from train.tasks.categorical import Categories
+from train.tasks.image import Images
+from train.tasks.numeric import COLUMNS, Date, Numbers
+from train.tasks.plugins import import_object
+from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, to_columns
+from train.tasks.text import Texts
 
 
 class Encoder(Protocol):
@@ -96,7 +96,7 @@ class Features:
             elif kind == "image":
                 others.append(Images(column, **options, optional=len(kinds) > 1))
             else:
-                others.append(imported(kind)(column))
+                others.append(import_object(kind)(column))
         grouped: list[Encoder] = []
         if numbers:
             grouped.append(Numbers(tuple(numbers)))
@@ -142,7 +142,7 @@ class Features:
         return arrays
 
     def encode_records(self, records: Sequence[Record]) -> Arrays:
-        return self.encode(columns(records, self.columns))
+        return self.encode(to_columns(records, self.columns))
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [encoder.to_dict() for encoder in self.encoders]
@@ -150,10 +150,10 @@ class Features:
     @classmethod
     def from_dict(cls, states: Sequence[dict[str, Any]]) -> Self:
         """Raises ValueError for a kind that this version does not know."""
-        return cls(tuple(found(state, ENCODERS).from_dict(state) for state in states))
+        return cls(tuple(encoder_class(state, ENCODERS).from_dict(state) for state in states))
 
 
-def found(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
+def encoder_class(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
     """Return the class of a saved state: one of `known`, or a user's own.
 
     Raises ValueError for one that is neither, NotAllowed for one that the operator has not named.
@@ -162,8 +162,8 @@ def found(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
     if isinstance(kind, str) and kind in known:
         return known[kind]
     if isinstance(kind, str) and ":" in kind:
-        return imported(kind)
+        return import_object(kind)
     raise ValueError(f"unknown kind '{kind}'; known are {sorted(known)} and package.module:Class")
 
 
-__all__ = ["ENCODERS", "KINDS", "Encoder", "Features", "InvalidRecord", "found"]
+__all__ = ["ENCODERS", "KINDS", "Encoder", "Features", "InvalidRecord", "encoder_class"]

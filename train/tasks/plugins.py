@@ -24,22 +24,22 @@ class NotAllowed(ValueError):
     """Code that the operator has not named, or that lies among data."""
 
 
-def allow(modules: Iterable[str], *, storage: str | None = None) -> None:
+def allow_modules(modules: Iterable[str], *, storage: str | None = None) -> None:
     """Let this process import classes of some modules, and of those below them.
 
     storage: the local folder where models are kept; nothing below it is ever imported.
     """
     _allowed.update(modules)
     if storage is not None:
-        keep_out(Path(storage))
+        exclude_folder(Path(storage))
 
 
-def allowed() -> list[str]:
+def allowed_modules() -> list[str]:
     """The modules that this process may import; for `allow` in another."""
     return sorted(_allowed)
 
 
-def keep_out(folder: Path) -> None:
+def exclude_folder(folder: Path) -> None:
     """Never import anything below a folder that holds data."""
     _data.add(folder.resolve())
 
@@ -49,7 +49,7 @@ def is_allowed(path: str) -> bool:
     return _is_below(path.partition(":")[0], _allowed)
 
 
-def imported(path: str) -> Any:
+def import_object(path: str) -> Any:
     """Return what package.module:Name names.
 
     Raises NotAllowed, and nothing has been imported, where the operator has not named the module;
@@ -60,7 +60,7 @@ def imported(path: str) -> Any:
         raise ValueError(f"'{path[:100]}' names no code; expected package.module:Name")
     module, name = match.groups()
     if not is_allowed(path):
-        raise NotAllowed(f"{not_allowed([path])}.")
+        raise NotAllowed(f"{refusal([path])}.")
     _check_place(module)
     try:
         found = getattr(import_module(module), name)
@@ -91,7 +91,7 @@ def code_of_config(values: Any) -> list[str]:
             _get(values, "task"),
             # A column and a net may be a string alone.
             *(kind if isinstance(kind, str) else _get(kind, "kind") for kind in kinds),
-            *(net if isinstance(net, str) else _get(net, "own") for net in nets),
+            *(net if isinstance(net, str) else _get(net, "class_path") for net in nets),
         ]
     )
 
@@ -111,7 +111,7 @@ def _paths(found: Iterable[Any]) -> list[str]:
     return sorted({each for each in found if isinstance(each, str) and ":" in each})
 
 
-def not_allowed(paths: Iterable[str]) -> str:
+def refusal(paths: Iterable[str]) -> str:
     """Say that code is not allowed, and what to do."""
     names = sorted(set(paths))
     modules = ",".join(sorted({name.partition(":")[0] for name in names}))
@@ -121,13 +121,13 @@ def not_allowed(paths: Iterable[str]) -> str:
     )
 
 
-def check(paths: Iterable[str], what: str) -> None:
+def check_allowed(paths: Iterable[str], what: str) -> None:
     """Raises NotAllowed, naming all of them, where code that is named is not allowed.
 
     what: names it, such as a bundle.
     """
     if wrong := [path for path in paths if not is_allowed(path)]:
-        raise NotAllowed(f"{what}: {not_allowed(wrong)}.")
+        raise NotAllowed(f"{what}: {refusal(wrong)}.")
 
 
 def _check_place(module: str) -> None:

@@ -39,7 +39,7 @@ class InvalidRecord(ValueError):
 
 
 @contextmanager
-def at_row(row: int) -> Iterator[None]:
+def with_row(row: int) -> Iterator[None]:
     """Add to what is wrong with a record which one it is."""
     try:
         yield
@@ -48,7 +48,7 @@ def at_row(row: int) -> Iterator[None]:
         raise
 
 
-def encode_good(
+def encode_valid(
     encode: Callable[[Columns], Encoded], columns: Columns, count: int
 ) -> tuple[Encoded | None, np.ndarray, list[tuple[int, str]]]:
     """Encode those of `count` records that can be.
@@ -101,7 +101,7 @@ class TensorSpec:
         return DTYPES[self.datatype]
 
 
-def columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
+def to_columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
     """Lay records side by side. Raises InvalidRecord for a record without one of the fields."""
     for row, record in enumerate(records):
         for name in names:
@@ -138,7 +138,7 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, np.datetime64) and bool(np.isnat(value))
 
 
-def text(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Return a value as text: bytes as UTF-8, whole floats as whole numbers.
 
     Raises ValueError for bytes that are not UTF-8.
@@ -155,16 +155,16 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def name_of(value: Any) -> str:
+def category_name(value: Any) -> str:
     """Return a value as the name of a class or category; 1, 1.0 and "1.0" are the same one.
 
     Raises ValueError for bytes that are not UTF-8.
     """
-    name = text(value)
+    name = to_text(value)
     return name.partition(".")[0] if WHOLE.fullmatch(name) else name
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as a message shows it: short, whatever came."""
     words = repr(value.item() if isinstance(value, np.generic) else value)
     return words if len(words) <= 60 else f"{words[:57]}…"

@@ -6,11 +6,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.tasks.classes import ClassTarget, LabelsTarget
-from train.tasks.features import Features, found
+from train.tasks.classification import ClassTarget, LabelsTarget
+from train.tasks.features import Features, encoder_class
 from train.tasks.records import Arrays, Columns
+from train.tasks.regression import ValueTarget
 from train.tasks.targets import Target
-from train.tasks.values import ValueTarget
 
 TARGETS: dict[str, type[Target]] = {
     target.kind: target for target in (ClassTarget, LabelsTarget, ValueTarget)
@@ -29,13 +29,13 @@ class Task:
 
     @classmethod
     def of(
-        cls, kinds: Mapping[str, Mapping[str, Any]], column: str, learn: str, **options: Any
+        cls, kinds: Mapping[str, Mapping[str, Any]], column: str, task_type: str, **options: Any
     ) -> Self:
         """Return the task that predicts `column` from columns of the given kinds, not yet fitted.
 
-        learn: "class", "labels" or "value". options: of `Features.of`.
+        task_type: "classification", "multilabel" or "regression". options: of `Features.of`.
         """
-        return cls(Features.of(kinds, **options), TARGETS[learn](column))  # type: ignore[call-arg]
+        return cls(Features.of(kinds, **options), TARGETS[task_type](column))  # type: ignore[call-arg]
 
     @property
     def metric(self) -> str:
@@ -69,8 +69,8 @@ class Task:
     def from_dict(state: dict[str, Any]) -> "Task":
         """Raises ValueError for a kind that this version does not know."""
         features = Features.from_dict(state["features"])
-        target = found(state["target"], TARGETS).from_dict(state["target"])
-        own = found(state, {"task": Task})
+        target = encoder_class(state["target"], TARGETS).from_dict(state["target"])
+        own = encoder_class(state, {"task": Task})
         if not (isinstance(own, type) and issubclass(own, Task)):
             raise ValueError(f"'{state['kind']}' is no subclass of train.tasks.Task")
         return own(features, target)

@@ -26,7 +26,7 @@ export function inputsOf(manifest) {
   }));
 }
 
-// What `train.tasks.numbers` has for each column: one place, or seven and more for a date.
+// What `train.tasks.numeric` has for each column: one place, or seven and more for a date.
 function numbers({ columns, mean }, known) {
   const placesOfDate = 7;
   let place = 0;

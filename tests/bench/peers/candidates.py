@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests import server
 from tests.server import REPOSITORY
-from train.bundle.manifest import Tensor
+from train.bundle.manifest import TensorMetadata
 
 PORT = 8000
 URL = f"http://127.0.0.1:{PORT}"
@@ -45,7 +45,7 @@ class Candidate:
     package: str
     start: Callable[[Setup], subprocess.Popen[bytes]]
     path: str = "/predict"
-    body: Callable[[Tensor, bytes], bytes] = lambda tensor, raw: raw
+    body: Callable[[TensorMetadata, bytes], bytes] = lambda tensor, raw: raw
     content_type: str = "application/octet-stream"
     headers: tuple[str, ...] = ()
 
@@ -125,14 +125,14 @@ def ray_serve(setup: Setup) -> subprocess.Popen[bytes]:
     )
 
 
-def infer_json(tensor: Tensor, raw: bytes) -> bytes:
+def infer_json(tensor: TensorMetadata, raw: bytes) -> bytes:
     """Return the JSON in front of one image of a v2 request with binary data."""
     entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": [1, *tensor.shape[1:]]}
     parameters = {"binary_data_size": len(raw)}
     return json.dumps({"inputs": [{**entry, "parameters": parameters}]}).encode()
 
 
-def infer_base64(tensor: Tensor, raw: bytes) -> bytes:
+def infer_base64(tensor: TensorMetadata, raw: bytes) -> bytes:
     """Return a v2 request of MLServer with one image as base64."""
     entry = {"name": tensor.name, "datatype": "BYTES", "shape": [1]}
     data = {"parameters": {"content_type": "base64"}, "data": [base64.b64encode(raw).decode()]}

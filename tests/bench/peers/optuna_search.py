@@ -17,19 +17,19 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 import optuna
 import torch
 
-from train.data import infer, shards
+from train.data import dataset, schema_inference
 from train.loop.loop import Loop
-from train.loop.parallel import Worker
-from train.loop.run import Run
-from tune import space
-from tune.commandline import parse, training
+from train.loop.parallelism import Worker
+from train.loop.run_directory import Run
+from tune import search_space
+from tune.cli import parse, training_config
 
 
 def main(root: str, seed: int, num_trials: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = parse(["--storage.path", root, "--seed", str(seed)])
-    base = infer.complete(training(config))
-    data = shards.prepare(base, root)
+    base = schema_inference.complete_config(training_config(config)).config
+    data = dataset.prepare_dataset(base, root)
     dimensions = config.tune.space
     distributions = {name: each.distribution() for name, each in dimensions.items()}
     study = optuna.create_study(
@@ -40,10 +40,10 @@ def main(root: str, seed: int, num_trials: int) -> None:
     for number in range(num_trials):
         trial = study.ask(distributions)
         values = {name: dimensions[name].value(raw) for name, raw in trial.params.items()}
-        options = space.with_values(base, values)
+        options = search_space.with_values(base, values)
         run = Run.start(f"{root}/optuna/{number}", options)
         worker = Worker(0, 1, torch.device("cpu"))
-        loop = Loop(options, data, worker, run.store(2), num_lanes=1)
+        loop = Loop(options, data, worker, run.store(2), num_micro_batches=1)
         state = optuna.trial.TrialState.COMPLETE
         for epoch, _ in enumerate(loop.epochs()):
             value = loop.progress.history[-1]["valid_loss"]

@@ -40,12 +40,12 @@ ENGINES = {
     "onnxruntime-cuda": "train.bundle.engines.onnx_runtime:CudaEngine",
     "onnxruntime-tensorrt": "train.bundle.engines.onnx_runtime:TensorRtEngine",
     "openvino": "train.bundle.engines.openvino:OpenVinoEngine",
-    "torch": "train.nets.engine:TorchEngine",
-    "torch-compiled": "train.nets.engine:CompiledTorchEngine",
+    "torch": "train.nets.torch_engine:TorchEngine",
+    "torch-compiled": "train.nets.torch_engine:CompiledTorchEngine",
 }
 
 
-def find(name: str) -> type[Engine]:
+def find_engine(name: str) -> type[Engine]:
     """Return an engine's class. Raises ValueError for an unknown name, ImportError without it."""
     if name not in ENGINES:
         raise ValueError(f"engine '{name}' is unknown; known are {', '.join(ENGINES)}")
@@ -54,12 +54,12 @@ def find(name: str) -> type[Engine]:
     return engine
 
 
-def found_for(path: Path) -> list[str]:
+def engines_for(path: Path) -> list[str]:
     """The names of the engines of this machine that read a file such as `path`."""
     names = []
     for name in ENGINES:
         try:
-            engine = find(name)
+            engine = find_engine(name)
         except ImportError:
             continue
         if engine.suffix == path.suffix and engine.available():

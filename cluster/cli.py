@@ -1,0 +1,139 @@
+"""The command lines of all commands: options from arguments, messages for mistakes, exit codes."""
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from cluster.errors import EXIT_FAILED, EXIT_USER_ERROR, CommandFailed, UserError, disk_is_full
+
+
+class CommandOptions(BaseSettings):
+    """Base of a command's options. They come from its command line, never from the environment.
+
+    The docstring of a subclass is the text of --help; its `cli_prog_name` is how it is called.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        # Shown by --help. Not pydantic's "null", which scripts pass on and which lifts a limit.
+        cli_parse_none_str="not given",
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+Options = TypeVar("Options", bound=CommandOptions)
+
+
+def parse_options(
+    command: type[Options], argv: Sequence[str], *, verbatim: Collection[str] = ()
+) -> Options:
+    """Return the options that a command line gives. --help prints them and exits.
+
+    verbatim: list options, such as "--header", whose values may hold commas. Each use of such an
+    option adds one entry; the entries of other lists are divided at commas.
+    Raises UserError with one line that names the option.
+    """
+    rest, entries = _take_verbatim(argv, verbatim)
+    try:
+        return command.model_validate({**read_arguments(command, rest), **entries})
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"] if isinstance(part, str)]
+        # The names of subcommands come first.
+        name = (path[-1] if path else "").replace("_", "-")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"option --{name}: {message[:1].lower()}{message[1:]}.") from error
+
+
+def read_arguments(command: type[BaseSettings], argv: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line gives, by section, not yet validated.
+
+    Raises UserError for an unknown or incomplete option.
+    """
+    try:
+        return CliSettingsSource(command, cli_parse_args=list(argv), cli_exit_on_error=False)()
+    except SettingsError as error:
+        problem = str(error).removeprefix("error parsing CLI: ")
+        program = command.model_config["cli_prog_name"]
+        raise UserError(f"{problem}; '{program} --help' lists the options.") from error
+
+
+def _take_verbatim(
+    argv: Sequence[str], names: Collection[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Split a command line into the other arguments and the entries of `names`, by field."""
+    rest: list[str] = []
+    entries: dict[str, list[str]] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            rest.append(argument)
+            continue
+        if not equals:
+            try:
+                value = next(arguments)
+            except StopIteration:
+                raise UserError(f"option {name}: expected a value.") from None
+        entries.setdefault(name.removeprefix("--").replace("-", "_"), []).append(value)
+    return rest, entries
+
+
+def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
+    """Run a command's `main` on the process's arguments, then exit.
+
+    What `main` returns is printed on stdout as one line of JSON. The exit status is 0 if it
+    succeeded, 2 if the user's input was wrong (one line on stderr, no traceback), 1 if it failed.
+    """
+    # A process manager ends a command by SIGTERM, a user by Ctrl-C: both mean the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = main(sys.argv[1:])
+    except UserError as error:
+        _exit(EXIT_USER_ERROR, str(error))
+    except CommandFailed as error:
+        _exit(EXIT_FAILED, str(error))
+    except KeyboardInterrupt:
+        _exit(EXIT_FAILED, "interrupted")
+    except Exception as error:
+        if disk_is_full(error):
+            _exit(
+                EXIT_FAILED,
+                "the disk is full. What was complete stays; free some and run it again.",
+            )
+        traceback.print_exc()
+        sys.exit(EXIT_FAILED)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+    sys.exit(0)
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

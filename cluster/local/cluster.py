@@ -1,0 +1,220 @@
+"""A Ray cluster of several nodes on this machine, for tests and trials.
+
+Real raylets, each with its own agents, object store and, where that is permitted, its own network
+and temporary files, as if on machines of their own. The head is on this machine's network, so that
+commands here join it as they would join any cluster. What is up is kept in a file, so that one
+command starts it and another stops it.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import auth, connect, serve_environment
+from cluster.errors import CommandFailed, UserError
+from cluster.local import network_namespace
+from cluster.local.processes import process_environments, with_private_tmp
+
+HEAD = "head"
+
+LOOPBACK = "127.0.0.1"
+
+# In the environment of every process of a node.
+MARK = "HALYARD_NODE"
+
+OBJECT_STORE_BYTES = 256 * 2**20
+
+STOP_S = 15
+
+
+@dataclass
+class Cluster:
+    """What is up. Written down after each change."""
+
+    id: str
+    host: str
+    cpus: int
+    port: int
+    dashboard_port: int
+    isolated: bool
+    names: list[str]
+    head_cpus: int
+    # Ray's mode of authentication that the nodes were started in.
+    auth_mode: str = "token"
+    # What nodes are started with besides this process's environment, and the head alone.
+    environment: dict[str, str] = field(default_factory=dict)
+    head_environment: dict[str, str] = field(default_factory=dict)
+    # Ray's ids of nodes that were killed: it takes them for alive for some seconds more.
+    killed: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS is set to."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Where `ray job submit --address` goes."""
+        return f"http://{LOOPBACK}:{self.dashboard_port}"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What a command needs to use this cluster."""
+        token = {auth.PATH: os.environ[auth.PATH]} if auth.PATH in os.environ else {}
+        return {"RAY_ADDRESS": self.address, auth.MODE: self.auth_mode, **token}
+
+    def node_address(self, name: str) -> str:
+        return (
+            network_namespace.node_address(self.names.index(name)) if self.isolated else self.host
+        )
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """Start a node that is not up; return its first process."""
+        if self.processes(name):
+            raise UserError(f"node '{name}' is up already.")
+        folder = cluster_home() / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+        command += ["--disable-usage-stats", f"--node-ip-address={self.node_address(name)}"]
+        command += [
+            f"--num-cpus={self._cpus_of(name)}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+        ]
+        if name == HEAD:
+            self.forget_head()
+            command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
+            command += [f"--dashboard-port={self.dashboard_port}"]
+            command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
+        else:
+            # The machine's GPUs are the head's, lest every node offers them.
+            command += [f"--address={self.address}", "--num-gpus=0"]
+        if self.isolated and name != HEAD:
+            network_namespace.disconnect_node(name)
+            network_namespace.connect_node(name, self.node_address(name))
+            command = network_namespace.enter_command(name, with_private_tmp(folder, command))
+        with (folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, **self._node_environment(name)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self, name: str) -> None:
+        """End a node as a power cut would."""
+        self.killed += [node["node_id"] for node in self._listed() if name in _resources(node)]
+        write_note(self)
+        self.end(name)
+
+    def end(self, name: str) -> None:
+        """Kill a node's processes."""
+        deadline = time.monotonic() + STOP_S
+        while pids := self.processes(name):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise CommandFailed(f"processes {pids} of node '{name}' do not end.")
+            time.sleep(0.05)
+
+    def cut(self, name: str) -> None:
+        """Unplug a node's network."""
+        self._pluggable(name)
+        network_namespace.cut_node(name)
+
+    def heal(self, name: str) -> None:
+        """Plug a node's network in again."""
+        self._pluggable(name)
+        network_namespace.heal_node(name)
+
+    def processes(self, name: str | None = None) -> list[int]:
+        """Ids of a node's processes, or of all."""
+        mark = f"{MARK}={self.id}/{name or ''}"
+        return [
+            pid
+            for pid, environ in process_environments()
+            if any(word == mark or (name is None and word.startswith(mark)) for word in environ)
+        ]
+
+    def alive(self) -> list[str]:
+        """Names of the nodes that Ray takes for alive; none where the head does not answer."""
+        alive = [node for node in self._listed() if node["node_id"] not in self.killed]
+        return [name for name in self.names if any(name in _resources(node) for node in alive)]
+
+    def stale(self) -> bool:
+        """Whether Ray takes a node that was killed for alive still."""
+        return any(node["node_id"] in self.killed for node in self._listed())
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """Nodes that Ray takes for alive, in its own words."""
+        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
+        if token := auth.token():
+            request.add_header("Authorization", f"Bearer {token}")
+        # Not by way of a proxy that the environment names.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=10) as answer:
+                nodes = json.load(answer)["data"]["result"]["result"]
+        except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
+            return []  # the head starts, or ends
+        return [node for node in nodes if node["state"] == "ALIVE"]
+
+    def forget_head(self) -> None:
+        """Ray takes a head for running that is in its notes while nodes of it run here."""
+        notes = Path("/tmp/ray/ray_current_cluster")
+        if notes.exists() and notes.read_text().strip() == self.address:
+            notes.unlink()
+
+    def _pluggable(self, name: str) -> None:
+        if not self.isolated:
+            raise UserError("the nodes share this machine's network; there is nothing to cut.")
+        if name == HEAD:
+            raise UserError("the head is on this machine's own network; cut another node.")
+
+    def _node_environment(self, name: str) -> dict[str, str]:
+        serve_environment.prepare_local_serving()
+        shared = {
+            **{key: os.environ[key] for key in serve_environment.variable_names()},
+            auth.MODE: self.auth_mode,
+            # A command that had a Ray of its own may have set this one.
+            connect.ON_LOOPBACK: "1",
+            # So that a node is known by the name that it has here.
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
+            MARK: f"{self.id}/{name}",
+        }
+        of_head = self.head_environment if name == HEAD else {}
+        return {**shared, **self.environment, **of_head}
+
+    def _cpus_of(self, name: str) -> int:
+        return self.head_cpus if name == HEAD else self.cpus
+
+
+def _resources(node: Mapping[str, Any]) -> dict[str, float]:
+    resources: dict[str, float] = node["resources_total"]
+    return resources
+
+
+def cluster_home() -> Path:
+    """Where the nodes' logs and the file of what is up are."""
+    return Path(tempfile.gettempdir()) / f"halyard-cluster-{os.getuid()}"
+
+
+def write_note(cluster: Cluster) -> None:
+    part = cluster_home() / "cluster.json.part"
+    part.write_text(json.dumps(asdict(cluster)))
+    part.replace(cluster_home() / "cluster.json")

@@ -1,0 +1,168 @@
+"""Start and stop a cluster of several nodes on this machine."""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import auth, connect, serve_environment
+from cluster.errors import CommandFailed, UserError
+from cluster.local import network_namespace
+from cluster.local.cluster import HEAD, LOOPBACK, Cluster, cluster_home, write_note
+
+
+def up(
+    num: int,
+    cpus: int,
+    *,
+    port: int = 6379,
+    dashboard_port: int = 8265,
+    isolate: bool = True,
+    head_cpus: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    head_environment: Mapping[str, str] | None = None,
+) -> Cluster:
+    """Start `num` nodes, each of `cpus` cores, and return when Ray knows all of them.
+
+    head_cpus: of the head, where it differs. environment: of all nodes besides this process's;
+    head_environment: of the head alone.
+    Raises UserError where a cluster is up or a port is taken, Failed where a node does not start.
+    """
+    if not Path("/proc/self/environ").exists():
+        raise UserError(
+            "several nodes on one machine need Linux; here, commands start a local Ray."
+        )
+    if (running := current()) is not None:
+        raise UserError(
+            f"a cluster of {len(running.names)} nodes is up at {running.address}; "
+            "python -m cluster down stops it."
+        )
+    from ray.util import get_node_ip_address
+
+    serve_environment.prepare_local_serving()
+    problem = network_namespace.problem() if isolate else "not asked for"
+    # Ray takes the loopback address of several nodes for the machine's own.
+    host = get_node_ip_address() if problem else network_namespace.node_address(0)
+    names = [HEAD, *(f"node{index}" for index in range(1, num))]
+    cluster = Cluster(
+        secrets.token_hex(4),
+        host,
+        cpus,
+        port,
+        dashboard_port,
+        problem is None,
+        names,
+        cpus if head_cpus is None else head_cpus,
+        os.environ[auth.MODE],
+        dict(environment or {}),
+        dict(head_environment or {}),
+    )
+    for each in (port, dashboard_port):
+        connect.check_port_free(LOOPBACK, each)
+    if problem and isolate:
+        print(
+            f"no networks of their own for the nodes ({problem}); they share this machine's.",
+            file=sys.stderr,
+        )
+    if not auth.enabled():
+        print(
+            f"whoever reaches {host} can run code there, as {auth.MODE} is "
+            f"{os.environ[auth.MODE]}; unset it to ask for a token.",
+            file=sys.stderr,
+        )
+    down()
+    shutil.rmtree(cluster_home(), ignore_errors=True)
+    cluster_home().mkdir(mode=0o700)
+    if cluster.isolated:
+        network_namespace.create_bridge()
+    write_note(cluster)
+    try:
+        for together in ([HEAD], names[1:]):
+            wait_for({name: cluster.start(name) for name in together}, cluster)
+    except BaseException:
+        down()
+        raise
+    return cluster
+
+
+def down() -> int:
+    """Stop what is up, and clear away what is left; return how many nodes were up."""
+    cluster = _noted()
+    if cluster is None:
+        return 0
+    was_up = bool(cluster.processes())
+    for name in reversed(cluster.names):
+        cluster.end(name)
+        if cluster.isolated:
+            network_namespace.disconnect_node(name)
+    if cluster.isolated:
+        network_namespace.remove_bridge()
+    cluster.forget_head()
+    shutil.rmtree(cluster_home(), ignore_errors=True)
+    return len(cluster.names) if was_up else 0
+
+
+def current() -> Cluster | None:
+    """What is up, or None. What is left of one whose processes have ended is not."""
+    cluster = _noted()
+    return cluster if cluster is not None and cluster.processes() else None
+
+
+def _noted() -> Cluster | None:
+    """What was started last and not stopped. Raises UserError if the note may be another's."""
+    place = cluster_home()
+    try:
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise UserError(f"'{place}' is not a folder of this user; remove it.") from None
+    try:
+        # The note is read from the folder that was looked at, whatever has its name by now.
+        if os.fstat(folder).st_uid != os.getuid():
+            raise UserError(f"'{place}' is not a folder of this user; remove it.")
+        note = os.open("cluster.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+        with open(note) as file:
+            return Cluster(**json.load(file))
+    except (OSError, ValueError, TypeError):
+        return None
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
+    """Yield a cluster that stops when the block ends. For the options see `up`."""
+    cluster = up(num, cpus, **options)
+    try:
+        yield cluster
+    finally:
+        down()
+
+
+def wait_for(started: Mapping[str, subprocess.Popen[bytes]], cluster: Cluster) -> None:
+    """Wait until Ray knows the nodes, and that those killed before them are gone.
+
+    started: their first processes. Raises CommandFailed, with the end of a node's log.
+    """
+    deadline = time.monotonic() + connect.START_S
+    while missing := [name for name in started if name not in cluster.alive()]:
+        ended = [name for name in missing if started[name].poll() is not None]
+        if ended or time.monotonic() > deadline:
+            name = (ended or missing)[0]
+            log = (cluster_home() / name / "log").read_text(errors="replace").strip().splitlines()
+            raise CommandFailed(f"node '{name}' does not start: {' '.join(log[-3:])[-400:]}")
+        time.sleep(0.1)
+    while cluster.stale():
+        if time.monotonic() > deadline:
+            raise CommandFailed(
+                "Ray takes a node that was killed for alive; ray status shows which."
+            )
+        time.sleep(0.1)

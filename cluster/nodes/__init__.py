@@ -1,0 +1,1 @@
+"""Questions to the nodes of a cluster, asked from the head."""

@@ -1,0 +1,1 @@
+"""What decides for all replicas: the model repository and autoscaling."""

@@ -1,0 +1,285 @@
+"""The Ray Serve application: what `serve run serve.app` deploys."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster import (
+    connect,
+    haproxy_config,
+    ray_internals,
+    serve_environment,
+)
+from cluster.errors import UserError
+from serve import bind, startup
+from serve import config as configs
+from serve.access import Guard
+from serve.config import GatewayConfig, ServeConfig
+from serve.control import autoscaling, repository, state_publisher
+from serve.control.repository_client import ModelClient, RepositoryClient
+from serve.grpc import service
+from serve.http import gateway, model_gateway
+from serve.http.routes import ModelAPI
+from serve.inference.dataplane import DataPlane
+from serve.launch import (
+    all_nodes_prepared,
+    check_bundles,
+    check_environment,
+    exit_with,
+    start_serve,
+)
+from serve.replica.handler import InferenceHandler
+from serve.replica.model_versions import ModelVersions
+from serve.replica.pipeline import PredictionPipeline
+from serve.rollout.aggregator import ReplicaReport
+from serve.rollout.feedback_receiver import PUSH_INTERVAL_S
+from serve.security import KeyStore
+from serve.state import ServingState
+from serve.telemetry import tracing
+from serve.telemetry.access_log import AccessLog
+from serve.telemetry.recorder import RequestRecorder
+from train.bundle import Bundle, CorruptBundle, Predictor
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 35
+# Limit for the last report of a replica that ends.
+CLOSE_S = 2.0
+
+REPOSITORY = "repository"
+
+
+class RepositoryDeployment(repository.Repository):
+    """The repository as a deployment, which Serve ends by `__del__`."""
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+# One for all replicas of a model.
+Repository = serve.deployment(RepositoryDeployment).options(
+    name=REPOSITORY, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+)
+
+
+@serve.ingress()
+@service.answers_grpc
+class ModelDeployment:
+    """One replica of a model. Ready once its golden self-test has passed."""
+
+    async def __init__(self, config: ServeConfig, handle: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._config = config
+        configs.allow_plugin_modules(config.plugins, config.storage)
+        self._repository = RepositoryClient(handle)
+        state = await self._repository.state()
+        self._name = state.name
+        self._pipeline = PredictionPipeline(config, state.name)
+        self._served = await asyncio.to_thread(ModelVersions, state, self._load, self._pipeline)
+        self._busy = autoscaling.Utilization(self._served.engine_s, self._served.num_responses)
+        keys = (
+            KeyStore.load(config.security.api_keys_file) if config.security.api_keys_file else None
+        )
+        loopback = all(map(bind.is_loopback, (config.host, await bind.http_host())))
+        handler = InferenceHandler(self._served, config, self._repository, keys, loopback=loopback)
+        file = (
+            ray_internals.session_log_folder()
+            / "serve"
+            / f"access_{state.name}_{self._replica}.jsonl"
+        )
+        recorder = RequestRecorder(
+            AccessLog(file, config.access_log), tracing.create_tracer(config.traces, "halyard")
+        )
+        self._rest = ModelAPI(handler, recorder)
+        self._background = [asyncio.create_task(each) for each in (self._follow(), self._push())]
+        gateway.register_app(self._rest)
+        service.local = service.InferenceService(handler, recorder)
+
+    def __serve_build_asgi_app__(self) -> gateway.ProxyConnection:
+        # For what comes by way of Ray's own proxy.
+        return gateway.ProxyConnection(self._rest)
+
+    async def __del__(self) -> None:
+        # Serve awaits it, once no request is under way.
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._send(self._served.report()), CLOSE_S)
+        await self._served.close()
+
+    async def forward(
+        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Answer a request that the gateway passes on; (status, headers, body)."""
+        return await model_gateway.call_app(self._rest, method, path, headers, body)
+
+    async def describe(self) -> dict[str, str]:
+        """Name the version and the variant that answer by default."""
+        plane = self._served.find(self._served.name).plane
+        return {"version": plane.version, "variant": plane.variant}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {
+            autoscaling.ROWS: float(self._served.num_rows()),
+            autoscaling.BUSY: self._busy.share(),
+        }
+
+    def _load(self, location: str, version: str) -> DataPlane:
+        config = self._config
+        bundle = Bundle.load(location)
+        if bundle.manifest.name != self._name:
+            raise CorruptBundle(f"'{location}' is of model '{bundle.manifest.name}'.")
+        predictor = Predictor.load(bundle, config.variant, num_threads=config.threads)
+        plane = DataPlane(predictor, version, config)
+        plane.warm_up()
+        return plane
+
+    async def _push(self) -> None:
+        """Send the repository the replica's observations, soon after they were made."""
+        while True:
+            await self._pipeline.reports.wait(state_publisher.POLL_S)
+            report = self._served.report()
+            while not await self._send(report):
+                await asyncio.sleep(state_publisher.POLL_S)
+            await asyncio.sleep(PUSH_INTERVAL_S)
+
+    async def _send(self, report: ReplicaReport) -> bool:
+        """Return whether the repository has taken a report."""
+        try:
+            if not report.is_empty():
+                await self._repository.collect(report)
+        except Exception:
+            logger.exception("a report could not be sent; trying again")
+            return False
+        return True
+
+    async def _follow(self) -> None:
+        """Install each state that the repository publishes, and send it the metrics."""
+        served, revision, problem = self._served, self._served.state.revision, None
+        while True:
+            try:
+                metrics = self._rest.snapshot(self._replica)
+                state = await self._repository.follow(
+                    self._replica, served.state, revision, problem, metrics
+                )
+            except Exception:
+                logger.exception("the repository could not be asked; asking again")
+                await asyncio.sleep(state_publisher.POLL_S)
+                continue
+            if state is not None:
+                revision, problem = state.revision, await self._install(state)
+
+    async def _install(self, state: ServingState) -> str | None:
+        """Install a state; return why that was not possible, None if it was."""
+        installing = asyncio.ensure_future(self._served.install(state))
+        while not (await asyncio.wait({installing}, timeout=state_publisher.POLL_S))[0]:
+            with contextlib.suppress(Exception):
+                await self._repository.keep_alive(self._replica)
+        error = installing.exception()
+        if error is None:
+            return None
+        logger.error("revision %d cannot be served: %s", state.revision, error)
+        return str(error) if isinstance(error, CorruptBundle) else "a replica could not load it."
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """What belongs to none of several models."""
+
+    async def __init__(self, config: GatewayConfig) -> None:  # type: ignore[misc]
+        guard = Guard(
+            KeyStore.load(config.security.api_keys_file) if config.security.api_keys_file else None,
+            loopback=bind.is_loopback(await bind.http_host()),
+            metrics_without_key=config.security.metrics_without_key,
+            hosts=config.security.allowed_hosts,
+        )
+        self._gateway = model_gateway.ModelGateway(
+            lambda name: ModelClient(serve.get_app_handle(name)),
+            lambda name: RepositoryClient(serve.get_deployment_handle(REPOSITORY, name)),
+            guard,
+            config,
+        )
+        gateway.register_app(self._gateway)
+
+    def __serve_build_asgi_app__(self) -> gateway.ProxyConnection:
+        return gateway.ProxyConnection(self._gateway)
+
+
+# Ray Serve hands the key=value arguments to a function of one parameter.
+def app(arguments: dict[str, str]) -> serve.Application:
+    """Find the model in the registry, check its bundle, and return the application."""
+    # What `serve run` says at each of its steps; what matters to a user is said by `startup`.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        check_environment()
+        config = configs.validate_options(arguments)
+        configs.allow_plugin_modules(config.plugins, config.storage)
+        state = repository.resolve_serving_state(config)
+        profile = check_bundles(state, config)
+        joined = ray.is_initialized() or connect.join_running()
+        if joined and config.security.tls_cert:
+            raise UserError(
+                "security.tls_cert is for a server that starts Ray itself; on a cluster, let the "
+                "gateway before it speak TLS."
+            )
+        if not joined:
+            for port in filter(None, (config.port, config.grpc_port)):
+                connect.check_port_free(config.host, port)
+    except (UserError, CorruptBundle) as error:
+        exit_with(error)
+    if not joined:
+        if config.security.tls_cert:
+            # HAProxy as Ray sets it up speaks no TLS; Ray's own proxy does.
+            os.environ[serve_environment.HAPROXY] = "0"
+        serve_environment.prepare_local_serving()
+        if os.environ[serve_environment.HAPROXY] == "1":
+            # Nothing but HAProxy listens to other machines.
+            os.environ[haproxy_config.HOST] = config.host
+        # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
+        # which is told within a second.
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
+        # `serve run` would start Ray too, with a dashboard and workers ahead of need.
+        connect.connect(num_cpus=config.replica_range[1] * config.threads)
+    if not ray_internals.is_worker():
+        inside = not joined and os.environ[serve_environment.HAPROXY] == "1"
+        startup.end_on_signals()
+        host = connect.LOOPBACK[0] if inside else config.host
+        start_serve(config, host, with_grpc=not joined or all_nodes_prepared())
+        startup.announce_server(config, state.name, state.default)
+    deployment = serve.deployment(ModelDeployment).options(
+        name=state.name,
+        # The data plane's own queue decides what waits and what is refused.
+        max_ongoing_requests=100_000,
+        ray_actor_options={"num_cpus": config.threads},
+        # A single replica goes only once its successor answers, if there is room for both.
+        # Ray waits 30 s for load balancers to look elsewhere; then for what is still under way.
+        graceful_shutdown_timeout_s=DRAIN_S
+        + config.limits.timeout_s
+        + config.limits.body_timeout_s,
+        max_surge_percent=100 if config.replica_range == (1, 1) else 0,
+        **autoscaling.scaling_options(config, profile),
+    )
+    options = config.of_a_replica
+    return deployment.bind(options, Repository.bind(options, state))
+
+
+def multi_model_app(arguments: dict[str, Any]) -> serve.Application:
+    """Return the gateway of several models; see serve/configs/multi.yaml."""
+    try:
+        check_environment()
+        config = configs.validate_gateway_options(arguments)
+        if config.security.api_keys_file:
+            KeyStore.load(config.security.api_keys_file)
+    except UserError as error:
+        exit_with(error)
+    options = {"num_cpus": 0}
+    return (
+        serve.deployment(GatewayDeployment)
+        .options(name="gateway", max_ongoing_requests=100_000, ray_actor_options=options)
+        .bind(config)
+    )

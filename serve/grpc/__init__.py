@@ -1,0 +1,1 @@
+"""The gRPC endpoint: the Open Inference Protocol's service and its messages."""

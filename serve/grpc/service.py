@@ -1,0 +1,269 @@
+"""gRPC: the service inference.GRPCInferenceService, for a server of Ray Serve's or one of our own.
+
+A method takes the message's bytes: that way what is malformed gets a status like any other error,
+and Ray's proxy hands it on without knowing our messages.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
+
+from serve.access import Access
+from serve.errors import BadRequest, PayloadTooLarge, RequestError
+from serve.grpc import messages
+from serve.grpc.call import REQUEST_ID, GrpcCall, add_trailer, named_model, refuse_call, set_status
+from serve.grpc.messages import types
+from serve.inference.dataplane import DataPlane
+from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
+from serve.replica.handler import InferenceHandler
+from serve.replica.pipeline import Endpoint
+from serve.telemetry.recorder import RequestRecorder
+
+logger = logging.getLogger(__name__)
+
+SERVICE = f"{messages.PACKAGE}.GRPCInferenceService"
+INFER = "ModelInfer"
+
+HOST = "127.0.0.1"
+
+
+# What each method needs, by its name.
+ACCESS: dict[str, Access] = {}
+
+Service = TypeVar("Service", bound="InferenceService")
+
+Handler = Callable[[Service, Any, GrpcCall], Awaitable[Any]]
+
+Method = Callable[[Service, bytes, Any], Awaitable[Any]]
+
+
+def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
+    """Make a method of gRPC of what answers a message; an error becomes the call's status."""
+
+    def made(handler: Handler[Service]) -> Method[Service]:
+        name = handler.__name__
+        request_type = getattr(types, f"{name}Request")
+        empty = getattr(types, f"{name}Response")()
+
+        @functools.wraps(handler)
+        async def method(self: Service, data: bytes, context: Any) -> Any:
+            call = GrpcCall(name, context)
+            if name == INFER:
+                call.protocol = "grpc"
+            add_trailer(context, REQUEST_ID, call.id)
+            status = 500
+            try:
+                self.check_key(call, access)
+                self.check_size(data)
+                request = request_type.FromString(data)
+                self.check_scope(call, access, named_model(request))
+                response = await handler(self, request, call)
+                status = 200
+                return response
+            except asyncio.CancelledError:
+                status = 499
+                raise
+            except DecodeError:
+                error = BadRequest(f"the message is not a {name}Request.")
+                self.recorder.refuse(call, error.reason)
+                status = refuse_call(context, error)
+            except RequestError as error:
+                self.recorder.refuse(call, error.reason)
+                status = refuse_call(context, error)
+            except Exception:
+                # What went wrong is in the log; a client gets none of the server's insides.
+                logger.exception("gRPC call failed: %s", name)
+                message = "the server failed to answer this request."
+                set_status(context, grpc.StatusCode.INTERNAL, message)
+            finally:
+                self.recorder.record(call, status)
+            return empty
+
+        ACCESS[name] = access
+        return method
+
+    return made
+
+
+class InferenceService:
+    """The methods, by their names in the protocol."""
+
+    def __init__(self, handler: InferenceHandler, recorder: RequestRecorder | None = None) -> None:
+        self._handler = handler
+        self._config = handler.config
+        self.recorder = recorder or RequestRecorder()
+
+    def check_size(self, data: bytes) -> None:
+        """Raises PayloadTooLarge: a server of Ray's takes messages of any size."""
+        if len(data) > self._config.limits.max_body_bytes:
+            raise PayloadTooLarge(
+                f"the message has {len(data)} bytes; "
+                f"at most {self._config.limits.max_body_bytes} are accepted."
+            )
+
+    def check_key(self, call: GrpcCall, access: Access) -> None:
+        """Raises Unauthorized, RateLimited, Forbidden."""
+        guard = self._handler.guard
+        guard.check_page(call.header, method="POST", access=access)
+        if guard.needs_key(access):
+            call.key = guard.authenticate(call.metadata.get("authorization"))
+
+    def check_scope(self, call: GrpcCall, access: Access, model: str) -> None:
+        """Raises Forbidden, Unauthorized."""
+        call.model = model
+        self._handler.guard.authorize(call.key, access, model)
+
+    @_method(Access.OPEN)
+    async def ServerLive(self, request: Any, call: GrpcCall) -> Any:
+        return types.ServerLiveResponse(live=self._handler.live())
+
+    @_method(Access.OPEN)
+    async def ServerReady(self, request: Any, call: GrpcCall) -> Any:
+        return types.ServerReadyResponse(ready=self._handler.ready())
+
+    @_method(Access.MODEL)
+    async def ModelReady(self, request: Any, call: GrpcCall) -> Any:
+        self._plane(request.name, request.version, call)
+        return types.ModelReadyResponse(ready=True)
+
+    @_method(Access.KEY)
+    async def ServerMetadata(self, request: Any, call: GrpcCall) -> Any:
+        return _parsed(server_metadata(), types.ServerMetadataResponse())
+
+    @_method(Access.MODEL)
+    async def ModelMetadata(self, request: Any, call: GrpcCall) -> Any:
+        plane = self._plane(request.name, request.version, call)
+        metadata = model_metadata(plane, self._handler.versions)
+        return _parsed(metadata, types.ModelMetadataResponse())
+
+    @_method(Access.MODEL)
+    async def ModelConfig(self, request: Any, call: GrpcCall) -> Any:
+        plane = self._plane(request.name, request.version, call)
+        config = {"config": model_config(plane, self._config)}
+        return _parsed(config, types.ModelConfigResponse())
+
+    @_method(Access.MODEL)
+    async def ModelStatistics(self, request: Any, call: GrpcCall) -> Any:
+        plane = self._plane(request.name, request.version, call)
+        statistics = {"model_stats": [model_statistics(plane)]}
+        return _parsed(statistics, types.ModelStatisticsResponse())
+
+    @_method(Access.MODEL)
+    async def ModelInfer(self, request: Any, call: GrpcCall) -> Any:
+        endpoint = self._find(request.model_name, request.model_version, call)
+        manifest, max_rows = endpoint.plane.manifest, self._config.limits.max_rows
+        return await self._handler.infer(
+            call,
+            endpoint,
+            lambda: messages.decode(request, manifest, max_rows),
+            lambda inference, predictions, plane: messages.encode(
+                inference, predictions, plane.manifest, plane.version
+            ),
+            call.timeout_s,
+        )
+
+    @_method(Access.KEY)
+    async def RepositoryIndex(self, request: Any, call: GrpcCall) -> Any:
+        models = await self._handler.index(call.key)
+        if request.ready:
+            models = [model for model in models if model["state"] == "READY"]
+        return _parsed({"models": models}, types.RepositoryIndexResponse())
+
+    @_method(Access.ADMIN)
+    async def RepositoryModelLoad(self, request: Any, call: GrpcCall) -> Any:
+        name = named_model(request)
+        if request.parameters:
+            raise BadRequest(
+                f"load takes no parameters; {', '.join(request.parameters)[:100]} came."
+            )
+        await self._handler.repository.load(name, call.actor)
+        return types.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
+
+    @_method(Access.ADMIN)
+    async def RepositoryModelUnload(self, request: Any, call: GrpcCall) -> Any:
+        name = named_model(request)
+        await self._handler.repository.unload(name, call.actor)
+        return types.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
+
+    def _find(self, name: str, version: str, call: GrpcCall) -> Endpoint:
+        """Raises NotFound, Unavailable."""
+        endpoint = self._handler.endpoint(name, version or None)
+        call.metrics, call.version = endpoint.plane.metrics, endpoint.plane.version
+        return endpoint
+
+    def _plane(self, name: str, version: str, call: GrpcCall) -> DataPlane:
+        """Raises NotFound, Unavailable."""
+        return self._find(name, version, call).plane
+
+
+METHODS = [name for name in vars(InferenceService) if name[0].isupper()]
+
+# The service of this process. Set by a replica before Ray starts its servers.
+local: InferenceService | None = None
+
+
+def add_to_server(servicer: Any, server: Any) -> None:
+    """Register the service; Ray's `grpc_servicer_functions` take this by its import path.
+
+    servicer: what answers where there is no `local`; Ray's proxy puts itself in its place.
+    """
+    if local is not None:
+        # Else Ray takes each call by way of its router, which costs more than the answer.
+        server.add_passthrough_service(SERVICE)
+    _register(local or servicer, server)
+
+
+def answers_grpc(deployment: type) -> type:
+    """Give a deployment the methods that Ray's proxy calls on a replica."""
+    for name in METHODS:
+        setattr(deployment, name, _forward(name))
+    return deployment
+
+
+async def start_server(
+    service: InferenceService, port: int, *, max_message_bytes: int
+) -> tuple[grpc.aio.Server, int]:
+    """Serve on this host alone; return the server and its port, a free one for port 0."""
+    limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
+    server = grpc.aio.server(options=[(limit, max_message_bytes) for limit in limits])
+    _register(service, server)
+    bound = server.add_insecure_port(f"{HOST}:{port}")
+    await server.start()
+    return server, bound
+
+
+def _register(servicer: Any, server: Any) -> None:
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, name), response_serializer=_serialized
+        )
+        for name in METHODS
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_registered_method_handlers(SERVICE, handlers)
+
+
+def _forward(name: str) -> Callable[..., Awaitable[Any]]:
+    # Ray passes its context to a parameter of this name only.
+    async def forward(self: Any, data: bytes, grpc_context: Any) -> Any:
+        assert local is not None
+        return await getattr(local, name)(data, grpc_context)
+
+    forward.__name__ = name
+    return forward
+
+
+def _serialized(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _parsed(values: dict[str, Any], message: Any) -> Any:
+    """Fill a message with what it has fields for."""
+    return ParseDict(values, message, ignore_unknown_fields=True)

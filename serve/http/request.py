@@ -1,0 +1,167 @@
+"""A request: what came, read within bounds of size and time, while its client is still there."""
+
+import asyncio
+import itertools
+import os
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+from serve.access import client_address
+from serve.errors import ClientDisconnected, Overloaded, PayloadTooLarge, RequestTimeout
+from serve.telemetry.recorder import RequestContext
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+T = TypeVar("T")
+
+REQUEST_ID, MAX_ID = b"x-request-id", 128
+# HAProxy says by it whom a request is from, whatever a client wrote there.
+PEER = b"x-halyard-peer"
+BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+# Requests that came without an id are told apart by their process and a count.
+_PROCESS = secrets.token_hex(6)
+_counter = itertools.count(1)
+# Whether its client is still there is asked of a request that has not been answered by then.
+WATCH_AFTER_S = 0.05
+
+
+def new_request_id() -> str:
+    """The id of a request that came without."""
+    return f"{_PROCESS}-{next(_counter):x}"
+
+
+class Request(RequestContext):
+    """A request by HTTP."""
+
+    __slots__ = ("_headers", "receive", "scope")
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        self.scope = scope
+        self.receive = receive
+        # Of several the first, the one that HAProxy sets: a body's trailers come after the headers.
+        self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
+        request_id = (self.header(REQUEST_ID) or "")[:MAX_ID] or new_request_id()
+        super().__init__(request_id, scope["method"], scope["path"])
+
+    def header(self, name: bytes) -> str | None:
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode("latin-1"): self.header(name) or "" for name in self._headers}
+
+    @property
+    def address(self) -> str:
+        host, _ = self.scope.get("client") or ("", 0)
+        return client_address(self.header(PEER) if BEHIND_HAPROXY else None, host)
+
+    def sees(self, model: str) -> bool:
+        """Whether the client may know of a model."""
+        return self.key is None or self.key.sees(model)
+
+    async def body(self, max_bytes: int, timeout_s: float, pending: "PendingBodies") -> bytes:
+        """Raises PayloadTooLarge, Overloaded, RequestTimeout, ClientDisconnected."""
+        declared = self._headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared[:20]) > max_bytes:
+            raise PayloadTooLarge(
+                f"the body has {int(declared[:20])} bytes; at most {max_bytes} are accepted."
+            )
+        slow = RequestTimeout(f"the body did not arrive within {timeout_s:g} s.")
+        with _Interruption() as interruption:
+            timer = asyncio.get_running_loop().call_later(timeout_s, interruption.raises, slow)
+            try:
+                return await self._received(max_bytes, pending)
+            finally:
+                timer.cancel()
+
+    async def _received(self, max_bytes: int, pending: "PendingBodies") -> bytes:
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message.get("body", b"")
+            if len(body) <= max_bytes:
+                return body
+        chunks: list[bytes] = []
+        received = 0
+        try:
+            while True:
+                received += self._chunk(message, chunks, received, max_bytes)
+                pending.add(len(chunks[-1]))
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+                message = await self.receive()
+        finally:
+            pending.bytes -= received
+
+    def _chunk(
+        self, message: MutableMapping[str, Any], chunks: list[bytes], received: int, most: int
+    ) -> int:
+        """Add what a message brings; return its size."""
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected("the client left before its request was whole.")
+        chunk = message.get("body", b"")
+        if received + len(chunk) > most:
+            raise PayloadTooLarge(f"the body has more than {most} bytes; that many are accepted.")
+        chunks.append(chunk)
+        return len(chunk)
+
+    async def while_connected(self, answer: Awaitable[T]) -> T:
+        """Await an answer. Raises ClientDisconnected when the client leaves first."""
+        with _Interruption() as interruption:
+            watch: list[asyncio.Task[None]] = []
+
+            async def until_gone() -> None:
+                while (await self.receive())["type"] != "http.disconnect":
+                    pass
+                interruption.raises(ClientDisconnected("the client left before it was answered."))
+
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(
+                WATCH_AFTER_S, lambda: watch.append(loop.create_task(until_gone()))
+            )
+            try:
+                return await answer
+            finally:
+                timer.cancel()
+                for each in watch:
+                    each.cancel()
+
+
+class PendingBodies:
+    """Memory of the bodies that are arriving."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises Overloaded."""
+        self.bytes += size
+        if self.bytes > self._max_bytes:
+            raise Overloaded("too many large requests are arriving.", 1, "pending_bytes")
+
+
+class _Interruption:
+    """Ends what its task awaits in this block by an error; cheaper than a task for each await."""
+
+    __slots__ = ("_error", "_task")
+
+    def __enter__(self) -> "_Interruption":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task: asyncio.Task[Any] | None = task
+        self._error: Exception | None = None
+        return self
+
+    def raises(self, error: Exception) -> None:
+        if self._task is not None and self._error is None:
+            self._error = error
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        if self._error is not None and kind is asyncio.CancelledError:
+            assert task is not None
+            task.uncancel()
+            raise self._error from None

@@ -1,0 +1,186 @@
+"""The routes of the Open Inference Protocol v2 and KServe V1 for one model."""
+
+import asyncio
+
+from serve.access import Access
+from serve.http import console, openapi
+from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
+from serve.http.request import Request
+from serve.inference.dataplane import DataPlane
+from serve.protocol import feedback, v1, v2
+from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
+from serve.protocol.v2 import InferRequest
+from serve.replica.handler import InferenceHandler
+from serve.replica.pipeline import Endpoint
+from serve.telemetry.metrics import CONTENT_TYPE, Snapshot, exposition, filter_models, merge_samples
+from serve.telemetry.recorder import RequestRecorder
+from train.tasks import Arrays
+
+MODEL = r"/v2/models/(?P<name>[^/]+)"
+HEADER_LENGTH = v2.HEADER_LENGTH.encode()
+VERSIONED = MODEL + r"(?:/versions/(?P<version>[^/]+))?"
+
+
+class ModelAPI(HTTPApp):
+    """Handlers, in the order of their routes."""
+
+    def __init__(self, handler: InferenceHandler, recorder: RequestRecorder | None = None) -> None:
+        super().__init__(
+            handler.guard,
+            max_pending_bytes=handler.config.limits.max_pending_bytes,
+            recorder=recorder,
+        )
+        self._handler = handler
+        self.config = handler.config
+        self.routes = _routes(self)
+
+    def model_of(self, name: str | None) -> str:
+        return name or self._handler.name
+
+    async def infer_v2(self, request: Request) -> Response:
+        request.protocol = "v2"
+        endpoint, body = await self._begin(request)
+        manifest = endpoint.plane.manifest
+        limits = self.config.limits.max_rows, self.config.limits.max_json_bytes
+        header_length = request.header(HEADER_LENGTH)
+
+        def encode(inference: InferRequest, predictions: Arrays, plane: DataPlane) -> Response:
+            encoded = v2.encode(inference, predictions, plane.manifest, plane.version)
+            content, json_length = encoded
+            if json_length is None:
+                return Response(content)
+            headers = {v2.HEADER_LENGTH: str(json_length)}
+            return Response(content, content_type="application/octet-stream", headers=headers)
+
+        return await self._handler.infer(
+            request, endpoint, lambda: v2.decode(body, header_length, manifest, *limits), encode
+        )
+
+    async def predict_v1(self, request: Request) -> Response:
+        request.protocol = "v1"
+        endpoint, body = await self._begin(request)
+        manifest = endpoint.plane.manifest
+        limits = self.config.limits.max_rows, self.config.limits.max_json_bytes
+        return await self._handler.infer(
+            request,
+            endpoint,
+            lambda: InferRequest(None, v1.decode(body, manifest, *limits)),
+            lambda _inference, predictions, _plane: Response(v1.encode(predictions)),
+        )
+
+    async def server(self, request: Request) -> Response:
+        return json_response(server_metadata())
+
+    async def live(self, request: Request) -> Response:
+        return json_response({"live": True})
+
+    async def health(self, request: Request) -> Response:
+        ready = self._handler.ready()
+        return json_response({"ready": ready}, 200 if ready else 503)
+
+    async def models(self, request: Request) -> Response:
+        return json_response(
+            {"models": [self._handler.name] if request.sees(self._handler.name) else []}
+        )
+
+    async def model(self, request: Request) -> Response:
+        return json_response(model_metadata(self._plane(request), self._handler.versions))
+
+    async def ready(self, request: Request) -> Response:
+        return json_response({"name": self._plane(request).name, "ready": True})
+
+    async def model_config(self, request: Request) -> Response:
+        return json_response(model_config(self._plane(request), self.config))
+
+    async def stats(self, request: Request) -> Response:
+        statistics = [model_statistics(self._plane(request))]
+        return json_response({"model_stats": statistics, **await self._handler.repository.stats()})
+
+    async def feedback(self, request: Request) -> Response:
+        limits = self.config.limits.max_json_bytes, self.config.limits.body_timeout_s
+        request_id, truths = feedback.decode(await self.body(request, *limits))
+        repository = self._handler.repository
+        return json_response(
+            await repository.feedback(request.model, request_id, truths, request.actor)
+        )
+
+    async def index(self, request: Request) -> Response:
+        return json_response(await self._handler.index(request.key))
+
+    async def load(self, request: Request) -> Response:
+        return json_response(await self._handler.repository.load(request.model, request.actor))
+
+    async def unload(self, request: Request) -> Response:
+        await self._handler.repository.unload(request.model, request.actor)
+        return json_response({})
+
+    async def prometheus(self, request: Request) -> Response:
+        counted = filter_models(await self._handler.repository.metrics(), request.sees)
+        return Response(exposition(counted), content_type=CONTENT_TYPE)
+
+    async def openapi(self, request: Request) -> Response:
+        plane = self._handler.endpoint(request.model).plane
+        return json_response(openapi.openapi_document(plane.manifest))
+
+    async def docs(self, request: Request) -> Response:
+        return html_response(openapi.docs_page(request.path, needs_key=self.guard.keys is not None))
+
+    async def manifest(self, request: Request) -> Response:
+        return console.bundle_manifest(self._plane(request))
+
+    async def report(self, request: Request) -> Response:
+        plane, name = self._plane(request), request.path.rpartition("/")[2]
+        return await asyncio.to_thread(console.report_file, plane, name)
+
+    def snapshot(self, replica: str) -> Snapshot:
+        """What this replica counted, by version; of no version what was asked of none."""
+        none = {"model": "", "version": "", "variant": "", "replica": replica}
+        return merge_samples(
+            [self._handler.snapshot(replica), self.recorder.metrics.snapshot(none)]
+        )
+
+    def _find(self, request: Request) -> Endpoint:
+        """Raises NotFound, Unavailable."""
+        endpoint = self._handler.endpoint(request.model, request.version)
+        request.metrics, request.version = endpoint.plane.metrics, endpoint.plane.version
+        return endpoint
+
+    def _plane(self, request: Request) -> DataPlane:
+        """Raises NotFound, Unavailable."""
+        return self._find(request).plane
+
+    async def _begin(self, request: Request) -> tuple[Endpoint, bytes]:
+        endpoint = self._find(request)
+        limits = self.config.limits
+        return endpoint, await self.body(request, limits.max_body_bytes, limits.body_timeout_s)
+
+
+def _routes(rest: ModelAPI) -> Routes:
+    repository = "/v2/repository/models/(?P<name>[^/]+)"
+    return Routes(
+        {
+            VERSIONED + "/infer": Route(POST, rest.infer_v2, Access.MODEL),
+            r"/v1/models/(?P<name>[^/:]+):predict": Route(POST, rest.predict_v1, Access.MODEL),
+            "/v2/?": Route(GET, rest.server, Access.KEY),
+            "/v2/health/live": Route(GET, rest.live, Access.OPEN),
+            "/v2/health/ready": Route(GET, rest.health, Access.OPEN),
+            "/v[12]/models": Route(GET, rest.models, Access.KEY),
+            VERSIONED: Route(GET, rest.model, Access.MODEL),
+            VERSIONED + "/ready": Route(GET, rest.ready, Access.MODEL),
+            r"/v1/models/(?P<name>[^/:]+)": Route(GET, rest.ready, Access.MODEL),
+            VERSIONED + "/config": Route(GET, rest.model_config, Access.MODEL),
+            VERSIONED + "/stats": Route(GET, rest.stats, Access.MODEL),
+            MODEL + "/feedback": Route(POST, rest.feedback, Access.FEEDBACK),
+            "/v2/repository/index": Route(POST, rest.index, Access.KEY),
+            repository + "/load": Route(POST, rest.load, Access.ADMIN),
+            repository + "/unload": Route(POST, rest.unload, Access.ADMIN),
+            "/metrics": Route(GET, rest.prometheus, Access.METRICS),
+            rf"(?:{MODEL})?/openapi\.json": Route(GET, rest.openapi, Access.MODEL),
+            f"(?:{MODEL})?/docs": Route(GET, rest.docs, Access.PAGE),
+            "/docs/assets/[^/]+": Route(GET, openapi.docs_file, Access.OPEN),
+            VERSIONED + "/manifest": Route(GET, rest.manifest, Access.MODEL),
+            VERSIONED + "/report/[^/]+": Route(GET, rest.report, Access.MODEL),
+            "/console/[^/]+": Route(GET, console.console_file, Access.OPEN),
+            "/": Route(GET, console.console_page, Access.PAGE),
+        }
+    )

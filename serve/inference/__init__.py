@@ -1,0 +1,1 @@
+"""From decoded inputs to outputs: batching, admission, caching and the latency model."""

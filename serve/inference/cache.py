@@ -1,0 +1,89 @@
+"""The cache: answers that were given before, and those that are being computed."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from cachetools import TTLCache
+
+from serve.errors import DeadlineExceeded
+from serve.telemetry.metrics import VersionMetrics
+from train.tasks import Arrays
+
+# About what an entry takes besides its arrays.
+OVERHEAD_BYTES = 500
+
+
+class ResponseCache:
+    """Least recently used go first, and all after their time. Belongs to one event loop."""
+
+    def __init__(
+        self, max_bytes: int, ttl_s: float, identity: str, metrics: VersionMetrics
+    ) -> None:
+        """identity: of what computes the answers, the bundle's digest and the variant."""
+        self._kept: TTLCache[bytes, Arrays] = TTLCache(max_bytes, ttl_s, getsizeof=_size_bytes)
+        self._in_flight: dict[bytes, asyncio.Future[Arrays | None]] = {}
+        self._identity = identity.encode()
+        self._counts = metrics.cache
+
+    @property
+    def size_bytes(self) -> float:
+        return self._kept.currsize
+
+    async def answer(
+        self, rows: Arrays, deadline: float, compute: Callable[[], Awaitable[Arrays]]
+    ) -> Arrays:
+        """Return what `compute` gives for `rows`, computed once for all that ask meanwhile.
+
+        deadline: of this request; another's failure or departure is not this one's.
+        Raises what `compute` raises, or DeadlineExceeded.
+        """
+        key = self._key(rows)
+        while True:
+            if (kept := self._kept.get(key)) is not None:
+                self._counts["hit"] += 1
+                return kept
+            shared = self._in_flight.get(key)
+            if shared is None:
+                self._counts["miss"] += 1
+                return await self._computed(key, compute)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    found = await asyncio.shield(shared)
+            except TimeoutError:
+                raise DeadlineExceeded("no answer in time; the request was let go.") from None
+            if found is not None:
+                self._counts["shared"] += 1
+                return found
+
+    async def _computed(self, key: bytes, compute: Callable[[], Awaitable[Arrays]]) -> Arrays:
+        shared = self._in_flight[key] = asyncio.get_running_loop().create_future()
+        found: Arrays | None = None
+        try:
+            found = await compute()
+        finally:
+            # Without an answer the others find none in flight, and one of them computes it.
+            del self._in_flight[key]
+            shared.set_result(found)
+        if _size_bytes(found) <= self._kept.maxsize:
+            # A copy: these may be rows of a batch, which they would keep whole.
+            self._kept[key] = {name: array.copy() for name, array in found.items()}
+        return found
+
+    def _key(self, rows: Arrays) -> bytes:
+        digest = hashlib.blake2b(self._identity, digest_size=20)
+        for name, array in rows.items():
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(array.data if array.flags.c_contiguous else array.tobytes())
+        return digest.digest()
+
+
+def _size_bytes(answers: Arrays) -> int:
+    values = sum(array.nbytes for array in answers.values())
+    words = sum(
+        len(str(value)) + 49
+        for array in answers.values()
+        if array.dtype == object
+        for value in array.ravel()
+    )
+    return OVERHEAD_BYTES + values + words

@@ -1,0 +1,166 @@
+"""The data plane: the one path from records to predictions that every protocol takes."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from serve.config import ServeConfig
+from serve.drift.sampler import DriftSampler
+from serve.errors import BadRequest, DeadlineExceeded, PayloadTooLarge
+from serve.inference.admission import RequestOptions
+from serve.inference.batcher import Batcher
+from serve.inference.cache import ResponseCache
+from serve.inference.latency_model import LatencyModel
+from serve.telemetry.metrics import Snapshot, VersionMetrics
+from train.bundle import Bundle, Predictor
+from train.bundle.manifest import Manifest
+from train.tasks import Arrays, Columns, InvalidRecord, TensorSpec
+from train.tasks.image import num_pixels
+
+# More than this is left to a thread: it would hold up every other request.
+MAX_INLINE_BYTES = 65_536
+
+
+class DataPlane:
+    """One model, one version, one variant."""
+
+    def __init__(self, predictor: Predictor, version: str, config: ServeConfig) -> None:
+        self._predictor = predictor
+        self._images = predictor.task.features.images
+        self._max_pixels = config.limits.max_pixels
+        self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="encode")
+        self.version = version
+        self.metrics = VersionMetrics()
+        manifest = predictor.bundle.manifest
+        self.batcher = Batcher(
+            predictor.run,
+            LatencyModel.of(manifest.variants[predictor.variant], config.threads),
+            max_batch_rows=config.batching.max_rows,
+            max_queue_rows=config.limits.max_queue_rows,
+            wait_s=config.batching.wait_ms / 1e3,
+            metrics=self.metrics,
+        )
+        self.sampler: DriftSampler | None = None
+        if config.drift.rows_per_s:
+            watched = predictor.bundle.quantities
+            self.sampler = DriftSampler(predictor.task, watched, config.drift.rows_per_s)
+        self._cache: ResponseCache | None = None
+        if config.cache.max_bytes:
+            digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+            identity = f"{digest} {predictor.variant}"
+            self._cache = ResponseCache(
+                config.cache.max_bytes, config.cache.ttl_s, identity, self.metrics
+            )
+
+    @property
+    def bundle(self) -> Bundle:
+        return self._predictor.bundle
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def fields(self) -> Sequence[TensorSpec]:
+        """What a record holds."""
+        return self._predictor.task.features.fields
+
+    @property
+    def variant(self) -> str:
+        return self._predictor.variant
+
+    def warm_up(self) -> None:
+        """Run each batch size that will be common, before the first request needs it."""
+        golden, _ = self._predictor.bundle.golden(self.variant)
+        row = {name: array[:1] for name, array in golden.items()}
+        rows = 1
+        while rows <= self.batcher.max_batch_rows:
+            self._predictor.run({name: np.repeat(array, rows, 0) for name, array in row.items()})
+            rows *= 2
+
+    async def predict(self, columns: Columns, terms: RequestOptions) -> Arrays:
+        """Return predictions, a row for each record.
+
+        columns: every field of the model, with a value for each record.
+        Raises BadRequest for a record that cannot be encoded, Overloaded, DeadlineExceeded.
+        """
+        if self._cache is None:
+            # What would be refused is not encoded first.
+            self.batcher.check(len(next(iter(columns.values()))), terms)
+        try:
+            rows = await self._encoded(columns, terms)
+        except InvalidRecord as error:
+            several = error.row is not None and len(next(iter(columns.values()))) > 1
+            where = f"record {error.row}: " if several else ""
+            raise BadRequest(f"{where}{error}") from error
+        if self._cache is None:
+            predictions = await self.batcher.submit(rows, terms)
+        else:
+            predictions = await self._cache.answer(
+                rows, terms.deadline, lambda: self.batcher.submit(rows, terms)
+            )
+        if self.sampler is not None:
+            self.sampler.saw(rows, predictions, time.monotonic())
+        return predictions
+
+    def snapshot(self, **labels: str) -> Snapshot:
+        """What it counted until now."""
+        return self.metrics.snapshot(
+            {"model": self.name, "version": self.version, "variant": self.variant, **labels},
+            queue_rows=self.batcher.waiting_rows,
+            cache_bytes=self._cache.size_bytes if self._cache else 0,
+        )
+
+    async def _encoded(self, columns: Columns, terms: RequestOptions) -> Arrays:
+        """Encode in a thread what takes long: a small file may hold a large image.
+
+        Raises InvalidRecord, BadRequest for too many pixels, DeadlineExceeded.
+        """
+        encode = self._predictor.encode
+        files = [columns[name] for name in self._images if _is_list(columns[name])]
+        if not files and sum(map(_size_bytes, columns.values())) <= MAX_INLINE_BYTES:
+            return encode(columns)
+        count = len(next(iter(columns.values())))
+        self.batcher.encoding_rows += count
+        try:
+            async with asyncio.timeout_at(terms.deadline):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(
+                    self._threads, self._encoded_in_bounds, columns, files
+                )
+        except TimeoutError:
+            raise DeadlineExceeded("no time was left to encode the records.") from None
+        finally:
+            self.batcher.encoding_rows -= count
+
+    def _encoded_in_bounds(
+        self, columns: Columns, files: Sequence[Sequence[Any] | np.ndarray]
+    ) -> Arrays:
+        pixels = sum(num_pixels(file) for column in files for file in column)
+        if pixels > self._max_pixels:
+            raise PayloadTooLarge(
+                f"the images have {pixels} pixels; at most {self._max_pixels} are accepted."
+            )
+        return self._predictor.encode(columns)
+
+
+def _is_list(values: Sequence[Any] | np.ndarray) -> bool:
+    """Whether each value is an object of its own, such as a file or a text."""
+    return not isinstance(values, np.ndarray) or values.dtype == object
+
+
+def _size_bytes(values: Sequence[Any] | np.ndarray) -> int:
+    """About how much there is to encode."""
+    if not _is_list(values):
+        assert isinstance(values, np.ndarray)
+        return values.nbytes
+    return sum(len(value) if isinstance(value, str | bytes) else 64 for value in values)

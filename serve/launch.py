@@ -1,0 +1,113 @@
+"""Before a server starts: what is checked, and how Ray Serve is started for it."""
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from ray import serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from cluster import ray_internals
+from cluster.errors import EXIT_USER_ERROR, UserError
+from cluster.nodes import node_checks, run_on_nodes
+from serve import config as configs
+from serve.config import ServeConfig
+from serve.inference.latency_model import LatencyModel
+from serve.requestlog import writer
+from serve.security import KeyStore
+from serve.state import ServingState
+from serve.telemetry import tracing
+from train.bundle import Bundle
+from train.bundle.manifest import rank_variants
+
+# Serve's own loopback connections to a replica live longer than HAProxy leaves them idle.
+KEEP_ALIVE_S = 120
+
+# What a node of a busy cluster may take to answer.
+ASK_S = 30.0
+
+
+def check_environment() -> None:
+    """Raises UserError where this is a node of a cluster that lacks the server's environment.
+
+    There Ray's proxies would listen on all interfaces.
+    """
+    if ray_internals.is_worker() and not node_checks.gateway_path():
+        raise UserError(
+            "Ray was started without the server's environment. Before it starts, run: "
+            "source <(python -m serve.environment)"
+        )
+
+
+def all_nodes_prepared() -> bool:
+    """Whether every node was started with the server's environment; say on stderr what is not.
+
+    Elsewhere Ray's own proxy serves, and its gRPC listens on all interfaces.
+    """
+    nodes = run_on_nodes.run_on_each(
+        run_on_nodes.alive_nodes(), node_checks.gateway_path, timeout_s=ASK_S
+    )
+    missing = sorted(address for address, (gateway, _) in nodes.items() if not gateway)
+    if missing:
+        print(
+            f"serving without HAProxy and gRPC: Ray was started on {', '.join(missing)} without "
+            "the lines of `python -m serve.environment`.",
+            file=sys.stderr,
+        )
+    return not missing
+
+
+def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
+    """Start Serve with this server's addresses, unless it runs; `serve run` finds it started.
+
+    host: of Serve's own servers, which may stay on loopback behind HAProxy.
+    """
+    http = HTTPOptions(
+        host=host,
+        port=config.port,
+        keep_alive_timeout_s=KEEP_ALIVE_S,
+        ssl_certfile=config.security.tls_cert,
+        ssl_keyfile=config.security.tls_key,
+    )
+    # Ray's gRPC speaks no TLS: keys would travel in the clear.
+    spoken = with_grpc and config.grpc_port and not config.security.tls_cert
+    functions = ["serve.grpc.service.add_to_server"] if spoken else []
+    port = config.grpc_port or configs.GRPC_PORT
+    serve.start(
+        http_options=http,
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=functions),
+    )
+
+
+def check_bundles(state: ServingState, config: ServeConfig) -> LatencyModel:
+    """Check what each replica will; return the profile of the default version's variant.
+
+    Raises UserError, CorruptBundle.
+    """
+    for location in state.locations.values():
+        manifest = Bundle.load(location).manifest
+        accepted = rank_variants(manifest.variants, manifest.optimize_for)
+        if config.variant is not None and config.variant not in accepted:
+            raise UserError(
+                f"variant '{config.variant}' is not an accepted variant of {config.model}; "
+                f"accepted are {', '.join(accepted)}."
+            )
+        fields = [tensor.name for tensor in manifest.inputs]
+        writer.check_log_fields(config.log, manifest.name, fields)
+    if config.security.api_keys_file:
+        KeyStore.load(config.security.api_keys_file)
+    tracing.create_tracer(config.traces, "halyard")
+    for path in (config.security.tls_cert, config.security.tls_key):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"'{path}' is not a file; expected one in PEM format.")
+    manifest = Bundle.load(state.locations[state.default]).manifest
+    variant = manifest.variants[config.variant or manifest.default_variant]
+    return LatencyModel.of(variant, config.threads)
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """End `serve run` with one line; fail the build where Ray runs it as a task."""
+    if ray_internals.is_worker():
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,1 +1,0 @@
-"""What happens after deployment: drift, the request log, feedback, candidates, retraining."""

@@ -1,0 +1,1 @@
+"""Offline inference: `python -m serve.offline` predicts all records of a source."""

@@ -1,0 +1,181 @@
+"""Offline inference: predictions for all records of a source, by Ray Data over the predictor.
+
+`python -m serve.offline --model models:/NAME@production --input URL --output URL`
+
+The input is divided into parts; a part's predictions are one Parquet file that appears when they
+are whole. The same command, run again, makes those that are missing.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster import connect, storage
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import UserError
+from serve.config import Names, StoragePath, allow_plugin_modules
+from serve.offline.output import INPUT, PLAN, SUMMARY, count_rows, part_exists, write_json
+from serve.offline.predictor import OfflinePredictor
+from train.bundle import Bundle, CorruptBundle, Predictor, registry
+from train.data import sources
+from train.data.sources import RowBlock
+
+
+class OfflineOptions(CommandOptions):
+    """Predict all records of a source. The same command continues after an interruption."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.offline")
+
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle.")
+    input: str = Field(
+        description="Records: path, folder, glob or URL of CSV, Parquet, JSON lines, Arrow or "
+        "image folders."
+    )
+    output: str = Field(description="Folder, a path or URL, for the predictions.")
+    variant: str | None = Field(None, description="Variant; the bundle's default if not given.")
+    keep: list[str] = Field([], description="Columns of the input to write beside predictions.")
+    storage: StoragePath = Field(
+        "runs", validate_default=True, description="Storage path whose registry has the model."
+    )
+    plugins: Names = Field((), description="Modules whose classes the model may name.")
+    encoding: str = Field("utf-8", description="Of CSV files.")
+    workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
+
+
+def parse(argv: Sequence[str]) -> OfflineOptions:
+    """Raises UserError with one line that names the option."""
+    return parse_options(OfflineOptions, argv)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    options = parse(argv)
+    started = time.perf_counter()
+    try:
+        allow_plugin_modules(options.plugins, options.storage)
+        bundle, version = registry.load_bundle(options.model, options.storage)
+        variant = Predictor.load(bundle, options.variant).variant
+    except (CorruptBundle, ValueError) as error:
+        raise UserError(str(error)) from error
+    output = storage.resolve_path(options.output)
+    source = sources.find_source(options.input)
+    plan = _plan(options, source, bundle, variant, output)
+    blocks = [RowBlock(**{**block, "names": tuple(block["names"])}) for block in plan["blocks"]]
+    missing = [number for number in range(len(blocks)) if not part_exists(output, number)]
+    if missing:
+        connect.connect(num_cpus=options.workers)
+        worker = {
+            "location": bundle.location,
+            "plugins": list(options.plugins),
+            "storage": options.storage,
+            "variant": variant,
+            "model": f"{bundle.manifest.name}/{version}",
+            "output": output,
+            "keep": options.keep,
+        }
+        _run(blocks, missing, worker, options.workers or os.cpu_count() or 1)
+    counts = count_rows(output, len(blocks))
+    seconds = time.perf_counter() - started
+    done = sum(blocks[number].num_rows for number in missing)
+    summary = {
+        "model": f"{bundle.manifest.name}/{version}",
+        "variant": variant,
+        "output": output,
+        **counts,
+        "rows_this_time": done,
+        "seconds": round(seconds, 3),
+        "rows_per_s": round(done / seconds, 1),
+    }
+    write_json(storage.join_path(output, SUMMARY), summary)
+    fs, path = storage.filesystem(storage.join_path(output, plan["input"]))
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    return summary
+
+
+def _plan(
+    options: OfflineOptions, source: sources.Source, bundle: Bundle, variant: str, output: str
+) -> dict[str, Any]:
+    """Return how the input is divided: as it was when the output was begun, or anew.
+
+    Raises UserError if the output is of another input, model or variant.
+    """
+    manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
+    of = {
+        "input": hashlib.sha256(source.fingerprint.encode()).hexdigest(),
+        "model": manifest,
+        "variant": variant,
+        "keep": options.keep,
+    }
+    fs, path = storage.filesystem(storage.join_path(output, PLAN))
+    if fs.exists(path):
+        with fs.open(path, "r") as file:
+            plan: dict[str, Any] = json.load(file)
+        if changed := [key for key, value in of.items() if plan["of"][key] != value]:
+            raise UserError(
+                f"'{options.output}' was begun with another {', '.join(changed)}; give another "
+                "--output, or the same options to go on."
+            )
+        return plan
+    outputs = {spec.name for spec in bundle.task.target.outputs} | {"row", "model"}
+    if taken := sorted(outputs & set(options.keep)):
+        raise UserError(
+            f"--keep has '{taken[0]}', as a column of the predictions is called; leave it out, or "
+            "rename it in the input."
+        )
+    # A name of its own, as another run may have begun at the same time.
+    place = f"{INPUT}-{secrets.token_hex(6)}"
+    blocks = sources.open_source(source, storage.join_path(output, place), options.encoding)
+    wanted = [*bundle.task.features.columns, *options.keep]
+    sources.check_columns(options.input, wanted, sources.source_schema(blocks).names)
+    plan = {"of": of, "input": place, "blocks": [asdict(block) for block in blocks]}
+    # Last: what it names is there.
+    write_json(storage.join_path(output, PLAN), plan)
+    return plan
+
+
+def _run(blocks: list[RowBlock], numbers: list[int], worker: dict[str, Any], workers: int) -> None:
+    """Predict the given parts, each by one of the processes."""
+    from ray.exceptions import RayTaskError
+
+    ray_data = connect.import_ray_data()
+    parts = [{"number": number} for number in numbers]
+    plan = ray_data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        OfflinePredictor,
+        fn_constructor_kwargs={**worker, "blocks": blocks},
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray_data.ActorPoolStrategy(size=min(workers, len(parts))),
+    )
+    columns = (
+        TextColumn("parts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f} records/s"),
+        TimeRemainingColumn(),
+    )
+    started, rows = time.perf_counter(), 0
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task("", total=len(parts), rate=0.0)
+            for done in plan.iter_rows():
+                rows += int(done["rows"])
+                rate = rows / (time.perf_counter() - started)
+                progress.update(bar, advance=1, rate=rate)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise
+
+
+if __name__ == "__main__":
+    run_command(main)

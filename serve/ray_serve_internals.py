@@ -1,0 +1,18 @@
+"""The names of Ray Serve that this project uses and that are not public.
+
+Written against Ray 2.60. `tests/test_ray_internals.py` touches each of them, so that another
+version of Ray fails there.
+"""
+
+import ray.serve._private.default_impl as default_impl
+import ray.serve._private.replica as replica
+from ray._common.network_utils import build_address
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+__all__ = [
+    "SERVE_CONTROLLER_NAME",
+    "SERVE_NAMESPACE",
+    "build_address",
+    "default_impl",
+    "replica",
+]

@@ -1,0 +1,131 @@
+"""Inference requests of every protocol: options, decoding, prediction, encoding, stage times."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from serve.access import Actor, Guard
+from serve.config import ServeConfig
+from serve.inference import admission
+from serve.inference.admission import RequestOptions
+from serve.inference.dataplane import DataPlane
+from serve.protocol.v2 import InferRequest
+from serve.replica.model_versions import ModelVersions
+from serve.replica.pipeline import Endpoint
+from serve.security import APIKey, KeyStore
+from serve.telemetry.metrics import Snapshot
+from serve.telemetry.recorder import RequestContext
+from train.tasks import Arrays
+
+T = TypeVar("T")
+
+
+class RepositoryAPI(Protocol):
+    """The methods that act for all replicas of a model. They raise RequestError."""
+
+    async def index(self) -> list[dict[str, Any]]: ...
+    async def stats(self) -> dict[str, Any]: ...
+    async def feedback(
+        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
+    ) -> dict[str, Any]: ...
+    async def load(self, name: str, actor: Actor) -> dict[str, Any]: ...
+    async def unload(self, name: str, actor: Actor) -> None: ...
+    async def metrics(self) -> Snapshot: ...
+
+
+class InferenceHandler:
+    """A replica's model, as its clients may use it."""
+
+    def __init__(
+        self,
+        served: ModelVersions,
+        config: ServeConfig,
+        repository: RepositoryAPI,
+        keys: KeyStore | None = None,
+        *,
+        loopback: bool = True,
+    ) -> None:
+        """loopback: whether only this machine reaches the server."""
+        self.guard = Guard(
+            keys,
+            loopback=loopback,
+            metrics_without_key=config.security.metrics_without_key,
+            hosts=config.security.allowed_hosts,
+            own_name=config.host,
+        )
+        self._served = served
+        self.config = config
+        self.repository = repository
+
+    @property
+    def name(self) -> str:
+        return self._served.name
+
+    @property
+    def versions(self) -> list[str]:
+        return self._served.versions
+
+    def live(self) -> bool:
+        return True
+
+    def ready(self) -> bool:
+        return self._served.ready()
+
+    def endpoint(self, name: str, version: str | None = None) -> Endpoint:
+        """Raises NotFound, Unavailable."""
+        return self._served.find(name, version)
+
+    async def infer(
+        self,
+        request: RequestContext,
+        endpoint: Endpoint,
+        decode: Callable[[], InferRequest],
+        encode: Callable[[InferRequest, Arrays, DataPlane], T],
+        timeout_s: float | None = None,
+    ) -> T:
+        """Answer an inference request of any protocol.
+
+        decode: the body → records of the endpoint's version. encode: (inference, predictions, a
+        row for each record, version that answered) → the response; in a rollout the version that
+        answers may be the candidate. timeout_s: time left of the client's deadline. Raises what
+        `decode`, `DataPlane.predict` and `RequestContext.while_connected` do.
+        """
+        began = time.perf_counter()
+        inference = decode()
+        options = self._options(inference.parameters, request.client, timeout_s)
+        request.rows = len(next(iter(inference.columns.values())))
+        endpoint.plane.metrics.stages["parse"].observe(time.perf_counter() - began)
+        plane, predictions = await request.while_connected(
+            endpoint.predict(inference.columns, options, request.id)
+        )
+        request.metrics, request.version = plane.metrics, plane.version
+        predicted = time.perf_counter()
+        response = encode(inference, predictions, plane)
+        plane.metrics.stages["reply"].observe(time.perf_counter() - predicted)
+        return response
+
+    def _options(
+        self, parameters: Mapping[str, Any], client: str, timeout_s: float | None = None
+    ) -> RequestOptions:
+        """Return what a request is granted. Raises BadRequest.
+
+        timeout_s: what is left of the client's own deadline.
+        """
+        return admission.request_options(
+            parameters,
+            now=asyncio.get_running_loop().time(),
+            timeout_s=self.config.limits.timeout_s,
+            priorities=self.config.limits.priorities,
+            client=client,
+            asked_s=timeout_s,
+        )
+
+    async def index(self, key: APIKey | None) -> list[dict[str, Any]]:
+        """The versions of the models that a key may ask; of all without one."""
+        models = await self.repository.index()
+        return [model for model in models if key is None or key.sees(model["name"])]
+
+    def snapshot(self, replica: str) -> Snapshot:
+        """Return the replica's metrics."""
+        return self._served.snapshot(replica)

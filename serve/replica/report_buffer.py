@@ -1,0 +1,48 @@
+"""Observations of a replica until they are sent to the repository."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Mapping
+
+from serve.drift.sampler import Block
+from serve.rollout.aggregator import ReplicaReport
+from serve.rollout.feedback import Prediction
+from serve.rollout.verdict import ArmComparison
+
+# Predictions kept while the repository does not respond; then the oldest are dropped.
+MAX_PREDICTIONS = 50_000
+
+
+class ReportBuffer:
+    """Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._predictions: deque[tuple[str, str, list[Prediction]]] = deque(maxlen=MAX_PREDICTIONS)
+        self._comparison: ArmComparison | None = None
+        self._added = asyncio.Event()
+
+    def add_predictions(self, request_id: str, version: str, predictions: list[Prediction]) -> None:
+        """Add what a version predicted for the records of a request."""
+        self._predictions.append((request_id, version, predictions))
+        self._added.set()
+
+    def comparison(self, candidate: str) -> ArmComparison:
+        """Return the comparison to add to. Valid until the next `await`: a report may empty it."""
+        if self._comparison is None or self._comparison.candidate != candidate:
+            self._comparison = ArmComparison(candidate)
+        self._added.set()
+        return self._comparison
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return once there is something to send, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._added.wait(), timeout_s)
+
+    def drain(self, blocks: Mapping[str, list[Block]]) -> ReplicaReport:
+        """Return everything since the last call, with blocks of drift statistics by version."""
+        predictions, comparison = list(self._predictions), self._comparison
+        self._predictions.clear()
+        self._comparison = None
+        self._added.clear()
+        return ReplicaReport(dict(blocks), predictions, comparison)

@@ -1,0 +1,285 @@
+"""Rows of the request log: what was sent and answered, as Arrow columns.
+
+Fields are kept as a user sends them, whatever form they came in: a number as float64, a truth as
+bool, all that is text as string, an image as the bytes of its file.
+"""
+
+import hashlib
+import hmac
+import io
+import os
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from train.tasks import Arrays, Columns, TensorSpec
+from train.tasks.image import IMAGE_SIGNATURES, MODES
+from train.tasks.numeric import Boolean, Number
+from train.tasks.records import is_missing, to_text
+
+KEY_VARIABLE = "HALYARD_LOG_KEY"
+# Rows that are kept of one request.
+MAX_ROWS = 64
+TIME = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """A request that was answered.
+
+    time_s: when it arrived, seconds since 1970. columns: for each field a value for each record.
+    predictions: "label" [N] and "probabilities" [N, K], or "value" [N]. fields: of the model's
+    features, what the columns are.
+    """
+
+    request_id: str
+    version: str
+    variant: str
+    time_s: float
+    latency_s: float
+    columns: Columns
+    predictions: Arrays
+    fields: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class BufferedEntry:
+    """An entry as it waits to be written: some of its rows, and nothing that was to be dropped."""
+
+    entry: LogEntry
+    rows: Sequence[int]
+    columns: Columns
+    predictions: Arrays
+    size_bytes: int
+
+
+def buffer_entry(entry: LogEntry, drop: frozenset[str]) -> BufferedEntry:
+    """Take what is to be written of an entry, so that no body of a request is held by it."""
+    count = len(next(iter(entry.predictions.values())))
+    # Evenly over a large request, whose neighbours are often alike.
+    rows = range(count) if count <= MAX_ROWS else (np.arange(MAX_ROWS) * count // MAX_ROWS).tolist()
+    columns = {
+        name: _taken(values, rows, count)
+        for name, values in entry.columns.items()
+        if name not in drop
+    }
+    predictions = {
+        name: np.asarray(_taken(values, rows, count)) for name, values in entry.predictions.items()
+    }
+    size = sum(map(_size_bytes, columns.values())) + sum(map(_size_bytes, predictions.values()))
+    return BufferedEntry(entry, rows, columns, predictions, size + 200)
+
+
+def _taken(values: Any, rows: Sequence[int], count: int) -> Any:
+    if isinstance(values, np.ndarray):
+        if len(rows) < count:
+            return values[rows]
+        return values if values.base is None else values.copy()
+    return values if len(rows) == count else [values[row] for row in rows]
+
+
+def _size_bytes(values: Any) -> int:
+    """About how much memory some values take."""
+    if isinstance(values, np.ndarray) and values.dtype != object:
+        return values.nbytes
+    size = 64 * len(values)
+    for value in values:
+        if isinstance(value, bytes | str):
+            size += len(value)
+        elif isinstance(value, np.ndarray):
+            size += value.nbytes
+    return size
+
+
+def to_table(kept: Sequence[BufferedEntry], hashed: frozenset[str]) -> pa.Table:
+    """Return a line for each row. hashed: fields of which only a keyed digest is written.
+
+    Entries of different fields, as of two versions, make columns of their own.
+    """
+    alike: dict[Any, list[BufferedEntry]] = defaultdict(list)
+    for each in kept:
+        fields = tuple(field for field in each.entry.fields if field.name in each.columns)
+        alike[fields, "label" in each.predictions].append(each)
+    return concat_tables([_table(fields, group, hashed) for (fields, _), group in alike.items()])
+
+
+def _table(
+    fields: Sequence[TensorSpec], group: Sequence[BufferedEntry], hashed: frozenset[str]
+) -> pa.Table:
+    def of_entry(values: Iterable[Any]) -> list[Any]:
+        """A value of each entry, for each of its rows."""
+        return [value for value, each in zip(values, group, strict=True) for _ in each.rows]
+
+    entries = [each.entry for each in group]
+    prediction, confidence = _predictions(group)
+    columns = {
+        "id": pa.array(of_entry(entry.request_id for entry in entries), pa.string()),
+        "row": pa.array([row for each in group for row in each.rows], pa.int32()),
+        "time": pa.array(of_entry(int(entry.time_s * 1e6) for entry in entries), TIME),
+        "version": pa.array(of_entry(entry.version for entry in entries), pa.string()),
+        "variant": pa.array(of_entry(entry.variant for entry in entries), pa.string()),
+        "latency_ms": pa.array(of_entry(entry.latency_s * 1e3 for entry in entries), pa.float64()),
+        "prediction": prediction,
+        "confidence": confidence,
+    }
+    if fields:  # Parquet knows no struct of nothing
+        parts = [
+            _field(
+                spec,
+                [value for each in group for value in each.columns[spec.name]],
+                hashed=spec.name in hashed,
+            )
+            for spec in fields
+        ]
+        columns["record"] = pa.StructArray.from_arrays(parts, [spec.name for spec in fields])
+    return pa.table(columns)
+
+
+def _predictions(group: Sequence[BufferedEntry]) -> tuple[pa.Array, pa.Array]:
+    """Labels with the largest probability of each row, or values."""
+    if "label" not in group[0].predictions:
+        values_N = np.concatenate([each.predictions["value"] for each in group])
+        return pa.array(values_N, pa.float64()), pa.nulls(len(values_N), pa.float32())
+    labels = [to_text(label) for each in group for label in each.predictions["label"]]
+    largest_N = np.concatenate([each.predictions["probabilities"].max(axis=1) for each in group])
+    return pa.array(labels, pa.string()), pa.array(largest_N, pa.float32())
+
+
+def _field(spec: TensorSpec, values: list[Any], *, hashed: bool) -> pa.Array:
+    """The values of one field of the records."""
+    if not spec.shape and spec.datatype != "BYTES":
+        values = _known(spec, values)
+    if hashed:
+        return pa.array([_digest(spec, value) for value in values], pa.string())
+    if _is_image(spec):
+        return pa.array([_file(value) for value in values], pa.binary())
+    if spec.datatype == "BYTES":
+        return _texts(values)
+    if spec.shape:
+        return pa.array([np.asarray(value).tolist() for value in values])
+    return pa.array(values, pa.bool_() if spec.datatype == "BOOL" else pa.float64())
+
+
+def _known(spec: TensorSpec, values: list[Any]) -> list[bool | float | None]:
+    """Numbers or truths, in whatever form they came; None where missing."""
+    if spec.datatype == "BOOL":
+        truths_N = Boolean(spec.name).read(values)
+        return [None if np.isnan(truth) else truth == 1 for truth in truths_N.tolist()]
+    numbers_N = Number(spec.name).read(values)
+    return [None if np.isnan(number) else number for number in numbers_N.tolist()]
+
+
+def _is_image(spec: TensorSpec) -> bool:
+    return spec.datatype == "UINT8" and len(spec.shape) == 3 and spec.shape[2] in MODES
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    """Strings; bytes where they are no text, as an encoder of one's own may take."""
+    try:
+        return pa.array(
+            [None if is_missing(each) else to_text(each) for each in values], pa.string()
+        )
+    except ValueError:
+        return pa.array([None if is_missing(each) else _bytes(each) for each in values])
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else to_text(value).encode()
+
+
+def _file(value: Any) -> bytes | None:
+    """An image as a file: as it came, or a PNG of its pixels."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if is_missing(value):
+        return None
+    if not isinstance(value, np.ndarray):
+        content = bytes(value)
+        if content.startswith(IMAGE_SIGNATURES):
+            return content
+        raise ValueError("an image is neither pixels nor a PNG or JPEG")
+    pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value
+    stream = io.BytesIO()
+    # The table's file is compressed; this alone would take twice as long for as many bytes.
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
+    return stream.getvalue()
+
+
+def _digest(spec: TensorSpec, value: Any) -> str | None:
+    """HMAC-SHA256 of a value, in hexadecimal; equal values of a field have equal digests."""
+    if is_missing(value):
+        return None
+    if isinstance(value, np.ndarray):
+        content = f"{value.dtype}{value.shape}".encode() + value.tobytes()
+    elif isinstance(value, bytes):
+        content = value
+    else:
+        content = to_text(value).encode(errors="surrogatepass")
+    return hmac.new(_key(), spec.name.encode() + b"\0" + content, hashlib.sha256).hexdigest()
+
+
+@cache
+def _key() -> bytes:
+    """The key of the environment, or one that ends with this process."""
+    return os.environ.get(KEY_VARIABLE, "").encode() or secrets.token_bytes(32)
+
+
+def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of all; a column of which they say different things is nullable, or text."""
+    if all(each.schema == tables[0].schema for each in tables):
+        return pa.concat_tables(tables)
+    schema = _schema([each.schema for each in tables])
+    return pa.concat_tables([_cast(each, schema) for each in tables])
+
+
+def _schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    found: dict[str, list[pa.DataType]] = {}
+    for schema in schemas:
+        for field in schema:
+            found.setdefault(field.name, []).append(field.type)
+    return pa.schema([(name, _common(types)) for name, types in found.items()])
+
+
+def _common(types: Sequence[pa.DataType]) -> pa.DataType:
+    known = [each for each in types if not pa.types.is_null(each)] or list(types)
+    if all(pa.types.is_struct(each) for each in known):
+        return pa.struct(_schema([pa.schema(list(each)) for each in known]))
+    if all(each == known[0] for each in known):
+        return known[0]
+    return pa.binary() if any(pa.types.is_binary(each) for each in known) else pa.string()
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    arrays = [
+        _cast_array(table[field.name].combine_chunks(), field.type)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if array.type == kind:
+        return array
+    if isinstance(array, pa.ChunkedArray):  # of no chunk
+        return pa.nulls(0, kind)
+    if pa.types.is_struct(kind):
+        given = {field.name for field in array.type}
+        parts = [
+            _cast_array(array.field(field.name), field.type)
+            if field.name in given
+            else pa.nulls(len(array), field.type)
+            for field in kind
+        ]
+        return pa.StructArray.from_arrays(parts, fields=list(kind))
+    if pa.types.is_binary(kind):
+        return array.cast(pa.string()).cast(kind)
+    return array.cast(kind)

@@ -1,0 +1,1 @@
+"""Retraining on logged requests with feedback: `python -m serve.retrain`."""

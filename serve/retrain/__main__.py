@@ -1,0 +1,277 @@
+"""Retraining: when a model's requests drift or it is wrong too often, train it on what is new.
+
+`python -m serve.retrain --model NAME [--check] [--dry-run] [--force] [--option VALUE …]`
+
+The new version begins from the one in production, learns from the records of before and from
+labelled requests, and becomes candidate if it is better on requests that it has not learned from
+and no worse on the old test records. It never becomes production here.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from cluster import commit, storage
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import CommandFailed, UserError
+from serve.config import Names, StoragePath, allow_plugin_modules
+from serve.requestlog import files
+from serve.requestlog.reader import read_labelled
+from serve.retrain import launcher, lock
+from serve.retrain.dataset import LabelledSplit, split_labelled, usable_rows
+from serve.retrain.history import RetrainHistory
+from serve.retrain.trigger import RetrainDecision, RetrainRules, decide_retrain
+from serve.rollout import comparison
+from serve.rollout.monitor_state import MonitorState
+from train.bundle import Bundle, CorruptBundle, publishing, registry
+from train.data import sources
+
+MAX_GROUP_ROWS = 16_384
+
+Read = Callable[[str, str], pa.Table]
+Train = Callable[[str, str | None, float], dict[str, Any]]
+
+
+class RetrainOptions(CommandOptions):
+    """Train a model on new labelled requests if they drifted or the model errs too often."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m serve.retrain")
+
+    model: str = Field(pattern=storage.MODEL_NAME, description="The model's name in the registry.")
+    check: bool = Field(False, description="Train if it is due, as without any of these three.")
+    dry_run: bool = Field(False, description="Say what would be done, and do nothing.")
+    force: bool = Field(
+        False, description="Train though it is not due, or too soon after the last time."
+    )
+    storage: StoragePath = Field(
+        "runs",
+        validate_default=True,
+        description="Storage path, with the registry and the request log.",
+    )
+    plugins: Names = Field((), description="Modules whose classes the model may name.")
+    windows: int = Field(2, ge=1, le=50, description="Windows with drift alarms that make it due.")
+    of: int = Field(5, ge=1, le=50, description="How many of the last windows count.")
+    max_drop: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="How much worse the live metric may be than expected, and the new version than "
+        "production on the old test records; an RMSE in deviations of the target.",
+    )
+    min_labelled: int = Field(200, ge=2, description="Fewest labelled records to train with.")
+    mix: float = Field(
+        0.5, gt=0, le=0.95, description="Share of the training samples that are new records."
+    )
+    epochs: int | None = Field(
+        None, ge=1, le=10_000, description="A third of the model's first training by default."
+    )
+    cooldown_hours: float = Field(24, ge=0, description="Least time between two trainings.")
+    lease_hours: float = Field(
+        6, gt=0, le=720, description="Longest training; after it another command may begin."
+    )
+    submit: str | None = Field(
+        None,
+        description="Address of a Ray dashboard, such as http://127.0.0.1:8265, to train there as "
+        "a job; a child process by default, which joins the cluster at RAY_ADDRESS.",
+    )
+
+
+def parse(argv: Sequence[str]) -> RetrainOptions:
+    """Raises UserError with one line that names the option."""
+    return parse_options(RetrainOptions, argv)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    return retrain(parse(argv), read_labelled, launcher.run_training)
+
+
+def retrain(options: RetrainOptions, read: Read, train: Train) -> dict[str, Any]:
+    """Retrain a model if it is due; return what the command prints.
+
+    read: see `logged.labelled`. train: see `jobs.train`.
+    Raises UserError where no version is in production, Failed when training failed.
+    """
+    root = options.storage
+    allow_plugin_modules(options.plugins, options.storage)
+    production, version = _production(options.model, root)
+    state = RetrainHistory(root, options.model)
+    decision = _decision(options, root, production, version)
+    if options.force and not decision.due:
+        decision = RetrainDecision(True, f"it is asked for, though {decision.reason}")
+    blocked = None if options.force else state.cooling(options.cooldown_hours)
+    if not decision.due or blocked:
+        return _told(options, decision, blocked or decision.reason)
+    new = split_labelled(usable_rows(read(root, options.model), production.task), production.task)
+    known = len(new.training) + len(new.held_out)
+    if known < options.min_labelled or not (len(new.training) and len(new.held_out)):
+        few = f"{known} labelled records are too few, {options.min_labelled} are needed"
+        return _told(options, decision, few)
+    if options.dry_run:
+        where = f"as a job at {options.submit}" if options.submit else "here"
+        words = (
+            f"would train {where} for {_epochs(options, production)} epochs on {len(new.training)} "
+            f"new records besides those of before, and judge by {len(new.held_out)} others"
+        )
+        return _told(options, decision, words)
+    try:
+        with lock.hold_lock(state.url("lease"), options.lease_hours) as own:
+            return _retrain(options, root, decision, new, production, version, state, own, train)
+    except lock.LockHeld as error:
+        return _told(options, decision, f"another is at work: {error}")
+
+
+def _told(options: RetrainOptions, decision: RetrainDecision, reason: str) -> dict[str, Any]:
+    """Say why nothing is trained."""
+    because = f" ({decision.reason})" if decision.due else ""
+    print(f"{options.model}: not retrained: {reason}{because}", file=sys.stderr)
+    return {
+        "model": options.model,
+        "retrained": False,
+        "due": decision.due,
+        "reason": reason,
+        "because": decision.reason,
+    }
+
+
+def _production(model: str, root: str) -> tuple[Bundle, str]:
+    try:
+        return registry.load_bundle(f"{registry.SCHEME}{model}@{registry.PRODUCTION}", root)
+    except CorruptBundle as error:
+        raise UserError(str(error)) from error
+
+
+def _decision(
+    options: RetrainOptions, root: str, production: Bundle, version: str
+) -> RetrainDecision:
+    rules = RetrainRules(
+        options.windows, options.of, options.max_drop, comparison.error_unit(production.task)
+    )
+    return decide_retrain(MonitorState.read(root, options.model), version, rules)
+
+
+def _epochs(options: RetrainOptions, production: Bundle) -> int:
+    manifest = production.manifest
+    first = manifest.lineage.get("init_epochs", manifest.config["optim"]["epochs"])
+    return options.epochs or max(1, first // 3)
+
+
+def _retrain(
+    options: RetrainOptions,
+    root: str,
+    decision: RetrainDecision,
+    new: LabelledSplit,
+    production: Bundle,
+    version: str,
+    state: RetrainHistory,
+    own: lock.FileLock,
+    train: Train,
+) -> dict[str, Any]:
+    """Train, judge and register; write down how it went, however it ends."""
+    began = datetime.now(UTC)
+    print(f"{options.model}: training again: {decision.reason}", file=sys.stderr)
+    entry = {
+        "began": began.isoformat(timespec="seconds"),
+        "because": decision.reason,
+        "from": version,
+        "num_training": len(new.training),
+        "num_held_out": len(new.held_out),
+        "outcome": "began",
+    }
+    # Now, so that one that is killed counts for the cooldown too.
+    state.note(entry)
+    try:
+        config_url = _written(options, root, new.training, production, version, state, began)
+        result = train(config_url, options.submit, options.lease_hours * 3600)
+        candidate = Bundle.load(result["bundle"])
+        verdict = comparison.comparison_outcome(
+            production, candidate, new.held_out, options.max_drop
+        )
+        entry |= {"bundle": candidate.location, **verdict}
+        own.check()
+        if verdict["outcome"] == "registered":
+            entry |= _registered(options.model, root, candidate, verdict)
+    except Exception as error:
+        state.note({**entry, "outcome": "failed", "reason": " ".join(str(error).split())[:300]})
+        if isinstance(error, CorruptBundle):
+            raise CommandFailed(str(error)) from error
+        raise
+    state.note(entry)
+    print(f"{options.model}: {entry['outcome']}: {entry['reason']}", file=sys.stderr)
+    return {"model": options.model, "retrained": True, "due": True, **entry}
+
+
+def _written(
+    options: RetrainOptions,
+    root: str,
+    training: pa.Table,
+    production: Bundle,
+    version: str,
+    state: RetrainHistory,
+    began: datetime,
+) -> str:
+    """Write the new records, and the config to train with; return the config's place."""
+    name = f"{began:%Y%m%d-%H%M%S}"
+    extra, config_url = state.url(f"{name}.parquet"), state.url(f"{name}.yaml")
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(training, buffer, row_group_size=MAX_GROUP_ROWS)
+    config = training_config_of(options, root, production, version, extra)
+    with storage.storage_errors(root):
+        commit.write_atomic(extra, buffer.getvalue().to_pybytes(), files.PRIVATE)
+        commit.write_atomic(config_url, yaml.safe_dump(config, allow_unicode=True).encode())
+    return config_url
+
+
+def training_config_of(
+    options: RetrainOptions, root: str, production: Bundle, version: str, extra: str
+) -> dict[str, Any]:
+    """The options that production was trained with, but for what makes it this training."""
+    config = production.manifest.config
+    data = {
+        name: _absolute(value) if name in ("train", "valid", "test") else value
+        for name, value in config["data"].items()
+    }
+    return {
+        **config,
+        "plugins": list(options.plugins),
+        "init": f"{registry.SCHEME}{options.model}/{version}",
+        "resume": None,
+        "profile": False,
+        "data": {**data, "extra": extra, "extra_fraction": options.mix},
+        "optim": {**config["optim"], "epochs": _epochs(options, production)},
+        "registry": {**config["registry"], "enabled": False},
+        "storage": {"path": root},
+    }
+
+
+def _absolute(url: str | None) -> str | None:
+    """A path as it is found from any directory: a job has another one."""
+    if url is None or storage.is_url(url) or url == sources.DIGITS:
+        return url
+    return str(Path(url).absolute())
+
+
+def _registered(
+    model: str, root: str, candidate: Bundle, verdict: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Register a bundle as candidate, with the epochs' figures and the verdict's."""
+    tags = {f"retrain.{key}": str(value) for key, value in verdict["figures"].items()}
+    history = json.loads((candidate.path / "report" / "history.json").read_text())
+    with publishing.RunRecorder(root, model, candidate.manifest.config) as recording:
+        for row in history:
+            recording.observe({"event": "epoch", **row})
+        return publishing.publish(
+            candidate, recording, root, None, candidate=verdict["reason"], tags=tags
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,89 @@
+"""Training, started from where no training code is imported: a child process, or a Ray job."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import connect
+from cluster.errors import CommandFailed, UserError
+
+SCRIPT = "train/main.py"
+POLL_S = 2.0
+# Lines of a failed job's log that are shown.
+SHOWN_LINES = 20
+
+
+def run_training(config_url: str, submit: str | None, timeout_s: float) -> dict[str, Any]:
+    """Run training with a config file to its end; return the JSON object that it prints.
+
+    submit: address of a Ray dashboard to send it to as a job; a child process if None, which joins
+    the cluster at RAY_ADDRESS. Raises CommandFailed, UserError where nobody answers at the address.
+    """
+    if submit is None:
+        return _as_child(config_url, timeout_s)
+    return _as_job(config_url, submit, timeout_s)
+
+
+def parse_result(output: str) -> dict[str, Any]:
+    """Return the last line that is a training command's JSON object. Raises CommandFailed."""
+    for line in reversed(output.splitlines()):
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(result, dict) and "bundle" in result:
+            return result
+    raise CommandFailed("training ended without its JSON line.")
+
+
+def _as_child(config_url: str, timeout_s: float) -> dict[str, Any]:
+    """Its progress goes to this process's stderr."""
+    script = str(Path(connect.REPOSITORY, SCRIPT))
+    try:
+        done = subprocess.run(
+            [sys.executable, script, "--config", config_url],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CommandFailed(f"training took longer than {timeout_s / 3600:g} hours.") from error
+    if done.returncode != 0:
+        raise CommandFailed(f"training ended with exit {done.returncode}; see what it said above.")
+    return parse_result(done.stdout)
+
+
+def _as_job(config_url: str, address: str, timeout_s: float) -> dict[str, Any]:
+    connect.set_ray_environment()
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"--submit is '{address}', where no Ray dashboard answers "
+            f"({' '.join(str(error).split())[:200]}); give its address, or leave --submit out."
+        ) from error
+    job = client.submit_job(
+        entrypoint=shlex.join(["python", SCRIPT, "--config", config_url]),
+        runtime_env={"working_dir": "."},
+    )
+    print(f"training is Ray job {job}", file=sys.stderr)
+    deadline = time.monotonic() + timeout_s
+    while not (status := client.get_job_status(job)).is_terminal():
+        if time.monotonic() > deadline:
+            client.stop_job(job)
+            raise CommandFailed(
+                f"training, Ray job {job}, took longer than {timeout_s / 3600:g} hours."
+            )
+        time.sleep(POLL_S)
+    logs = client.get_job_logs(job)
+    if status != JobStatus.SUCCEEDED:
+        print("\n".join(logs.splitlines()[-SHOWN_LINES:]), file=sys.stderr)
+        raise CommandFailed(f"training, Ray job {job}, ended as {status}.")
+    return parse_result(logs)

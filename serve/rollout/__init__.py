@@ -1,0 +1,1 @@
+"""Rollouts: shadow and canary versions, compared by feedback, promoted or rolled back."""

@@ -1,0 +1,222 @@
+"""Aggregates the reports of all replicas: drift windows, live metrics, metrics of a rollout.
+
+Reports are matched by version and request id and ordered by arrival, so that no clock of a replica
+matters.
+"""
+
+import asyncio
+import logging
+from collections.abc import Container
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from serve.config import ServeConfig
+from serve.drift.sampler import Block
+from serve.drift.windows import DriftMonitor
+from serve.rollout import verdict as verdicts
+from serve.rollout.feedback import FeedbackStore, LiveMetric, Prediction
+from serve.rollout.monitor_state import LiveFeedback, MonitorState, VersionState
+from serve.rollout.verdict import ArmComparison, RolloutVerdict
+from serve.state import Rollout
+from serve.telemetry.metrics import Snapshot, merge_samples
+from train.bundle import Bundle
+from train.tasks import ClassTarget, LabelsTarget
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReplicaReport:
+    """Observations of a replica since its last report.
+
+    blocks: drift statistics, by version. predictions: (request id, version, predictions) of the
+    requests that take feedback. comparison: of the arms of a rollout, None without any.
+    """
+
+    blocks: dict[str, list[Block]] = field(default_factory=dict)
+    predictions: list[tuple[str, str, list[Prediction]]] = field(default_factory=list)
+    comparison: ArmComparison | None = None
+
+    def is_empty(self) -> bool:
+        return not (any(self.blocks.values()) or self.predictions or self.comparison)
+
+
+@dataclass(frozen=True)
+class MonitoredVersion:
+    """A version that is monitored. windows: None without drift monitoring.
+
+    expected: its metrics on the test split, by name.
+    """
+
+    windows: DriftMonitor | None
+    expected: dict[str, float]
+
+
+class MetricsAggregator:
+    """Belongs to one event loop.
+
+    started: set once a version is monitored. feedback: None before that.
+    """
+
+    def __init__(self, config: ServeConfig, name: str) -> None:
+        self._config, self._name = config, name
+        self._monitored: dict[str, MonitoredVersion] = {}
+        self.started = asyncio.Event()
+        self.feedback: FeedbackStore | None = None
+        self._collected = asyncio.Event()
+        self._classes = True
+        self._comparison: ArmComparison | None = None
+        # Number of labels at which accuracy is judged next; a test at each label would find
+        # differences that are chance.
+        self._next_look = config.rollout.min_labels
+
+    def monitor(self, version: str, monitored: MonitoredVersion, bundle: Bundle) -> None:
+        """Aggregate the reports of a version from now on."""
+        self._monitored[version] = monitored
+        target = bundle.task.target
+        if self.feedback is None:
+            self.feedback = FeedbackStore(target)
+            self._classes = isinstance(target, ClassTarget | LabelsTarget)
+        self.started.set()
+
+    def retain(self, served: Container[str]) -> None:
+        """Drop the versions that are no longer served: their alarms would never end."""
+        self._monitored = {
+            version: monitored
+            for version, monitored in self._monitored.items()
+            if version in served
+        }
+
+    def is_monitored(self, version: str) -> bool:
+        return version in self._monitored
+
+    def collect(self, report: ReplicaReport) -> bool:
+        """Take a replica's report; return whether a window was full."""
+        closed = False
+        for version, blocks in report.blocks.items():
+            monitored = self._monitored.get(version)
+            if monitored is None or monitored.windows is None:
+                continue
+            for block in blocks:
+                window = monitored.windows.add(block)
+                closed |= window is not None
+                if window is not None and window.alarms:
+                    names = sorted({alarm.feature for alarm in window.alarms})
+                    logger.warning("%s version %s drifts: %s", self._name, version, names)
+        if self.feedback is not None:
+            for predicted in report.predictions:
+                self.feedback.predicted(*predicted)
+        new, known = report.comparison, self._comparison
+        if new is not None and known is not None and new.candidate == known.candidate:
+            known.add(new)
+        self._collected.set()
+        self._collected = asyncio.Event()
+        return closed
+
+    async def next_report(self) -> None:
+        """Return once another report has been collected."""
+        await self._collected.wait()
+
+    def begin(self, candidate: str) -> None:
+        """Compare a candidate with production, from now on."""
+        self._comparison = ArmComparison(candidate)
+        self._next_look = self._config.rollout.min_labels
+
+    def judge(self, production: str) -> RolloutVerdict | None:
+        """Judge the candidate; None while there is too little to judge by."""
+        if self._comparison is None:
+            return None
+        losses = np.zeros((0, 2))
+        if self.feedback is not None:
+            losses = self.feedback.pairs(production, self._comparison.candidate)
+        if len(losses) < self._next_look:
+            losses = losses[:0]
+        else:
+            self._next_look = 2 * len(losses)
+        return verdicts.judge_rollout(
+            self._comparison, losses, self._config.rollout, classes=self._classes
+        )
+
+    def rollout_metrics(self, production: str, rollout: Rollout) -> dict[str, Any] | None:
+        """Return the metrics of both arms; None before the comparison begins."""
+        if self._comparison is None:
+            return None
+        live = {
+            "production": self._live(production),
+            "candidate": self._live(self._comparison.candidate),
+        }
+        return verdicts.rollout_metrics(self._comparison, rollout, live)
+
+    def end(self) -> None:
+        self._comparison = None
+
+    def _live(self, version: str) -> LiveMetric | None:
+        return None if self.feedback is None else self.feedback.live(version)
+
+    def _live_and_expected(self, version: str) -> dict[str, Any] | None:
+        """The live metric of a version, with its value on the test split."""
+        live = self._live(version)
+        if live is None:
+            return None
+        expected = self._monitored[version].expected.get(f"test_{live.metric}")
+        return {**live.to_dict(), "expected": expected}
+
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics of each version, as in the response of `/stats`."""
+        return {
+            version: {
+                **({"windows": []} if monitored.windows is None else monitored.windows.to_dict()),
+                "feedback": self._live_and_expected(version),
+            }
+            for version, monitored in self._monitored.items()
+        }
+
+    def state(self, production: str) -> MonitorState:
+        """Return the state that `serve.retrain` reads."""
+        versions = {}
+        for version, monitored in self._monitored.items():
+            windows = () if monitored.windows is None else tuple(monitored.windows.full)
+            live = self._live_and_expected(version)
+            feedback = None if live is None else LiveFeedback(**live)
+            versions[version] = VersionState(windows=windows, feedback=feedback)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return MonitorState(time=now, production=production, versions=versions)
+
+    def snapshot(self) -> Snapshot:
+        """Return drift and live metrics."""
+        parts: list[Snapshot] = []
+        for version, monitored in self._monitored.items():
+            labels = {"model": self._name, "version": version}
+            if monitored.windows is not None:
+                parts.append(monitored.windows.snapshot(labels))
+            live = self._live(version)
+            if live is not None:
+                parts.append(_live_samples(live, labels))
+        return merge_samples(parts)
+
+
+def load_monitored(location: str, config: ServeConfig) -> tuple[MonitoredVersion, Bundle]:
+    """Read what a version is monitored by; takes about a second. Raises CorruptBundle."""
+    bundle = Bundle.load(location)
+    quantities = bundle.quantities
+    windows = None
+    if quantities and config.drift.rows_per_s:
+        windows = DriftMonitor(quantities, config.drift.window_rows, config.drift.alarm_rate)
+    manifest = bundle.manifest
+    variant = config.variant or manifest.default_variant
+    return MonitoredVersion(windows, manifest.variants[variant].metrics), bundle
+
+
+def _live_samples(live: LiveMetric, labels: dict[str, str]) -> Snapshot:
+    def sample(end: str, value: float) -> tuple[str, dict[str, str], float]:
+        return ("", {**labels, "end": end}, value)
+
+    ends = [sample("value", live.value), sample("low", live.low), sample("high", live.high)]
+    words = f"{live.metric} of recent feedback with its 95 % interval."
+    return {
+        f"live_{live.metric}": ("gauge", words.capitalize(), ends),
+        "live_records": ("gauge", "Records of recent feedback.", [("", labels, float(live.count))]),
+    }

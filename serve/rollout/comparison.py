@@ -1,0 +1,156 @@
+"""Two models on the same labelled records: is the second better by more than chance?
+
+Shapes: N records.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from train.bundle import Bundle, Predictor
+from train.data import sources
+from train.stats import sign_test
+from train.tasks import Arrays, LabelsTarget, Task, ValueTarget
+from train.tasks.classification import SEPARATOR
+from train.tasks.records import encode_valid
+from train.tasks.targets import LOWER_IS_BETTER
+
+RUN_ROWS = 256
+MAX_P = 0.05
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """How two models did on the same records: metric, and how many records changed which way.
+
+    p: two-sided, of the exact sign test on them; for classes that is McNemar's.
+    """
+
+    metric: str
+    num_records: int
+    before: float
+    after: float
+    better: int
+    worse: int
+    p: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether the second is better in the metric, and by more than chance."""
+        gain = self.before - self.after if self.metric == "rmse" else self.after - self.before
+        return gain > 0 and self.better > self.worse and self.p < MAX_P
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric} {self.after:.4f} against {self.before:.4f} on {self.num_records} new "
+            f"records, {self.better} better and {self.worse} worse, p = {self.p:.2g}"
+        )
+
+
+def compare_predictors(before: Predictor, after: Predictor, records: pa.Table) -> PairedComparison:
+    """Compare two predictors of one task on records that have its columns and its target's.
+
+    Those that cannot be encoded count for neither.
+    """
+    task = before.task
+    batches = records.to_batches(max_chunksize=RUN_ROWS)
+    losses_2N = np.concatenate([_losses(before, after, batch) for batch in batches], axis=1)
+    return compare_losses(losses_2N, in_numbers=isinstance(task.target, ValueTarget))
+
+
+def _losses(before: Predictor, after: Predictor, batch: pa.RecordBatch) -> np.ndarray:
+    """The losses of both predictors for each record, [2, N]."""
+    task, columns = before.task, sources.batch_columns(batch)
+    features = {name: columns[name] for name in task.features.columns}
+    inputs, kept_N, _ = encode_valid(task.features.encode, features, batch.num_rows)
+    if inputs is None:
+        return np.empty((2, 0))
+    truths = batch.column(task.target.column).take(pa.array(kept_N)).to_pylist()
+    return np.stack([record_losses(task, each.run(inputs), truths) for each in (before, after)])
+
+
+def compare_losses(losses_2N: np.ndarray, *, in_numbers: bool) -> PairedComparison:
+    """Compare by the losses for each record; in_numbers: they are squared errors."""
+    before_N, after_N = losses_2N
+    metric = "rmse" if in_numbers else "accuracy"
+    before, after = (
+        math.sqrt(each.mean()) if in_numbers else 1 - float(each.mean())
+        for each in (before_N, after_N)
+    )
+    better, worse = int((after_N < before_N).sum()), int((after_N > before_N).sum())
+    p = sign_test(better, worse)
+    return PairedComparison(metric, losses_2N.shape[1], before, after, better, worse, p)
+
+
+def record_losses(task: Task, answers: Arrays, truths: Sequence[Any]) -> np.ndarray:
+    """Return each record's loss, float64 [N]: the squared error, or 1 for a wrong name."""
+    if isinstance(task.target, ValueTarget):
+        return np.square(answers["value"].astype(np.float64) - np.array(truths, np.float64))
+    in_order = _in_order if isinstance(task.target, LabelsTarget) else str
+    pairs = zip(answers["label"], truths, strict=True)
+    return np.array([in_order(label) != in_order(truth) for label, truth in pairs], np.float64)
+
+
+def _in_order(names: str) -> str:
+    return SEPARATOR.join(sorted(name for name in names.split(SEPARATOR) if name))
+
+
+def comparison_outcome(
+    production: Bundle, candidate: Bundle, held_out: pa.Table, max_drop: float
+) -> dict[str, Any]:
+    """Return {"outcome": "registered" or "refused", "reason", "figures"} of a candidate.
+
+    It must be no more than `max_drop` worse than production on the test records of both, and
+    better by more than chance on the held-out new ones.
+    """
+    comparison = compare_predictors(Predictor.load(production), Predictor.load(candidate), held_out)
+    metric, before, after = _on_test(production, candidate)
+    drop = after - before if metric.endswith(LOWER_IS_BETTER) else before - after
+    in_unit = drop / error_unit(production.task) if metric.endswith(("rmse", "mae")) else drop
+    figures = {
+        **{f"new_{key}": value for key, value in comparison.to_dict().items()},
+        metric: after,
+        f"production_{metric}": before,
+    }
+    words = f"{comparison}; {metric} {after:.4f} against {before:.4f}"
+    refused = None
+    if not comparison.improved:
+        refused = "not better on new records by more than chance"
+    elif not _same_test(production, candidate):
+        refused = "the old test records are others now, so nothing says that it still knows them"
+    elif not in_unit <= max_drop:  # a NaN is worse than anything
+        refused = f"more than {max_drop:g} worse on the old test records"
+    reason = f"{refused}: {words}" if refused else words
+    return {
+        "outcome": "refused" if refused else "registered",
+        "reason": reason,
+        "figures": figures,
+    }
+
+
+def _on_test(production: Bundle, candidate: Bundle) -> tuple[str, float, float]:
+    """The metric that decides, on the test split, of the variants that are served."""
+    metric = f"test_{production.task.metric}"
+    before, after = (
+        bundle.manifest.variants[bundle.manifest.default_variant].metrics[metric]
+        for bundle in (production, candidate)
+    )
+    return metric, before, after
+
+
+def _same_test(production: Bundle, candidate: Bundle) -> bool:
+    before, after = (bundle.manifest.data["test"] for bundle in (production, candidate))
+    # Older bundles do not tell the digest of a split.
+    return all(before[key] == after[key] for key in ("num_records", "digest") if key in before)
+
+
+def error_unit(task: Task) -> float:
+    """What an error of a task is measured in: a deviation of the target, where it is a number."""
+    return task.target.scale if isinstance(task.target, ValueTarget) else 1.0

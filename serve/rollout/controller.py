@@ -1,0 +1,161 @@
+"""Runs the rollout of a candidate: finds it in the registry, has it judged, promotes or rolls back.
+
+The controller says what the next step is. The repository, which owns the serving state, carries it
+out, and calls back to end a rollout in the registry.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from serve.audit import ROLLOUT, AuditLog
+from serve.config import ServeConfig
+from serve.rollout.aggregator import MetricsAggregator
+from serve.rollout.verdict import PROMOTED, RolloutDecision, RolloutVerdict
+from serve.state import Rollout, ServingState
+from train.bundle import Bundle, registry
+
+logger = logging.getLogger(__name__)
+
+# The newest decisions are shown in `/stats`.
+MAX_DECISIONS = 50
+
+
+@dataclass(frozen=True)
+class StartRollout:
+    """Load a candidate beside production and begin the first phase. location: of its bundle."""
+
+    rollout: Rollout
+    location: str
+
+
+@dataclass(frozen=True)
+class NextPhase:
+    """Go on with the next phase. reason: why the last one has ended."""
+
+    rollout: Rollout
+    reason: str
+
+
+@dataclass(frozen=True)
+class PromoteCandidate:
+    """End the rollout with the candidate in production."""
+
+    candidate: str
+    verdict: RolloutVerdict
+
+
+@dataclass(frozen=True)
+class RollBackCandidate:
+    """End the rollout with production as it was."""
+
+    candidate: str
+    verdict: RolloutVerdict
+
+
+RolloutStep = StartRollout | NextPhase | PromoteCandidate | RollBackCandidate
+
+
+class RolloutController:
+    """Finds the next step of a model's rollouts, and ends them in the registry.
+
+    The repository starts rollouts and their phases itself. Belongs to one event loop.
+    """
+
+    def __init__(
+        self, config: ServeConfig, name: str, aggregator: MetricsAggregator, audit: AuditLog
+    ) -> None:
+        self._phases = config.phases
+        self._name, self._aggregator, self._audit = name, aggregator, audit
+        self._root = config.storage
+        self._decisions: list[dict[str, Any]] = []
+
+    async def load_decisions(self) -> None:
+        """Read the decisions that were made before this server started."""
+        if self._phases:
+            found = await asyncio.to_thread(registry.list_decisions, self._root, self._name)
+            self._decisions = found[-MAX_DECISIONS:]
+
+    def stats(self, state: ServingState) -> dict[str, Any]:
+        """Return the rollout in progress and the decisions, as in the response of `/stats`."""
+        metrics = None
+        if state.rollout is not None:
+            metrics = self._aggregator.rollout_metrics(state.default, state.rollout)
+        return {
+            "rollout": None if metrics is None else {**metrics, "decision": None},
+            "decisions": self._decisions,
+        }
+
+    async def next_step(self, state: ServingState) -> RolloutStep | None:
+        """Return what to do now; None if there is nothing to do."""
+        if not state.loaded or not self._phases:
+            return None
+        if state.rollout is None:
+            return await self._candidate(state)
+        verdict = self._aggregator.judge(state.default)
+        if verdict is None:
+            return None
+        candidate = state.rollout.candidate
+        names = [phase for phase, _ in self._phases]
+        following = self._phases[names.index(state.rollout.phase) + 1 :]
+        if verdict.decision != PROMOTED:
+            return RollBackCandidate(candidate, verdict)
+        if following:
+            return NextPhase(Rollout(candidate, *following[0]), verdict.reason)
+        return PromoteCandidate(candidate, verdict)
+
+    async def _candidate(self, state: ServingState) -> StartRollout | None:
+        found = await asyncio.to_thread(registry.pending_candidate, self._root, self._name)
+        if found is None or found[1] == state.default:
+            return None
+        location, version = found
+        return StartRollout(Rollout(version, *self._phases[0]), location)
+
+    def check_signature(self, state: ServingState, location: str) -> None:
+        """Raises ValueError for a candidate whose inputs or outputs are not those of production."""
+        production, candidate = (
+            Bundle.load(each).manifest for each in (state.locations[state.default], location)
+        )
+        if (production.inputs, production.outputs) != (candidate.inputs, candidate.outputs):
+            raise ValueError("its inputs or outputs differ from those of production.")
+
+    async def promote(self, state: ServingState, step: PromoteCandidate) -> None:
+        """Move the registry's aliases to the candidate, and end the comparison."""
+        decision = self._decision(state, step)
+        await asyncio.to_thread(
+            registry.promote_candidate, self._root, self._name, step.candidate, decision
+        )
+        await self._end(step, decision)
+
+    async def roll_back(self, state: ServingState, step: RollBackCandidate) -> None:
+        """Take the candidate's alias in the registry away, and end the comparison."""
+        decision = self._decision(state, step)
+        await asyncio.to_thread(
+            registry.roll_back_candidate, self._root, self._name, step.candidate, decision
+        )
+        await self._end(step, decision)
+
+    def _decision(
+        self, state: ServingState, step: PromoteCandidate | RollBackCandidate
+    ) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        verdict, version = step.verdict, step.candidate
+        metrics = None
+        if state.rollout is not None:
+            metrics = self._aggregator.rollout_metrics(state.default, state.rollout)
+        return RolloutDecision(
+            now, version, verdict.decision, verdict.reason, metrics or {}
+        ).to_dict()
+
+    async def _end(
+        self, step: PromoteCandidate | RollBackCandidate, decision: dict[str, Any]
+    ) -> None:
+        verdict, version = step.verdict, step.candidate
+        await self._audit.add(
+            verdict.decision, ROLLOUT, "done", version=version, reason=verdict.reason
+        )
+        logger.warning("candidate %s of %s is %s: %s", version, self._name, *vars(verdict).values())
+        self._decisions = [*self._decisions, decision][-MAX_DECISIONS:]
+        self._aggregator.end()

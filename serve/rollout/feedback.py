@@ -1,0 +1,180 @@
+"""Feedback: what turned out to be true of requests that were answered, and live figures from it.
+
+What was predicted is kept in memory for some time, and in the request log for longer.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serve.errors import BadRequest
+from train.stats import Z_95, wilson_interval
+from train.tasks import ClassTarget, LabelsTarget, Target
+from train.tasks.classification import SEPARATOR
+
+# Requests whose predictions, or whose truth, are remembered.
+MAX_REQUESTS = 100_000
+
+Prediction = str | float
+
+
+@dataclass
+class AnsweredRequest:
+    """A request: what each version predicted for its rows, and what is true of them, if known."""
+
+    predictions: dict[str, Sequence[Prediction | None]]
+    truths: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class LiveMetric:
+    """A figure of recent feedback with its 95 % interval. count: rows."""
+
+    count: int
+    metric: str
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class FeedbackStore:
+    """Predictions and truths of the last requests. Belongs to one event loop."""
+
+    def __init__(self, target: Target, most: int = MAX_REQUESTS) -> None:
+        self._target = target
+        self._most = most
+        self._requests: OrderedDict[str, AnsweredRequest] = OrderedDict()
+        # Until another truth is known.
+        self._live: dict[str, LiveMetric | None] = {}
+
+    def predicted(
+        self, request_id: str, version: str, predictions: Sequence[Prediction | None]
+    ) -> None:
+        """Remember an answer; None for a row that is not known any more.
+
+        A client that uses an id twice means the later one.
+        """
+        known = self._requests.pop(request_id, None)
+        if known is None or version in known.predictions:
+            known = AnsweredRequest({})
+        known.predictions[version] = predictions
+        self._requests[request_id] = known
+        while len(self._requests) > self._most:
+            self._requests.popitem(last=False)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def give(self, request_id: str, truths: Sequence[Any]) -> bool:
+        """Take the truth of a request that is known; of several, the last counts.
+
+        Return whether it is other than what was known. Raises BadRequest for truths that are none.
+        """
+        request = self._requests[request_id]
+        count = len(next(iter(request.predictions.values())))
+        if len(truths) != count:
+            raise BadRequest(
+                f"'truth' has {len(truths)} values; request '{request_id[:100]}' had {count} "
+                "records. Send one for each."
+            )
+        before, request.truths = request.truths, [self.truth(value) for value in truths]
+        self._live.clear()
+        return before != request.truths
+
+    def truth(self, value: Any) -> Prediction:
+        """Return a truth in the words of predictions. Raises BadRequest."""
+        target = self._target
+        if isinstance(target, LabelsTarget):
+            names = value.split(SEPARATOR) if isinstance(value, str) else value
+            if not isinstance(names, list):
+                names = [value]
+            return SEPARATOR.join(
+                sorted(self._class(name, target.classes) for name in names if name)
+            )
+        if isinstance(target, ClassTarget):
+            return self._class(value, target.classes)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise BadRequest(f"the truth is {str(value)[:100]!r}; expected a number.")
+        return float(value)
+
+    def _class(self, value: Any, classes: tuple[str, ...]) -> str:
+        if str(value) not in classes or isinstance(value, bool | float):
+            known = ", ".join(classes[:20]) + "…" * (len(classes) > 20)
+            raise BadRequest(
+                f"the truth is {str(value)[:100]!r}; this model's classes are {known}."
+            )
+        return str(value)
+
+    def live(self, version: str) -> LiveMetric | None:
+        """The figure of a version over the requests whose truth is known; None if there is none."""
+        if version not in self._live:
+            self._live[version] = self._figure(version)
+        return self._live[version]
+
+    def _figure(self, version: str) -> LiveMetric | None:
+        losses = [
+            loss
+            for request in self._requests.values()
+            if request.truths is not None and version in request.predictions
+            for loss in self._losses(request, version)
+            if loss is not None
+        ]
+        if not losses:
+            return None
+        if isinstance(self._target, ClassTarget | LabelsTarget):
+            correct = len(losses) - int(sum(losses))
+            low, high = wilson_interval(correct, len(losses))
+            return LiveMetric(len(losses), "accuracy", correct / len(losses), low, high)
+        return _rmse(np.array(losses))
+
+    def pairs(self, one: str, other: str) -> np.ndarray:
+        """Losses [P, 2] of rows whose truth is known and that both versions answered.
+
+        A loss is 1 for a wrong class, else the squared error.
+        """
+        pairs = [
+            pair
+            for request in self._requests.values()
+            if request.truths is not None and {one, other} <= request.predictions.keys()
+            for pair in zip(self._losses(request, one), self._losses(request, other), strict=True)
+            if None not in pair
+        ]
+        return np.array(pairs, float).reshape(-1, 2)
+
+    def _losses(self, request: AnsweredRequest, version: str) -> list[float | None]:
+        assert request.truths is not None
+        return [
+            None if predicted is None else self._loss(predicted, truth)
+            for predicted, truth in zip(request.predictions[version], request.truths, strict=True)
+        ]
+
+    def _loss(self, predicted: Prediction, truth: Prediction) -> float:
+        if isinstance(self._target, ClassTarget | LabelsTarget):
+            return float(predicted != truth)
+        return (float(predicted) - float(truth)) ** 2
+
+
+def predictions_of(answers: Mapping[str, np.ndarray]) -> list[Prediction]:
+    """An answer as feedback compares it: labels as text, several sorted, or values."""
+    if "label" in answers:
+        return [SEPARATOR.join(sorted(str(label).split(SEPARATOR))) for label in answers["label"]]
+    return [float(value) for value in answers["value"]]
+
+
+def _rmse(squares_N: np.ndarray) -> LiveMetric:
+    mean = float(squares_N.mean())
+    count = len(squares_N)
+    half = Z_95 * float(squares_N.std(ddof=1)) / math.sqrt(count) if count > 1 else mean
+    low, high = (math.sqrt(max(end, 0.0)) for end in (mean - half, mean + half))
+    return LiveMetric(count, "rmse", math.sqrt(mean), low, high)

@@ -1,0 +1,370 @@
+"""A cluster of several nodes on this machine, as a user starts, asks and stops it."""
+
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import grpc
+import httpx
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cluster.doctor.listeners import READABLE, protection
+from cluster.doctor.nodes import auth_mode, compare_nodes
+from cluster.errors import UserError
+from cluster.local import lifecycle, network_namespace
+from cluster.local.cluster import Cluster, cluster_home
+from cluster.nodes import node_checks
+from tests.load import wait_for
+from tests.server import REPOSITORY
+from train.distributed import gloo
+
+START_S = 120
+
+
+def command(*arguments, environment=None, before=()):
+    """Run `python -m cluster …`; return the process that has ended."""
+    return subprocess.run(
+        [*before, sys.executable, "-m", "cluster", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+
+
+def answer(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    answer(command("up", "--nodes", "2", "--cpus", "1"))
+    yield lifecycle.current()
+    answer(command("down"))
+
+
+# One method of each service of Ray's.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Push",
+    "/ray.rpc.CoreWorkerService/PushTask",
+    "/ray.rpc.ReporterService/GetTraceback",
+    "/ray.rpc.RayletDriver/Init",
+)
+
+
+def is_loopback(host):
+    return ipaddress.ip_address(host).is_loopback
+
+
+def ask_without_token(host, port):
+    """Whether a port refuses all that Ray's ports do, by gRPC or by HTTP, for lack of a token."""
+    codes = set()
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        for method in METHODS:
+            try:
+                channel.unary_unary(method)(b"", timeout=10)
+                codes.add("answered")
+            except grpc.RpcError as error:
+                codes.add(error.code())
+    if grpc.StatusCode.UNAUTHENTICATED in codes:
+        return codes <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+    return httpx.get(f"http://{host}:{port}/api/jobs/").status_code == 401
+
+
+def states():
+    return {name: node["state"] for name, node in answer(command("status"))["nodes"].items()}
+
+
+class TestWithoutACluster:
+    def test_down_says_that_nothing_is_up(self):
+        done = command("down")
+        assert answer(done) == {"stopped": 0}
+        assert done.stderr == "no cluster is up; nothing was stopped.\n"
+
+    def test_status_says_how_to_start_one(self):
+        done = command("status")
+        assert done.returncode == 2
+        assert done.stderr == "error: no cluster is up; python -m cluster up starts one.\n"
+
+    def test_a_port_in_use_is_named_and_nothing_stays(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            done = command("up", "--port", str(port))
+        assert done.returncode == 2
+        assert f"port {port} is taken by another program" in done.stderr.splitlines()[-1]
+        assert lifecycle.current() is None
+        assert not cluster_home().exists()
+
+    @pytest.mark.parametrize(
+        ("number", "reason"),
+        [
+            ("0", "should be greater than or equal to 1."),
+            ("-1", "should be greater than or equal to 1."),
+            ("many", "should be a valid integer"),
+            ("101", "should be less than or equal to 100."),
+        ],
+    )
+    def test_a_number_of_nodes_that_is_none_is_refused(self, number, reason):
+        done = command("up", "--nodes", number)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: option --nodes: ")
+        assert reason in line
+
+
+# Before the cluster of the next tests is up.
+@pytest.mark.ray
+@pytest.mark.slow
+def test_without_namespaces_nodes_share_the_network_with_a_note():
+    bare = ["setpriv", "--bounding-set", "-net_admin,-sys_admin"]
+    try:
+        done = command("up", "--nodes", "2", "--cpus", "1", before=bare if os.getuid() == 0 else [])
+        described = answer(done)
+        assert not described["isolated"]
+        assert "no networks of their own for the nodes (" in done.stderr
+        assert states() == {"head": "alive", "node1": "alive"}
+        refused = command("cut", "node1")
+        assert refused.returncode == 2
+        assert "share this machine's network" in refused.stderr
+    finally:
+        assert lifecycle.down() == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestOfTwoNodes:
+    def test_a_second_one_is_refused_and_the_first_stays(self, cluster):
+        done = command("up")
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: a cluster of 2 nodes is up at {cluster.address}; "
+            "python -m cluster down stops it.\n"
+        )
+        assert states() == {"head": "alive", "node1": "alive"}
+
+    def test_a_node_that_is_killed_is_off_until_it_is_started(self, cluster):
+        assert answer(command("kill", "node1")) == {"node": "node1", "done": "kill"}
+        assert cluster.processes("node1") == []
+        assert states()["node1"] == "off"
+        answer(command("start", "node1"))
+        wait_for(lambda: states()["node1"] == "alive", START_S)
+        assert command("start", "node1").stderr == "error: node 'node1' is up already.\n"
+        done = command("kill", "node7")
+        assert done.stderr == "error: there is no node 'node7'; there are head, node1.\n"
+
+    def test_another_token_is_refused_in_one_line(self, cluster):
+        environment = {**cluster.client_environment, "RAY_AUTH_TOKEN": "0" * 64}
+        done = subprocess.run(
+            [sys.executable, "-c", "from cluster import connect; connect.connect()"],
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        assert done.returncode != 0
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("cluster.errors.UserError: the cluster at")
+        assert "asks for another token" in last
+
+    def test_no_port_of_ray_does_anything_without_the_token(self, cluster):
+        found = [each for each in node_checks.listeners() if not is_loopback(each["host"])]
+        assert {"gcs_server", "raylet", "DashboardAgent"} <= {each["process"] for each in found}
+        for each in found:
+            if protection(each) == READABLE:
+                answer = httpx.get(f"http://{cluster.host}:{each['port']}/metrics")
+                assert answer.text.startswith("# HELP")
+                continue
+            refused = ask_without_token(cluster.host, each["port"])
+            assert refused, each
+
+    def test_the_doctor_finds_both_well(self, cluster, storage_path):
+        done = command(
+            *("doctor", "--storage.path", str(storage_path)),
+            environment={**cluster.client_environment, "COLUMNS": "200"},
+        )
+        assert answer(done) == {"healthy": True}
+        for matter in ("versions", "storage", "clocks", "disk", "HAProxy", "authentication"):
+            (line,) = [line for line in done.stderr.splitlines() if f" {matter} o" in line]
+            assert "well on all 2" in line
+        assert not [file for file in storage_path.iterdir() if "doctor" in file.name]
+
+    def test_storage_out_of_a_nodes_reach_is_named_before_training(self, cluster, tmp_path):
+        if not cluster.isolated:
+            pytest.skip("without permission for namespaces all nodes see the same files")
+        inside = cluster.processes("node1")[0]
+        own = ["nsenter", f"--mount=/proc/{inside}/ns/mnt"]
+        subprocess.run([*own, "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+        environment = {**cluster.client_environment, "COLUMNS": "200"}
+        try:
+            doctor = command("doctor", "--storage.path", str(tmp_path), environment=environment)
+            train = subprocess.run(
+                [sys.executable, "train/main.py", "--storage.path", str(tmp_path)],
+                cwd=REPOSITORY,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=START_S,
+                check=False,
+            )
+        finally:
+            subprocess.run([*own, "umount", str(tmp_path)], check=True)
+        problem = f"{cluster.node_address('node1')}: does not see what is written elsewhere"
+        assert doctor.returncode == 1
+        assert problem in doctor.stderr
+        assert train.returncode == 2, train.stderr
+        assert problem in train.stderr.splitlines()[-1]
+
+    def test_a_command_of_another_ray_is_refused_in_one_line(self, cluster):
+        code = (
+            "import ray; ray.__version__ = '2.59.0'\nfrom cluster import connect\nconnect.connect()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env={**os.environ, **cluster.client_environment},
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("cluster.errors.UserError: Version mismatch")
+        assert "Ray: 2.59.0" in last
+        assert "Use the same versions here as on the cluster." in last
+
+    def test_a_node_of_another_ray_does_not_join_and_says_why(self, cluster):
+        code = (
+            "import sys, ray; ray.__version__ = '2.59.0'\n"
+            "from ray.scripts.scripts import main; sys.exit(main())"
+        )
+        start = ["start", "--address", cluster.address]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *start],
+            env={**os.environ, **cluster.client_environment},
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "Version mismatch" in done.stderr
+
+
+def test_ray_accepts_the_file_for_machines_of_ones_own():
+    given = yaml.safe_load((REPOSITORY / "cluster" / "machines.yaml").read_text())
+    config = prepare_config(given)
+    validate_config(config)
+    (kind,) = config["available_node_types"].values()
+    assert kind["max_workers"] == len(given["provider"]["worker_ips"])
+    for place in ("head", "worker"):
+        stop, start = given[f"{place}_start_ray_commands"]
+        assert stop.endswith("/ray stop")
+        # Before Ray starts there, as the server's environment is read then.
+        assert start.index("serve.environment") < start.index("ray start")
+
+
+def test_gloo_is_given_the_interface_that_has_rays_address(monkeypatch):
+    for variable in (gloo.GLOO, gloo.NCCL):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(gloo.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    gloo.choose_interface()
+    assert os.environ[gloo.GLOO] == os.environ[gloo.NCCL] == "lo"
+    monkeypatch.setenv(gloo.GLOO, "chosen0")
+    gloo.choose_interface()
+    assert os.environ[gloo.GLOO] == "chosen0"
+    assert gloo.interface_of("192.0.2.1") is None
+
+
+def test_addresses_are_those_of_a_network_that_no_machine_is_on():
+    assert [network_namespace.node_address(index) for index in range(2)] == [
+        "198.18.87.1",
+        "198.18.87.2",
+    ]
+
+
+HERE = {
+    "python": "3.11.7",
+    "packages": {"ray": "2.60.0", "torch": "2.13.0"},
+    "gpus": [],
+    "free_gib": 50.0,
+    "storage": "",
+    "haproxy": "",
+    "ingress": True,
+    "auth": "token",
+    "taken": [],
+    "listeners": [],
+    "skew_s": 0.0,
+}
+
+
+def findings(**changes):
+    """What `compare` finds amiss, by its subject, where one of two nodes is changed."""
+    reports = {"10.0.0.1": HERE, "10.0.0.2": {**HERE, **changes}}
+    return {each.subject: each for each in compare_nodes(HERE, reports) if each.remedy}
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "words", "mark"),
+    [
+        ({"python": "3.11.9"}, "versions on nodes", "Python 3.11.9, here 3.11.7", "missing"),
+        (
+            {"packages": {"ray": "2.60.0", "torch": ""}},
+            *("versions on nodes", "torch missing, here 2.13.0", "missing"),
+        ),
+        ({"storage": "permission denied"}, "storage on nodes", "permission denied", "missing"),
+        ({"skew_s": -3.0}, "clocks of nodes", "-3.0 s", "missing"),
+        ({"free_gib": 0.5}, "disk of nodes", "0.5 GiB free", "missing"),
+        ({"haproxy": "not found"}, "HAProxy on nodes", "not found", "optional"),
+        ({"ingress": False}, "serving environment on nodes", "not set", "optional"),
+        ({"taken": [8000]}, "ports of nodes", "8000 is taken", "optional"),
+        ({"auth": "disabled"}, "authentication on nodes", "disabled, here token", "missing"),
+    ],
+)
+def test_the_doctor_names_the_node_and_what_is_wrong_there(changes, subject, words, mark):
+    (found,) = findings(**changes).values()
+    assert (found.subject, found.found, found.mark) == (subject, f"10.0.0.2: {words}", mark)
+
+
+def test_the_doctor_finds_nothing_wrong_with_equal_nodes():
+    assert findings() == {}
+
+
+def test_a_node_that_does_not_answer_is_named():
+    (found,) = [
+        each
+        for each in compare_nodes(HERE, {"10.0.0.2": "does not answer"})
+        if each.subject == "nodes"
+    ]
+    assert (found.found, found.mark) == ("10.0.0.2: does not answer", "missing")
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "mark"),
+    [
+        ("10.0.0.1:6379", "disabled", "optional"),
+        ("10.0.0.1:6379", "token", "ok"),
+        ("127.0.0.1:6379", "disabled", "ok"),
+    ],
+)
+def test_the_doctor_warns_of_a_cluster_that_anyone_may_use(address, mode, mark):
+    assert auth_mode(address, mode).mark == mark
+
+
+def test_only_nodes_beside_the_head_have_a_cable():
+    alone = Cluster("id", "127.0.0.1", 1, 6379, 8265, True, ["head"], 1)
+    with pytest.raises(UserError, match="cut another node"):
+        alone.cut("head")

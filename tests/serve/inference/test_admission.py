@@ -1,0 +1,175 @@
+"""Admission: deadlines, priorities, shares, and the profile that estimates are made from."""
+
+import numpy as np
+import pytest
+
+from serve.errors import BadRequest
+from serve.inference.admission import FairQueue, RequestOptions, request_options
+from serve.inference.latency_model import LatencyModel
+
+LIMITS = {"now": 100.0, "timeout_s": 30.0, "priorities": 3, "client": "a"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "asked_s", "deadline", "priority"),
+    [
+        ({}, None, 130, 2),
+        ({"timeout": 500_000}, None, 100.5, 2),
+        ({"timeout": 0, "priority": 0}, None, 130, 2),
+        ({"timeout": 90_000_000}, None, 130, 2),
+        ({"priority": 1}, 2.0, 102, 1),
+        ({"timeout": 5_000_000}, 2.0, 102, 2),
+        ({}, -1.0, 100, 2),
+    ],
+)
+def test_a_client_may_ask_for_less_time_and_another_priority(
+    parameters, asked_s, deadline, priority
+):
+    granted = request_options(parameters, asked_s=asked_s, **LIMITS)
+    assert granted == RequestOptions(pytest.approx(deadline), priority, "a")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"timeout": "1"}, {"timeout": -1}, {"timeout": True}, {"priority": 4}, {"priority": "high"}],
+)
+def test_wrong_terms_are_refused(parameters):
+    with pytest.raises(BadRequest, match="parameter"):
+        request_options(parameters, **LIMITS)
+
+
+class Job:
+    def __init__(self, count, client="", priority=1):
+        self.terms = RequestOptions(0, priority, client)
+        self.rows_left = count
+        self.gone = False
+
+    def refuse(self, error):
+        self.gone = True
+
+    def drop(self):
+        rows, self.rows_left = self.rows_left, 0
+        return rows
+
+
+def served_rows(shares, total):
+    """Rows that each client got of the first `total`, all having more than enough waiting."""
+    queue = FairQueue()
+    for client, size in shares.items():
+        for _ in range(total // size):
+            queue.push(Job(size, client))
+    got = dict.fromkeys(shares, 0)
+    while sum(got.values()) < total:
+        job = queue.first()
+        queue.took(job.rows_left)
+        got[job.terms.client] += job.rows_left
+    return got
+
+
+def test_clients_get_equal_rows_whatever_their_request_size():
+    got = served_rows({"small": 1, "large": 16, "middle": 4}, 960)
+    assert all(abs(rows - 320) <= 16 for rows in got.values())
+
+
+def test_the_line_keeps_count_of_what_waits():
+    queue = FairQueue()
+    first, second = Job(4, "a"), Job(2, "b", priority=2)
+    queue.push(first)
+    queue.push(second)
+    assert queue.rows == 6
+    assert queue.ahead(RequestOptions(0, 1, "c"), 1) <= 4
+    assert queue.ahead(RequestOptions(0, 2, "a"), 100) == 6
+    assert queue.first() is first
+    queue.took(1)
+    first.rows_left = 3
+    assert queue.rows == 5
+    first.gone = True
+    queue.leave(first)
+    queue.leave(first)
+    assert queue.first() is second
+    queue.took(2)
+    assert queue.rows == 0
+    assert queue.first() is None
+
+
+def test_a_large_request_takes_turns_with_small_ones():
+    queue = FairQueue()
+    large = Job(100, "a")
+    queue.push(large)
+    queue.took(10)
+    large.rows_left = 90
+    small = Job(1, "b")
+    queue.push(small)
+    assert queue.first() is small
+
+
+def test_rows_that_were_never_served_are_not_charged():
+    queue = FairQueue()
+    cancelled = [Job(1, "a") for _ in range(500)]
+    for job in cancelled:
+        queue.push(job)
+    waiting = [Job(1, "b") for _ in range(500)]
+    for job in waiting:
+        queue.push(job)
+    for job in cancelled:
+        job.gone = True
+        queue.leave(job)
+    late = Job(1, "a")
+    queue.push(late)
+    ahead = 0
+    while queue.first() is not late:
+        queue.took(1)
+        ahead += 1
+    assert ahead <= 2
+
+
+def test_what_is_gone_takes_no_room():
+    queue = FairQueue()
+    queue.push(Job(1, "kept", priority=1))
+    for number in range(10_000):
+        job = Job(1, f"client {number}", priority=3)
+        queue.push(job)
+        job.gone = True
+        queue.leave(job)
+    assert queue.rows == 1
+    assert len(queue) < 200
+    assert len(queue._next) <= 1024
+
+
+def test_the_less_urgent_go_first_when_there_is_no_room():
+    queue = FairQueue()
+    jobs = [Job(2, "", priority) for priority in (3, 2, 3)]
+    for job in jobs:
+        queue.push(job)
+    assert queue.evictable(RequestOptions(0, 2, ""), 2) == [jobs[2]]
+    assert queue.evictable(RequestOptions(0, 3, ""), 2) == []
+
+
+def test_the_profile_is_linear_between_what_was_measured():
+    sizes, seconds = [1, 4, 16], [0.01, 0.02, 0.05]
+    profile = LatencyModel(sizes, seconds)
+    for rows in range(1, 17):
+        assert profile.seconds(rows) == pytest.approx(np.interp(rows, sizes, seconds))
+    assert profile.seconds(32) == pytest.approx(0.1)
+
+
+def test_the_profile_learns_how_fast_this_machine_is():
+    profile = LatencyModel([1, 8], [0.01, 0.02])
+    for _ in range(100):
+        profile.observe(8, 0.06)
+    assert profile.seconds(1) == pytest.approx(0.03, rel=0.01)
+
+
+def test_one_batch_that_took_far_too_long_is_not_believed():
+    profile = LatencyModel([1], [0.01])
+    profile.observe(1, 60)
+    assert profile.seconds(1) < 0.015
+
+
+def test_batches_are_as_large_as_pays_and_as_fits():
+    assert LatencyModel([1, 8, 32, 64], [0.001, 0.004, 0.0120, 0.0239]).best_rows == 32
+    assert LatencyModel([1, 2], [0.001, 0.002]).best_rows == 1
+    profile = LatencyModel([1, 10], [0.1, 1.0])
+    assert profile.rows_within(0.55, 64) == 5
+    assert profile.rows_within(0.01, 64) == 1
+    assert profile.rows_within(100, 64) == 64

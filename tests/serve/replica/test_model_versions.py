@@ -1,0 +1,220 @@
+"""Versions side by side, and how the repository changes what is served."""
+
+import asyncio
+import gc
+import json
+import shutil
+import weakref
+
+import pytest
+
+from cluster.errors import UserError
+from serve.access import Actor
+from serve.config import ServeConfig, validate_options
+from serve.control import repository, state_publisher
+from serve.control.repository import Repository
+from serve.errors import BadRequest, NotFound, Unavailable
+from serve.replica.model_versions import ModelVersions
+from serve.replica.pipeline import PredictionPipeline
+from serve.state import ServingState
+from tests.serving import make_plane
+from train.bundle import Bundle, CorruptBundle, registry
+
+ACTOR = Actor("team", "127.0.0.1", "r1")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(state_publisher, "POLL_S", 0.1)
+
+
+@pytest.fixture
+def place(bundle, tmp_path):
+    """The bundle's location, and a copy whose golden outputs are another net's."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for variant in manifest["variants"].values():
+        variant["golden_tolerance"] = -1.0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return str(bundle.path), str(copy)
+
+
+def load(location, version):
+    return make_plane(Bundle.load(location), version)
+
+
+def state(revision, default, loaded=True, **locations):
+    numbers = {name.removeprefix("v"): location for name, location in locations.items()}
+    return ServingState(revision, "digits", default, numbers, {"production": default}, loaded)
+
+
+def make_versions(first):
+    return ModelVersions(first, load, PredictionPipeline(ServeConfig(), "digits"))
+
+
+def test_versions_are_found_by_number_and_alias(place):
+    good, _ = place
+    served = make_versions(state(0, "1", v1=good, v2=good))
+    assert served.find("digits").plane.version == "1"
+    assert served.find("digits", "2").plane.version == "2"
+    assert served.find("digits", "production").plane.version == "1"
+    for name, version in (("other", None), ("digits", "3"), ("digits", "../1")):
+        with pytest.raises(NotFound):
+            served.find(name, version)
+
+
+def test_a_new_state_keeps_the_planes_that_stay(place):
+    async def scenario():
+        good, _ = place
+        served = make_versions(state(0, "1", v1=good))
+        before = served.find("digits").plane
+        await served.install(state(1, "2", v1=good, v2=good))
+        assert served.find("digits", "1").plane is before
+        assert served.find("digits").plane.version == "2"
+        await served.install(state(2, "2", False, v1=good, v2=good))
+        with pytest.raises(Unavailable, match="unloaded"):
+            served.find("digits")
+        assert not served.ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_fails_its_self_test_changes_nothing(place):
+    async def scenario():
+        good, bad = place
+        served = make_versions(state(0, "1", v1=good))
+        before = served.find("digits").plane
+        with pytest.raises(CorruptBundle):
+            await served.install(state(1, "2", v2=bad))
+        assert served.find("digits").plane is before
+        assert served.state.revision == 0
+
+    asyncio.run(scenario())
+
+
+def make_repository(now, *others):
+    """A repository whose registry has each of the states in turn."""
+    states = list(others)
+    return Repository(ServeConfig(), now, lambda config, revision: states.pop(0))
+
+
+async def replica(kept, served, rounds):
+    """What a replica does: follow, go over, and tell what went wrong."""
+    revision, problem = served.state.revision, None
+    for _ in range(rounds):
+        new = await kept.follow("r", served.state, revision, problem, {})
+        if new is not None:
+            revision, problem = new.revision, None
+            try:
+                await served.install(new)
+            except CorruptBundle as error:
+                problem = str(error)
+
+
+def test_a_load_ends_when_every_replica_has_gone_over(place):
+    async def scenario():
+        good, _ = place
+        served = make_versions(state(0, "1", v1=good))
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=good))
+        following = asyncio.create_task(replica(kept, served, 2))
+        await asyncio.sleep(0)
+        answer = await kept.load("digits", ACTOR)
+        assert answer == {"name": "digits", "versions": ["2"], "default": "2"}
+        assert served.find("digits").plane.version == "2"
+        await following
+
+    asyncio.run(scenario())
+
+
+def test_loading_a_bad_version_is_refused_and_the_old_one_stays(place):
+    async def scenario():
+        good, bad = place
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        with pytest.raises(BadRequest, match="What was served before still is"):
+            await kept.load("digits", ACTOR)
+        assert (await kept.state()).revision == 0
+        with pytest.raises(NotFound):
+            await kept.load("other", ACTOR)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_replica_cannot_serve_is_taken_back(place):
+    async def scenario():
+        good, bad = place
+        served = make_versions(state(0, "1", v1=good))
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        kept._check_bundles = lambda locations: None  # this machine can; the replica's cannot
+        following = asyncio.create_task(replica(kept, served, 3))
+        await asyncio.sleep(0)
+        with pytest.raises(BadRequest, match="golden"):
+            await kept.load("digits", ACTOR)
+        await following
+        assert served.find("digits").plane.version == "1"
+        assert (await kept.state()).default == "1"
+
+    asyncio.run(scenario())
+
+
+def test_after_a_crash_the_repository_learns_from_the_replicas(place):
+    async def scenario():
+        good, _ = place
+        kept = make_repository(state(0, "1", v1=good))
+        now = state(4, "2", v2=good)
+        following = asyncio.create_task(kept.follow("r", now, 4, None, {}))
+        await asyncio.sleep(0)
+        assert await kept.state() == now
+        assert await following is None
+        # One that has just begun, by what was deployed, is told.
+        assert await kept.follow("new", state(0, "1", v1=good), 0, None, {}) == now
+
+    asyncio.run(scenario())
+
+
+def test_a_problem_of_before_does_not_end_what_comes_after(place):
+    async def scenario():
+        good, bad = place
+        served = make_versions(state(0, "1", v1=good))
+        kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
+        kept._check_bundles = lambda locations: None
+        following = asyncio.create_task(replica(kept, served, 5))
+        await asyncio.sleep(0)
+        with pytest.raises(BadRequest):
+            await kept.load("digits", ACTOR)
+        await kept.unload("digits", ACTOR)
+        assert not served.ready()
+        await following
+
+    asyncio.run(scenario())
+
+
+def test_a_plane_that_is_served_no_more_is_let_go(place):
+    async def scenario():
+        good, _ = place
+        served = make_versions(state(0, "1", v1=good))
+        gone = weakref.ref(served.find("digits").plane)
+        gc.disable()
+        try:
+            await served.install(state(1, "2", v2=good))
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    asyncio.run(scenario())
+
+
+def test_the_registry_is_asked_for_all_that_is_to_be_served(trained, storage_path):
+    client = registry.mlflow_client(str(storage_path))
+    version = str(client.get_model_version_by_alias("digits", "production").version)
+    config = validate_options(
+        {"model": trained["uri"], "extra_versions": "1", "storage": str(storage_path)}
+    )
+    found = repository.resolve_serving_state(config)
+    assert found.default == version
+    assert found.aliases == {"production": version}
+    assert set(found.locations) == {version, "1"}
+    with pytest.raises(UserError, match="nobody"):
+        repository.resolve_serving_state(
+            validate_options({"model": "models:/digits@nobody", "storage": str(storage_path)})
+        )

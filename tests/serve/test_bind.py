@@ -1,0 +1,73 @@
+"""What of Ray's private names the binding of Serve's servers rests on."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from ray.serve._private import default_impl, grpc_util, http_util, replica
+from ray.serve._private.controller import ServeController
+
+from serve import bind
+
+
+class Server:
+    """Remembers the addresses that it was to listen on."""
+
+    def __init__(self):
+        self.addresses = []
+
+    def add_insecure_port(self, address):
+        self.addresses.append(address)
+        return 1
+
+
+def test_ray_serve_starts_its_servers_by_the_replaced_names():
+    assert replica.add_port_to_grpc_server is bind.add_port_to_grpc_server
+    assert default_impl.add_grpc_address is bind.add_grpc_address
+    # Looked up when a server starts, not before.
+    assert "import add_grpc_address" in inspect.getsource(grpc_util.start_grpc_server)
+    started = inspect.getsource(replica.Replica._on_initialized)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in started
+    assert "call_function_from_import_path" in inspect.getsource(
+        http_util.configure_http_middlewares
+    )
+    assert inspect.iscoroutinefunction(ServeController.get_http_config) or callable(
+        ServeController.get_http_config
+    )
+
+
+@pytest.mark.parametrize(
+    ("http_host", "node", "addresses"),
+    [
+        ("127.0.0.1", "127.0.0.1", ["127.0.0.1:9000"]),
+        ("localhost", "10.0.0.5", ["127.0.0.1:9000"]),
+        ("0.0.0.0", "10.0.0.5", ["10.0.0.5:9000", "127.0.0.1:9000"]),
+        ("10.0.0.5", "10.0.0.5", ["10.0.0.5:9000", "127.0.0.1:9000"]),
+        ("::", "fd00::5", ["127.0.0.1:9000", "[fd00::5]:9000"]),
+    ],
+)
+def test_clients_grpc_is_where_http_is_and_nowhere_else(monkeypatch, http_host, node, addresses):
+    monkeypatch.setattr(bind, "_http_host", http_host)
+    monkeypatch.setattr(bind, "get_node_ip_address", lambda: node)
+    server = Server()
+    bind.add_grpc_address(server, "[::]:9000")
+    assert server.addresses == addresses
+
+
+def test_calls_between_deployments_are_at_the_nodes_address(monkeypatch):
+    monkeypatch.setattr(bind, "get_node_ip_address", lambda: "10.0.0.5")
+    server = Server()
+    bind.add_port_to_grpc_server(server, "[::]:0")
+    assert server.addresses == ["10.0.0.5:0"]
+
+
+def test_until_the_address_is_known_only_this_machine_is_served(monkeypatch):
+    assert bind.grpc_hosts() == ["127.0.0.1"]
+    options = SimpleNamespace(host="0.0.0.0")
+    asked = SimpleNamespace(get_http_config=SimpleNamespace(remote=lambda: options))
+    monkeypatch.setattr(bind, "_controller", lambda: asked)
+    monkeypatch.setattr(bind.ray, "get", lambda value, timeout: value)
+    monkeypatch.setattr(bind, "_http_host", "127.0.0.1")
+    monkeypatch.setattr(bind, "get_node_ip_address", lambda: "10.0.0.5")
+    bind.set_http_host()
+    assert bind.grpc_hosts() == ["10.0.0.5", "127.0.0.1"]

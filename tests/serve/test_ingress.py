@@ -1,0 +1,36 @@
+"""The ingress that a server chooses when it is imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.server import REPOSITORY
+
+SHOW = "import os, serve; print(os.environ['RAY_SERVE_ENABLE_HA_PROXY'])"
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "lines"),
+    [
+        ({}, "1", 0),
+        ({"RAY_SERVE_HAPROXY_BINARY_PATH": "/bin/false"}, "0", 1),
+        ({"RAY_SERVE_HAPROXY_BINARY_PATH": "/nowhere"}, "0", 1),
+        ({"RAY_SERVE_ENABLE_HA_PROXY": "0"}, "0", 0),
+    ],
+)
+def test_without_haproxy_rays_proxy_serves_and_that_is_said_once(changes, chosen, lines):
+    environment = {key: value for key, value in os.environ.items() if "RAY_SERVE" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        cwd=REPOSITORY,
+        env={**environment, **changes},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == chosen
+    said = done.stderr.splitlines()
+    assert len(said) == lines
+    assert all("using Ray's own proxy" in line for line in said)

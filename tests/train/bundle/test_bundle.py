@@ -1,0 +1,211 @@
+"""The bundle: complete or absent, checked by digest, and answering as when it was made."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from train.bundle import Bundle, CorruptBundle, Predictor, engines
+from train.bundle import manifest as manifests
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.bundle.manifest import rank_variants
+from train.data.dataset import EncodedDataset
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    """A copy that a test may damage."""
+    path = tmp_path / "copy"
+    shutil.copytree(bundle.path, path)
+    return path
+
+
+def test_a_bundle_describes_itself(bundle):
+    manifest = bundle.manifest
+    on_disk = {
+        path.relative_to(bundle.path).as_posix()
+        for path in bundle.path.rglob("*")
+        if path.is_file()
+    }
+    assert on_disk == {*manifest.files, manifests.FILENAME}
+    assert {tensor.name: (tensor.datatype, tensor.shape) for tensor in manifest.inputs} == {
+        "image": ("UINT8", [-1, 8, 8, 1])
+    }
+    assert [tensor.name for tensor in manifest.outputs] == ["label", "probabilities"]
+    assert manifest.variants["fp32"].accepted
+    assert manifest.default_variant in manifest.variants
+
+
+def test_no_file_of_a_bundle_is_a_pickle(bundle):
+    for name in bundle.manifest.files:
+        start = (bundle.path / name).read_bytes()[:2]
+        assert start != b"\x80\x04", name
+        assert not (name.endswith(".npz") and start != b"PK"), name
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_refused_by_name(copy, damage):
+    file = copy / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(CorruptBundle, match=r"weights\.safetensors"):
+        Bundle.load(str(copy))
+
+
+@pytest.mark.parametrize("damage", ["absent", "no JSON", "unknown field", "newer format"])
+def test_a_manifest_that_cannot_be_trusted_is_refused(copy, damage):
+    file = copy / manifests.FILENAME
+    values = json.loads(file.read_text())
+    if damage == "absent":
+        file.unlink()
+    elif damage == "no JSON":
+        file.write_text("{")
+    elif damage == "unknown field":
+        file.write_text(json.dumps({**values, "surprise": 1}))
+    else:
+        file.write_text(json.dumps({**values, "format_version": 99}))
+    with pytest.raises(CorruptBundle) as caught:
+        Bundle.load(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_cannot_name_a_file_outside_the_bundle(copy):
+    file = copy / manifests.FILENAME
+    values = json.loads(file.read_text())
+    values["files"]["../outside"] = values["files"]["features.json"]
+    file.write_text(json.dumps(values))
+    shutil.copy(copy / "features.json", copy.parent / "outside")
+    with pytest.raises(CorruptBundle, match="outside"):
+        Bundle.load(str(copy))
+
+
+@pytest.mark.parametrize("name", ["variants/fp32/model.onnx", "golden.npz", "features.json"])
+def test_a_file_without_a_digest_is_refused(copy, name):
+    file = copy / manifests.FILENAME
+    values = json.loads(file.read_text())
+    del values["files"][name]
+    file.write_text(json.dumps(values))
+    with pytest.raises(CorruptBundle, match=name):
+        Bundle.load(str(copy))
+
+
+@pytest.mark.parametrize("name", ["variants/fp32/more.data", "baseline.json", "link"])
+def test_a_file_that_no_digest_covers_is_refused(copy, name):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"].pop(name, None)
+    path.write_text(json.dumps(manifest))
+    if name == "link":
+        (copy / name).symlink_to("/etc/hostname")
+    elif name != "baseline.json":
+        (copy / name).write_bytes(b"weights")
+    with pytest.raises(CorruptBundle, match="is not listed in"):
+        Bundle.load(str(copy))
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    target = tmp_path / "bundles" / "one"
+
+    def write():
+        with Bundle.create(str(target)) as writer:
+            writer.json("features.json", {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8_static"])
+def test_the_golden_outputs_come_out_again(bundle, variant):
+    predictor = Predictor.load(bundle, variant)
+    inputs, expected = bundle.golden(variant)
+    np.testing.assert_allclose(
+        predictor.engine.run(inputs)["logits"], expected["logits"], rtol=1e-5, atol=1e-5
+    )
+
+
+class Wrong(OnnxRuntimeEngine):
+    """An engine on a processor that computes something else."""
+
+    def run(self, inputs):
+        return {name: array + 1e3 for name, array in super().run(inputs).items()}
+
+
+def test_an_engine_that_answers_differently_is_refused(bundle, monkeypatch):
+    monkeypatch.setattr(engines, "find_engine", lambda name: Wrong)
+    with pytest.raises(CorruptBundle, match="golden"):
+        Predictor.load(bundle)
+
+
+def test_a_variant_computed_differently_yields_to_the_next_best(bundle, monkeypatch, caplog):
+    manifest = bundle.manifest
+    default = manifest.default_variant
+    wrong_file = manifest.variants[default].file
+
+    class WrongOnce(OnnxRuntimeEngine):
+        @classmethod
+        def load(cls, path, *, num_threads):
+            kind = Wrong if str(path).endswith(wrong_file) else OnnxRuntimeEngine
+            return kind.load(path, num_threads=num_threads)
+
+    monkeypatch.setattr(engines, "find_engine", lambda name: WrongOnce)
+    predictor = Predictor.load(bundle)
+    accepted = rank_variants(manifest.variants, manifest.optimize_for)
+    assert predictor.variant == next(name for name in accepted if name != default)
+    assert f"'{default}'" in caplog.text
+    with pytest.raises(CorruptBundle, match="golden"):
+        Predictor.load(bundle, default)
+
+
+def test_a_default_that_was_not_accepted_is_not_served(bundle):
+    manifest = bundle.manifest
+    name = manifest.default_variant
+    refused = manifest.variants[name].model_copy(update={"verdict": "refused"})
+    changed = manifest.model_copy(update={"variants": {**manifest.variants, name: refused}})
+    assert Predictor.load(replace(bundle, manifest=changed)).variant != name
+    with pytest.raises(ValueError, match="was refused by the gate"):
+        Predictor.load(replace(bundle, manifest=changed), name)
+
+
+def test_a_bundle_of_another_format_says_so(bundle, tmp_path):
+    copy = tmp_path / "old"
+    shutil.copytree(bundle.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(CorruptBundle, match="has format 2; this version reads 3"):
+        Bundle.load(str(copy))
+
+
+def test_an_unknown_variant_names_the_known_ones(bundle):
+    with pytest.raises(ValueError, match=r"'int4' is unknown; 'digits' has fp32, int8_dyn"):
+        Predictor.load(bundle, "int4")
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8_static"])
+def test_the_answer_does_not_depend_on_the_batch(bundle, trained, variant):
+    predictor = Predictor.load(bundle, variant)
+    inputs, _ = EncodedDataset(*shards_of(bundle, trained)).open("test")
+    whole = predictor.run({name: array[:64] for name, array in inputs.items()})
+    for size in (1, 7):
+        part = predictor.run({name: array[:size] for name, array in inputs.items()})
+        np.testing.assert_allclose(part["probabilities"], whole["probabilities"][:size], atol=1e-5)
+        assert part["label"].tolist() == whole["label"][:size].tolist()
+
+
+def shards_of(bundle, trained):
+    """Where the run's encoded data is, found again through its config."""
+    from train import config as configs
+    from train.data import dataset
+
+    config = configs.validate_config(bundle.manifest.config)
+    prepared = dataset.prepare_dataset(config, config.storage.path)
+    return prepared.url, prepared.summary

@@ -1,0 +1,80 @@
+"""The edge file, in a process that has onnxruntime alone, against the predictor."""
+
+import numpy as np
+import onnx
+import torch
+
+from tests.alone import edge_labels, run_alone
+from tests.train.tasks.test_columns import fitted
+from train import nets
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.compress import export_edge
+from train.compress.recipes import export_onnx
+from train.config import Net
+from train.data.dataset import EncodedDataset
+from train.tasks import Task
+
+
+def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path):
+    from tests.train.bundle.test_bundle import shards_of
+    from train.bundle import Predictor
+
+    export_edge.export_edge(bundle, None, tmp_path)
+    images = np.array(EncodedDataset(*shards_of(bundle, trained)).open("test")[0]["image"])
+    labels = edge_labels(tmp_path, "image", images)
+    assert labels == Predictor.load(bundle).run({"image": images})["label"].tolist()
+
+
+def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
+    from tests.train.tasks.test_tasks import image_bytes
+
+    export_edge.export_edge(bundle, None, tmp_path)
+    (tmp_path / "image.png").write_bytes(image_bytes(rng.integers(0, 256, (9, 9), np.uint8)))
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 15
+    assert "probabilities" in code
+    assert "0." in run_alone(code, tmp_path)
+
+
+def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path):
+    kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
+    moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
+    records = {
+        "n": [1e9 + 1, -2.5, None, 3.0, float("inf"), 0.0],
+        "b": [True, False, None, True, False, True],
+        "c": ["x", "y", None, "x", "never seen", "x"],
+        "d": [str(m) if not np.isnat(m) else None for m in np.resize(moments, 6)],
+        "e": [str(m) if not np.isnat(m) else None for m in np.resize(moments[::-1], 6)],
+    }
+    seen = {name: values[:4] + values[5:] for name, values in records.items()}
+    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
+    task = fitted(task, seen, ["p", "q", "p", "q", "p"])
+    arrays = task.features.encode(records)
+    torch.manual_seed(0)
+    net = nets.create_net(Net(hidden=[16]), task)
+    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    path = tmp_path / "net.onnx"
+    export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, path)
+    expected = task.target.decode(OnnxRuntimeEngine.load(path, num_threads=1).run(arrays))
+    model = onnx.load(path)
+    export_edge.embed_processing(model, task)
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "edge.onnx")
+    seconds = {
+        name: np.array(
+            [
+                np.nan if value is None else np.datetime64(value, "s").astype(int)
+                for value in records[name]
+            ]
+        )
+        for name in ("d", "e")
+    }
+    given = {
+        "n": np.array([np.nan if value is None else value for value in records["n"]]),
+        "b": np.array([np.nan if value is None else float(value) for value in records["b"]]),
+        "c": np.array([value or "" for value in records["c"]], object),
+        **seconds,
+    }
+    result = OnnxRuntimeEngine.load(tmp_path / "edge.onnx", num_threads=1).run(given)
+    assert result["label"].tolist() == expected["label"].tolist()
+    np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=1e-5)

@@ -1,0 +1,110 @@
+"""The gate, against simulation and the bootstrap against the closed form."""
+
+import numpy as np
+import pytest
+
+from train.compress import gate
+from train.stats import paired_interval
+from train.tasks import ClassTarget, Task
+from train.tasks.regression import ValueTarget
+
+
+def three_classes():
+    features = Task.of({"x": {"kind": "number"}}, "y", "classification").features
+    return Task(features, ClassTarget("y", ("a", "b", "c"), (1, 1, 1)))
+
+
+def outputs_for(answers_N):
+    return {"logits": np.eye(3, dtype=np.float32)[answers_N] * 5}
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "strict", "verdict"),
+    [
+        (0, 0, False, "accepted"),
+        (5, 0, False, "accepted"),  # 0.005 exactly
+        (6, 4, False, "accepted"),
+        (8, 2, False, "undecided"),  # worse by 0.006, which chance may do
+        (30, 5, False, "refused"),
+        (0, 0, True, "accepted"),
+        (5, 0, True, "undecided"),  # within, and the interval is not
+        (30, 5, True, "refused"),
+    ],
+)
+def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
+    targets_N = np.zeros(1000, np.int64)
+    before_N, after_N = np.zeros(1000, np.int64), np.zeros(1000, np.int64)
+    before_N[:won], after_N[won : won + lost] = 1, 1
+    comparison = gate.compare_with_fp32(
+        three_classes(), outputs_for(before_N), outputs_for(after_N), targets_N
+    )
+    assert comparison.drop == pytest.approx((lost - won) / 1000)
+    assert comparison.agreement == pytest.approx(1 - (lost + won) / 1000)
+    judged = gate.judge_variant(comparison, 0.005, strict=strict)
+    assert judged.verdict == verdict
+    assert f"{comparison.value:.4f}" in judged.reason
+
+
+def test_the_bootstrap_agrees_with_the_closed_form(rng):
+    before_N, after_N = rng.random(2000) < 0.9, rng.random(2000) < 0.88
+    targets_N = np.zeros(2000, np.int64)
+    each = [outputs_for(np.where(right, 0, 1)) for right in (before_N, after_N)]
+    low, high = gate._by_bootstrap(three_classes(), *each, targets_N, -1.0)
+    closed_form = paired_interval(~before_N, ~after_N, binary=True)
+    np.testing.assert_allclose([low, high], closed_form, atol=0.0035)
+
+
+def test_numbers_are_compared_by_their_metric(rng):
+    task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
+    targets_N = np.linspace(-1, 1, 500).astype(np.float32)
+    before = {"logits": targets_N[:, None]}
+    noise_N = rng.normal(size=500).astype(np.float32) * np.sqrt(targets_N.var() / 100)
+    after = {"logits": (targets_N + noise_N)[:, None]}
+    comparison = gate.compare_with_fp32(task, before, after, targets_N)
+    assert comparison.metric == "r2"
+    assert comparison.drop == pytest.approx(np.mean(noise_N**2) / targets_N.var(), rel=1e-4)
+    assert 0.008 < comparison.low < comparison.drop < comparison.high < 0.0125
+    assert gate.judge_variant(comparison, 0.005).verdict == "refused"
+    assert gate.judge_variant(comparison, 0.02).verdict == "accepted"
+
+
+def test_a_figure_that_is_no_number_is_refused():
+    nothing = gate.VariantComparison(
+        "accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0, 0.0
+    )
+    assert gate.judge_variant(nothing, 0.5).verdict == "refused"
+
+
+def test_a_net_with_equal_labels_but_other_probabilities_fails():
+    answers_N = np.arange(300) % 3
+    sharper = {"logits": outputs_for(answers_N)["logits"] * 3}
+    comparison = gate.compare_with_fp32(three_classes(), outputs_for(answers_N), sharper, answers_N)
+    assert comparison.drop == 0
+    before = np.exp([5.0, 0, 0]) / np.exp([5.0, 0, 0]).sum()
+    assert comparison.change == pytest.approx(1 - before[0], rel=1e-3)
+    assert gate.judge_variant(comparison, 0.005).verdict == "accepted"
+    assert gate.judge_variant(comparison, 0.005, max_change=0.01).verdict == "refused"
+
+
+class Leaning:
+    """Adds to every answer a little of the batch's mean, as a scale for a whole batch would."""
+
+    def __init__(self, share):
+        self._share = share
+
+    def run(self, inputs):
+        own = inputs["x"]
+        return {"logits": own + self._share * own.mean(axis=0, keepdims=True)}
+
+
+def test_answers_that_depend_on_the_batch_are_refused(rng):
+    inputs = {"x": rng.normal(size=(64, 3)).astype(np.float32)}
+    task = three_classes()
+    assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
+    difference = gate.batch_difference(task, Leaning(1e-3), inputs)
+    assert difference > gate.MAX_BATCH_DIFFERENCE
+    targets_N = np.zeros(64, np.int64)
+    same = gate.compare_with_fp32(task, {"logits": inputs["x"]}, {"logits": inputs["x"]}, targets_N)
+    verdict = gate.judge_variant(same, 0.005, batch=difference)
+    assert verdict.verdict == "refused"
+    assert "batch" in verdict.reason

@@ -1,0 +1,197 @@
+"""Nets for tables, texts and mixtures; losses; an example of a task of one's own."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import make_config
+from tests.train.tasks.test_columns import fitted
+from train import cli, nets
+from train.compress import gate
+from train.compress.recipes import export_onnx
+from train.config import Net, Optim
+from train.configs.curves import Curves
+from train.data import dataset, schema_inference
+from train.loop.checkpoint import CheckpointManager, load_best_weights
+from train.loop.loop import Loop
+from train.loop.net_setup import build_net
+from train.loop.parallelism import Worker
+from train.nets.losses import target_loss
+from train.nets.tabular import PiecewiseLinearEncoding
+from train.nets.text import BagOfWords, TransformerEncoder
+from train.tasks import ClassTarget, LabelsTarget, Task, ValueTarget
+from train.tasks.features import Features
+
+
+def test_pieces_are_as_full_as_numpy_says(rng):
+    numbers = rng.normal(size=(500, 2)).astype(np.float32)
+    numbers[:100, 1] = 0.25  # a value that many records have
+    pieces = PiecewiseLinearEncoding(2, 4)
+    pieces.fit_inputs(torch.from_numpy(numbers))
+    edges = np.quantile(numbers[:, 0], np.linspace(0, 1, 5))
+    value = float(np.quantile(numbers[:, 0], 0.6))
+    encoded = pieces(torch.tensor([[value, float("nan")], [99.0, -99.0]]))
+    expected = np.clip((value - edges[:-1]) / np.diff(edges), 0, 1)
+    np.testing.assert_allclose(encoded[0, :4], expected, atol=1e-5)
+    assert encoded[0, 4:8].tolist() == [0, 0, 0, 0]
+    np.testing.assert_allclose(encoded[:, 8:], [[value, 0, 0, 1], [10, -10, 0, 0]], atol=1e-6)
+    assert encoded[1, :8].tolist() == [1] * 4 + [0] * 4
+
+
+def test_a_bag_is_the_weighted_mean_of_its_words():
+    bag = BagOfWords([1.0, 2.0, 0.5, 3.0], 6, dropout=0.5).eval()
+    tokens = torch.tensor([[1, 3, 0], [0, 0, 0]])
+    vectors = bag.table.weight
+    expected = (2 * vectors[1] + 3 * vectors[3]) / 5
+    torch.testing.assert_close(bag(tokens)[0], expected)
+    assert not bag(tokens)[1].any(), "a text without words is nothing, not NaN"
+
+
+def test_a_transformer_does_not_see_what_is_not_there():
+    torch.manual_seed(0)
+    net = TransformerEncoder(50, 8, 16, 2, dropout=0.1).eval()
+    short = net(torch.tensor([[5, 6, 7, 0]]))
+    long = net(torch.tensor([[5, 6, 7, 0, 0, 0, 0, 0]]))
+    torch.testing.assert_close(short, long)
+    assert net(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
+
+
+def test_losses_agree_with_torch(rng):
+    device = torch.device("cpu")
+    logits = torch.from_numpy(rng.normal(size=(9, 3)).astype(np.float32))
+    classes = torch.from_numpy(rng.integers(0, 3, 9))
+    target = ClassTarget("y", ("a", "b", "c"), (10, 20, 70))
+    loss = target_loss(target, Optim(label_smoothing=0.1, class_weights="balanced"), device)
+    weights = torch.tensor([100 / 30, 100 / 60, 100 / 210])
+    each = F.cross_entropy(logits, classes, weights, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(loss(logits, classes), each.mean())
+    halves = torch.stack([loss(logits[:3], classes[:3]), loss(logits[3:], classes[3:])])
+    torch.testing.assert_close((halves * torch.tensor([3 / 9, 6 / 9])).sum(), each.mean())
+    several = torch.from_numpy(rng.integers(0, 2, (9, 3)).astype(np.uint8))
+    loss = target_loss(LabelsTarget("y", ("a", "b", "c")), Optim(label_smoothing=0.0), device)
+    expected = F.binary_cross_entropy(torch.sigmoid(logits), several.float())
+    torch.testing.assert_close(loss(logits, several), expected)
+    target = LabelsTarget("y", ("a", "b", "c"), (10, 20, 50), 100)
+    loss = target_loss(target, Optim(label_smoothing=0.0, class_weights="balanced"), device)
+    weights = torch.where(several > 0, torch.tensor([9.0, 4.0, 1.0]), 1.0)
+    expected = F.binary_cross_entropy(torch.sigmoid(logits), several.float(), weights)
+    torch.testing.assert_close(loss(logits, several), expected)
+    values = torch.from_numpy(rng.normal(size=9).astype(np.float32)) * 3
+    loss = target_loss(ValueTarget("y", 0.0, 1.0), Optim(), device)
+    expected = F.huber_loss(logits[:, 0], values, delta=0.5)
+    torch.testing.assert_close(loss(logits[:, :1], values), expected)
+    numpy_loss = ValueTarget("y", 0.0, 1.0).metrics({"logits": logits.numpy()}, values.numpy())
+    assert numpy_loss["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no classes"):
+        target_loss(ValueTarget("y"), Optim(class_weights="balanced"), device)
+
+
+@pytest.fixture
+def mixed(rng):
+    """A task with every kind of column, and encoded records of it."""
+    kinds = {"n": "number", "c": "category", "t": "text", "i": "image"}
+    records = {
+        "n": rng.normal(size=40).tolist(),
+        "c": list(rng.choice(["x", "y", "z"], 40)),
+        "t": [" ".join(rng.choice(["a", "b", "c", "d"], 5)) for _ in range(40)],
+        "i": list(rng.integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)),
+    }
+    records["n"][3] = records["c"][4] = records["t"][5] = records["i"][6] = None
+    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
+    task = fitted(task, records, ["p", "q"] * 20)
+    return task, task.features.encode(records)
+
+
+@pytest.mark.parametrize("text", ["bag_of_words", "transformer"])
+def test_nets_for_every_kind_of_input_export_with_equal_outputs(mixed, tmp_path, text):
+    task, arrays = mixed
+    torch.manual_seed(0)
+    net = nets.create_net(Net(widths=[8, 16], text=text, text_width=16), task)
+    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    tensors = [torch.from_numpy(array) for array in arrays.values()]
+    before = net.eval()(*tensors)
+    assert before.isfinite().all()
+    export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, tmp_path / "net.onnx")
+    torch.testing.assert_close(net(*tensors), before, rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_does_not_depend_on_the_batch_of_mixed_inputs(mixed):
+    task, arrays = mixed
+    net = nets.create_net(Net(widths=[8, 16]), task).eval()
+    tensors = [torch.from_numpy(array) for array in arrays.values()]
+    whole = net(*tensors)
+    for row in (0, 5, 39):
+        torch.testing.assert_close(net(*[each[row : row + 1] for each in tensors])[0], whole[row])
+
+
+def test_columns_without_any_value_are_encoded_and_learned_from():
+    kinds = {"n": "number", "d": "date", "c": "category", "t": "text"}
+    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "regression")
+    records = {name: [None] * 6 for name in kinds}
+    task = fitted(task, records, range(6))
+    arrays = task.features.encode(records)
+    assert np.isnan(arrays["numbers"]).all()
+    assert (arrays["categories"] == 1).all()
+    assert not arrays["tokens"].any()
+    net = nets.create_net(Net(), task)
+    net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    outputs = net.eval()(*[torch.from_numpy(array) for array in arrays.values()])
+    assert outputs.isfinite().all()
+    later = {"n": [3.5], "d": ["2024-01-01"], "c": ["x"], "t": ["words"]}
+    assert (
+        net(*[torch.from_numpy(a) for a in task.features.encode(later).values()]).isfinite().all()
+    )
+
+
+def test_a_metric_that_falls_is_gated_the_other_way():
+    task = Curves(Features(()), ValueTarget("y", mean=0.0, scale=1.0))
+    targets_N = np.zeros(100, np.float32)
+    by = {size: {"logits": np.full((100, 1), size, np.float32)} for size in (0.5, 1.0, 1.004, 1.1)}
+    for size, verdict in ((1.004, "accepted"), (0.5, "accepted"), (1.1, "refused")):
+        comparison = gate.compare_with_fp32(task, by[1.0], by[size], targets_N)
+        assert comparison.drop == pytest.approx(size - 1, abs=1e-6)
+        assert gate.judge_variant(comparison, 0.005).verdict == verdict
+
+
+def test_an_own_net_that_is_none_is_refused():
+    config = make_config(net="train.config:Net")
+    task = fitted(Task.of({"n": {"kind": "number"}}, "y", "regression"), {"n": [1, 2]}, [1, 2])
+    with pytest.raises((ValueError, TypeError)):
+        build_net(config, task)
+
+
+def test_the_example_of_an_own_task_learns(tmp_path, rng):
+    """Curves of one to four waves: the number of waves is the value."""
+    waves = rng.uniform(1, 4, 300)
+    places = np.linspace(0, 1, 32)
+    curves = np.sin(2 * np.pi * waves[:, None] * places) + rng.normal(0, 0.05, (300, 32))
+    path = tmp_path / "curves.parquet"
+    pa.parquet.write_table(pa.table({"curve": curves.tolist(), "value": waves}), path)
+    options = ["--config", "train/configs/curves.yaml", "--data.train", str(path)]
+    config = schema_inference.complete_config(
+        cli.parse([*options, "--workers.num", "1"]).config
+    ).config
+    prepared = dataset.prepare_dataset(config, str(tmp_path / "runs"))
+    store = CheckpointManager(str(tmp_path / "checkpoints"), keep=1)
+    history = []
+    Loop(
+        config,
+        prepared,
+        Worker(rank=0, world_size=1, device=torch.device("cpu")),
+        store,
+        num_micro_batches=1,
+        observe=lambda event: history.append(event) if event["event"] == "epoch" else None,
+    ).run()
+    assert history[-1]["valid_mae"] < 0.5 * np.abs(waves - waves.mean()).mean()
+    assert prepared.task.metric == "mae"
+    assert Task.from_dict(prepared.task.to_dict()) == prepared.task
+    weights, _ = load_best_weights(store)
+    net = build_net(config, prepared.task)
+    net.load_state_dict(weights)
+    inputs, _ = prepared.open("test")
+    sample = {name: np.array(array[:8]) for name, array in inputs.items()}
+    specs = prepared.task.features.inputs
+    export_onnx.to_onnx(nets.folded_net(net), specs, sample, tmp_path / "net.onnx")

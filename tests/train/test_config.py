@@ -1,0 +1,85 @@
+"""Options: strict, and what is wrong is said in one line."""
+
+import pytest
+
+from cluster.errors import UserError
+from train import cli
+from train.config import Config, portable_options
+from tune.cli import parse as parse_study
+
+
+def test_options_win_over_the_file():
+    parsed = cli.parse(["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"]).config
+    assert parsed.name == "digits"
+    assert (parsed.optim.lr, parsed.net.widths, parsed.workers.num) == (0.5, [8, 16], (3, 3))
+
+
+@pytest.mark.parametrize("arguments", [["--storage", "/tmp/x"], ["--storage=/tmp/x"]])
+def test_storage_has_a_short_form(arguments):
+    assert cli.parse(arguments).config.storage.path == "/tmp/x"
+    assert parse_study(arguments).storage.path == "/tmp/x"
+
+
+def test_the_shipped_configs_are_valid():
+    files = sorted(cli.CONFIGS.glob("*.yaml"))
+    assert files
+    for file in files:
+        assert cli.parse(["--config", str(file)]).config.name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim.rate", "1"], ["--optim.rate", "--help"]),
+        (["--optim.lr", "fast"], ["optim.lr", "fast", "number"]),
+        (["--net.widths", "[0]"], ["net.widths", "greater than or equal to 1"]),
+        (
+            ["--features", '{"image": {"kind": "image", "size": [0, 8]}}'],
+            ["features.image.size", "greater than or equal to 1"],
+        ),
+        (["--optim.epochs", "0"], ["optim.epochs", "greater than or equal to 1"]),
+        (["--data.valid_fraction", "0.9"], ["data.valid_fraction", "0.9", "less than 0.5"]),
+        (["--precision", "fp64"], ["precision", "fp64", "bf16"]),
+        (["--name", "a/../b"], ["name", "a/../b"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "No such file", "digits.yaml"]),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_accepted(arguments, words):
+    with pytest.raises(UserError) as caught:
+        cli.parse(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x\ndata: {train: a}\nlearning: 1\n", ["learning", "optim"]),
+        ("name: x\ndata: {train: a}\noptim: {rate: 1}\n", ["optim.rate", "lr, vector_lr"]),
+        ("name: x\n", ["data", "missing"]),
+        ("- 1\n", ["no options"]),
+        ("a: [\n", ["not YAML"]),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_accepted(tmp_path, text, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        cli.parse(["--config", str(file)])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_workers_get_an_absolute_storage_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = cli.parse(["--storage", "runs", "--optim.lr", "0.5"]).config
+    values = portable_options(config)
+    monkeypatch.chdir("/")
+    assert Config.model_validate(values).storage.root == str(tmp_path / "runs")
+    assert config.storage.path == "runs"
+    values["storage"]["path"] = "runs"
+    assert Config.model_validate(values) == config

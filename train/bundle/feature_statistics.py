@@ -1,0 +1,212 @@
+"""Quantities: what is watched of records and predictions, as counts of values in bins.
+
+The same code makes the baseline of training and the windows of serving. Of records it sees what the
+net does: encoded arrays. Shapes: N records, B bins, D dimensions.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from train.tasks import (
+    Arrays,
+    Categories,
+    ClassTarget,
+    Encoder,
+    Images,
+    NamedTarget,
+    Numbers,
+    Task,
+    Texts,
+    ValueTarget,
+)
+from train.tasks.categorical import FIRST
+
+VERSION = 2
+NUM_BINS = 16
+# Names with a bin of their own; the rarer ones share one.
+MAX_NAMES, MAX_CLASSES = 20, 256
+# Dimensions that are watched of an embedding.
+MAX_DIMENSIONS = 64
+UNSEEN_NAME, MISSING_NAME, OTHER_NAME = "(unseen)", "(missing)", "(others)"
+# Most probabilities are near 0 or 1.
+PROBABILITY_EDGES = (
+    *(0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4),
+    *(0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99, 1.0),
+)
+# ITU-R BT.601, as Pillow makes grey of colours.
+LUMA = (0.299, 0.587, 0.114)
+CHANNELS = ("red", "green", "blue")
+
+Kind = Literal["number", "category", "embedding"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity, and how its values were spread over held-out records.
+
+    edges: of the bins of a number, or of each dimension of an embedding; the last one belongs to
+    the last bin. labels: of the bins of a category. counts: of a number [missing, below the first
+    edge, one for each bin, above the last]; of a category one for each label; of an embedding as of
+    a number, for each dimension.
+    """
+
+    kind: Kind
+    of: Literal["inputs", "outputs"]
+    counts: np.ndarray
+    edges: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    def count(self, values: np.ndarray) -> np.ndarray:
+        """Return the counts, int64 as `counts`, of other values.
+
+        values: float [N] of a number, int [N] of a category, float [N, D] of an embedding.
+        """
+        if self.kind == "embedding":
+            counted = [self._count(column, self.counts.shape[1]) for column in values.T]
+            return np.array(counted, np.int64)
+        return self._count(values, len(self.counts))
+
+    def _count(self, values_N: np.ndarray, size: int) -> np.ndarray:
+        if self.kind == "category":
+            return np.bincount(np.minimum(values_N, size - 1), minlength=size)
+        edges = np.array(self.edges)
+        bins_N = np.searchsorted(edges, values_N, side="right") + 1
+        bins_N[values_N == edges[-1]] = len(edges)
+        bins_N[np.isnan(values_N)] = 0
+        return np.bincount(bins_N, minlength=size)
+
+    def to_dict(self) -> dict[str, Any]:
+        bins = {"labels": list(self.labels)} if self.labels else {"edges": list(self.edges)}
+        return {"kind": self.kind, "of": self.of, **bins, "counts": self.counts.tolist()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
+        return cls(
+            state["kind"],
+            state["of"],
+            np.array(state["counts"], np.int64),
+            tuple(state.get("edges", ())),
+            tuple(state.get("labels", ())),
+        )
+
+
+def read_baseline(content: bytes) -> dict[str, Quantity]:
+    """The quantities of a bundle's baseline.json; none where it is of another version."""
+    baseline = json.loads(content)
+    if baseline.get("version") != VERSION:
+        return {}
+    return {name: Quantity.from_dict(state) for name, state in baseline["quantities"].items()}
+
+
+@dataclass(frozen=True)
+class QuantityValues:
+    """Values of one quantity. labels: of the codes of a category."""
+
+    kind: Kind
+    of: Literal["inputs", "outputs"]
+    values: np.ndarray
+    labels: tuple[str, ...] = field(default=(), compare=False)
+
+
+def measure_quantities(
+    task: Task, inputs: Arrays, predictions: Arrays | None
+) -> dict[str, QuantityValues]:
+    """Return the values of every quantity of N encoded records and, where given, predictions."""
+    measured: dict[str, QuantityValues] = {}
+    for encoder in task.features.encoders:
+        for name, kind, values, labels in _of_inputs(encoder, inputs):
+            measured[name] = QuantityValues(kind, "inputs", values, labels)
+    found = _of_predictions(task, predictions) if predictions is not None else ()
+    for name, kind, values, labels in found:
+        # A column may be called as a quantity of the predictions is.
+        name = name if name not in measured else f"output.{name}"
+        measured[name] = QuantityValues(kind, "outputs", values, labels)
+    return measured
+
+
+Found = Iterator[tuple[str, Kind, np.ndarray, tuple[str, ...]]]
+
+
+def _of_inputs(encoder: Encoder, inputs: Arrays) -> Found:
+    if isinstance(encoder, Images):
+        yield from _of_images(encoder.column, inputs[encoder.column])
+    elif isinstance(encoder, Numbers):
+        # In float64 and the record's own units.
+        raw_NF = inputs[encoder.kind] * np.array(encoder.scale_F) + np.array(encoder.mean_F)
+        for name, values_N in zip(encoder.names, raw_NF.T, strict=True):
+            # Time goes on: that alone is no drift.
+            if not name.endswith(".trend"):
+                yield name, "number", values_N, ()
+    elif isinstance(encoder, Categories):
+        columns = zip(encoder.columns, encoder.names_C, inputs[encoder.kind].T, strict=True)
+        for name, names, codes_N in columns:
+            known = (UNSEEN_NAME, MISSING_NAME, *names)
+            yield name, "category", codes_N, _shortened(known, FIRST + MAX_NAMES)
+    elif isinstance(encoder, Texts):
+        tokens_NL = inputs[encoder.kind]
+        lengths_N = (tokens_NL > 0).sum(axis=1)
+        name = "+".join(encoder.columns)
+        yield f"{name}.length", "number", lengths_N.astype(float), ()
+        if (unknown := encoder.unknown) is not None:
+            unknown_N = (tokens_NL == unknown).sum(axis=1)
+            yield f"{name}.unknown", "number", unknown_N / np.maximum(lengths_N, 1), ()
+    else:
+        for spec in encoder.inputs:
+            array = inputs[spec.name]
+            yield spec.name, "embedding", _embedding(array.astype(float)), ()
+
+
+def _of_images(column: str, images_NHWC: np.ndarray) -> Found:
+    pixels_NHWC = images_NHWC.astype(np.float32)
+    means_NC = pixels_NHWC.mean(axis=(1, 2))
+    grey_NHW = pixels_NHWC @ np.array(LUMA, np.float32) if means_NC.shape[1] == 3 else pixels_NHWC
+    grey_NHW = grey_NHW.reshape(pixels_NHWC.shape[:3])
+    yield f"{column}.brightness", "number", grey_NHW.mean(axis=(1, 2)), ()
+    yield f"{column}.contrast", "number", grey_NHW.std(axis=(1, 2)), ()
+    # Blur and compression take it away, noise adds to it.
+    across_N, down_N = (
+        np.abs(np.diff(grey_NHW, axis=axis)).sum(axis=(1, 2)) / grey_NHW[0].size for axis in (1, 2)
+    )
+    yield f"{column}.detail", "number", across_N + down_N, ()
+    if means_NC.shape[1] == len(CHANNELS):
+        for channel, values_N in zip(CHANNELS, means_NC.T, strict=True):
+            yield f"{column}.{channel}", "number", values_N, ()
+
+
+def _of_predictions(task: Task, predictions: Arrays) -> Found:
+    target = task.target
+    if isinstance(target, NamedTarget):
+        probabilities_NK = predictions["probabilities"].astype(float)
+        if isinstance(target, ClassTarget):
+            chosen_N = probabilities_NK.argmax(axis=1)
+            yield "prediction", "category", chosen_N, _shortened(target.classes, MAX_CLASSES)
+            yield "confidence", "number", probabilities_NK.max(axis=1), ()
+        yield "probabilities", "embedding", _embedding(probabilities_NK), ()
+    elif isinstance(target, ValueTarget):
+        yield "prediction", "number", predictions["value"].astype(float), ()
+
+
+def _embedding(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)[:, :MAX_DIMENSIONS]
+
+
+def _shortened(labels: tuple[str, ...], most: int) -> tuple[str, ...]:
+    return labels if len(labels) <= most else (*labels[: most - 1], OTHER_NAME)
+
+
+def bin_edges(measured: QuantityValues, name: str) -> tuple[float, ...]:
+    """Edges of bins: one around each of few values, else bins that hold about equally many."""
+    if name == "probabilities":
+        return PROBABILITY_EDGES
+    values = measured.values[np.isfinite(measured.values)]
+    if not len(values):
+        return (0.0, 0.0)
+    distinct = np.unique(values)
+    if len(distinct) <= NUM_BINS:
+        between = (distinct[1:] + distinct[:-1]) / 2
+        return (float(distinct[0]), *between.tolist(), float(distinct[-1]))
+    return tuple(np.unique(np.quantile(values, np.linspace(0, 1, NUM_BINS + 1))).tolist())

@@ -1,0 +1,115 @@
+"""The command line and the config file of training: options in, a Config out."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cluster import storage
+from cluster.cli import read_arguments
+from cluster.errors import UserError
+from train.config import Config, validate_config
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "digits.yaml"
+SAVE_CONFIG = "save-config"
+# The short form of --storage.path; other commands have --storage only.
+STORAGE = re.compile(r"^--storage(=|$)")
+
+
+class _Command(BaseSettings, Config):
+    """Train a model, compress it, and register it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python train/main.py", cli_avoid_json=True)
+
+    config: Path = Field(
+        DEFAULT_CONFIG.relative_to(CONFIGS.parents[1]),
+        description="YAML file with options; without it and with data.train, all is found by "
+        "looking at the records.",
+    )
+    save_config: Path | None = Field(
+        None,
+        validation_alias=SAVE_CONFIG,
+        description="Write the options to this YAML file, with what was found by looking.",
+    )
+
+
+class Command(NamedTuple):
+    """What a command line says: the config, and where to save it."""
+
+    config: Config
+    save_to: Path | None
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
+
+    Raises UserError with one line that names the field.
+    """
+    options = read_options(argv)
+    file = options.pop("config", None)
+    save_to = options.pop(SAVE_CONFIG, None)
+    train = options.get("data", {}).get("train")
+    if file is None and train is not None:
+        base: dict[str, Any] = {"name": default_model_name(train)}
+    else:
+        base = load_yaml(file or DEFAULT_CONFIG)
+    return Command(
+        validate_config(merge_options(base, options)), Path(save_to) if save_to else None
+    )
+
+
+def read_options(argv: Sequence[str], command: type[BaseSettings] = _Command) -> dict[str, Any]:
+    """Return the options of a command line, by section. Raises UserError for an unknown one."""
+    return read_arguments(command, [STORAGE.sub(r"--storage.path\1", given) for given in argv])
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write what is not a default. Raises UserError."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise UserError(
+            f"config file '{path}' cannot be written: {error.strerror}; give another path."
+        ) from error
+
+
+def default_model_name(url: str) -> str:
+    """A model's name for the file that it is trained on."""
+    stem = url.rstrip("/*").rpartition("/")[2].partition(".")[0].lower()
+    return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"
+
+
+def load_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a path or URL. Raises UserError if the file is missing or is no YAML mapping."""
+    fs, inner = storage.filesystem(str(path))
+    try:
+        with fs.open(inner, "r") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(
+            f"config file '{path}': {error.strerror or error}; give the path of a YAML file, "
+            f"such as train/configs/{DEFAULT_CONFIG.name}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config file '{path}' is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file '{path}' holds no options; expected 'name: VALUE' lines.")
+    return values
+
+
+def merge_options(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = merge_options(inner, value)
+        merged[key] = value
+    return merged

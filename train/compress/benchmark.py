@@ -1,0 +1,102 @@
+"""How fast variants are on this machine, by engine, threads and size of batch."""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.bundle.engines import Engine
+from train.bundle.manifest import BATCH_SIZES, Timing
+from train.tasks import Arrays
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+
+
+class BenchmarkCase(NamedTuple):
+    """What is measured: a variant on an engine with so many threads."""
+
+    variant: str
+    engine: str
+    threads: int
+
+
+def thread_counts() -> list[int]:
+    """One, as a replica has, and as many as there are cores."""
+    return sorted({1, num_cores()})
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def benchmark_variants(
+    engines: Mapping[BenchmarkCase, Engine], inputs: Arrays, seconds: float
+) -> dict[BenchmarkCase, list[Timing]]:
+    """Measure engines in turns, so that drift of the machine hits all alike.
+
+    inputs: at least one encoded record, repeated to fill the batches.
+    seconds: rounds begin for so long, at least LEAST_ROUNDS after a first one that warms up.
+    """
+    batches = {
+        size: {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
+        for size in BATCH_SIZES
+    }
+    times: dict[tuple[BenchmarkCase, int], list[float]] = {
+        (measured, size): [] for size in BATCH_SIZES for measured in engines
+    }
+    for key in times:
+        _time(engines[key[0]], batches[key[1]])
+    started = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        for (measured, size), seen in times.items():
+            seen.append(_time(engines[measured], batches[size]))
+    return {
+        measured: [_timing(measured, size, times[measured, size]) for size in BATCH_SIZES]
+        for measured in engines
+    }
+
+
+def describe_host() -> dict[str, Any]:
+    """The machine, as far as it decides how fast variants are."""
+    packages = {}
+    for name in ("onnxruntime", "torch", "openvino"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"processor": _processor(), "cores": num_cores(), "packages": packages}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _timing(measured: BenchmarkCase, size: int, seconds: list[float]) -> Timing:
+    low, middle, high = (float(x) * 1e3 for x in np.quantile(seconds, [0.25, 0.5, 0.75]))
+    return Timing(
+        engine=measured.engine,
+        threads=measured.threads,
+        batch_size=size,
+        p50_ms=middle,
+        low_ms=low,
+        high_ms=high,
+    )
+
+
+def _time(engine: Engine, inputs: Arrays) -> float:
+    started = time.perf_counter()
+    engine.run(inputs)
+    return time.perf_counter() - started

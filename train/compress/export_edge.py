@@ -1,0 +1,295 @@
+"""Edge export: one ONNX file with preprocessing and labels inside, for onnxruntime alone.
+
+Inside go the scaling of numbers, the parts of dates, the codes of categories, probabilities and
+labels. Texts are split into tokens outside, by the tokenizer that is put beside the file.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, ValueInfoProto, compose, helper, numpy_helper
+from tokenizers import Tokenizer
+
+from cluster.errors import UserError
+from train.bundle import Bundle
+from train.bundle.manifest import Variant
+from train.tasks import Categories, ClassTarget, Images, LabelsTarget, Numbers, Task, Texts
+from train.tasks.categorical import FIRST, MISSING, UNSEEN
+from train.tasks.numeric import DAY_S, YEAR_S, Date
+from train.tasks.regression import ValueTarget
+from train.tasks.text import BETWEEN
+
+MODEL, TOKENIZER, README = "model.onnx", "tokenizer.json", "README.md"
+BATCH = "batch"
+
+
+def export_edge(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, Any]:
+    """Write the edge form of a variant, the default when None, and how to run it, to `folder`.
+
+    Raises UserError for a variant that was not accepted or is not run by onnxruntime.
+    """
+    manifest = bundle.manifest
+    name = variant or manifest.default_variant
+    found = manifest.variants.get(name)
+    accepted = [each for each, entry in manifest.variants.items() if _portable(entry)]
+    if found is None or not _portable(found):
+        raise UserError(
+            f"variant '{name}' cannot be exported; accepted ones in ONNX are "
+            f"{', '.join(accepted) or 'none'}."
+        )
+    task = bundle.task
+    outputs = {spec.name for spec in task.target.outputs} | {"labels"}
+    if taken := sorted(outputs & {spec.name for spec in task.features.fields}):
+        raise UserError(
+            f"column '{taken[0]}' is called as an output of the edge file is; rename it and train "
+            "again."
+        )
+    model = onnx.load(str(bundle.path / found.file))
+    embed_processing(model, task)
+    onnx.checker.check_model(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(model, str(folder / MODEL))
+        for encoder in task.features.encoders:
+            if isinstance(encoder, Texts):
+                tokenizer = Tokenizer.from_str(encoder.tokenizer)
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
+                (folder / TOKENIZER).write_text(tokenizer.to_str())
+        (folder / README).write_text(_readme(bundle, name, model))
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be written: {error.strerror}; give another.") from error
+    size = (folder / MODEL).stat().st_size
+    return {"model": manifest.name, "variant": name, "file": str(folder / MODEL), "bytes": size}
+
+
+def _portable(variant: Variant) -> bool:
+    return variant.accepted and variant.file.endswith(".onnx")
+
+
+def embed_processing(model: onnx.ModelProto, task: Task) -> None:
+    """Add what comes before and after the net to its graph."""
+    # A column may be called like something inside the net.
+    prefixed = compose.add_prefix(
+        model, "net.", rename_inputs=False, rename_outputs=False, rename_functions=False
+    )
+    model.CopyFrom(prefixed)
+    before, after = _Graph(), _Graph()
+    given = {value.name: value for value in model.graph.input}
+    inputs: list[ValueInfoProto] = []
+    for encoder in task.features.encoders:
+        match encoder:
+            case Numbers():
+                inputs += _numbers(before, encoder)
+            case Categories():
+                inputs += _categories(before, encoder)
+            case _:
+                inputs += [given[spec.name] for spec in encoder.inputs]
+    outputs = _answers(after, task)
+    graph = model.graph
+    nodes = [*before.nodes, *graph.node, *after.nodes]
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
+    graph.output.extend(outputs)
+    graph.initializer.extend([*before.tensors, *after.tensors])
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+
+
+class _Graph:
+    """Nodes and constants to be added."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.tensors: list[TensorProto] = []
+
+    def constant(self, values: Any, dtype: Any = None) -> str:
+        name = f"edge.constant.{id(self)}.{len(self.tensors)}"
+        if dtype is str:
+            texts = [value.encode() for value in values]
+            tensor = helper.make_tensor(name, TensorProto.STRING, [len(texts)], texts)
+        else:
+            tensor = numpy_helper.from_array(np.asarray(values, dtype), name)
+        self.tensors.append(tensor)
+        return name
+
+    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"edge.{id(self)}.{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+
+def _column(name: str, kind: int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, [BATCH])
+
+
+def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
+    """Each column as DOUBLE [N], NaN where missing; a date in seconds since 1970, UTC."""
+    places: list[str] = []
+    first = None
+    for each in encoder.columns:
+        yield _column(each.column, TensorProto.DOUBLE)
+        unknown = graph.node("IsInf", graph.node("Cast", each.column, to=TensorProto.FLOAT))
+        missing = graph.constant(np.nan, np.float64)
+        values = graph.node("Where", unknown, missing, each.column)
+        places.append(values)
+        if not isinstance(each, Date):
+            continue
+        for period_s in (DAY_S, 7 * DAY_S, YEAR_S):
+            turns = graph.node("Div", values, graph.constant(period_s, np.float64))
+            angle = graph.node("Mul", turns, graph.constant(2 * np.pi, np.float64))
+            places += [graph.node("Sin", angle), graph.node("Cos", angle)]
+        if first is not None:
+            places.append(graph.node("Sub", values, first))
+        first = first or values
+    one = graph.constant([1], np.int64)
+    raw = graph.node("Concat", *(graph.node("Unsqueeze", each, one) for each in places), axis=1)
+    centred = graph.node("Sub", raw, graph.constant(encoder.mean_F, np.float64))
+    scaled = graph.node("Div", centred, graph.constant(encoder.scale_F, np.float64))
+    graph.node("Cast", scaled, output=encoder.kind, to=TensorProto.FLOAT)
+
+
+def _categories(graph: _Graph, encoder: Categories) -> Iterator[ValueInfoProto]:
+    """Each column as STRING [N], empty where missing."""
+    one = graph.constant([1], np.int64)
+    codes = []
+    for column, names in zip(encoder.columns, encoder.names_C, strict=True):
+        yield _column(column, TensorProto.STRING)
+        code = graph.node(
+            "LabelEncoder",
+            column,
+            domain="ai.onnx.ml",
+            keys_strings=["", *names],
+            values_int64s=[MISSING, *range(FIRST, FIRST + len(names))],
+            default_int64=UNSEEN,
+        )
+        codes.append(graph.node("Unsqueeze", code, one))
+    both = graph.node("Concat", *codes, axis=1)
+    graph.node("Cast", both, output=encoder.kind, to=TensorProto.INT32)
+
+
+def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
+    """What the target makes of the net's outputs."""
+    target = task.target
+    if isinstance(target, ValueTarget):
+        first = graph.node("Gather", "logits", graph.constant(0, np.int64), axis=1)
+        scaled = graph.node("Mul", first, graph.constant(target.scale, np.float32))
+        graph.node("Add", scaled, graph.constant(target.mean, np.float32), output="value")
+        return [_column("value", TensorProto.FLOAT)]
+    if isinstance(target, ClassTarget):
+        graph.node("Softmax", "logits", output="probabilities", axis=1)
+        best = graph.node("ArgMax", "probabilities", axis=1, keepdims=0)
+        graph.node("Gather", graph.constant(target.classes, str), best, output="label")
+        first_output = _column("label", TensorProto.STRING)
+    elif isinstance(target, LabelsTarget):
+        graph.node("Sigmoid", "logits", output="probabilities")
+        half = graph.constant(0.5, np.float32)
+        graph.node("GreaterOrEqual", "probabilities", half, output="labels")
+        shape = [BATCH, len(target.classes)]
+        first_output = helper.make_tensor_value_info("labels", TensorProto.BOOL, shape)
+    else:
+        raise UserError(f"targets of kind {type(target).__name__} have no edge form.")
+    shape = [BATCH, len(target.classes)]
+    return [
+        first_output,
+        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, shape),
+    ]
+
+
+def _readme(bundle: Bundle, variant: str, model: onnx.ModelProto) -> str:
+    manifest, task = bundle.manifest, bundle.task
+    script = _Script()
+    for encoder in task.features.encoders:
+        script.add(encoder)
+    names = [value.name for value in model.graph.output]
+    metric = f"test_{task.metric}"
+    classes = getattr(task.target, "classes", ())
+    known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
+    return f"""# {manifest.name}, {variant}
+
+One file, `{MODEL}`, predicts `{task.target.column}` with onnxruntime alone.
+{metric}: {manifest.variants[variant].metrics[metric]:.4f}
+
+The first dimension of every input is the number of records.
+
+```python
+{script.text(names)}
+```
+
+onnxruntime 1.32 reports its use to its maker unless `ORT_DISABLE_TELEMETRY=1` is set.
+
+{known}
+"""
+
+
+class _Script:
+    """The lines that run the file for one record."""
+
+    def __init__(self) -> None:
+        self._imports = ["import numpy as np", "import onnxruntime"]
+        self._before: list[str] = []
+        self._inputs: list[str] = []
+
+    def add(self, encoder: Any) -> None:
+        match encoder:
+            case Images():
+                height, width, channels = encoder.shape_HWC
+                mode = "L" if channels == 1 else "RGB"
+                brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
+                self._imports.append("from PIL import Image, ImageOps")
+                self._before += [
+                    f'image = Image.open("image.png").convert("{mode}")',
+                    f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
+                    f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
+                ]
+                self._inputs.append(f'"{encoder.column}": pixels,')
+            case Numbers():
+                notes = {"date": "seconds since 1970, UTC", "boolean": "1 or 0", "number": "number"}
+                for each in encoder.columns:
+                    note = f"  # {notes[each.kind]}, or nan"
+                    self._inputs.append(f'"{each.column}": np.array([np.nan]),{note}')
+            case Categories():
+                for column, names in zip(encoder.columns, encoder.names_C, strict=True):
+                    name = json.dumps(names[0] if names else "")
+                    self._inputs.append(f'"{column}": np.array([{name}], object),')
+            case Texts():
+                self._add_texts(encoder)
+            case _:
+                for spec in encoder.inputs:
+                    shape = (1, *spec.shape)
+                    self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
+
+    def _add_texts(self, encoder: Texts) -> None:
+        """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
+        mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
+        between = "" if mark is None else f"[{mark}] * (number > 0) + "
+        most = encoder.max_tokens
+        self._imports.append("from tokenizers import Tokenizer")
+        self._before += [
+            f'tokenizer, ids = Tokenizer.from_file("{TOKENIZER}"), []',
+            f"texts = {['a text'] * len(encoder.columns)}  # {', '.join(encoder.columns)}",
+            "for number, text in enumerate(texts):",
+            f"    ids += {between}tokenizer.encode(text).ids",
+            f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
+        ]
+        self._inputs.append(f'"{encoder.kind}": np.array([ids], np.int32),')
+
+    def text(self, outputs: list[str]) -> str:
+        names = ", ".join(outputs)
+        return "\n".join(
+            [
+                *dict.fromkeys(self._imports),
+                "",
+                *self._before,
+                "inputs = {",
+                *(f"    {line}" for line in self._inputs),
+                "}",
+                f'session = onnxruntime.InferenceSession("{MODEL}")',
+                f"[{names}] = session.run({outputs}, inputs)",
+                f"print({names})",
+            ]
+        )

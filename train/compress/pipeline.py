@@ -1,0 +1,214 @@
+"""Make the variants of a net, measure them, and let the gate decide."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from cluster.errors import CommandFailed
+from train import nets
+from train.bundle import Bundle, BundleWriter, engines
+from train.bundle.engines import Engine
+from train.bundle.manifest import Timing, Variant, rank_variants
+from train.compress import benchmark
+from train.compress.benchmark import BenchmarkCase
+from train.compress.recipes.export_onnx import ExportError
+from train.compress.recipes.variant_builder import BuiltVariant, VariantBuilder, VariantSkipped
+from train.compress.recipes.variants import RECIPES
+from train.compress.report import write_variants_table
+from train.compress.variant_judge import VariantJudge
+from train.config import Config
+from train.data.dataset import EncodedDataset
+from train.nets.torch_engine import TorchEngine
+from train.reports import plots
+from train.tasks import Arrays
+
+EAGER = "eager fp32"
+
+PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """The variants of a net.
+
+    skipped: those that could not be made, and why. outputs: of the default one, by held-out split.
+    """
+
+    variants: dict[str, Variant]
+    skipped: dict[str, str]
+    default: str
+    eager: list[Timing]
+    host: dict[str, Any]
+    optimize_for: str
+    outputs: dict[str, Arrays]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What of it a manifest tells."""
+        return {
+            "metrics": self.variants["fp32"].metrics,
+            "variants": self.variants,
+            "skipped": self.skipped,
+            "default_variant": self.default,
+            "optimize_for": self.optimize_for,
+            "eager": self.eager,
+            "host": self.host,
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+def compress(
+    net: nn.Module,
+    config: Config,
+    shards: EncodedDataset,
+    writer: BundleWriter,
+    root: str,
+    *,
+    earlier: Bundle | None = None,
+    own: Mapping[str, Path] | None = None,
+) -> CompressionResult:
+    """Write fp32 and each of `compress.variants` into the bundle, with golden outputs of each.
+
+    net: the trained net. root: the storage path, for nets that are trained again.
+    earlier: a bundle of the same net; what is in it and made alike is not made again.
+    own: ONNX files made elsewhere, by the name of the variant.
+
+    The gate compares the validation split, so that the test split stays apart from every choice.
+    Raises CommandFailed when a file cannot be written.
+    """
+    try:
+        return _compress(net, config, shards, writer, root, earlier, own or {})
+    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CommandFailed(
+            f"variants cannot be written: {reason}; no bundle was made, and what was trained is "
+            "kept."
+        ) from error
+
+
+def _compress(
+    net: nn.Module,
+    config: Config,
+    shards: EncodedDataset,
+    writer: BundleWriter,
+    root: str,
+    earlier: Bundle | None,
+    own: Mapping[str, Path],
+) -> CompressionResult:
+    with TemporaryDirectory(prefix="compress-") as scratch:
+        judge = VariantJudge(config, shards)
+        builder = VariantBuilder(
+            net, config, shards, writer, Path(scratch), root, judge.passes, earlier=earlier
+        )
+        made, skipped = _make(builder, own)
+        eager = TorchEngine(
+            nets.folded_net(net), [spec.name for spec in shards.task.features.inputs], "fp32", 1
+        )
+        loaded = _loaded(made, judge, skipped)
+        loaded[BenchmarkCase(EAGER, "torch", 1)] = eager
+        timings = benchmark.benchmark_variants(
+            loaded, judge.golden_inputs, config.compress.measure_seconds
+        )
+        variants, golden, outputs = {}, {}, {}
+        for name in [name for name in made if name not in skipped]:
+            of_variant = {key: timings[key] for key in loaded if key.variant == name}
+            singles = [key for key in of_variant if key.threads == 1]
+            best = min(singles, key=lambda key: _cost(timings[key], config))
+            profile = [timing for each in of_variant.values() for timing in each]
+            try:
+                variants[name], golden[name], outputs[name] = judge.evaluate(
+                    name, made[name], best.engine, profile, writer.path
+                )
+            except VariantSkipped as error:
+                _skip(skipped, name, str(error))
+        writer.golden(judge.golden_inputs, golden)
+    optimize_for = config.compress.optimize_for
+    default = rank_variants(variants, optimize_for)[0]
+    eager_profile = timings[BenchmarkCase(EAGER, "torch", 1)]
+    engines_here = {key.engine: each.describe() for key, each in loaded.items() if key.threads == 1}
+    host = {**benchmark.describe_host(), "engines": engines_here}
+    result = CompressionResult(
+        variants, skipped, default, eager_profile, host, optimize_for, outputs[default]
+    )
+    metric = f"test_{shards.task.metric}"
+    plots.plot_tradeoff(variants, metric, default, writer.file("report/variants.png"))
+    write_variants_table(result, metric, writer.file("report/variants.md"))
+    return result
+
+
+def _make(
+    builder: VariantBuilder, own: Mapping[str, Path]
+) -> tuple[dict[str, BuiltVariant], dict[str, str]]:
+    made: dict[str, BuiltVariant] = {}
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(["fp32", *builder.config.compress.variants, *builder.kept, *own]):
+        try:
+            made[name] = (
+                builder.taken(name, own[name])
+                if name in own
+                else builder.make(name, RECIPES.get(name))
+            )
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # of quantizers, pruners, training: many kinds
+            if name == "fp32":
+                raise
+            kind = (
+                ""
+                if isinstance(error, VariantSkipped | ExportError | CommandFailed)
+                else type(error).__name__
+            )
+            _skip(skipped, name, f"{kind}: {_line(error)}".removeprefix(": "))
+    if reason := made["fp32"].recipe.get("not_exported"):
+        print(f"fp32 is run by torch, as the net cannot be exported: {reason}", file=sys.stderr)
+    return made, skipped
+
+
+def _skip(skipped: dict[str, str], name: str, reason: str) -> None:
+    """Leave a variant out. Raises CommandFailed for the one that the others are compared with."""
+    if name == "fp32":
+        raise CommandFailed(f"the net itself cannot be compressed: {reason}")
+    skipped[name] = reason
+    print(f"{name} is left out: {reason}", file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _loaded(
+    made: Mapping[str, BuiltVariant], judge: "VariantJudge", skipped: dict[str, str]
+) -> dict[BenchmarkCase, Engine]:
+    """Load each variant into every engine of this machine that runs it, by one and all threads."""
+    loaded: dict[BenchmarkCase, Engine] = {}
+    for name, variant in made.items():
+        reasons = []
+        for engine in engines.engines_for(variant.path):
+            try:
+                kind = engines.find_engine(engine)
+                for threads in benchmark.thread_counts():
+                    candidate = kind.load(variant.path, num_threads=threads)
+                    judge.check(candidate.run(judge.golden_inputs))
+                    loaded[BenchmarkCase(name, engine, threads)] = candidate
+            except Exception as error:  # engines raise many kinds
+                reasons.append(f"{engine}: {_line(error)}")
+                loaded = {key: each for key, each in loaded.items() if key[:2] != (name, engine)}
+        if not any(key.variant == name for key in loaded):
+            _skip(skipped, name, "; ".join(reasons) or "no engine here reads it")
+        else:
+            for reason in reasons:
+                print(f"{name} is not run by {reason}", file=sys.stderr)
+    return loaded
+
+
+def _cost(timings: list[Timing], config: Config) -> float:
+    if config.compress.optimize_for == "latency":
+        return timings[0].p50_ms
+    return min(timing.p50_ms / timing.batch_size for timing in timings)

@@ -1,0 +1,1 @@
+"""The recipes of compression: one module for each way to make a variant."""

@@ -1,0 +1,108 @@
+"""Training again for a variant: the same loop, on the same workers, from the net's own weights."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, replace
+
+import safetensors.torch
+from torch import Tensor
+
+from cluster import commit, storage
+from train.bundle.bundle import WEIGHTS
+from train.config import LAST, Augment, Checkpoint, Config, Net, Optim, Stop
+from train.data.dataset import EncodedDataset
+from train.distributed import launcher
+from train.loop.checkpoint import load_best_weights
+from train.loop.run_directory import DistillationConfig, Run
+
+Weights = dict[str, Tensor]
+
+
+class FineTuner:
+    """Trains nets that learn from a trained one. Every part that is done is found again.
+
+    root: the storage path; its folder `train` keeps the runs, by the digest of the net's weights.
+    """
+
+    def __init__(self, config: Config, shards: EncodedDataset, weights: Weights, root: str) -> None:
+        self._config, self._shards = config, shards
+        self._url = storage.join_path(root, "train", f"of-{_digest(_bytes(weights))}")
+        self._teacher = self._keep(weights)
+
+    def distil(self, student: Net, epochs: int) -> Weights:
+        """Return the weights of a student that learned from the net's outputs."""
+        config = self._config.model_copy(
+            update={"net": student, "optim": _with(self._config.optim, epochs, 1.0)}
+        )
+        return self._train("distilled", config, self._taught())
+
+    def go_on(
+        self,
+        words: str,
+        net: Net,
+        weights: Weights,
+        epochs: int,
+        rate: float,
+        *,
+        quantized: bool = False,
+    ) -> Weights:
+        """Return weights after more epochs, taught by the net. quantized: as int8."""
+        config = self._config.model_copy(
+            update={
+                "net": net,
+                "optim": _with(self._config.optim, epochs, rate),
+                # What it starts from has seen small images.
+                "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
+            }
+        )
+        start = self._keep(weights)
+        return self._train(words, config, replace(self._taught(), start=start, quantized=quantized))
+
+    def _taught(self) -> DistillationConfig:
+        distill = self._config.compress.distill
+        return DistillationConfig(
+            teacher=self._teacher,
+            teacher_net=self._config.net.model_dump(mode="json"),
+            teacher_fraction=distill.teacher_fraction,
+            temperature=distill.temperature,
+        )
+
+    def _train(self, words: str, config: Config, lesson: DistillationConfig) -> Weights:
+        config = config.model_copy(
+            update={"checkpoint": Checkpoint(metric=LAST), "stop": Stop(), "resume": None}
+        )
+        # What it depends on names it, so that the same is not trained twice.
+        options = config.model_dump(mode="json", include={"net", "optim", "augment"})
+        weights = [url and url.rsplit("/", 1)[-1] for url in (lesson.start, lesson.teacher)]
+        of = [options, {**asdict(lesson), "start": weights[0], "teacher": weights[1]}]
+        of.append({"micro_batches": Run.count_micro_batches(config)})
+        url = storage.join_path(
+            self._url, f"{words}-{_digest(json.dumps(of, sort_keys=True).encode())}"
+        )
+        fs, path = storage.filesystem(storage.join_path(url, "run.json"))
+        run = Run.open(url) if fs.exists(path) else Run.start(url, config)
+        print(f"{words}: training for {config.optim.epochs} epochs", file=sys.stderr)
+        launcher.train(config, run, self._shards, lesson=lesson)
+        return load_best_weights(run.store(config.checkpoint.keep))[0]
+
+    def _keep(self, weights: Weights) -> str:
+        """Write weights where workers find them; return the folder's URL."""
+        data = _bytes(weights)
+        url = storage.join_path(self._url, f"weights-{_digest(data)}")
+        with commit.atomic_folder(url) as folder:
+            (folder / WEIGHTS).write_bytes(data)
+        return url
+
+
+def _bytes(weights: Weights) -> bytes:
+    return safetensors.torch.save({name: value.contiguous() for name, value in weights.items()})
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _with(optim: Optim, epochs: int, rate: float) -> Optim:
+    rates = {name: getattr(optim, name) * rate for name in ("lr", "vector_lr", "head_lr")}
+    return optim.model_copy(update={"epochs": epochs, **rates})

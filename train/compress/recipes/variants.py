@@ -1,0 +1,134 @@
+"""Recipes: how each variant is made of a trained net."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import UserError
+from train import nets
+from train.compress.recipes import quantize_weight_only
+from train.compress.recipes.export_onnx import ExportError
+from train.compress.recipes.quantize_static import StaticQuantizer
+from train.compress.recipes.variant_builder import (
+    BaseNet,
+    BuiltVariant,
+    Recipe,
+    VariantBuilder,
+    VariantSkipped,
+)
+from train.config import Config
+from train.nets import torch_engine
+from train.tasks import ClassTarget, Task
+
+
+def _fp32(builder: VariantBuilder, variant: str, *, base: str = "fp32") -> BuiltVariant:
+    """The net as it is, in ONNX; by torch where it cannot be exported."""
+    found = builder.base(base)
+    try:
+        source = builder.onnx(found)
+    except ExportError as error:
+        net = nets.folded_net(copy.deepcopy(found.net))
+        path = torch_engine.save_net(
+            net, found.config, builder.task, "fp32", builder.folder(variant)
+        )
+        return BuiltVariant(path, {"not_exported": str(error)})
+    return BuiltVariant(Path(shutil.copyfile(source, builder.folder(variant) / "model.onnx")))
+
+
+def _torch(
+    builder: VariantBuilder, variant: str, *, precision: torch_engine.Precision, gpu: bool
+) -> BuiltVariant:
+    if gpu and not torch.cuda.is_available():
+        raise VariantSkipped(f"{variant} is for GPUs, and this machine has none")
+    base = builder.base("fp32")
+    net = nets.folded_net(copy.deepcopy(base.net))
+    return BuiltVariant(
+        torch_engine.save_net(net, base.config, builder.task, precision, builder.folder(variant))
+    )
+
+
+def _of_onnx(
+    builder: VariantBuilder, variant: str, *, write: Callable[[Path, Path], None]
+) -> BuiltVariant:
+    path = builder.folder(variant) / "model.onnx"
+    write(builder.onnx(builder.base("fp32")), path)
+    return BuiltVariant(path)
+
+
+def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -> BuiltVariant:
+    """Static int8; where that costs too much, with sensitive layers in float, then trained for it.
+
+    What pruning or distillation cost already is not asked of quantization.
+    """
+    found = builder.base(base)
+    reference = builder.onnx(found)
+    path = builder.folder(variant) / "model.onnx"
+    made = _kept_where_needed(builder, _calibrated(builder, found), reference, path)
+    if made is None and builder.config.compress.qat_epochs:
+        quantizer = _calibrated(builder, builder.aware(found))
+        made = _kept_where_needed(builder, quantizer, reference, path)
+        return BuiltVariant(
+            path, {**(made or {}), "qat_epochs": builder.config.compress.qat_epochs}
+        )
+    return BuiltVariant(path, made or {})
+
+
+def _kept_where_needed(
+    builder: VariantBuilder, quantizer: StaticQuantizer, reference: Path, path: Path
+) -> dict[str, Any] | None:
+    """Write the form with the fewest layers in float that the gate accepts, and describe it.
+
+    None where half of the layers are not enough; all that rule the error are left in float then.
+    """
+    layers = quantizer.most_sensitive()
+    least = len(quantizer.ruling(layers))
+    counts = [least, *(2**n for n in range(len(layers)) if least < 2**n <= len(layers) // 2)]
+    for count in counts:
+        quantizer.write(path, layers[:count])
+        if builder.passes(path, reference):
+            error = quantizer.error_without(layers[:count])
+            kept = {"kept_float": layers[:count]} if count else {}
+            return {"calibration": quantizer.method, "error": round(error, 6), **kept}
+    quantizer.write(path, layers[:least])
+    return None
+
+
+def _calibrated(builder: VariantBuilder, base: BaseNet) -> StaticQuantizer:
+    scratch = builder.scratch / f"static-{base.name}"
+    scratch.mkdir(exist_ok=True)
+    methods = builder.config.compress.calibration
+    return StaticQuantizer.calibrate(
+        builder.onnx(base), scratch, builder.calibration, builder.trial, methods
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "fp32": _fp32,
+    "bf16": partial(_torch, precision="bf16", gpu=False),
+    "fp16": partial(_torch, precision="fp16", gpu=True),
+    "int8": partial(_torch, precision="int8", gpu=True),
+    "fp8": partial(_torch, precision="fp8", gpu=True),
+    "int8_static": _int8_static,
+    "int8_dynamic": partial(_of_onnx, write=quantize_weight_only.int8_dynamic),
+    "int8_weights": partial(_of_onnx, write=quantize_weight_only.int8_weights),
+    "pruned": partial(_fp32, base="pruned"),
+    "pruned_int8": partial(_int8_static, base="pruned"),
+    "distilled": partial(_fp32, base="distilled"),
+    "distilled_int8": partial(_int8_static, base="distilled"),
+}
+
+
+def check_calibration(config: Config, task: Task) -> None:
+    """Raises UserError for a calibration that cannot see all classes."""
+    least = len(task.target.classes) if isinstance(task.target, ClassTarget) else 2
+    count = config.compress.calibration_records
+    if count < least:
+        raise UserError(
+            f"compress.calibration_records is {count}, and there are {least} classes: ranges would "
+            f"be those of some classes only; give at least {least}."
+        )

@@ -1,0 +1,79 @@
+"""The table of a model's variants: on the terminal, and in the bundle's report."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from train.compress.pipeline import CompressionResult
+
+# Wide enough for every column whole; a narrow terminal wraps the lines.
+WIDTH = 160
+
+
+def write_variants_table(made: "CompressionResult", metric: str, path: Path) -> None:
+    """Print the variants on stderr, and write them as Markdown with the gate's reasons."""
+    columns = (
+        "variant",
+        "engine",
+        "verdict",
+        metric,
+        "worse on valid [95 %]",
+        "bytes",
+        "ms, batch 1",
+    )
+    table = Table(box=None, pad_edge=False)
+    for place, column in enumerate((*columns, "records/s, batch 32")):
+        table.add_column(column, justify="left" if place < 3 else "right")
+    for row in _rows(made, metric):
+        table.add_row(*row)
+    Console(stderr=True, highlight=False, width=WIDTH).print(table)
+    table.box, table.pad_edge = box.MARKDOWN, True
+    with path.open("w") as file:
+        Console(file=file, width=WIDTH).print(table)
+    with path.open("a") as file:
+        file.write(f"\nChosen for {made.optimize_for}: {made.default}. One thread each.\n")
+        for name, variant in made.variants.items():
+            file.write(f"\n- {name}: {variant.verdict}; {variant.reason}")
+        for name, reason in made.skipped.items():
+            file.write(f"\n- {name}: left out; {reason}")
+        file.write("\n")
+    for name, variant in made.variants.items():
+        if not variant.accepted:
+            print(f"{name} is {variant.verdict}: {variant.reason}", file=sys.stderr)
+
+
+def _rows(made: "CompressionResult", metric: str) -> list[list[str]]:
+    eager = {timing.batch_size: timing.p50_ms for timing in made.eager}
+    reference = f"{made.variants['fp32'].metrics[metric]:.4f}"
+    rows = [
+        [
+            "eager fp32",
+            "torch",
+            "",
+            reference,
+            "",
+            "",
+            f"{eager[1]:.2f}",
+            f"{32e3 / eager[32]:,.0f}",
+        ]
+    ]
+    for name, variant in made.variants.items():
+        drop, low, high = variant.drop
+        rows.append(
+            [
+                f"{name} ←" if name == made.default else name,
+                variant.engine,
+                variant.verdict,
+                f"{variant.metrics[metric]:.4f}",
+                f"{drop:+.4f} [{low:+.4f}, {high:+.4f}]" if name != "fp32" else "",
+                f"{variant.size_bytes:,}",
+                f"{variant.p50_ms:.2f}",
+                f"{variant.records_per_s:,.0f}",
+            ]
+        )
+    return rows

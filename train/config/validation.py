@@ -1,0 +1,45 @@
+"""Validation of options, with one line for the user that names the first wrong field."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from cluster.errors import UserError
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def validate_as(model: type[AnyModel], values: Mapping[str, Any]) -> AnyModel:
+    """Raises UserError for the first field that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe_error(error, model)) from error
+
+
+def describe_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one line which field is wrong, what came and what is accepted."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown option '{where}'; accepted are {', '.join(_fields(model, path[:-1]))}."
+    if first["type"] == "missing":
+        return f"option '{where}' is missing; give --{where} VALUE or add it to the config file."
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:  # of several options together
+        return f"{message}."
+    message = message[0].lower() + message[1:]
+    return f"option '{where}' is {first['input']!r}; {message}."
+
+
+def _fields(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        kinds = [annotation, *get_args(annotation)]
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,209 @@
+"""Data report: what the records are like, before any training, as text and as a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.preprocess import EncodedBlock
+from train.data.splits import NAMES, TEST, TRAIN, VALID
+from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
+from train.tasks.records import is_missing
+
+REPORT, PICTURE = "report.txt", "report.png"
+# A column that alone predicts this well is probably known only together with the target.
+SUSPECT_ACCURACY, SUSPECT_R2 = 0.98, 0.9
+MAX_LEAVES = 256
+MAX_ROWS_TRIED = 20_000
+MAX_BAD_KEPT = 1000
+MAX_CLASSES_SHOWN = 12
+
+
+class DataReport:
+    """Collects what is told of the records while they are encoded."""
+
+    def __init__(self, task: Task, sample: Columns) -> None:
+        """sample: training records, those that the features were fitted on."""
+        self._task = task
+        self._columns = {column: _of_column(sample[column]) for column in task.features.columns}
+        # Black images, which stand for missing ones where they may be.
+        optional = [each for each in task.features.encoders if isinstance(each, Images)]
+        self._black = {each.column: 0 for each in optional if each.optional}
+        self._num_records = 0
+        self._suspects = leakage_suspects(task, sample)
+        self._digests: dict[int, list[np.ndarray]] = {TRAIN: [], VALID: [], TEST: []}
+        self._targets: list[np.ndarray] = []
+        self._counts: np.ndarray | int = 0
+        self.num_bad = 0
+        self.bad: list[tuple[str, str]] = []
+
+    def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
+        self.num_bad += len(encoded.bad)
+        self.bad += encoded.bad[: MAX_BAD_KEPT - len(self.bad)]
+        for code, found in self._digests.items():
+            found.append(encoded.digests_N[codes_N == code])
+        targets_N = encoded.targets_N[codes_N == TRAIN]
+        if isinstance(self._task.target, ValueTarget):
+            self._targets.append(targets_N)
+        elif isinstance(self._task.target, NamedTarget):  # not so one of a user's own
+            self._counts = self._counts + _counted(self._task.target, targets_N)
+        self._num_records += len(encoded.rows_N)
+        for name in self._black:
+            images_NHWC = encoded.inputs[name]
+            self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
+
+    def to_dict(self) -> dict[str, Any]:
+        train_N, valid_N, test_N = (np.concatenate(self._digests[code]) for code in range(3))
+        return {
+            "columns": self._columns
+            | {
+                name: {"missing": count / max(self._num_records, 1)}
+                for name, count in self._black.items()
+            },
+            "target": self._target(),
+            "duplicates": {
+                "within train": int(len(train_N) - len(np.unique(train_N))),
+                "valid in train": int(np.isin(valid_N, train_N).sum()),
+                "test in train": int(np.isin(test_N, train_N).sum()),
+            },
+            "leakage_suspects": self._suspects,
+            "num_bad": self.num_bad,
+            "bad": [list(item) for item in self.bad],
+        }
+
+    def _target(self) -> dict[str, Any]:
+        target = self._task.target
+        if isinstance(target, ValueTarget):
+            values_N = np.concatenate(self._targets) * target.scale + target.mean
+            quantiles = np.quantile(values_N, [0, 0.25, 0.5, 0.75, 1]).tolist()
+            return {"quantiles": quantiles, "mean": float(values_N.mean())}
+        classes = target.classes if isinstance(target, NamedTarget) else ()
+        counts = np.broadcast_to(self._counts, len(classes)).tolist()
+        return {"counts": dict(zip(classes, counts, strict=True))}
+
+    def write(self, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        facts = self.to_dict()
+        words = report_text(facts, {name: counts[name]["num_records"] for name in NAMES})
+        (folder / REPORT).write_text(words + "\n")
+        plot_report(facts, self._task.target.column, folder / PICTURE)
+
+
+def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """The report in lines of at most 100 columns."""
+    lines = ["records: " + ", ".join(f"{count:,} {name}" for name, count in counts.items())]
+    target = facts["target"]
+    if "quantiles" in target:
+        low, _, middle, _, high = target["quantiles"]
+        lines.append(f"target: from {low:.4g} to {high:.4g}, median {middle:.4g}")
+    else:
+        shown = list(target["counts"].items())
+        words = ", ".join(f"{name} {count:,}" for name, count in shown[:MAX_CLASSES_SHOWN])
+        more = f" and {len(shown) - MAX_CLASSES_SHOWN} more" if shown[MAX_CLASSES_SHOWN:] else ""
+        lines.append(f"target: {words}{more}")
+    missing = {
+        name: column["missing"] for name, column in facts["columns"].items() if column["missing"]
+    }
+    if missing:
+        ranked = sorted(missing.items(), key=lambda item: -item[1])
+        lines.append("missing: " + ", ".join(f"{name} {share:.1%}" for name, share in ranked[:12]))
+    for name, count in facts["duplicates"].items():
+        if count:
+            lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
+    for name, value in facts["leakage_suspects"].items():
+        lines.append(
+            f"leakage? '{name}' alone predicts the target ({value:.3f}); leave it out (of "
+            "features, or by --data.drop) unless it is known beforehand"
+        )
+    if facts["num_bad"]:
+        place, reason = facts["bad"][0]
+        lines.append(f"left out: {facts['num_bad']:,} bad records, the first {place}: {reason}")
+    return "\n".join(lines)
+
+
+def plot_report(facts: Mapping[str, Any], column: str, path: Path) -> None:
+    """How the target is spread, and how much of each column is missing."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = list(facts["columns"])[:40]
+    height = max(3.5, 0.25 * len(names) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
+    target = facts["target"]
+    if "quantiles" in target:
+        low, first, middle, third, high = target["quantiles"]
+        box = {"med": middle, "q1": first, "q3": third, "whislo": low, "whishi": high}
+        left.bxp([box], showfliers=False)
+        left.set_xticks([1], [column])
+    else:
+        counts = dict(list(target["counts"].items())[:40])
+        left.barh(list(counts), list(counts.values()), color="tab:blue")
+        left.invert_yaxis()
+        left.set_xlabel("training records")
+    left.set_title(f"Target: {column}")
+    shares = [100 * facts["columns"][name]["missing"] for name in names]
+    colours = ["tab:red" if name in facts["leakage_suspects"] else "tab:grey" for name in names]
+    right.barh(names, shares, color=colours)
+    right.set(
+        xlim=(0, max(5.0, 1.1 * max(shares))),
+        xlabel="% missing (red names: leakage suspects)",
+        title="Columns",
+    )
+    for label in right.get_yticklabels():
+        if label.get_text() in facts["leakage_suspects"]:
+            label.set_color("tab:red")
+    right.invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def leakage_suspects(task: Task, sample: Columns) -> dict[str, float]:
+    """Columns that alone predict the target, by a small tree on the half it has not seen.
+
+    Returns the accuracy or R² of those that do; images and texts are not tried.
+    """
+    from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
+
+    found: dict[str, float] = {}
+    count = min(len(sample[task.target.column]), MAX_ROWS_TRIED)
+    head = {name: values[:count] for name, values in sample.items() if len(values) >= count}
+    targets_N = task.target.encode(head[task.target.column])
+    half = count // 2
+    if half < 20 or targets_N.ndim > 1:
+        return found
+    regression = isinstance(task.target, ValueTarget)
+    tree = DecisionTreeRegressor if regression else DecisionTreeClassifier
+    # Where one class is frequent, it alone would look like a good guess: halve what is left.
+    usual = 0.0 if regression else _usual(targets_N[half:])
+    limit = SUSPECT_R2 if regression else max(SUSPECT_ACCURACY, (1 + usual) / 2)
+    for encoder in task.features.encoders:
+        if encoder.to_dict()["kind"] not in ("numbers", "categories"):
+            continue
+        (values_NF,) = encoder.encode(head).values()
+        names = getattr(encoder, "owners", None) or [field.name for field in encoder.fields]
+        for name, values_N in zip(names, np.nan_to_num(values_NF, nan=-1e9).T, strict=True):
+            fitted = tree(max_leaf_nodes=MAX_LEAVES, random_state=0).fit(
+                values_N[:half, None], targets_N[:half]
+            )
+            score = float(fitted.score(values_N[half:, None], targets_N[half:]))
+            if score >= limit:
+                found[name] = max(score, found.get(name, 0.0))
+    return found
+
+
+def _counted(target: NamedTarget, targets_N: np.ndarray) -> np.ndarray:
+    """Records of each class, or of each label."""
+    if targets_N.ndim == 2:
+        return targets_N.sum(axis=0, dtype=np.int64)
+    return np.bincount(targets_N, minlength=len(target.classes))
+
+
+def _usual(targets_N: np.ndarray) -> float:
+    return float(np.unique(targets_N, return_counts=True)[1].max() / len(targets_N))
+
+
+def _of_column(values: Any) -> dict[str, Any]:
+    missing = sum(1 for value in values if is_missing(value))
+    return {"missing": missing / max(len(values), 1)}

@@ -1,0 +1,289 @@
+"""Shards: records encoded once, kept as memory-mapped arrays, found again by later runs.
+
+A shard directory is named by the digest of all that its content depends on.
+"""
+
+import hashlib
+import inspect
+import json
+import mmap
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from cluster import commit, storage
+from cluster.errors import CommandFailed, UserError
+from train.config import Config
+from train.data import preprocess, sources, splits
+from train.data.data_report import DataReport
+from train.data.fitting import check_fitted_task, define_task, fit_task, read_text_file
+from train.data.preprocess import EncodedBlock
+from train.data.splits import NAMES, TRAIN, VALID
+from train.tasks import Arrays, Task
+from train.tasks.plugins import import_object
+
+# Part of every digest: raise it when encoding changes.
+ENCODING_VERSION = 2
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """Encoded splits on disk, and the task that encoded them."""
+
+    url: str
+    summary: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        return Task.from_dict(self.summary["task"])
+
+    @property
+    def folder(self) -> Path:
+        return commit.fetch(self.url, last=commit.DIGESTS)
+
+    def open(self, name: str) -> tuple[Arrays, np.ndarray]:
+        """Return the inputs and targets of a split, memory-mapped and read-only.
+
+        Each file is compared with its digest when a process first opens it. Raises CommandFailed
+        for one that differs.
+        """
+        folder = self.folder
+        inputs = {
+            spec.name: _open_array(folder, f"{name}/input-{number}.npy")
+            for number, spec in enumerate(self.task.features.inputs)
+        }
+        return inputs, _open_array(folder, f"{name}/target.npy")
+
+
+@cache
+def _check_once(folder: Path, name: str) -> None:
+    commit.check_file(folder, name)
+
+
+def _open_array(folder: Path, name: str) -> np.ndarray:
+    try:
+        _check_once(folder, name)
+    except commit.DamagedFile as error:
+        raise CommandFailed(
+            f"{error}; run the same command again, which encodes the records again."
+        ) from error
+    array: np.ndarray = np.load(folder / name, mmap_mode="r")
+    return array
+
+
+def read_at_random(inputs: Arrays) -> None:
+    """Tell the system not to read ahead: it may be megabytes for a sample, for nothing."""
+    for array in inputs.values():
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            array.base.madvise(mmap.MADV_RANDOM)
+
+
+def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> EncodedDataset:
+    """Return the encoded data of a run; encode and keep it under `root` if it is not there yet.
+
+    fitted: the task of a bundle that the run begins from; fitted to the training records if None.
+    Raises UserError that names source and row of a record that cannot be encoded.
+    """
+    assert config.features, "train.data.schema_inference names them"
+    assert config.task_type is not None
+    data = config.data
+    urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
+    found = {name: sources.find_source(url) for name, url in urls.items() if url is not None}
+    depends_on = [
+        ENCODING_VERSION,
+        [(source.url, source.fingerprint) for source in found.values()],
+        # Without extra records the digest is that of before there were any.
+        data.model_dump(exclude=set() if data.extra else {"extra", "extra_fraction"}),
+        {column: feature.model_dump() for column, feature in config.features.items()},
+        config.text.model_dump(),
+        [config.target, config.task_type, config.task],
+        _texts_of(config),
+        *([fitted.to_dict()] if fitted else []),
+    ]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:20]
+    url = storage.join_path(root, "data", key)
+    fs, path = storage.filesystem(url)
+    if not _is_complete(url):
+        with (
+            commit.atomic_folder(url) as folder,
+            storage.scratch_folder(storage.join_path(root, "data")) as scratch,
+        ):
+            opened = {
+                name: sources.open_source(source, storage.join_path(scratch, name), data.encoding)
+                for name, source in found.items()
+            }
+            size_bytes = sum(source.size_bytes for source in found.values())
+            _write(config, fitted, opened, size_bytes, folder)
+    with fs.open(storage.join_path(path, SUMMARY), "r") as file:
+        return EncodedDataset(url, json.load(file))
+
+
+def _is_complete(url: str) -> bool:
+    """Whether encoded data are there and, where they are local files, undamaged."""
+    if storage.is_url(url):
+        fs, path = storage.filesystem(url)
+        return bool(fs.exists(storage.join_path(path, commit.DIGESTS)))
+    folder = Path(url)
+    if not (folder / commit.DIGESTS).exists():
+        return False
+    try:
+        for name in commit.committed_files(folder):
+            _check_once(folder, name)
+    except commit.DamagedFile as error:
+        print(f"{error}; encoding the records again", file=sys.stderr)
+        return False
+    return True
+
+
+def _texts_of(config: Config) -> list[str]:
+    """What a run depends on that is named by the config and kept elsewhere: a tokenizer, code."""
+    texts = [read_text_file(config.text.tokenizer)] if config.text.tokenizer else []
+    paths = [feature.kind for feature in config.features.values()] + [config.task or ""]
+    try:
+        return texts + [
+            inspect.getsource(sys.modules[import_object(path).__module__])
+            for path in paths
+            if ":" in path
+        ]
+    except (ValueError, OSError, TypeError):  # `define` says what is wrong, if anything is
+        return texts
+
+
+def _write(
+    config: Config,
+    fitted: Task | None,
+    opened: dict[str, list[sources.RowBlock]],
+    size_bytes: int,
+    folder: Path,
+) -> None:
+    task = fitted or define_task(config)
+    drop_bad = config.data.bad_records == "drop"
+    for name, blocks in opened.items():
+        wanted: list[str | None] = [*preprocess.source_columns(task)]
+        if name != "extra":  # which is not divided
+            wanted += [config.data.split_key, config.data.split_time]
+        url = getattr(config.data, name)
+        needed = [column for column in wanted if column]
+        sources.check_columns(url, needed, sources.source_schema(blocks).names)
+    time = config.features.get(config.data.split_time or "")
+    parts = splits.assign_splits(config.data, opened, time.format if time else None)
+    task, sample = (check_fitted_task if fitted else fit_task)(task, parts[0], drop_bad)
+    report = DataReport(task, sample)
+    with SplitWriter(folder, task, config.data.train_on_valid) as writer:
+        for part in parts:
+            for encoded in preprocess.encode_source(
+                task, part.blocks, size_bytes=size_bytes, drop_bad=drop_bad
+            ):
+                for codes_N in part.turns(encoded.rows_N):
+                    writer.add(encoded, codes_N)
+                report.add(encoded, part.codes_N[encoded.rows_N])
+    counts: dict[str, dict[str, Any]] = {
+        name: {
+            "source": getattr(config.data, name) or config.data.train,
+            "num_records": count,
+            "digest": writer.digest_of(name),
+        }
+        for name, count in writer.counts.items()
+    }
+    if config.data.extra:
+        counts["train"]["extra"] = config.data.extra
+    for name, split in counts.items():
+        if not split["num_records"]:
+            raise UserError(
+                f"no record is left in the {name} split of '{split['source']}'; "
+                f"{report.num_bad} were bad, the first: {': '.join(report.bad[0])}"
+                if report.bad
+                else f"the {name} split of '{split['source']}' is empty."
+            )
+    report.write(folder, counts)
+    summary = {
+        "task": task.to_dict(),
+        "splits": counts,
+        "digest": writer.digest,
+        "report": report.to_dict(),
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary))
+
+
+class SplitWriter:
+    """Appends encoded records to the arrays of their splits.
+
+    train_on_valid: those of the validation split are in the training split too.
+    """
+
+    def __init__(self, folder: Path, task: Task, train_on_valid: bool = False) -> None:
+        self._members = {TRAIN: [TRAIN, VALID] if train_on_valid else [TRAIN]}
+        self.counts = dict.fromkeys(NAMES, 0)
+        self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._files: dict[Path, BinaryIO] = {}
+        self._digests: dict[Path, Any] = {}
+        self._folder = folder
+        self._names = [spec.name for spec in task.features.inputs]
+
+    def __enter__(self) -> "SplitWriter":
+        for name in NAMES:
+            (self._folder / name).mkdir()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for path, file in self._files.items():
+            file.seek(0)
+            self._write_header(path, self.counts[path.parent.name])
+            file.close()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._digest(sorted(self._digests))
+
+    def digest_of(self, name: str) -> str:
+        """Of what was written of one split."""
+        return self._digest([path for path in sorted(self._digests) if path.parent.name == name])
+
+    def _digest(self, paths: Iterable[Path]) -> str:
+        parts = [self._digests[path].hexdigest() for path in paths]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
+        """codes_N: the split of each record, or NOWHERE."""
+        for code, name in enumerate(NAMES):
+            chosen_N = np.isin(codes_N, self._members.get(code, [code]))
+            if not chosen_N.any():
+                continue
+            folder = self._folder / name
+            for number, input_name in enumerate(self._names):
+                self._append(folder / f"input-{number}.npy", encoded.inputs[input_name][chosen_N])
+            self._append(folder / "target.npy", encoded.targets_N[chosen_N])
+            self.counts[name] += int(chosen_N.sum())
+
+    def _append(self, path: Path, array: np.ndarray) -> None:
+        if path not in self._files:
+            self._files[path] = path.open("w+b")
+            self._shapes[path] = array.dtype, array.shape[1:]
+            self._digests[path] = hashlib.sha256()
+            self._write_header(path, 0)
+        data = np.ascontiguousarray(array)
+        self._files[path].write(data.data if data.size else b"")
+        self._digests[path].update(data)
+
+    def _write_header(self, path: Path, count: int) -> None:
+        # numpy leaves room in the header for a count that grows, so it keeps its length.
+        dtype, shape = self._shapes[path]
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (count, *shape),
+        }
+        np.lib.format.write_array_header_1_0(self._files[path], header)
+
+
+def batch_slices(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover 0..count in order, each of at most `size`."""
+    return (slice(start, start + size) for start in range(0, count, size))

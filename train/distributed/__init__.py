@@ -1,0 +1,1 @@
+"""Workers: how Ray Train starts them, and how they share the work and agree."""

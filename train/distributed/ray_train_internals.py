@@ -1,0 +1,47 @@
+"""The names of Ray Train that this project uses and that are not public.
+
+Written against Ray 2.60. `tests/test_ray_internals.py` touches each of them, so that another
+version of Ray fails there. Imports no torch, as Ray Train's controller imports it.
+"""
+
+from typing import Any
+
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+)
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+# The loggers of Ray Train that report an attempt to start the workers, and its failure.
+START_LOGGERS = (
+    "ray.train.v2._internal.execution.controller.controller",
+    "ray.train.v2._internal.execution.failure_handling.default",
+    "ray.train.v2._internal.execution.worker_group.worker_group",
+)
+
+
+def preemption_notice() -> Any:
+    """Return what this worker was told of a machine that will be taken away, or None."""
+    return get_train_context().preemption_context.preemption_info
+
+
+__all__ = [
+    "START_LOGGERS",
+    "ControllerCallback",
+    "DatasetsCallback",
+    "DefaultPlacementGroupHandle",
+    "FixedScalingPolicy",
+    "PlacementGroupCleanerCallback",
+    "TrainController",
+    "TrainingFailedError",
+    "WorkerGroup",
+    "WorkerGroupStartupTimeoutError",
+    "preemption_notice",
+]

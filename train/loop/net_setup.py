@@ -1,0 +1,81 @@
+"""A net ready to be trained: built for its task, fitted to its inputs, brought to its device."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train import nets
+from train.config import Config, Stage
+from train.data import batch_sampler
+from train.data.augment import Augmentation
+from train.loop import parallelism
+from train.loop.parallelism import Worker
+from train.tasks import Arrays, Task
+from train.tasks.records import num_rows
+from train.telemetry import efficiency
+
+# Samples on which a net fits its normalisation and its whitening stem: fewer where they are large,
+# as each becomes hundreds of times its bytes.
+FIT_SAMPLES, FIT_LEAST_SAMPLES, FIT_BYTES = 5000, 32, 5000 * 32 * 32 * 3
+
+
+def build_net(config: Config, task: Task) -> nn.Module:
+    """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
+    smallest = min(stage.side for stage in config.augment.stages)
+    return nets.create_net(config.net, task, smallest)
+
+
+def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
+    """Let a net set its normalisation from a sample of the training records."""
+    if hasattr(net, "fit_inputs"):
+        count = num_rows(inputs)
+        draws = batch_sampler.random_stream(config.seed, 0, "fit").permutation(count)
+        row_bytes = sum(array[0].nbytes for array in inputs.values())
+        fitting = int(np.clip(FIT_BYTES // row_bytes, FIT_LEAST_SAMPLES, FIT_SAMPLES))
+        ids = np.sort(draws[:fitting])
+        net.fit_inputs(*device_inputs(inputs, ids, torch.device("cpu")))  # type: ignore[operator]
+
+
+def place_net(net: nn.Module, config: Config, worker: Worker) -> nn.Module:
+    """Bring a net to the worker's device, whole or in shards."""
+    sharded = config.workers.parallel == "fsdp"
+    if not sharded:  # FSDP takes contiguous weights only
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.to(worker.device)
+    if config.activation_checkpointing:
+        parallelism.checkpoint_activations(net)
+    if sharded:
+        parallelism.shard_net(net, worker)
+    return net
+
+
+def flops_per_sample(
+    net: nn.Module, config: Config, inputs: Arrays, worker: Worker, augmentation: Augmentation
+) -> dict[Stage, float]:
+    """FLOPs of one sample's forward and backward pass, where the net is not in shards."""
+    if config.workers.parallel != "ddp":
+        return {}
+    one = np.zeros(1, np.int64)
+    augmentation.start_epoch(0)
+    return {
+        stage: efficiency.training_flops(
+            net, augmented_inputs(inputs, one, worker, augmentation, stage)
+        )
+        for stage in config.augment.stages
+    }
+
+
+def augmented_inputs(
+    inputs: Arrays, ids_B: np.ndarray, worker: Worker, augmentation: Augmentation, stage: Stage
+) -> list[Tensor]:
+    """The inputs of some samples, their images augmented."""
+    tensors = device_inputs(inputs, ids_B, worker.device)
+    return [
+        augmentation.apply(tensor, ids_B, stage) if name in augmentation.images else tensor
+        for name, tensor in zip(inputs, tensors, strict=True)
+    ]
+
+
+def device_inputs(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
+    """The inputs of some samples as tensors."""
+    return [torch.from_numpy(array[ids_B]).to(device) for array in inputs.values()]

@@ -1,0 +1,76 @@
+"""A net for numbers and categories.
+
+Each number goes through a piecewise linear encoding, after Gorishniy et al.,
+https://arxiv.org/abs/2203.05556, whose pieces hold equally many training records; each category
+through an embedding.
+
+Shapes: B batch, F numbers, C columns of categories, T pieces, D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# In deviations from the mean; a number beyond is no further away.
+BOUND = 10.0
+
+
+class PiecewiseLinearEncoding(nn.Module):
+    """Numbers [B, F], NaN where missing → [B, F·(T + 2)]: how full each piece is, the number
+    itself within bounds, and whether it is missing."""
+
+    low_FT: Tensor
+    width_FT: Tensor
+
+    def __init__(self, num_numbers: int, num_bins: int) -> None:
+        super().__init__()
+        self.register_buffer("low_FT", torch.zeros(num_numbers, num_bins))
+        self.register_buffer("width_FT", torch.ones(num_numbers, num_bins))
+
+    @property
+    def width(self) -> int:
+        numbers, bins = self.low_FT.shape
+        return numbers * (bins + 2)
+
+    @torch.no_grad()
+    def fit_inputs(self, numbers_NF: Tensor) -> None:
+        """Set the edges of the pieces, from a sample of training records."""
+        steps = torch.linspace(0, 1, self.low_FT.shape[1] + 1)
+        for column, values_N in enumerate(numbers_NF.T):
+            known = values_N[~values_N.isnan()]
+            if len(known):
+                edges = torch.quantile(known.double(), steps.double()).float()
+                self.low_FT[column] = edges[:-1]
+                self.width_FT[column] = edges.diff()
+
+    def forward(self, numbers_BF: Tensor) -> Tensor:
+        missing_BF = torch.isnan(numbers_BF)
+        values_BF = torch.where(missing_BF, 0.0, numbers_BF)
+        above_BFT = values_BF[:, :, None] - self.low_FT
+        full_BFT = (above_BFT / self.width_FT.clamp_min(1e-9)).clamp(0, 1)
+        # A value that many records have makes a piece without width: above it or not.
+        full_BFT = torch.where(self.width_FT > 0, full_BFT, (above_BFT > 0).float())
+        full_BFT = full_BFT * (~missing_BF)[:, :, None]
+        within_BF = values_BF.clamp(-BOUND, BOUND)
+        return torch.cat([full_BFT.flatten(1), within_BF, missing_BF.float()], dim=1)
+
+
+class CategoricalEmbeddings(nn.Module):
+    """Codes [B, C] → [B, D], the columns' vectors side by side."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        # By fast.ai's rule of thumb, but short of its largest.
+        widths = [min(32, round(1.6 * size**0.56)) for size in sizes]
+        self.width = sum(widths)
+        self.tables = nn.ModuleList(
+            nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
+        )
+        for table in self.tables:
+            assert isinstance(table, nn.Embedding)
+            nn.init.normal_(table.weight, std=0.3)
+
+    def forward(self, codes_BC: Tensor) -> Tensor:
+        vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]
+        return torch.cat(vectors, dim=1)

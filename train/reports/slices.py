@@ -1,0 +1,241 @@
+"""Figures of the test split for each class, and within slices of the records.
+
+Shapes: N records, K classes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from train.bundle import feature_statistics
+from train.bundle.feature_statistics import MISSING_NAME, UNSEEN_NAME, QuantityValues
+from train.stats import wilson_interval
+from train.tasks import (
+    Arrays,
+    Categories,
+    ClassTarget,
+    Images,
+    LabelsTarget,
+    NamedTarget,
+    Numbers,
+    Target,
+    Task,
+    Texts,
+    ValueTarget,
+)
+
+# Fewer records of a slice say too little.
+LEAST_RECORDS = 20
+# Of more test records as many are drawn: slices need no more.
+MAX_RECORDS = 50_000
+MAX_SLICES = 30
+# A number with at most so many different values is sliced by value, else by quartiles.
+FEW_VALUES = 4
+BATCH_SIZE = 1024
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """How a class was told from the others. support: test records of it."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A figure of some test records alone, and the ends of its 95 % interval."""
+
+    quantity: str
+    values: str
+    count: int
+    figure: float
+    low: float
+    high: float
+
+
+def class_metrics(target: Target, outputs: Arrays, targets: np.ndarray) -> list[ClassMetrics]:
+    """Precision, recall and F1 of each class, or of each label; none of a target without names.
+
+    What would be divided by 0, as the precision of a class that was never predicted, is 0.
+    """
+    if not isinstance(target, NamedTarget):
+        return []
+    probabilities_NK = target.decode(outputs)["probabilities"]
+    if isinstance(target, ClassTarget):
+        names_K = np.arange(len(target.classes))
+        chosen_NK = probabilities_NK.argmax(axis=1)[:, None] == names_K
+        true_NK = np.asarray(targets)[:, None] == names_K
+    else:
+        chosen_NK, true_NK = probabilities_NK >= 0.5, np.asarray(targets) > 0
+    hits_K = (chosen_NK & true_NK).sum(axis=0)
+    chosen_K, true_K = chosen_NK.sum(axis=0), true_NK.sum(axis=0)
+    return [
+        ClassMetrics(
+            name,
+            float(hits / max(chosen, 1)),
+            float(hits / max(support, 1)),
+            float(2 * hits / max(chosen + support, 1)),
+            int(support),
+        )
+        for name, hits, chosen, support in zip(
+            target.classes, hits_K, chosen_K, true_K, strict=True
+        )
+    ]
+
+
+def slice_metric(target: Target) -> str | None:
+    """What is measured within slices: a share that is right, or an error; None if neither fits."""
+    if isinstance(target, ClassTarget | LabelsTarget):
+        return "accuracy"
+    return "rmse" if isinstance(target, ValueTarget) else None
+
+
+def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
+    """The worst slices of the test split, the worst first.
+
+    Slices are the categories of a column, the quartiles of a number (or its values, if they are
+    few), of an image's brightness and of a text's length, and what is missing; of those that have
+    enough records.
+    """
+    metric = slice_metric(task.target)
+    if metric is None:
+        return []
+    rows = _rows(len(targets))
+    losses_N = _losses(task.target, outputs, targets)[rows]
+    found = []
+    for quantity, measured in _measured(task, inputs, rows).items():
+        for values, chosen_N in _groups(task, quantity, measured):
+            if LEAST_RECORDS <= chosen_N.sum() < len(rows):
+                figures = _figure(metric, losses_N[chosen_N])
+                found.append(Slice(quantity, values, int(chosen_N.sum()), *figures))
+    sign = -1 if metric == "rmse" else 1
+    return sorted(found, key=lambda each: sign * each.figure)[:MAX_SLICES]
+
+
+def _rows(count: int) -> np.ndarray:
+    if count <= MAX_RECORDS:
+        return np.arange(count)
+    return np.sort(np.random.Generator(np.random.Philox(0)).permutation(count)[:MAX_RECORDS])
+
+
+def _losses(target: Target, outputs: Arrays, targets: np.ndarray) -> np.ndarray:
+    """1 for a record that is wrong and 0 for one that is right, or the squared error."""
+    answers = target.decode(outputs)
+    if isinstance(target, ClassTarget):
+        wrong_N = answers["probabilities"].argmax(axis=1) != np.asarray(targets)
+    elif isinstance(target, LabelsTarget):
+        chosen_NK = answers["probabilities"] >= 0.5
+        wrong_N = np.any(chosen_NK != (np.asarray(targets) > 0), axis=1)
+    else:
+        assert isinstance(target, ValueTarget)
+        true_N = np.asarray(targets, np.float64) * target.scale + target.mean
+        return (answers["value"] - true_N) ** 2
+    return wrong_N.astype(float)
+
+
+def _figure(metric: str, losses_N: np.ndarray) -> tuple[float, float, float]:
+    """The figure of a slice with its interval."""
+    if metric == "accuracy":
+        count = len(losses_N)
+        right = count - int(losses_N.sum())
+        return right / count, *wilson_interval(right, count)
+    draws = np.random.Generator(np.random.Philox(0))
+    means = [
+        losses_N[draws.integers(len(losses_N), size=len(losses_N))].mean() for _ in range(RESAMPLES)
+    ]
+    low, high = np.sqrt(np.quantile(means, [0.025, 0.975])).tolist()
+    return float(np.sqrt(losses_N.mean())), low, high
+
+
+def _measured(task: Task, inputs: Arrays, rows: np.ndarray) -> dict[str, QuantityValues]:
+    """Values of the quantities that slices are made of."""
+    wanted = _wanted(task)
+    if not wanted:
+        return {}
+    parts = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        part = rows[start : start + BATCH_SIZE]
+        batch = {name: np.asarray(array[part]) for name, array in inputs.items()}
+        parts.append(feature_statistics.measure_quantities(task, batch, None))
+    return {
+        name: QuantityValues(
+            each.kind, each.of, np.concatenate([part[name].values for part in parts]), each.labels
+        )
+        for name, each in parts[0].items()
+        if name in wanted
+    }
+
+
+def _wanted(task: Task) -> set[str]:
+    """Quantities that a user knows from the records; not the parts that a date is made into."""
+    names: set[str] = set()
+    for encoder in task.features.encoders:
+        if isinstance(encoder, Numbers):
+            places = zip(encoder.names, encoder.owners, strict=True)
+            names |= {name for name, owner in places if name == owner or " - " in name}
+        elif isinstance(encoder, Categories):
+            names |= set(encoder.columns)
+        elif isinstance(encoder, Images):
+            names.add(f"{encoder.column}.brightness")
+        elif isinstance(encoder, Texts):
+            names.add(f"{'+'.join(encoder.columns)}.length")
+    return names
+
+
+def _groups(
+    task: Task, quantity: str, measured: QuantityValues
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Words for each slice by one quantity, and which records are in it, bool [N]."""
+    values_N = measured.values
+    if measured.kind == "category":
+        names = _names(task)[quantity]
+        for code in np.unique(values_N):
+            yield names[code], values_N == code
+        return
+    known_N = ~np.isnan(values_N)
+    if not known_N.all():
+        yield MISSING_NAME, ~known_N
+    if not known_N.any():
+        return
+    rounded_N = _rounded(values_N)
+    different = np.unique(rounded_N[known_N])
+    if len(different) <= FEW_VALUES:
+        for value in different:
+            yield _shown(task, quantity, value), rounded_N == value
+        return
+    uppers = np.unique(np.quantile(rounded_N[known_N], [0.25, 0.5, 0.75, 1]))
+    # Where a quarter and more have the least value, it is a part of its own.
+    least = f"{different[0]:.4g}"
+    first = least if uppers[0] == different[0] else f"from {least} to {uppers[0]:.4g}"
+    yield first, rounded_N <= uppers[0]
+    for low, high in pairwise(uppers):
+        yield f"above {low:.4g} to {high:.4g}", (rounded_N > low) & (rounded_N <= high)
+
+
+def _rounded(values_N: np.ndarray) -> np.ndarray:
+    """Six digits of the largest: what was scaled for the net and is scaled back has no more."""
+    largest = float(np.nanmax(np.abs(values_N))) or 1.0
+    return np.round(values_N, 5 - math.floor(math.log10(largest))) + 0.0
+
+
+def _names(task: Task) -> Mapping[str, tuple[str, ...]]:
+    """The names of every category's codes: of all, where a baseline has only the frequent ones."""
+    return {
+        column: (UNSEEN_NAME, MISSING_NAME, *names)
+        for encoder in task.features.encoders
+        if isinstance(encoder, Categories)
+        for column, names in zip(encoder.columns, encoder.names_C, strict=True)
+    }
+
+
+def _shown(task: Task, quantity: str, value: float) -> str:
+    truths = {field.name for field in task.features.fields if field.datatype == "BOOL"}
+    return str(bool(value)).lower() if quantity in truths else f"{value:.4g}"

@@ -1,0 +1,111 @@
+"""Features that are one of a set of names. Shapes: N records, C columns."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from train.tasks.records import (
+    Arrays,
+    Columns,
+    InvalidRecord,
+    TensorSpec,
+    category_name,
+    is_missing,
+    shorten,
+)
+
+# Codes that every column has; the names follow.
+UNSEEN, MISSING, FIRST = 0, 1, 2
+# More names than this are the rarest ones' loss: they count as never seen.
+MAX_NAMES = 10_000
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Columns of names as one array of codes, int32 [N, C]; a number counts as its text.
+
+    A name that training never saw has the code 0, a missing value the code 1.
+
+    names_C: for each column its names in the order of their codes, the most frequent first.
+    """
+
+    columns: tuple[str, ...]
+    names_C: tuple[tuple[str, ...], ...] = ()
+
+    kind: ClassVar[str] = "categories"
+
+    @property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(column, "BYTES", ()) for column in self.columns)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.kind, "INT32", (len(self.columns),)),)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many codes each column has."""
+        return tuple(FIRST + len(names) for names in self.names_C)
+
+    def fit(self, columns: Columns) -> Self:
+        names_C = []
+        for column in self.columns:
+            counts = Counter(key for key in _keys(column, columns[column]) if key is not None)
+            ranked = sorted(counts, key=lambda name: (-counts[name], name))
+            names_C.append(tuple(ranked[:MAX_NAMES]))
+        return replace(self, names_C=tuple(names_C))
+
+    def encode(self, columns: Columns) -> Arrays:
+        """Return {"categories": int32 [N, C]}. Raises InvalidRecord for what is no name."""
+        assert len(self.names_C) == len(self.columns), "fit first"
+        codes = [
+            [codes.get(key, UNSEEN) for key in _keys(column, columns[column])]
+            for column, codes in zip(self.columns, self._code_by_name_C, strict=True)
+        ]
+        return {self.kind: np.array(codes, np.int32).T.copy()}
+
+    @cached_property
+    def _code_by_name_C(self) -> list[dict[str | None, int]]:
+        return [
+            {None: MISSING, **{name: FIRST + code for code, name in enumerate(names)}}
+            for names in self.names_C
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "columns": list(self.columns),
+            "names": [list(names) for names in self.names_C],
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        return cls(tuple(state["columns"]), tuple(tuple(names) for names in state["names"]))
+
+
+def _keys(column: str, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    return [
+        value if type(value) is str and value and value[-1] != "0" else _key(column, row, value)
+        for row, value in enumerate(values)
+    ]
+
+
+def _key(column: str, row: int, value: Any) -> str | None:
+    if is_missing(value):
+        return None
+    problem = "is no name" if isinstance(value, dict | list | tuple | np.ndarray) else None
+    try:
+        name = category_name(value)
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise InvalidRecord(
+            f"field '{column}' is {shorten(value)}, which {problem}; expected a category. "
+            "Send a text, a number or null.",
+            row,
+        )
+    return name or None

@@ -1,0 +1,168 @@
+"""Features of words: text columns as the numbers of their tokens.
+
+Shapes: N records, L tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from train.tasks.records import (
+    Arrays,
+    Columns,
+    InvalidRecord,
+    TensorSpec,
+    is_missing,
+    shorten,
+    to_text,
+)
+
+# The first tokens of a vocabulary that is trained here.
+UNKNOWN, BETWEEN = "[UNK]", "[SEP]"
+# What is beyond would be cut as tokens too, after it was read for nothing.
+MAX_TOKEN_CHARS = 64
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text columns, one after the other, as one array of token numbers, int32 [N, L].
+
+    A token's number is the vocabulary's plus 1; shorter rows are filled with 0, longer ones cut.
+    A missing text has no tokens.
+
+    max_tokens: L.
+    vocabulary: most tokens of a vocabulary trained on the training records.
+    tokenizer: a Tokenizers JSON; trained by `fit` when empty.
+    idf_V: for each token the logarithm of how rare it is over training records, from 1.
+    """
+
+    columns: tuple[str, ...]
+    max_tokens: int = 256
+    vocabulary: int = 20_000
+    tokenizer: str = ""
+    idf_V: tuple[float, ...] = ()
+
+    kind: ClassVar[str] = "tokens"
+
+    @property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(column, "BYTES", ()) for column in self.columns)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.kind, "INT32", (self.max_tokens,)),)
+
+    @property
+    def size(self) -> int:
+        """How many token numbers there are."""
+        # A vocabulary may leave numbers out.
+        return max(self._tokenizer.get_vocab().values()) + 2
+
+    @property
+    def unknown(self) -> int | None:
+        """The number in the arrays of what the vocabulary has no token for, if it has one."""
+        number = self._tokenizer.token_to_id(UNKNOWN)
+        return None if number is None else number + 1
+
+    def fit(self, columns: Columns) -> Self:
+        """Train the tokenizer where none is given; measure how rare each token is."""
+        tokenizer = self.tokenizer or _trained(self._all(columns), self.vocabulary).to_str()
+        fitted = replace(self, tokenizer=tokenizer, idf_V=())
+        tokens_NL = fitted.encode(columns)[self.kind]
+        seen_V = np.zeros(fitted.size, np.int64)
+        for tokens_L in tokens_NL:
+            seen_V[np.unique(tokens_L)] += 1
+        # As scikit-learn's TfidfTransformer smooths it.
+        idf_V = np.log((1 + len(tokens_NL)) / (1 + seen_V)) + 1
+        return replace(fitted, idf_V=tuple(np.round(idf_V, 4).tolist()))
+
+    def encode(self, columns: Columns) -> Arrays:
+        """Return {"tokens": int32 [N, L]}. Raises InvalidRecord for what is no text."""
+        texts_C = [self._texts(column, columns) for column in self.columns]
+        encoded_C = [self._tokenizer.encode_batch(texts) for texts in texts_C]
+        tokens_NL = np.zeros((len(texts_C[0]), self.max_tokens), np.int32)
+        for row, parts in enumerate(zip(*encoded_C, strict=True)):
+            numbers = list(parts[0].ids)
+            for part in parts[1:]:
+                numbers += [*self._between, *part.ids]
+            kept_L = np.array(numbers[: self.max_tokens], np.int32) + 1
+            tokens_NL[row, : len(kept_L)] = kept_L
+        return {self.kind: tokens_NL}
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        assert self.tokenizer, "fit first"
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"the tokenizer is no Tokenizers JSON: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.max_tokens)
+        return tokenizer
+
+    @cached_property
+    def _between(self) -> list[int]:
+        number = self._tokenizer.token_to_id(BETWEEN)
+        return [] if number is None else [number]
+
+    def _texts(self, column: str, columns: Columns) -> list[str]:
+        most = self.max_tokens * MAX_TOKEN_CHARS
+        return [_text(column, row, value)[:most] for row, value in enumerate(columns[column])]
+
+    def _all(self, columns: Columns) -> Iterator[str]:
+        for column in self.columns:
+            yield from self._texts(column, columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "columns": list(self.columns),
+            "max_tokens": self.max_tokens,
+            "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer,
+            "idf": list(self.idf_V),
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        return cls(
+            tuple(state["columns"]),
+            state["max_tokens"],
+            state["vocabulary"],
+            state["tokenizer"],
+            tuple(state["idf"]),
+        )
+
+
+def _trained(texts: Iterable[str], size: int) -> Tokenizer:
+    """A vocabulary of the words that occur at least twice, small letters without accents."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=[UNKNOWN, BETWEEN], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _text(column: str, row: int, value: Any) -> str:
+    if is_missing(value):
+        return ""
+    try:
+        if isinstance(value, str | bytes):
+            return to_text(value)
+        problem = "is no text"
+    except ValueError as error:
+        problem = str(error)
+    raise InvalidRecord(
+        f"field '{column}' is {shorten(value)}, which {problem}; expected text. "
+        "Send a text in UTF-8, or null.",
+        row,
+    )

@@ -1,0 +1,1 @@
+"""What a run reports while it trains: events, throughput, gauges, progress and profiles."""

@@ -1,0 +1,91 @@
+"""Throughput of a run: samples and FLOPs per second, waiting for data, memory, energy."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from train.config import LAST
+from train.tasks.targets import LOWER_IS_BETTER
+from train.telemetry import efficiency
+
+Event = dict[str, Any]
+
+
+class ThroughputMeter:
+    """Measures a run on each worker; rank 0 reports to the driver."""
+
+    def __init__(
+        self, observe: Callable[[Event], None], *, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._observe = observe
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._data_wait_s = 0.0
+        self._flops = 0.0
+        self._before: tuple[int, float] | None = None
+
+    def report(self, event: str, **values: Any) -> None:
+        """Send an event to the driver, from rank 0."""
+        if self._rank == 0:
+            self._observe({"event": event, **values})
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._data_wait_s += time.perf_counter() - started
+
+    def add_flops(self, flops: float) -> None:
+        """Count floating-point operations of this worker."""
+        self._flops += flops
+
+    def report_steps(self, step: int, batch_size: float, **values: float) -> None:
+        """Report the steps since the last call; the first call only starts the clock."""
+        now, before = time.perf_counter(), self._before
+        self._before = (step, now)
+        if before is not None and step > before[0]:
+            rate = batch_size * (step - before[0]) / (now - before[1])
+            self.report(
+                "steps",
+                step=step,
+                **values,
+                samples_per_s=rate,
+                data_wait_s=self._data_wait_s,
+            )
+
+    def epoch_metrics(self, num_samples: float, seconds: float) -> dict[str, float]:
+        """Speed, work, memory and energy of an epoch, as far as they are known here."""
+        device, samples_per_s = self._device, num_samples / seconds
+        metrics: dict[str, float | None] = {
+            "samples_per_s": samples_per_s,
+            "seconds": seconds,
+            "data_wait_s": self._data_wait_s,
+            "peak_memory_bytes": efficiency.peak_memory_bytes(device),
+            "joules": efficiency.joules(device),
+        }
+        if self._flops:
+            per_worker = self._flops / seconds
+            metrics["flops_per_s"] = per_worker * self._world_size
+            metrics["mfu"] = efficiency.utilisation(per_worker, device)
+        self._data_wait_s = self._flops = 0.0
+        return {name: value for name, value in metrics.items() if value is not None}
+
+
+def signed_metric(row: Mapping[str, float], metric: str) -> float:
+    """The metric with the sign that makes more of it better; of "last" the epoch."""
+    if metric == LAST:
+        return row["epoch"]
+    return -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]
+
+
+def best_epoch(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
+    """The epoch whose weights a run keeps: the best, and of equal ones the later."""
+
+    def place(row: Mapping[str, float]) -> tuple[float, float]:
+        value = signed_metric(row, metric)
+        return (-math.inf if math.isnan(value) else value), row["epoch"]
+
+    return max(rows, key=place)

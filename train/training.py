@@ -1,0 +1,233 @@
+"""fit(config) -> Bundle: the one entry for training."""
+
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from cluster import commit, connect, storage
+from cluster.errors import UserError
+from train import reports
+from train.bundle import Bundle, BundleWriter, Manifest
+from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
+from train.bundle.manifest import TensorMetadata
+from train.compress import compress
+from train.compress.recipes.variants import check_calibration
+from train.config import LAST, Augment, Config, allow_code
+from train.data import batch_sampler, dataset, schema_inference
+from train.data.baseline import build_baseline
+from train.data.data_report import PICTURE, REPORT
+from train.data.dataset import EncodedDataset
+from train.data.warm_start import CompletedConfig
+from train.distributed import launcher
+from train.loop import lr_schedule
+from train.loop.checkpoint import load_best_weights
+from train.loop.net_setup import build_net
+from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
+from train.nets.losses import target_loss
+from train.reports import plots
+from train.telemetry.throughput import Event
+
+
+def fit(
+    config: Config | CompletedConfig, observe: Callable[[Event], None] = lambda event: None
+) -> Bundle:
+    """Train, compress, and return the bundle, which is kept under `storage.path`.
+
+    config: one that is completed already is taken as it is. observe: called with every event of
+    training, from another thread. Raises UserError when the data or the configuration do not allow
+    it, CommandFailed when training failed.
+    """
+    started = time.perf_counter()
+    completed, data = prepare_run(config)
+    config, origin = completed.config, completed.init_bundle
+    run = _run(config, storage.join_path(config.storage.root, "train"))
+    if origin is None:
+        launcher.train(config, run, data, observe=observe)
+        return build_bundle(config, data, run, started)
+    launcher.train(config, run, data, observe=observe, lesson=_begun(run, origin))
+    return build_bundle(config, data, run, started, lineage=build_lineage(config.init, origin))
+
+
+def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, EncodedDataset]:
+    """Return the completed config and the encoded data; print the data report on stderr.
+
+    Raises UserError when the data or the configuration do not allow to train.
+    """
+    if isinstance(config, Config):
+        config = schema_inference.complete_config(allow_code(config))
+    completed, config = config, config.config
+    connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
+    fitted = None
+    if completed.init_bundle is not None:
+        check_weights(config, completed.init_bundle)
+        fitted = completed.init_bundle.task
+    data = dataset.prepare_dataset(config, config.storage.root, fitted)
+    print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
+    check_against_data(config, data)
+    return completed, data
+
+
+def build_bundle(
+    config: Config,
+    data: EncodedDataset,
+    run: Run,
+    started: float,
+    *,
+    name: str | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Compress what a finished run has trained, and return the bundle.
+
+    started: when, by time.perf_counter. name: of the bundle's folder, the run's by default.
+    lineage: for the manifest, where the options come from.
+    """
+    root = config.storage.root
+    location = storage.join_path(root, "bundles", name or run.name)
+    with Bundle.create(location) as writer:
+        _write(writer, config, data, run, started, dict(lineage or {}))
+    return Bundle.load(location)
+
+
+def check_against_data(config: Config, data: EncodedDataset) -> None:
+    """Raises UserError for what is only known once the data are."""
+    task = data.task
+    try:
+        build_net(config, task)
+        target_loss(task.target, config.optim, torch.device("cpu"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    images = task.features.images
+    mixes = config.augment.mixup or config.augment.cutmix
+    if mixes and not (len(images) == len(task.features.inputs) == 1):
+        raise UserError(
+            "augment.mixup and augment.cutmix mix images, and the records hold more than one; "
+            "leave them out."
+        )
+    if config.augment != Augment() and not images:
+        raise UserError("augment is for images, and the records hold none; leave it out.")
+    check_calibration(config, task)
+    smallest = batch_sampler.smallest_batch(
+        data.summary["splits"]["train"]["num_records"], config.optim.batch_size
+    )
+    micro_batches = Run.count_micro_batches(config)
+    if micro_batches > 1 and micro_batches * LEAST_SAMPLES > smallest:
+        most = max(smallest // LEAST_SAMPLES, 1)
+        raise UserError(
+            f"a batch of {smallest} samples cannot be shared by {micro_batches} workers, each with "
+            f"at least {LEAST_SAMPLES}; give --workers.num {most} or a larger --optim.batch_size."
+        )
+    if micro_batches < config.workers.most:
+        raise UserError(
+            f"workers.micro_batches is {micro_batches}, and workers.num up to "
+            f"{config.workers.most}; every worker computes a micro-batch, so give "
+            f"--workers.micro_batches {config.workers.most}, or more."
+        )
+    known = [f"valid_{name}" for name in task.target.metric_names]
+    for option, metric, accepted in (
+        ("stop.metric", config.stop.metric, known),
+        ("checkpoint.metric", config.checkpoint.metric, [*known, LAST]),
+        ("registry.metric", config.registry.metric, known),
+    ):
+        if metric is not None and metric not in accepted:
+            raise UserError(f"{option} is '{metric}'; there are {', '.join(accepted)}.")
+
+
+def check_weights(config: Config, bundle: Bundle) -> None:
+    """Raises UserError where the config's net does not take the bundle's weights."""
+    try:
+        wanted = build_net(config, bundle.task).state_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = safetensors.torch.load_file(bundle.path / WEIGHTS)
+    for name in sorted(wanted.keys() | found.keys()):
+        one, other = (
+            "x".join(map(str, each[name].shape)) or "one number" if name in each else "missing"
+            for each in (found, wanted)
+        )
+        if one != other:
+            raise UserError(
+                f"init is '{config.init}', whose weights are of another net: '{name}' is {one} "
+                f"there, {other} here; leave the options of net out, or train without init."
+            )
+
+
+def _begun(run: Run, bundle: Bundle) -> DistillationConfig:
+    """Keep a bundle's weights with the run, where every worker finds them, whenever it goes on."""
+    url = storage.join_path(run.url, "init")
+    with commit.atomic_folder(url) as folder:
+        shutil.copyfile(bundle.path / WEIGHTS, folder / WEIGHTS)
+    return DistillationConfig(start=url)
+
+
+def build_lineage(init: str | None, bundle: Bundle) -> dict[str, Any]:
+    """Where a run's weights come from. init_epochs: those of the first, which began from none."""
+    manifest = bundle.manifest
+    epochs = manifest.lineage.get("init_epochs", manifest.config["optim"]["epochs"])
+    return {"init": init, "init_weights": manifest.files[WEIGHTS].sha256, "init_epochs": epochs}
+
+
+def _run(config: Config, runs: str) -> Run:
+    """Return the run that `resume` names, or a new one, whose name goes to stderr."""
+    if config.resume is not None:
+        return Run.resume(storage.join_path(runs, config.resume), config)
+    name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    print(f"run {name}; if it stops, continue it with --resume {name}", file=sys.stderr)
+    return Run.start(storage.join_path(runs, name), config)
+
+
+def _write(
+    writer: BundleWriter,
+    config: Config,
+    data: EncodedDataset,
+    run: Run,
+    started: float,
+    lineage: dict[str, Any],
+) -> None:
+    """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
+    task = data.task
+    weights, history = load_best_weights(run.store(config.checkpoint.keep))
+    net = build_net(config, task)
+    net.load_state_dict(weights)
+    safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
+    writer.json(FEATURES, task.to_dict())
+    writer.json("report/history.json", history)
+
+    for name in (REPORT, PICTURE):
+        shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))
+
+    made = compress(net, config, data, writer, config.storage.root)
+    steps = batch_sampler.num_steps(
+        data.summary["splits"]["train"]["num_records"], config.optim.batch_size
+    )
+    rates = [
+        config.optim.lr * lr_schedule.lr_factor(config.optim, step, steps * config.optim.epochs)
+        for step in range(steps * len(history))
+    ]
+    metric = f"valid_{task.metric}"
+    plots.plot_curves(history, metric, rates, writer.file("report/curves.png"))
+    writer.json(BASELINE, build_baseline(data, made.outputs["valid"]))
+    test = *data.open("test"), made.outputs["test"]
+    plots.plot_predictions(task, *test, writer.file)
+    manifest = Manifest(
+        name=config.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=task.to_dict(),
+        inputs=[TensorMetadata.of(spec) for spec in task.features.fields],
+        outputs=[TensorMetadata.of(spec) for spec in task.target.outputs],
+        files=writer.files(),
+        seed=config.seed,
+        data={"digest": data.summary["digest"], **data.summary["splits"]},
+        config=config.model_dump(mode="json"),
+        training_seconds=round(time.perf_counter() - started, 3),
+        lineage=lineage,
+        **made.fields,
+    )
+    writer.commit(reports.write_card(writer, manifest, *test))

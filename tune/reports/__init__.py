@@ -1,0 +1,1 @@
+"""What a study shows: progress, plots, and records in MLflow."""

@@ -1,0 +1,1 @@
+"""A study while it runs: sampling, scheduling, trials, and their state on disk."""

@@ -1,0 +1,249 @@
+"""The study as it is kept: one file for what is searched, and one for each trial.
+
+`<storage>/studies/<name>/study.json`, `trials/00007.json`, `runs/00007/` (the trial's run, with its
+checkpoints), `report/`, `best.yaml`, `result.json`. A trial's file is written whole at each of its
+reports, by the one driver that searches. What searcher and scheduler know is made of these files
+again, so a driver may end at any moment; nothing else is read back, and no pickle.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cluster import commit, storage
+from cluster.errors import UserError
+from train.config import validate_as
+from train.loop.run_directory import config_differences
+from train.telemetry.throughput import best_epoch
+from tune import objectives
+from tune.config import StudyConfig
+from tune.run.trial_record import EpochReport, Exploit, State, Trial
+
+STUDY, TRIALS, RUNS, RESULT, BEST, REPORT = (
+    *("study.json", "trials", "runs"),
+    *("result.json", "best.yaml", "report"),
+)
+
+# How the folders begin in which Ray Tune keeps its own notes, which are not read.
+RAY = "ray-"
+
+# What may differ when a study goes on: none of it changes what a trial finds.
+MAY_CHANGE = (
+    *("tune.num_trials", "tune.parallel", "tune.max_minutes", "tune.pick", "tune.refit"),
+    *("workers.gpu", "workers.max_failures", "checkpoint.keep", "profile", "registry", "storage"),
+)
+
+
+class Study:
+    """The trials of a study, and where they are kept. One process writes, any may read.
+
+    metric_names: of the task, its own first. choice: the metric whose best epoch a run keeps.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: StudyConfig,
+        metric_names: Sequence[str],
+        choice: str,
+        trials: Sequence[Trial] = (),
+    ) -> None:
+        self.url, self.config, self.choice, self.trials = url, config, choice, list(trials)
+        self.goals = objectives.study_goals(config.tune.objectives, config.tune.pick, metric_names)
+        self._reported = sum(len(trial.reports) for trial in trials)
+
+    @classmethod
+    def load(cls, url: str) -> "Study":
+        """Raises UserError if there is none, naming those that there are, or a file is damaged."""
+        fs, path = storage.filesystem(url)
+        if not fs.exists(storage.join_path(path, STUDY)):
+            parent, name = path.rsplit("/", 1)
+            names = fs.ls(parent, detail=False) if fs.exists(parent) else []
+            known = ", ".join(sorted(map(_name, names)))
+            raise UserError(f"there is no study '{name}'; there are {known or 'none'}.")
+        found = json.loads(fs.cat_file(storage.join_path(path, STUDY)))
+        folder = storage.join_path(path, TRIALS)
+        names = sorted(fs.ls(folder, detail=False)) if fs.exists(folder) else []
+        trials = []
+        for name in names:
+            if name.endswith(".json"):
+                try:
+                    trials.append(Trial.model_validate_json(fs.cat_file(name)))
+                except ValidationError as error:
+                    raise UserError(
+                        f"'{name}' is no trial of this version; give another --tune.study."
+                    ) from error
+        config = validate_as(StudyConfig, found["config"])
+        return cls(url, config, found["metric_names"], found["choice"], trials)
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        config: StudyConfig,
+        metric_names: Sequence[str],
+        choice: str,
+        data: str = "",
+    ) -> "Study":
+        """Return the study that is kept, or a new one.
+
+        data: digest of the records. Raises UserError if the one that is kept searches something
+        else, or on other records.
+        """
+        values = config.model_dump(mode="json")
+        fs, path = storage.filesystem(url)
+        trials: list[Trial] = []
+        if fs.exists(storage.join_path(path, STUDY)):
+            earlier = cls.load(url)
+            before = earlier.config.model_dump(mode="json")
+            if differing := config_differences(before, values, MAY_CHANGE):
+                raise UserError(
+                    f"study '{config.study}' exists and keeps its config, but {differing}. Give "
+                    "another --tune.study, or the options as they were."
+                )
+            if json.loads(fs.cat_file(storage.join_path(path, STUDY)))["data"] != data:
+                raise UserError(
+                    f"study '{config.study}' exists, and '{config.data.train}' no longer holds the "
+                    "records that it was begun on. Give another --tune.study."
+                )
+            trials = earlier.trials
+        study = cls(url, config, metric_names, choice, trials)
+        study._check_measured()
+        with storage.storage_errors(url):
+            about = {"metric_names": list(metric_names), "choice": choice, "data": data}
+            study.write(STUDY, {"config": values, **about})
+        return study
+
+    def measured(self, trial: Trial) -> dict[str, float]:
+        """The figures that a complete trial is measured by, by the name of the objective."""
+        net = best_epoch(trial.rows, self.choice)
+        return {each.name: each.of(net, trial.served) for each in self.goals.measured}
+
+    def _check_measured(self) -> None:
+        """Raises UserError if the rule asks for what complete trials did not measure."""
+        for trial in self.in_state("complete"):
+            if missing := [name for name in self.goals.variants if name not in trial.served]:
+                raise UserError(
+                    f"tune.pick asks for '{missing[0]}', which the trials of study '{self.name}' "
+                    "did not make; give another --tune.study."
+                )
+
+    @property
+    def name(self) -> str:
+        return _name(self.url)
+
+    def run_url(self, run: str) -> str:
+        return storage.join_path(self.url, RUNS, run)
+
+    def in_state(self, *states: State) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state in states]
+
+    def begin(self, values: dict[str, Any], notes: dict[str, Any]) -> Trial:
+        """Add a trial."""
+        trial = Trial(number=len(self.trials), values=values, began=time.time(), notes=notes)
+        self.trials.append(trial)
+        self.keep(trial)
+        return trial
+
+    def report(self, trial: Trial, figures: dict[str, float]) -> None:
+        """Add an epoch's figures."""
+        trial.reports.append(EpochReport(at=self._reported, time=time.time(), figures=figures))
+        self._reported += 1
+        self.keep(trial)
+
+    def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
+        trial.state, trial.cause, trial.ended_at = state, cause, time.time()
+        self.keep(trial)
+
+    def take_over(self, trial: Trial, donor: Trial, epoch: int, values: dict[str, Any]) -> None:
+        """Let a trial go on from another's checkpoint of an epoch, with other options.
+
+        What its weights have been through is now what the other's have.
+        """
+        takeover = Exploit(
+            epoch=epoch,
+            donor=donor.number,
+            donor_run=donor.run,
+            values=trial.values,
+            rows=trial.rows,
+        )
+        trial.takeovers.append(takeover)
+        trial.values = values
+        trial.reports = [each for each in donor.reports if each.figures["epoch"] <= epoch]
+        self.keep(trial)
+
+    def keep(self, trial: Trial) -> None:
+        """Write a trial's file."""
+        _write(
+            storage.join_path(self.url, TRIALS, f"{trial.name}.json"), trial.model_dump(mode="json")
+        )
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the study."""
+        _write(storage.join_path(self.url, name), value)
+
+    def read(self, name: str) -> Any | None:
+        """A JSON file of the study, or None if there is none."""
+        fs, path = storage.filesystem(storage.join_path(self.url, name))
+        return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+    def tidy(self) -> None:
+        """Remove what no winner will be made of: runs of trials that ended early, Ray's notes."""
+        used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
+        fs, path = storage.filesystem(self.url)
+        runs = storage.join_path(path, RUNS)
+        for folder in fs.ls(runs, detail=False) if fs.exists(runs) else []:
+            name = _name(folder)
+            if name not in used and name[0].isdecimal():
+                fs.rm(folder, recursive=True)
+        for folder in fs.ls(path, detail=False):
+            if _name(folder).startswith(RAY):
+                fs.rm(folder, recursive=True)
+
+    def replay(self) -> Iterator[tuple[Trial, EpochReport]]:
+        """The reports of all trials in the order in which they came."""
+        reports = [(report.at, trial, report) for trial in self.trials for report in trial.reports]
+        for _, trial, report in sorted(reports, key=lambda each: each[0]):
+            yield trial, report
+
+
+@contextmanager
+def lock_study(url: str) -> Iterator[None]:
+    """Hold a study's place while the block runs. Raises UserError if another process does.
+
+    On this machine only: at a URL nothing is there to hold it by.
+    """
+    if storage.is_url(url):
+        yield
+        return
+    with storage.storage_errors(url):
+        Path(url).mkdir(parents=True, exist_ok=True)
+    with Path(url, ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"study '{_name(url)}' is being searched by another process; wait for it, or give "
+                "another --tune.study."
+            ) from error
+        yield
+
+
+def study_location(root: str, name: str) -> str:
+    """Where a study is kept under the storage path."""
+    return storage.join_path(root, "studies", name)
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _write(url: str, value: Any) -> None:
+    """Write a file that readers see as it was or complete."""
+    commit.write_atomic(url, json.dumps(value, indent=1).encode())
