@@ -127,6 +127,7 @@ class Name:
     left: the folder that it was renamed from was synced since.
     """
 
+    inode: int
     parent: str
     origin: str
     path: str
@@ -139,15 +140,18 @@ class Name:
             if os.path.lexists(self.other):
                 os.rename(self.other, self.path)
         else:
-            _remove(self.other or self.path)
+            _remove(self.other or self.path, self.inode)
         if self.saved:
             os.rename(self.saved, self.other)
 
 
-def _remove(path: str) -> None:
+def _remove(path: str, inode: int) -> None:
+    """Remove what has this inode, unless something else has taken its name since."""
+    if not os.path.lexists(path) or os.lstat(path).st_ino != inode:
+        return
     if os.path.isdir(path):
         shutil.rmtree(path)
-    elif os.path.lexists(path):
+    else:
         os.unlink(path)
 
 
@@ -170,7 +174,7 @@ def lose_power(folder: Path, *, undo_names: bool) -> None:
             for each in names:
                 each.left |= each.origin == inode
         elif operation in ("create", "rename"):
-            names.append(Name(parent, origin, path, other, saved))
+            names.append(Name(int(inode), parent, origin, path, other, saved))
     if undo_names:
         for name in reversed(names):
             name.undo()
