@@ -32,6 +32,10 @@ class DamagedFile(Exception):
     """A committed file that is missing or differs from its digest. The message names it."""
 
 
+class IncompleteFolder(UserError):
+    """A folder at a URL that has not the file which marks it complete."""
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a local file, in hex. Raises OSError."""
     with path.open("rb") as file:
@@ -200,6 +204,29 @@ def write_atomic(url: str, content: bytes, mode: int | None = None) -> None:
         stream.write(content)
 
 
+def create_file(url: str, content: bytes) -> bool:
+    """Write a small file that does not exist yet; return False where it does. Raises OSError."""
+    fs, path = filesystem(url)
+    if is_url(url):
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            # Exclusive where the store knows conditional writes, as S3 does.
+            fs.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    part = f"{path}.{PART_PREFIX}{secrets.token_hex(4)}"
+    write_atomic(part, content)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(part)
+    sync_folder(Path(path).parent)
+    return True
+
+
 def make_folder(folder: Path) -> None:
     """Make a local folder and its parents where they do not exist, on disk. Raises OSError."""
     if folder.is_dir():
@@ -235,7 +262,7 @@ def fetch(source: str, last: str) -> Path:
     A local path is returned as it is. A URL is copied to a folder that only this user can read,
     once for each version of its files.
     last: the file that marks the source complete.
-    Raises UserError where the source is incomplete, or has a file whose name leads out of it.
+    Raises IncompleteFolder where it is, UserError for a file whose name leads out of it, OSError.
     """
     if not is_url(source):
         return Path(source)
@@ -244,7 +271,7 @@ def fetch(source: str, last: str) -> Path:
     fs.invalidate_cache()
     found = fs.find(base, detail=True)
     if f"{base}{last}" not in found:
-        raise UserError(f"'{source}' is not there, or is incomplete: it has no {last}.")
+        raise IncompleteFolder(f"'{source}' is not there, or is incomplete: it has no {last}.")
     versions = [[name, *_version(fs, name, info)] for name, info in sorted(found.items())]
     key = hashlib.sha256(json.dumps([source, versions]).encode()).hexdigest()[:32]
     target = private.private_folder("fetched") / key

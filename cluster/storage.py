@@ -68,6 +68,49 @@ def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
         raise UserError(f"'{path}' cannot be opened: {error}") from error
 
 
+def exists(url: str) -> bool:
+    """Whether a file or folder is there. Raises OSError where it cannot be found out.
+
+    fsspec's own `exists` takes any error, of permissions or of the network, for absence.
+    """
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def list_names(url: str) -> list[str]:
+    """Return the names in a folder, sorted; none where there is no folder. Raises OSError."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    try:
+        entries = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+
+def read_file(url: str) -> bytes | None:
+    """Return the content of a file, or None where there is none. Raises OSError."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    try:
+        content: bytes = fs.cat_file(path)
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def remove(url: str) -> None:
+    """Remove a file or folder with all that is in it, if it is there. Raises OSError."""
+    if exists(url):
+        fs, path = filesystem(url)
+        fs.rm(path, recursive=True)
+
+
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
     """Turn what the file system says of a place that cannot be written into a UserError."""
@@ -83,12 +126,10 @@ def storage_errors(place: str) -> Iterator[None]:
 def scratch_folder(parent: str) -> Iterator[str]:
     """Yield a folder's path or URL below `parent`, for files that go when the block ends."""
     folder = join_path(parent, f".scratch-{secrets.token_hex(6)}")
-    fs, path = filesystem(folder)
     try:
         yield folder
     finally:
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        remove(folder)
 
 
 def tracking_uri(root: str) -> str:

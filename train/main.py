@@ -1,5 +1,6 @@
 """python train/main.py [--config FILE] [--dotted.option VALUE …]"""
 
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         imported.result()
     from train.bundle import publishing
     from train.data import schema_inference
-    from train.training import fit
+    from train.training import fit, validation_score
 
     completed = schema_inference.complete_config(config)
     config = completed.config
@@ -43,7 +44,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     publishing.check_publishable(root, config.registry.metric)
     with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
         bundle = fit(completed, recording.observe)
-        published = publishing.publish(bundle, recording, root, config.registry.metric)
+        published = publishing.publish(
+            bundle,
+            recording,
+            root,
+            config.registry.metric,
+            score=functools.partial(validation_score, config),
+        )
     return publishing.bundle_summary(bundle) | published
 
 

@@ -150,11 +150,7 @@ def _is_done(trial: Trial) -> bool:
 
 
 def _only(root: str) -> str:
-    fs, path = storage.filesystem(study_location(root, ""))
-    names = sorted(
-        each.rstrip("/").rsplit("/", 1)[-1]
-        for each in (fs.ls(path, detail=False) if fs.exists(path) else [])
-    )
+    names = storage.list_names(study_location(root, ""))
     if len(names) != 1:
         raise UserError(
             f"there are the studies {', '.join(names)}; name one."

@@ -1,5 +1,6 @@
 """tune(config) -> result: search, pick the winner, and make of it what will be served."""
 
+import functools
 import secrets
 import sys
 import time
@@ -16,7 +17,12 @@ from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.telemetry.throughput import best_epoch
-from train.training import build_bundle, check_against_data, prepare_run
+from train.training import (
+    build_bundle,
+    check_against_data,
+    prepare_run,
+    validation_score,
+)
 from tune import objectives, report, search_space
 from tune.cli import training_config
 from tune.config import StudyConfig
@@ -116,7 +122,8 @@ def _finish(
         metric = best.registry.metric or f"valid_{bundle.task.metric}"
         # The refitted net has seen the records that it would be judged by.
         figure = best_epoch(trial.rows, study.choice)[metric] if refit else None
-        result |= tracking.publish(bundle, metric, figure)
+        score = functools.partial(validation_score, best)
+        result |= tracking.publish(bundle, metric, figure, score)
     return result | {
         "study": study.name,
         "num_trials": len(study.trials),
@@ -133,9 +140,7 @@ def _refitted(study: Study, config: Config, data: EncodedDataset) -> Run:
     try:
         run = Run.resume(url, config)
     except UserError:  # none, or of another winner
-        fs, path = storage.filesystem(url)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        storage.remove(url)
         run = Run.start(url, config)
     launcher.train(config, run, data)
     return run

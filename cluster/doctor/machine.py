@@ -93,8 +93,7 @@ def storage_place(path: str) -> Finding:
     root = storage.resolve_path(path)
     try:
         if storage.is_url(root):
-            fs, inside = storage.filesystem(root)
-            fs.exists(inside)
+            storage.exists(root)
         else:
             Path(root).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root):

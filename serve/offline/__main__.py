@@ -96,9 +96,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "rows_per_s": round(done / seconds, 1),
     }
     write_json(storage.join_path(output, SUMMARY), summary)
-    fs, path = storage.filesystem(storage.join_path(output, plan["input"]))
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    storage.remove(storage.join_path(output, plan["input"]))
     return summary
 
 
@@ -116,10 +114,9 @@ def _plan(
         "variant": variant,
         "keep": options.keep,
     }
-    fs, path = storage.filesystem(storage.join_path(output, PLAN))
-    if fs.exists(path):
-        with fs.open(path, "r") as file:
-            plan: dict[str, Any] = json.load(file)
+    content = storage.read_file(storage.join_path(output, PLAN))
+    if content is not None:
+        plan: dict[str, Any] = json.loads(content)
         if changed := [key for key, value in of.items() if plan["of"][key] != value]:
             raise UserError(
                 f"'{options.output}' was begun with another {', '.join(changed)}; give another "

@@ -17,8 +17,7 @@ def part_path(output: str, number: int, *folder: str) -> str:
 
 
 def part_exists(output: str, number: int) -> bool:
-    fs, path = storage.filesystem(part_path(output, number))
-    return bool(fs.exists(path))
+    return storage.exists(part_path(output, number))
 
 
 def count_rows(output: str, num_parts: int) -> dict[str, int]:
@@ -26,8 +25,9 @@ def count_rows(output: str, num_parts: int) -> dict[str, int]:
     counts = {"rows": 0, "bad": 0}
     for number in range(num_parts):
         for name, folder in (("rows", ()), ("bad", (BAD,))):
-            fs, path = storage.filesystem(part_path(output, number, *folder))
-            if fs.exists(path):
+            part = part_path(output, number, *folder)
+            if storage.exists(part):
+                fs, path = storage.filesystem(part)
                 with fs.open(path, "rb") as stream:
                     counts[name] += pa.parquet.ParquetFile(stream).metadata.num_rows
     return counts

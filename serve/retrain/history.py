@@ -22,10 +22,10 @@ class RetrainHistory:
         return f"{self._place}.{ending}"
 
     def history(self) -> list[dict[str, Any]]:
-        fs, path = storage.filesystem(self._url)
-        if not fs.exists(path):
+        content = storage.read_file(self._url)
+        if content is None:
             return []
-        found: list[dict[str, Any]] = json.loads(fs.cat_file(path))["history"]
+        found: list[dict[str, Any]] = json.loads(content)["history"]
         return found
 
     def note(self, entry: Mapping[str, Any]) -> None:

@@ -1,9 +1,7 @@
 """A lease: a file that says who is at work, so that one is at a time."""
 
 import json
-import os
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from typing import Any
 
 from cluster import commit, storage
 from cluster.errors import CommandFailed
+from cluster.process_identity import ProcessIdentity
 
 
 class LockHeld(Exception):
@@ -42,7 +41,7 @@ def hold_lock(url: str, hours: float) -> Iterator[FileLock]:
     """
     lease = FileLock(url, _self())
     content = json.dumps(lease.holder).encode()
-    if not _created(url, content):
+    if not commit.create_file(url, content):
         other = _read(url)
         if other is not None and not _is_stale(other, hours):
             raise LockHeld(
@@ -62,27 +61,10 @@ def hold_lock(url: str, hours: float) -> Iterator[FileLock]:
 
 def _self() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
+        **ProcessIdentity.current().to_dict(),
         "time": time.time(),
         "token": secrets.token_hex(8),
     }
-
-
-def _created(url: str, content: bytes) -> bool:
-    """Make a file; return whether it was not there yet."""
-    fs, path = storage.filesystem(url)
-    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    try:
-        if storage.is_url(url):
-            # Exclusive where the store knows conditional writes, as S3 does.
-            fs.pipe_file(path, content, mode="create")
-        else:
-            with open(path, "xb") as file:
-                file.write(content)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _read(url: str) -> dict[str, Any] | None:
@@ -93,7 +75,7 @@ def _read(url: str) -> dict[str, Any] | None:
         holder: dict[str, Any] = json.loads(fs.cat_file(path))
     except FileNotFoundError:
         return None
-    except ValueError:  # made, and not written yet
+    except ValueError:  # damaged
         return {"host": "another host", "pid": 0, "time": fs.modified(path).timestamp()}
     return holder
 
@@ -101,12 +83,4 @@ def _read(url: str) -> dict[str, Any] | None:
 def _is_stale(holder: dict[str, Any], hours: float) -> bool:
     if time.time() - holder["time"] > hours * 3600:
         return True
-    if holder["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        return False
-    return False
+    return ProcessIdentity.from_dict(holder).has_ended()

@@ -125,7 +125,12 @@ class RolloutController:
         """Move the registry's aliases to the candidate, and end the comparison."""
         decision = self._decision(state, step)
         await asyncio.to_thread(
-            registry.promote_candidate, self._root, self._name, step.candidate, decision
+            registry.promote_candidate,
+            self._root,
+            self._name,
+            step.candidate,
+            state.default,
+            decision,
         )
         await self._end(step, decision)
 

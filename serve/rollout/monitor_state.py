@@ -46,11 +46,11 @@ class MonitorState(_Part):
         Raises UserError for a damaged file.
         """
         url = _url(root, model)
-        fs, path = storage.filesystem(url)
-        if not fs.exists(path):
+        content = storage.read_file(url)
+        if content is None:
             return None
         try:
-            return cls.model_validate_json(fs.cat_file(path))
+            return cls.model_validate_json(content)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(

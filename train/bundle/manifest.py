@@ -144,6 +144,24 @@ class Manifest(StrictModel):
         "bundle that its weights began from.",
     )
 
+    @property
+    def interface(self) -> dict[str, Any]:
+        """What clients rely on: the task, the inputs with their types, the outputs, the classes."""
+        target = self.task["target"]
+        return {
+            "task": target["kind"],
+            "inputs": [each.model_dump() for each in self.inputs],
+            "outputs": [each.model_dump() for each in self.outputs],
+            "classes": target.get("classes"),
+        }
+
+
+def interface_change(before: Manifest, after: Manifest) -> str | None:
+    """Say what differs between the interfaces of two bundles; None if nothing does."""
+    one, other = before.interface, after.interface
+    changed = [name for name in one if one[name] != other[name]]
+    return f"its {' and '.join(changed)} differ{'s' * (changed == ['task'])}" if changed else None
+
 
 def flatten_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return options in sections by their dotted names."""

@@ -1,25 +1,32 @@
 """Publishing: a bundle becomes a version of its model in MLflow, perhaps in production."""
 
 import math
-import os
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
 from cluster.errors import UserError
-from train.bundle.bundle import WEIGHTS, Bundle
-from train.bundle.manifest import flatten_options
+from train.bundle.bundle import WEIGHTS, Bundle, CorruptBundle
+from train.bundle.manifest import flatten_options, interface_change
+from train.bundle.mlflow_access import (
+    RegistryError,
+    ensure_experiment,
+    ensure_model,
+    find_alias,
+    lock_registry,
+    mlflow_client,
+    registry_errors,
+)
 from train.bundle.registry import (
     ARTIFACT,
     CANDIDATE,
     PRODUCTION,
     SCHEME,
-    is_registered,
-    mlflow_client,
-    production_version,
+    load_version,
+    set_production,
 )
 from train.tasks.targets import LOWER_IS_BETTER
 
@@ -81,8 +88,13 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._client is not None and self.run_id is not None:
-            self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "FAILED")
+        if self._client is None or self.run_id is None:
+            return
+        try:
+            with registry_errors(self._root):
+                self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "FAILED")
+        except RegistryError as error:  # what the block did has its own outcome
+            print(f"MLflow shows the run {self.run_id} as running: {error}", file=sys.stderr)
 
     def observe(self, event: dict[str, Any]) -> None:
         """Log an event's figures, by step or by epoch."""
@@ -100,20 +112,22 @@ class RunRecorder:
             for key, value in event.items()
             if key not in ("event", "epoch", "step")
         ]
-        client.log_batch(run_id, figures)
+        with registry_errors(self._root):
+            client.log_batch(run_id, figures)
 
     def begin(self) -> tuple["MlflowClient", str]:
         """Return the client and the run, created with its options the first time."""
         from mlflow.entities import Param
 
-        if self._client is None:
-            self._client = mlflow_client(self._root)
-        if self.run_id is None:
-            experiment = _experiment(self._client, self._root, self._name)
-            self.run_id = self._client.create_run(experiment, tags=self._tags).info.run_id
-            options = flatten_options(self._options)
-            params = [Param(key, str(value)[:500]) for key, value in options.items()]
-            self._client.log_batch(self.run_id, params=params[:PARAM_LIMIT])
+        with registry_errors(self._root):
+            if self._client is None:
+                self._client = mlflow_client(self._root)
+            if self.run_id is None:
+                experiment = ensure_experiment(self._client, self._root, self._name)
+                self.run_id = self._client.create_run(experiment, tags=self._tags).info.run_id
+                options = flatten_options(self._options)
+                params = [Param(key, str(value)[:500]) for key, value in options.items()]
+                self._client.log_batch(self.run_id, params=params[:PARAM_LIMIT])
         return self._client, self.run_id
 
 
@@ -124,16 +138,21 @@ def publish(
     metric: str | None,
     *,
     figure: float | None = None,
+    score: Callable[[Bundle, str], float] | None = None,
     candidate: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Add the bundle to its run and register it as a new version of its model.
 
-    The version becomes production if it is no worse in `metric` (the task's own on the validation
-    split when None) than the one that is, or is the same net with other variants, else candidate;
-    stderr says which and why. Returns {"version", "alias", "uri"}.
+    The version becomes production if none is, if it is the same net as production with other
+    variants, or if it has the interface of production and is no worse in `metric` (the task's own
+    on the validation split when None) on the same records; else candidate. stderr says which and
+    why. Returns {"version", "alias", "uri"}. Raises RegistryError where the registry cannot be
+    asked or changed; production is then what it was.
 
     figure: what stands for the metric where the bundle's own is of records it was trained on.
+    score: (another bundle, metric) → its figure on this bundle's validation records, to compare
+    with a production that was measured on others. Raises UserError where it cannot be computed.
     candidate: why the version becomes candidate and never production, whatever its figures.
     tags: of the version, besides its figures and its lineage.
     """
@@ -141,42 +160,91 @@ def publish(
     manifest = bundle.manifest
     metric = metric or f"valid_{bundle.task.metric}"
     value = _metric(bundle, metric) if figure is None else figure
-    client.update_run(run_id, name=bundle.path.name)
-    _log(client, run_id, bundle)
-    client.log_artifacts(run_id, str(bundle.path), ARTIFACT)
-    run = client.get_run(run_id)
-
-    current = production_version(client, manifest.name)
-    if current is None and not is_registered(client, manifest.name):
-        client.create_registered_model(manifest.name)
-    metrics = manifest.variants[manifest.default_variant].metrics | {metric: value}
-    origin = {key: str(value) for key, value in manifest.lineage.items()}
-    weights = manifest.files[WEIGHTS].sha256
-    version = client.create_model_version(
-        manifest.name,
-        source=f"{run.info.artifact_uri}/{ARTIFACT}",
-        run_id=run_id,
-        tags={
-            WEIGHTS: weights,
-            **origin,
-            **(tags or {}),
-            **{key: repr(figure) for key, figure in metrics.items()},
-        },
-    ).version
-    alias, reason = PRODUCTION, "no version is in production yet"
-    if candidate is not None:
-        alias, reason = CANDIDATE, candidate
-    elif current is not None:
-        before = float(current.tags.get(metric, math.nan))
-        reason = f"{metric} {value:.4f} against {before:.4f} of version {current.version}"
-        if current.tags.get(WEIGHTS) == weights:
-            reason += ", which is the same net, compressed anew and accepted by the gate"
-        elif _worse(metric, value, before):
-            alias = CANDIDATE
-    client.set_registered_model_alias(manifest.name, alias, version)
+    with registry_errors(root):
+        client.update_run(run_id, name=bundle.path.name)
+        _log(client, run_id, bundle)
+        client.log_artifacts(run_id, str(bundle.path), ARTIFACT)
+        run = client.get_run(run_id)
+        ensure_model(client, manifest.name)
+        metrics = manifest.variants[manifest.default_variant].metrics | {metric: value}
+        version = client.create_model_version(
+            manifest.name,
+            source=f"{run.info.artifact_uri}/{ARTIFACT}",
+            run_id=run_id,
+            tags={
+                WEIGHTS: manifest.files[WEIGHTS].sha256,
+                **{key: str(value) for key, value in manifest.lineage.items()},
+                **(tags or {}),
+                **{key: repr(figure) for key, figure in metrics.items()},
+            },
+        ).version
+    challenger = _Challenger(bundle, root, metric, value, score)
+    while True:
+        with registry_errors(root):
+            current = find_alias(client, manifest.name, PRODUCTION)
+        # Scoring production may take a while, and is not done while others wait for the lock.
+        no_worse, reason = (False, candidate) if candidate else challenger.compare(current)
+        alias = PRODUCTION if no_worse else CANDIDATE
+        with registry_errors(root), lock_registry(client, root) as lock:
+            now = find_alias(client, manifest.name, PRODUCTION)
+            if candidate is None and _number(now) != _number(current):
+                continue  # another version became production meanwhile
+            if no_worse:
+                set_production(client, lock, manifest.name, str(version))
+            else:
+                lock.check()
+                client.set_registered_model_alias(manifest.name, CANDIDATE, str(version))
+        break
     print(f"{manifest.name} version {version} is {alias}: {reason}", file=sys.stderr)
     uri = f"{SCHEME}{manifest.name}@{alias}"
     return {"version": int(version), "alias": alias, "uri": uri}
+
+
+@dataclass(frozen=True)
+class _Challenger:
+    """A new version, to be compared with the one in production."""
+
+    bundle: Bundle
+    root: str
+    metric: str
+    value: float
+    score: Callable[[Bundle, str], float] | None
+
+    def compare(self, current: Any | None) -> tuple[bool, str]:
+        """Return whether it may replace a model version (None: there is none), and why."""
+        if current is None:
+            return True, "no version is in production yet"
+        number = current.version
+        try:
+            production = load_version(current, self.root)
+        except (CorruptBundle, UserError, ValueError) as error:
+            return False, f"version {number} in production cannot be read: {error}"
+        if change := interface_change(production.manifest, self.bundle.manifest):
+            return False, f"{change} from version {number} in production"
+        before = float(current.tags.get(self.metric, math.nan))
+        words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"
+        if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
+            reason = "which is the same net, compressed anew and accepted by the gate"
+            return True, f"{words.format(before)}, {reason}"
+        if not _same_records(production, self.bundle):
+            if self.score is None:
+                return False, f"version {number} was measured on other validation records"
+            try:
+                before = self.score(production, self.metric)
+            except UserError as error:
+                return False, f"version {number} cannot be measured on these records: {error}"
+            words += ", measured anew on these records"
+        return not _worse(self.metric, self.value, before), words.format(before)
+
+
+def _number(version: Any | None) -> str | None:
+    return None if version is None else str(version.version)
+
+
+def _same_records(one: Bundle, other: Bundle) -> bool:
+    """Whether two bundles were measured on the same validation records."""
+    digests = [bundle.manifest.data["valid"].get("digest") for bundle in (one, other)]
+    return digests[0] is not None and digests[0] == digests[1]
 
 
 def check_publishable(root: str, metric: str | None) -> None:
@@ -187,16 +255,6 @@ def check_publishable(root: str, metric: str | None) -> None:
             f"registry.metric is '{metric}'; accepted are metrics of the validation split, such as "
             "valid_accuracy, as no choice sees the test split."
         )
-
-
-def _experiment(client: "MlflowClient", root: str, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    # A tracking server chooses its own place; the embedded one would take the current directory.
-    server = "MLFLOW_TRACKING_URI" in os.environ
-    location = None if server else Path(root, "artifacts", name).as_uri()
-    return client.create_experiment(name, artifact_location=location)
 
 
 def _log(client: "MlflowClient", run_id: str, bundle: Bundle) -> None:

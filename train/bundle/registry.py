@@ -5,15 +5,22 @@ Only drivers talk to it, never workers or replicas.
 
 import hashlib
 import json
-import logging
-import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from cluster import commit, private, storage
 from cluster.errors import UserError
+from train.bundle import mlflow_access
 from train.bundle.bundle import Bundle, CorruptBundle
+from train.bundle.mlflow_access import (
+    RegistryLock,
+    find_alias,
+    find_version,
+    lock_registry,
+    mlflow_client,
+    registry_errors,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,34 +37,33 @@ TRAIN = "python train/main.py"
 SCHEME = "models:/"
 
 
+class ProductionChanged(Exception):
+    """Another version became production while a candidate was compared."""
+
+
 def resolve_model(uri: str, root: str) -> tuple[str, str]:
     """Return (location of the bundle, version) for models:/NAME/VERSION or models:/NAME@ALIAS.
 
     Anything else is taken as the location of a bundle itself. Raises UserError if the registry
-    has no such version.
+    has no such version, RegistryError if it cannot be asked.
     """
     if not uri.startswith(SCHEME):
         return storage.resolve_path(uri), "1"
-    from mlflow.exceptions import MlflowException
-
     name, alias, version = _parse(uri)
     if not storage.has_registry(root):
         raise UserError(
             f"'{uri}' cannot be found, as there is no registry at '{root}'; "
             f"train a model with: {TRAIN}"
         )
-    try:
+    with registry_errors(root):
         client = mlflow_client(root)
-        if alias:
-            found = client.get_model_version_by_alias(name, alias)
-        else:
-            found = client.get_model_version(name, version)
-        return _local(found, root), str(found.version)
-    except MlflowException as error:
-        raise UserError(
-            f"'{uri}' is not in the registry at {_shown(root)} "
-            f"({' '.join(str(error).split())[:200]}). Train one with: {TRAIN}"
-        ) from error
+        found = find_alias(client, name, alias) if alias else find_version(client, name, version)
+        if found is not None:
+            return _local(found, root), str(found.version)
+    raise UserError(
+        f"'{uri}' is not in the registry at {mlflow_access.shown(root)}. "
+        f"Train a model with: {TRAIN}"
+    )
 
 
 def load_bundle(uri: str, root: str) -> tuple[Bundle, str]:
@@ -76,64 +82,96 @@ def load_bundle(uri: str, root: str) -> tuple[Bundle, str]:
     return bundle, version
 
 
+def load_version(version: Any, root: str) -> Bundle:
+    """Return the bundle of an MLflow model version. Raises CorruptBundle, UserError."""
+    return Bundle.load(_local(version, root))
+
+
 def model_name(uri: str) -> str:
     """Return the model's name in models:/NAME@ALIAS or models:/NAME/VERSION."""
     return _parse(uri)[0]
 
 
-def production_version(client: "MlflowClient", name: str) -> Any | None:
-    """Return the model version in production, or None."""
-    return _by_alias(client, name, PRODUCTION)
-
-
 def pending_candidate(root: str, name: str) -> tuple[str, str] | None:
-    """Return (location of the bundle, version) of a candidate that nothing was decided of yet."""
-    client = mlflow_client(root)
-    found = _by_alias(client, name, CANDIDATE)
-    if found is None or DECISION in found.tags:
-        return None
-    return _local(found, root), str(found.version)
+    """Return (location of the bundle, version) of a candidate that nothing was decided of yet.
+
+    Raises RegistryError.
+    """
+    with registry_errors(root):
+        client = mlflow_client(root)
+        found = find_alias(client, name, CANDIDATE)
+        if found is None or DECISION in found.tags:
+            return None
+        return _local(found, root), str(found.version)
 
 
-def promote_candidate(root: str, name: str, version: str, decision: dict[str, Any]) -> None:
-    """Record the decision and make the candidate production, and what was production previous."""
-    client = mlflow_client(root)
-    client.set_model_version_tag(name, version, DECISION, json.dumps(decision))
-    before = production_version(client, name)
-    if before is not None:
-        client.set_registered_model_alias(name, PREVIOUS, before.version)
-    client.set_registered_model_alias(name, PRODUCTION, version)
-    _end_candidacy(client, name, version)
+def promote_candidate(
+    root: str, name: str, version: str, production: str, decision: dict[str, Any]
+) -> None:
+    """Record the decision and make the candidate production, and what was production previous.
+
+    production: the version that the candidate was compared with.
+
+    May be repeated, as after a failure in the middle. Raises ProductionChanged where another
+    version is production by now, RegistryError.
+    """
+    with registry_errors(root):
+        client = mlflow_client(root)
+        with lock_registry(client, root) as lock:
+            now = find_alias(client, name, PRODUCTION)
+            if now is not None and str(now.version) not in (production, version):
+                raise ProductionChanged(
+                    f"version {now.version} is in production by now; version {version} was "
+                    f"compared with version {production}."
+                )
+            _record(client, lock, name, version, decision)
+            set_production(client, lock, name, version)
+            _end_candidacy(client, lock, name, version)
 
 
 def roll_back_candidate(root: str, name: str, version: str, decision: dict[str, Any]) -> None:
-    """Record the decision; production stays, and the version is no candidate any more."""
-    client = mlflow_client(root)
+    """Record the decision; production stays, and the version is no candidate any more.
+
+    May be repeated. Raises RegistryError.
+    """
+    with registry_errors(root):
+        client = mlflow_client(root)
+        with lock_registry(client, root) as lock:
+            _record(client, lock, name, version, decision)
+            _end_candidacy(client, lock, name, version)
+
+
+def set_production(client: "MlflowClient", lock: RegistryLock, name: str, version: str) -> None:
+    """Make a version production, and what was production previous. May be repeated."""
+    before = find_alias(client, name, PRODUCTION)
+    if before is not None and str(before.version) != version:
+        lock.check()
+        client.set_registered_model_alias(name, PREVIOUS, str(before.version))
+    lock.check()
+    client.set_registered_model_alias(name, PRODUCTION, version)
+
+
+def _record(
+    client: "MlflowClient", lock: RegistryLock, name: str, version: str, decision: dict[str, Any]
+) -> None:
+    lock.check()
     client.set_model_version_tag(name, version, DECISION, json.dumps(decision))
-    _end_candidacy(client, name, version)
 
 
-def _end_candidacy(client: "MlflowClient", name: str, version: str) -> None:
-    found = _by_alias(client, name, CANDIDATE)
+def _end_candidacy(client: "MlflowClient", lock: RegistryLock, name: str, version: str) -> None:
+    found = find_alias(client, name, CANDIDATE)
     if found is not None and str(found.version) == version:
+        lock.check()
         client.delete_registered_model_alias(name, CANDIDATE)
 
 
 def list_decisions(root: str, name: str) -> list[dict[str, Any]]:
-    """What was decided of candidates, the oldest first."""
-    versions = mlflow_client(root).search_model_versions(f"name = '{name}'")
+    """What was decided of candidates, the oldest first. Raises RegistryError."""
+    with registry_errors(root):
+        versions = mlflow_client(root).search_model_versions(f"name = '{name}'")
     found = [version.tags[DECISION] for version in versions if DECISION in version.tags]
     decided: list[dict[str, Any]] = [json.loads(decision) for decision in found]
     return sorted(decided, key=lambda decision: str(decision["time"]))
-
-
-def _by_alias(client: "MlflowClient", name: str, alias: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException:
-        return None
 
 
 def _parse(uri: str) -> tuple[str, str, str]:
@@ -146,16 +184,6 @@ def _parse(uri: str) -> tuple[str, str, str]:
     if name and version.isdecimal():
         return storage.check_name(name, storage.MODEL_NAME, f"the model of '{uri}'"), "", version
     raise UserError(f"'{uri}' names no model; expected models:/NAME@ALIAS or models:/NAME/VERSION.")
-
-
-def mlflow_client(root: str) -> "MlflowClient":
-    # A database that is new prints a page of migration steps.
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-    from mlflow import MlflowClient
-
-    return MlflowClient(storage.tracking_uri(root))
 
 
 def _local(version: Any, root: str) -> str:
@@ -174,17 +202,3 @@ def _local(version: Any, root: str) -> str:
                 artifact_uri=version.source, dst_path=str(aside), tracking_uri=tracking_uri
             )
     return str(target / ARTIFACT)
-
-
-def is_registered(client: "MlflowClient", name: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        return False
-    return True
-
-
-def _shown(root: str) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI", root)

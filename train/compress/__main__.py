@@ -1,5 +1,6 @@
 """python -m train.compress: compress a model again, add a variant, export one for the edge."""
 
+import functools
 import re
 import secrets
 import shutil
@@ -32,6 +33,7 @@ from train.data.dataset import EncodedDataset
 from train.reports import plots
 from train.tasks import plugins
 from train.tasks.plugins import code_of_config
+from train.training import validation_score
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION, or the path of a bundle."
 # Sections of training options that the command accepts beside its own.
@@ -177,7 +179,13 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     if not config.registry.enabled:
         return summary
     with publishing.RunRecorder(root, config.name, bundle.manifest.config) as recording:
-        published = publishing.publish(bundle, recording, root, config.registry.metric)
+        published = publishing.publish(
+            bundle,
+            recording,
+            root,
+            config.registry.metric,
+            score=functools.partial(validation_score, config),
+        )
     return summary | published
 
 

@@ -53,7 +53,7 @@ class VariantJudge:
         """Whether the drop of an ONNX file from another is within what is accepted."""
         inputs, targets_N = self._splits["valid"]
         before, after = (
-            _run(OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores()), inputs)
+            run_batches(OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores()), inputs)
             for each in (reference, path)
         )
         comparison = gate.compare_with_fp32(self._task, before, after, targets_N)
@@ -80,7 +80,7 @@ class VariantJudge:
         kind = engines.find_engine(engine)
         fast = kind.load(made.path, num_threads=benchmark.num_cores())
         inputs, targets_N = self._splits["valid"]
-        valid, test = (_run(fast, self._splits[split][0]) for split in ("valid", "test"))
+        valid, test = (run_batches(fast, self._splits[split][0]) for split in ("valid", "test"))
         for outputs in (valid, test):
             self.check(outputs)
         if self._reference is None:
@@ -121,7 +121,8 @@ class VariantJudge:
         return variant, golden, {"valid": valid, "test": test}
 
 
-def _run(engine: Engine, inputs: Arrays) -> Arrays:
+def run_batches(engine: Engine, inputs: Arrays) -> Arrays:
+    """Return an engine's outputs for the encoded records of a split."""
     count = len(next(iter(inputs.values())))
     parts = [
         engine.run({name: array[part] for name, array in inputs.items()})

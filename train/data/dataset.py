@@ -128,8 +128,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
 def _is_complete(url: str) -> bool:
     """Whether encoded data are there and, where they are local files, undamaged."""
     if storage.is_url(url):
-        fs, path = storage.filesystem(url)
-        return bool(fs.exists(storage.join_path(path, commit.DIGESTS)))
+        return storage.exists(storage.join_path(url, commit.DIGESTS))
     folder = Path(url)
     if not (folder / commit.DIGESTS).exists():
         return False

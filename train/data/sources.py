@@ -86,7 +86,7 @@ def find_source(url: str) -> Source:
         if fs.isdir(path):
             below = path.rstrip("/") + "/"
             paths = [each for each in fs.find(path) if not _hidden(each.removeprefix(below))]
-        elif fs.exists(path):
+        elif storage.exists(url):
             paths = [path]
         else:
             paths = [each for each in fs.glob(path) if fs.isfile(each)]

@@ -107,28 +107,25 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Steps at which there is a checkpoint, ascending. It may yet be damaged."""
-        fs, path = storage.filesystem(self._url)
-        if not fs.exists(path):
-            return []
-        fs.invalidate_cache()
-        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+        names = storage.list_names(self._url)
         found = (name.removeprefix("step-") for name in names if name.startswith("step-"))
         return sorted(int(name) for name in found if name.isdecimal())
 
     def latest(self) -> TrainingState | None:
-        """The last checkpoint that is whole; says on stderr which ones it passes over."""
+        """The last checkpoint that is whole; says on stderr which ones it passes over.
+
+        Raises OSError where one cannot be fetched, as it may be whole.
+        """
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
-            except (DamagedCheckpoint, OSError) as error:
+            except DamagedCheckpoint as error:
                 print(f"{error}; using the checkpoint before it", file=sys.stderr)
         return None
 
     def load(self, step: int) -> TrainingState:
         """Raises DamagedCheckpoint, naming the file."""
-        url = self._step_url(step)
-        folder = commit.fetch(url, last=commit.DIGESTS)
-        _check_whole(folder)
+        folder = self._fetch(step)
         tensors = safetensors.torch.load_file(folder / TENSORS)
         return TrainingState(tensors, json.loads((folder / VALUES).read_text()))
 
@@ -139,11 +136,20 @@ class CheckpointManager:
         """
         best = donor.load(step).values["best_step"]
         for each in dict.fromkeys((best, step) if best in donor.steps() else (step,)):
-            source = commit.fetch(donor._step_url(each), last=commit.DIGESTS)
-            _check_whole(source)
+            source = donor._fetch(each)
             with commit.atomic_folder(self._step_url(each)) as folder:
                 for name in (TENSORS, VALUES):
                     shutil.copyfile(source / name, folder / name)
+
+    def _fetch(self, step: int) -> Path:
+        """Return a local folder with a checkpoint. Raises DamagedCheckpoint, naming the file."""
+        try:
+            folder = commit.fetch(self._step_url(step), last=commit.DIGESTS)
+            for name in (TENSORS, VALUES):
+                commit.check_file(folder, name)
+        except (commit.DamagedFile, commit.IncompleteFolder) as error:
+            raise DamagedCheckpoint(str(error)) from error
+        return folder
 
     def _write(self, state: TrainingState, best_step: int | None) -> None:
         step = state.values["step"]
@@ -167,8 +173,7 @@ class CheckpointManager:
         """
         for step in [each for each in self.steps() if each <= written][: -self._keep]:
             if step != best_step:
-                fs, path = storage.filesystem(self._step_url(step))
-                fs.rm(path, recursive=True)
+                storage.remove(self._step_url(step))
 
     def _check_claim(self) -> None:
         if self._claimed is not None and self._writer() != self._claimed:
@@ -201,12 +206,3 @@ def load_best_weights(store: CheckpointManager) -> tuple[dict[str, Tensor], list
             file=sys.stderr,
         )
     return states.exported_weights(found.tensors), last.values["history"]
-
-
-def _check_whole(folder: Path) -> None:
-    """Raises DamagedCheckpoint, naming the file."""
-    try:
-        for name in (TENSORS, VALUES):
-            commit.check_file(folder, name)
-    except commit.DamagedFile as error:
-        raise DamagedCheckpoint(str(error)) from error

@@ -70,17 +70,11 @@ class Run:
 
         Raises UserError if it is not there, or names what differs in `config` and may not.
         """
-        fs, path = storage.filesystem(storage.join_path(url, "run.json"))
-        if not fs.exists(path):
-            parent = storage.filesystem(url.rsplit("/", 1)[0])[1]
-            names = (
-                [entry.rsplit("/", 1)[-1] for entry in fs.ls(parent, detail=False)]
-                if (fs.exists(parent))
-                else []
-            )
+        if not storage.exists(storage.join_path(url, "run.json")):
+            parent, name = url.rsplit("/", 1)
             raise UserError(
-                f"there is no run '{url.rsplit('/', 1)[-1]}' to resume; "
-                f"there are {', '.join(sorted(names)[-5:]) or 'none'}."
+                f"there is no run '{name}' to resume; "
+                f"there are {', '.join(storage.list_names(parent)[-5:]) or 'none'}."
             )
         run = cls.open(url)
         differing = config_differences(run.config, config.model_dump(mode="json"), MAY_CHANGE)
@@ -122,27 +116,26 @@ class Run:
         self._write("outcome.json", {"failed": reason})
 
     def failed(self) -> bool:
-        fs, path = storage.filesystem(storage.join_path(self.url, "outcome.json"))
-        return bool(fs.exists(path))
+        return storage.exists(storage.join_path(self.url, "outcome.json"))
 
     def failure(self) -> str | None:
         """What `fail` was told; forgotten afterwards."""
-        fs, path = storage.filesystem(storage.join_path(self.url, "outcome.json"))
-        if not self.failed():
+        url = storage.join_path(self.url, "outcome.json")
+        content = storage.read_file(url)
+        if content is None:
             return None
-        with fs.open(path) as file:
-            reason: str = json.load(file)["failed"]
-        fs.rm(path)
+        storage.remove(url)
+        reason: str = json.loads(content)["failed"]
         return reason
 
     def want_checkpoint(self) -> None:
         self._write("checkpoint-wanted", {})
 
     def checkpoint_wanted(self, *, forget: bool = False) -> bool:
-        fs, path = storage.filesystem(storage.join_path(self.url, "checkpoint-wanted"))
-        wanted: bool = fs.exists(path)
+        url = storage.join_path(self.url, "checkpoint-wanted")
+        wanted = storage.exists(url)
         if wanted and forget:
-            fs.rm(path)
+            storage.remove(url)
         return wanted
 
     def _write(self, name: str, value: dict[str, Any]) -> None:

@@ -67,13 +67,21 @@ class MLflowTracking:
 
         self._later(log).result()
 
-    def publish(self, bundle: Bundle, metric: str, figure: float | None) -> dict[str, Any]:
+    def publish(
+        self,
+        bundle: Bundle,
+        metric: str,
+        figure: float | None,
+        score: Callable[[Bundle, str], float],
+    ) -> dict[str, Any]:
         """Register the winner's bundle, in a run below the study's; see `publishing.publish`."""
         self._later(lambda: None).result()
         _, parent = self._parent.begin()
         tags = {"mlflow.parentRunId": parent, "study": self._study.name}
         with RunRecorder(self._root, self._name, bundle.manifest.config, tags=tags) as recording:
-            return publishing.publish(bundle, recording, self._root, metric, figure=figure)
+            return publishing.publish(
+                bundle, recording, self._root, metric, figure=figure, score=score
+            )
 
     def _begin(self) -> None:
         client, run_id = self._parent.begin()

@@ -61,20 +61,19 @@ class Study:
     @classmethod
     def load(cls, url: str) -> "Study":
         """Raises UserError if there is none, naming those that there are, or a file is damaged."""
-        fs, path = storage.filesystem(url)
-        if not fs.exists(storage.join_path(path, STUDY)):
-            parent, name = path.rsplit("/", 1)
-            names = fs.ls(parent, detail=False) if fs.exists(parent) else []
-            known = ", ".join(sorted(map(_name, names)))
+        content = storage.read_file(storage.join_path(url, STUDY))
+        if content is None:
+            parent, name = url.rsplit("/", 1)
+            known = ", ".join(storage.list_names(parent))
             raise UserError(f"there is no study '{name}'; there are {known or 'none'}.")
-        found = json.loads(fs.cat_file(storage.join_path(path, STUDY)))
-        folder = storage.join_path(path, TRIALS)
-        names = sorted(fs.ls(folder, detail=False)) if fs.exists(folder) else []
+        found = json.loads(content)
+        folder = storage.join_path(url, TRIALS)
         trials = []
-        for name in names:
-            if name.endswith(".json"):
+        for name in storage.list_names(folder):
+            trial = storage.read_file(storage.join_path(folder, name))
+            if name.endswith(".json") and trial is not None:
                 try:
-                    trials.append(Trial.model_validate_json(fs.cat_file(name)))
+                    trials.append(Trial.model_validate_json(trial))
                 except ValidationError as error:
                     raise UserError(
                         f"'{name}' is no trial of this version; give another --tune.study."
@@ -97,9 +96,8 @@ class Study:
         else, or on other records.
         """
         values = config.model_dump(mode="json")
-        fs, path = storage.filesystem(url)
         trials: list[Trial] = []
-        if fs.exists(storage.join_path(path, STUDY)):
+        if (content := storage.read_file(storage.join_path(url, STUDY))) is not None:
             earlier = cls.load(url)
             before = earlier.config.model_dump(mode="json")
             if differing := config_differences(before, values, MAY_CHANGE):
@@ -107,7 +105,7 @@ class Study:
                     f"study '{config.study}' exists and keeps its config, but {differing}. Give "
                     "another --tune.study, or the options as they were."
                 )
-            if json.loads(fs.cat_file(storage.join_path(path, STUDY)))["data"] != data:
+            if json.loads(content)["data"] != data:
                 raise UserError(
                     f"study '{config.study}' exists, and '{config.data.train}' no longer holds the "
                     "records that it was begun on. Give another --tune.study."
@@ -190,21 +188,19 @@ class Study:
 
     def read(self, name: str) -> Any | None:
         """A JSON file of the study, or None if there is none."""
-        fs, path = storage.filesystem(storage.join_path(self.url, name))
-        return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+        content = storage.read_file(storage.join_path(self.url, name))
+        return None if content is None else json.loads(content)
 
     def tidy(self) -> None:
         """Remove what no winner will be made of: runs of trials that ended early, Ray's notes."""
         used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
-        fs, path = storage.filesystem(self.url)
-        runs = storage.join_path(path, RUNS)
-        for folder in fs.ls(runs, detail=False) if fs.exists(runs) else []:
-            name = _name(folder)
+        runs = storage.join_path(self.url, RUNS)
+        for name in storage.list_names(runs):
             if name not in used and name[0].isdecimal():
-                fs.rm(folder, recursive=True)
-        for folder in fs.ls(path, detail=False):
-            if _name(folder).startswith(RAY):
-                fs.rm(folder, recursive=True)
+                storage.remove(storage.join_path(runs, name))
+        for name in storage.list_names(self.url):
+            if name.startswith(RAY):
+                storage.remove(storage.join_path(self.url, name))
 
     def replay(self) -> Iterator[tuple[Trial, EpochReport]]:
         """The reports of all trials in the order in which they came."""

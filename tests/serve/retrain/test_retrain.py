@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 
 from cluster import commit, storage
 from cluster.errors import CommandFailed, UserError
+from cluster.process_identity import ProcessIdentity
 from serve.requestlog import reader
 from serve.retrain import __main__ as retrain
 from serve.retrain import dataset, launcher, lock
@@ -147,10 +148,14 @@ def test_a_lease_is_held_by_one_and_given_back(lease_url):
         ({"host": "another", "pid": 1}, False),
         ({"host": "another", "pid": 1, "time": time.time() - 3700}, True),
         ({"pid": 2**22 + 1}, True),  # beyond the highest id that there can be
+        # The process id was given again, or the host was started again.
+        ({"started": 1}, True),
+        ({"boot": "another"}, True),
+        ({"machine": "another", "started": 1}, False),
     ],
 )
 def test_a_stale_lease_is_taken_over(lease_url, changes, stale):
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": "x"}
+    holder = {**ProcessIdentity.current().to_dict(), "time": time.time(), "token": "x"}
     commit.write_atomic(lease_url, json.dumps({**holder, **changes}).encode())
     if not stale:
         with pytest.raises(lock.LockHeld), lock.hold_lock(lease_url, hours=1):

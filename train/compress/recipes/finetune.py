@@ -80,8 +80,8 @@ class FineTuner:
         url = storage.join_path(
             self._url, f"{words}-{_digest(json.dumps(of, sort_keys=True).encode())}"
         )
-        fs, path = storage.filesystem(storage.join_path(url, "run.json"))
-        run = Run.open(url) if fs.exists(path) else Run.start(url, config)
+        known = storage.exists(storage.join_path(url, "run.json"))
+        run = Run.open(url) if known else Run.start(url, config)
         print(f"{words}: training for {config.optim.epochs} epochs", file=sys.stderr)
         launcher.train(config, run, self._shards, lesson=lesson)
         return load_best_weights(run.store(config.checkpoint.keep))[0]
