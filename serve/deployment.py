@@ -17,12 +17,12 @@ from cluster import (
     ray_internals,
     serve_environment,
 )
-from cluster.errors import UserError
+from cluster.errors import CommandFailed, UserError
 from serve import bind, startup
 from serve import config as configs
 from serve.access import Guard
 from serve.config import GatewayConfig, ServeConfig
-from serve.control import autoscaling, repository, state_publisher
+from serve.control import autoscaling, reconciler, repository, state_publisher
 from serve.control.repository_client import ModelClient, RepositoryClient
 from serve.grpc import service
 from serve.http import gateway, model_gateway
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 35
 # Limit for the last report of a replica that ends.
 CLOSE_S = 2.0
+
+# After a call of the repository that failed.
+ASK_AGAIN_S = 1.0
 
 REPOSITORY = "repository"
 
@@ -160,19 +163,17 @@ class ModelDeployment:
 
     async def _follow(self) -> None:
         """Install each state that the repository publishes, and send it the metrics."""
-        served, revision, problem = self._served, self._served.state.revision, None
+        known, problem = self._served.state.id, None
         while True:
             try:
                 metrics = self._rest.snapshot(self._replica)
-                state = await self._repository.follow(
-                    self._replica, served.state, revision, problem, metrics
-                )
+                state = await self._repository.follow(self._replica, known, problem, metrics)
             except Exception:
                 logger.exception("the repository could not be asked; asking again")
-                await asyncio.sleep(state_publisher.POLL_S)
+                await asyncio.sleep(ASK_AGAIN_S)
                 continue
             if state is not None:
-                revision, problem = state.revision, await self._install(state)
+                known, problem = state.id, await self._install(state)
 
     async def _install(self, state: ServingState) -> str | None:
         """Install a state; return why that was not possible, None if it was."""
@@ -219,7 +220,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
         check_environment()
         config = configs.validate_options(arguments)
         configs.allow_plugin_modules(config.plugins, config.storage)
-        state = repository.resolve_serving_state(config)
+        state = reconciler.resolve_serving_state(config)
         profile = check_bundles(state, config)
         joined = ray.is_initialized() or connect.join_running()
         if joined and config.security.tls_cert:
@@ -230,7 +231,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
         if not joined:
             for port in filter(None, (config.port, config.grpc_port)):
                 connect.check_port_free(config.host, port)
-    except (UserError, CorruptBundle) as error:
+    except (UserError, CorruptBundle, CommandFailed) as error:
         exit_with(error)
     if not joined:
         if config.security.tls_cert:

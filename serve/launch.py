@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from cluster import ray_internals
-from cluster.errors import EXIT_USER_ERROR, UserError
+from cluster.errors import EXIT_FAILED, EXIT_USER_ERROR, CommandFailed, UserError
 from cluster.nodes import node_checks, run_on_nodes
 from serve import config as configs
 from serve.config import ServeConfig
@@ -110,4 +110,4 @@ def exit_with(error: Exception) -> NoReturn:
     if ray_internals.is_worker():
         raise error
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(EXIT_FAILED if isinstance(error, CommandFailed) else EXIT_USER_ERROR)

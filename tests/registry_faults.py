@@ -145,12 +145,15 @@ def _retried(proxy: FaultyProxy, ask: Callable[[], str]) -> str:
 # Two at once
 
 
-def _register(location: str, root: str, uri: str | None, jobs: Any, results: Any) -> None:
+def _register(
+    location: str, root: str, uri: str | None, name: str, jobs: Any, results: Any
+) -> None:
     if uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
     import mlflow  # noqa: F401 - before the race begins
 
     bundle = Bundle.load(location)
+    bundle = replace(bundle, manifest=bundle.manifest.model_copy(update={"name": name}))
     results.put("ready")
     while (job := jobs.get()) is not None:
         value, folder = job
@@ -160,22 +163,28 @@ def _register(location: str, root: str, uri: str | None, jobs: Any, results: Any
             results.put((value, f"{type(error).__name__}: {str(error)[:300]}"))
 
 
-def race(location: str, root: str, uri: str | None, pairs: int, *, first_use: bool) -> Counter[str]:
+def race(
+    location: str,
+    root: str,
+    uri: str | None,
+    pairs: int,
+    *,
+    first_use: bool,
+    name: str = "digits",
+) -> Counter[str]:
     """Register a better and a worse bundle at once, `pairs` times; return the outcomes.
 
     first_use: each pair makes an embedded registry of its own, which is not there yet.
     """
     context = multiprocessing.get_context("spawn")
     queues = [(context.Queue(), context.Queue()) for _ in range(2)]
-    workers = [
-        context.Process(target=_register, args=(location, root, uri, *pair)) for pair in queues
-    ]
+    given = (location, root, uri, name)
+    workers = [context.Process(target=_register, args=(*given, *pair)) for pair in queues]
     for worker in workers:
         worker.start()
     for _, results in queues:
         assert results.get(timeout=120) == "ready"
     outcomes: Counter[str] = Counter()
-    name = Bundle.load(location).manifest.name
     for pair in range(pairs):
         folder = f"{root}/{pair}" if first_use else root
         # Each pair is better than the one before.

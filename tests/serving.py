@@ -1,5 +1,6 @@
 """What the tests of serving share: a replica's inside, without Ray."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from serve.security import KeyStore
 from serve.state import ServingState
 from serve.telemetry.recorder import RequestRecorder
 from train.bundle import Bundle, Predictor
+
+# What repositories of tests write, where a test does not say where.
+SCRATCH = tempfile.TemporaryDirectory()
 
 
 def make_plane(bundle: Bundle, version: str = "3", **options: Any) -> DataPlane:
@@ -34,6 +38,7 @@ def make_host(
 
     load: location of a bundle → its predictor.
     """
+    options.setdefault("storage", SCRATCH.name)
     config = ServeConfig(model=str(bundle.path), **options)
     name = bundle.manifest.name
     state = ServingState(0, name, "3", {"3": str(bundle.path)}, {"production": "3"})
@@ -41,7 +46,7 @@ def make_host(
     def load_plane(location: str, version: str) -> DataPlane:
         return DataPlane(load(location), version, config)
 
-    repository = Repository(config, state, lambda _config, _revision: state)
+    repository = Repository(config, state, lambda _config: state)
     return InferenceHandler(
         ModelVersions(state, load_plane, PredictionPipeline(config, name)),
         config,

@@ -7,49 +7,26 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from cluster.errors import UserError
 from serve.access import Actor
 from serve.audit import AuditLog
 from serve.config import ServeConfig, allow_plugin_modules
-from serve.control.state_publisher import UNCHANGED, StatePublisher
-from serve.errors import BadRequest, NotFound, RequestError, Unavailable
+from serve.control.desired_state import DesiredStateStore, Transition
+from serve.control.reconciler import Reconciler, resolve_serving_state
+from serve.control.state_publisher import StatePublisher
+from serve.errors import NotFound, RequestError
 from serve.rollout import aggregator
 from serve.rollout.aggregator import MetricsAggregator, ReplicaReport
-from serve.rollout.controller import (
-    NextPhase,
-    PromoteCandidate,
-    RollBackCandidate,
-    RolloutController,
-    RolloutStep,
-    StartRollout,
-)
+from serve.rollout.controller import RolloutController
 from serve.rollout.feedback_receiver import START_S, FeedbackReceiver
-from serve.rollout.verdict import REFUSED, RolloutVerdict
 from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot, merge_samples
-from train.bundle import Bundle, CorruptBundle, Predictor, registry
 
 # How often the registry is searched for a candidate, and a rollout is judged.
 TICK_S = 2.0
 
 logger = logging.getLogger(__name__)
-
-
-def resolve_serving_state(config: ServeConfig, revision: int = 0) -> ServingState:
-    """Look up in the registry what a configuration names. Raises UserError, CorruptBundle."""
-    locations: dict[str, str] = {}
-    aliases: dict[str, str] = {}
-    names = []
-    for reference in config.references:
-        bundle, version = registry.load_bundle(reference, config.storage)
-        locations[version] = bundle.location
-        names.append(bundle.manifest.name)
-        if "@" in reference:
-            aliases[reference.rpartition("@")[2]] = version
-    return ServingState(revision, names[0], next(iter(locations)), locations, aliases)
 
 
 class Repository:
@@ -59,20 +36,26 @@ class Repository:
         self,
         config: ServeConfig,
         state: ServingState,
-        resolve: Callable[[ServeConfig, int], ServingState] = resolve_serving_state,
+        resolve: Callable[[ServeConfig], ServingState] = resolve_serving_state,
+        reached: Callable[[Transition], None] = lambda transition: None,
     ) -> None:
         """state: the state when the application was deployed.
 
-        resolve: (config, revision) → the state that the registry has now.
+        resolve: config → the state that the registry has now. reached: called after each
+        transition of the serving state. Raises OSError where the state of before a crash cannot be
+        read.
         """
-        self._config, self._name, self._resolve = config, state.name, resolve
+        self._config, self._name = config, state.name
         allow_plugin_modules(config.plugins, config.storage)
         self._root = config.storage
         self._audit = AuditLog(self._root, state.name)
-        self._publisher = StatePublisher(state)
+        self._publisher = StatePublisher(DesiredStateStore(self._root, state), reached)
         self._aggregator = MetricsAggregator(config, state.name)
         self._feedback = FeedbackReceiver(config, state.name, self._aggregator)
         self._rollouts = RolloutController(config, state.name, self._aggregator, self._audit)
+        self._reconciler = Reconciler(
+            config, self._publisher, self._aggregator, self._rollouts, resolve, reached
+        )
         self._running: asyncio.Task[None] | None = None
         # Whether the monitor's state has changed since it was written; why it could not be.
         self._unsaved, self._problem = False, ""
@@ -89,18 +72,13 @@ class Repository:
         await self._feedback.close()
 
     async def follow(
-        self,
-        replica: str,
-        serves: ServingState,
-        revision: int,
-        problem: str | None,
-        metrics: Snapshot,
+        self, replica: str, known: tuple[str, int], problem: str | None, metrics: Snapshot
     ) -> ServingState | None:
-        """Return a state other than `revision` to a replica; see `StatePublisher.follow`."""
+        """Return a state other than `known` to a replica; see `StatePublisher.follow`."""
         if self._running is None:
             # The first replica: from now on there is something to monitor.
             self._running = asyncio.create_task(self._run())
-        return await self._publisher.follow(replica, serves, revision, problem, metrics)
+        return await self._publisher.follow(replica, known, problem, metrics)
 
     async def keep_alive(self, replica: str) -> None:
         """Count a replica as living while it installs another state."""
@@ -146,30 +124,19 @@ class Repository:
             for version in state.locations
         ]
 
-    async def load(self, name: str, actor: Actor) -> dict[str, Any]:
+    async def load(
+        self, name: str, actor: Actor, *, allow_interface_change: bool = False
+    ) -> dict[str, Any]:
         """Serve what the registry has now. The old state stays unless every new version is fit.
 
-        Raises NotFound for another model, BadRequest for a version that fails its self-test.
+        Raises NotFound for another model; BadRequest for a version that fails its self-test, or
+        whose inputs or outputs are others than before, unless `allow_interface_change`.
         """
         self._check_name(name)
         details: dict[str, Any] = {}
         async with self._audited("load", actor, details), self._publisher.changing:
-            before = self.current
-            try:
-                state = await asyncio.to_thread(self._resolve, self._config, before.revision + 1)
-                new = [
-                    location
-                    for location in state.locations.values()
-                    if location not in before.locations.values()
-                ]
-                await asyncio.to_thread(self._check_bundles, new)
-            except (UserError, CorruptBundle, ValueError) as error:
-                raise BadRequest(f"{error} {UNCHANGED}") from error
-            except Exception as error:
-                logger.exception("the registry or its storage failed")
-                raise Unavailable(f"the registry cannot be read now. {UNCHANGED}", 10) from error
-            if replace(state, revision=before.revision) != before:
-                await self._publisher.publish(state)
+            await self._reconciler.load(allow_interface_change=allow_interface_change)
+            state = self.current
             details |= {"versions": list(state.locations), "default": state.default}
             return {"name": name, **details}
 
@@ -177,9 +144,7 @@ class Repository:
         """Answer 503 until the model is loaded again. Raises NotFound for another model."""
         self._check_name(name)
         async with self._audited("unload", actor, {}), self._publisher.changing:
-            state = self.current
-            unloaded = replace(state, revision=state.revision + 1, loaded=False)
-            await self._publisher.publish(unloaded)
+            await self._reconciler.unload()
 
     @contextlib.asynccontextmanager
     async def _audited(
@@ -199,14 +164,6 @@ class Repository:
     def _check_name(self, name: str) -> None:
         if name != self._name:
             raise NotFound(f"model '{name[:100]}' is not served here.")
-
-    def _check_bundles(self, locations: Sequence[str]) -> None:
-        """Raises CorruptBundle or ValueError for a bundle that no replica could serve."""
-        for location in locations:
-            bundle = Bundle.load(location)
-            if bundle.manifest.name != self._name:
-                raise CorruptBundle(f"'{location}' is of another model.")
-            Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
 
     async def _run(self) -> None:
         """Monitor what is served and run rollouts, until the process ends."""
@@ -230,11 +187,14 @@ class Repository:
                 self._aggregator.monitor(version, *loaded)
         if self._unsaved:
             await self._save_monitor_state(state.default)
+        async with self._publisher.changing:
+            await self._reconciler.reconcile()
+        state = self.current
         step = await self._rollouts.next_step(state)
         if step is not None:
             async with self._publisher.changing:
                 if self.current is state:  # else a load came first, and the next tick decides
-                    await self._apply_step(step)
+                    await self._reconciler.apply(step)
 
     async def _save_monitor_state(self, production: str) -> None:
         """Write the monitor's state; after a failure again next time."""
@@ -247,48 +207,3 @@ class Repository:
         if problem and problem != self._problem:
             logger.error("the monitor's state cannot be written: %s", problem)
         self._problem = problem
-
-    async def _apply_step(self, step: RolloutStep) -> None:
-        state = self.current
-        revision = state.revision + 1
-        match step:
-            case StartRollout():
-                await self._start_rollout(step)
-            case NextPhase(rollout, reason):
-                logger.info("candidate %s is now %s: %s", rollout.candidate, rollout.phase, reason)
-                self._aggregator.begin(rollout.candidate)
-                await self._publisher.publish(replace(state, revision=revision, rollout=rollout))
-            case PromoteCandidate():
-                await self._rollouts.promote(state, step)
-                await self._publish_registered(revision)
-            case RollBackCandidate():
-                await self._rollouts.roll_back(state, step)
-                await self._publish_registered(revision)
-
-    async def _publish_registered(self, revision: int) -> None:
-        """Serve what the registry's aliases name now."""
-        await self._publisher.publish(
-            await asyncio.to_thread(self._resolve, self._config, revision)
-        )
-
-    async def _start_rollout(self, step: StartRollout) -> None:
-        """Load a candidate on the replicas; refuse one that does not fit."""
-        state, candidate = self.current, step.rollout.candidate
-        try:
-            await asyncio.to_thread(self._check_bundles, [step.location])
-            await asyncio.to_thread(self._rollouts.check_signature, state, step.location)
-            # Before its first response arrives.
-            self._aggregator.begin(candidate)
-            await self._publisher.publish(
-                replace(
-                    state,
-                    revision=state.revision + 1,
-                    locations={**state.locations, candidate: step.location},
-                    aliases={**state.aliases, registry.CANDIDATE: candidate},
-                    rollout=step.rollout,
-                )
-            )
-        except (UserError, CorruptBundle, ValueError, BadRequest) as error:
-            refused = RollBackCandidate(candidate, RolloutVerdict(REFUSED, str(error)))
-            await self._rollouts.roll_back(state, refused)
-        logger.info("candidate %s: %s", candidate, self.current.rollout)

@@ -13,10 +13,10 @@ from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot
 
 
-async def _call(handle: DeploymentHandle, method: str, *arguments: Any) -> Any:
+async def _call(handle: DeploymentHandle, method: str, *arguments: Any, **named: Any) -> Any:
     """Call a method of a deployment. Raises the RequestError that it raised."""
     try:
-        return await getattr(handle, method).remote(*arguments)
+        return await getattr(handle, method).remote(*arguments, **named)
     except RayTaskError as error:
         # Ray adds its traceback to the message; the cause has the words for a client.
         raise error.cause if isinstance(error.cause, RequestError) else error from None
@@ -33,14 +33,9 @@ class RepositoryClient:
         return state
 
     async def follow(
-        self,
-        replica: str,
-        serves: ServingState,
-        revision: int,
-        problem: str | None,
-        metrics: Snapshot,
+        self, replica: str, known: tuple[str, int], problem: str | None, metrics: Snapshot
     ) -> ServingState | None:
-        arguments = (replica, serves, revision, problem, metrics)
+        arguments = (replica, known, problem, metrics)
         state: ServingState | None = await _call(self._handle, "follow", *arguments)
         return state
 
@@ -65,8 +60,12 @@ class RepositoryClient:
         counted: dict[str, Any] = await _call(self._handle, "feedback", *arguments)
         return counted
 
-    async def load(self, name: str, actor: Actor) -> dict[str, Any]:
-        loaded: dict[str, Any] = await _call(self._handle, "load", name, actor)
+    async def load(
+        self, name: str, actor: Actor, *, allow_interface_change: bool = False
+    ) -> dict[str, Any]:
+        loaded: dict[str, Any] = await _call(
+            self._handle, "load", name, actor, allow_interface_change=allow_interface_change
+        )
         return loaded
 
     async def unload(self, name: str, actor: Actor) -> None:

@@ -2,9 +2,12 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from serve.errors import BadRequest
+from serve.control.desired_state import Conflict, DesiredState, DesiredStateStore, Transition
+from serve.errors import BadRequest, Unavailable
+from serve.rollout.verdict import RolloutDecision
 from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot
 
@@ -22,76 +25,117 @@ UNCHANGED = "What was served before still is."
 class ReplicaStatus:
     """The last call of a replica.
 
-    revision: of the state that it was given. problem: why it could not install that state and
+    known: id of the state that it was given. problem: why it could not install that state and
     serves the one before. at: time of the call by the monotonic clock.
     """
 
-    revision: int
+    known: tuple[str, int]
     problem: str | None
     metrics: Snapshot
     at: float
 
 
 class StatePublisher:
-    """Owns the serving state. Belongs to one event loop.
+    """Owns the desired state, and has the replicas follow it. Belongs to one event loop.
 
-    current: the state that replicas follow. changing: held while the state is changed.
+    Replicas teach it nothing: what they serve may be of another deployment. changing: held while
+    the state is changed.
     """
 
-    def __init__(self, state: ServingState) -> None:
-        self.current = state
+    def __init__(
+        self, store: DesiredStateStore, reached: Callable[[Transition], None] = lambda each: None
+    ) -> None:
+        """Raises OSError where the state of before a crash cannot be read."""
+        self._store, self._reached = store, reached
+        self._desired = store.read()
+        # Before a crash, replicas may not have installed the state yet, or may not be able to.
+        self._unsettled = self._desired.before is not None
         self.changing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._replicas: dict[str, ReplicaStatus] = {}
 
-    async def follow(
-        self,
-        replica: str,
-        serves: ServingState,
-        revision: int,
-        problem: str | None,
-        metrics: Snapshot,
-    ) -> ServingState | None:
-        """Return the state once it is another than `revision`, or None after POLL_S.
+    @property
+    def current(self) -> ServingState:
+        """The state that replicas follow."""
+        return self._desired.state
 
-        serves: the state that the replica serves. problem: why that is not the state of `revision`.
+    @property
+    def decision(self) -> RolloutDecision | None:
+        """What was decided of a candidate and is not carried out yet."""
+        return self._desired.decision
+
+    async def follow(
+        self, replica: str, known: tuple[str, int], problem: str | None, metrics: Snapshot
+    ) -> ServingState | None:
+        """Return the state once its id is another than `known`, or None after POLL_S.
+
+        problem: why the replica does not serve the state that it knows.
         """
-        self._replicas[replica] = ReplicaStatus(revision, problem, metrics, time.monotonic())
-        if revision > self.current.revision:
-            # This process was restarted and has an older state than the replicas.
-            self.current = replace(serves, revision=revision)
-        if self.current.revision == revision:
+        self._replicas[replica] = ReplicaStatus(known, problem, metrics, time.monotonic())
+        if self.current.id == known:
             try:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
             except TimeoutError:
                 return None
-        return self.current if self.current.revision != revision else None
+        return self.current if self.current.id != known else None
 
     def keep_alive(self, replica: str) -> None:
         """Count a replica as living while it installs another state."""
         if replica in self._replicas:
             self._replicas[replica].at = time.monotonic()
 
+    async def decide(self, decision: RolloutDecision) -> None:
+        """Write down what is to be carried out, whatever happens. Raises Unavailable."""
+        await self._write(replace(self._desired, decision=decision))
+        self._reached(Transition.DECIDED)
+
     async def publish(self, state: ServingState) -> None:
         """Publish a state, and return once every living replica has installed it.
 
-        Raises BadRequest, and the state before is published again, if one of them cannot.
+        A decision that was written down is carried out by that. Raises BadRequest, and the state
+        before is published again, if a replica cannot install it; Unavailable, and nothing has
+        changed, if it cannot be written down.
         """
         before = self.current
-        self._set(state)
+        state = replace(state, revision=before.revision + 1, incarnation=before.incarnation)
+        if replace(state, revision=before.revision) == before:
+            if self.decision is not None:
+                await self._write(replace(self._desired, decision=None))
+            return
+        await self._write(DesiredState(self._desired.number, state, before))
+        self._reached(Transition.WRITTEN)
+        await self._settle()
+
+    async def settle(self) -> None:
+        """After a crash, see to it that the replicas can install the state that was written."""
+        if self._unsettled and self.living():
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Wait until every living replica has installed the state; go back if one cannot."""
+        self._unsettled = True
         deadline = time.monotonic() + SWITCH_S
         while True:
             replicas = self.living().values()
-            informed = [known for known in replicas if known.revision == state.revision]
-            problem = next((known.problem for known in informed if known.problem), None)
+            informed = [each for each in replicas if each.known == self.current.id]
+            problem = next((each.problem for each in informed if each.problem), None)
             if problem is None and len(informed) == len(replicas):
-                return
+                break
             if problem is None and time.monotonic() > deadline:
                 problem = f"not every replica could go over within {SWITCH_S:g} s."
             if problem is not None:
-                self._set(replace(before, revision=state.revision + 1))
+                await self._go_back()
                 raise BadRequest(f"{problem} {UNCHANGED}")
             await asyncio.sleep(0.02)
+        self._unsettled = False
+        self._reached(Transition.INSTALLED)
+
+    async def _go_back(self) -> None:
+        before = self._desired.before
+        assert before is not None, "a state that was published followed on another"
+        state = replace(before, revision=self.current.revision + 1)
+        await self._write(DesiredState(self._desired.number, state))
+        self._unsettled = False
 
     def living(self) -> dict[str, ReplicaStatus]:
         """Return the replicas that have called lately, by name."""
@@ -101,7 +145,20 @@ class StatePublisher:
         }
         return self._replicas
 
-    def _set(self, state: ServingState) -> None:
-        self.current = state
+    async def _write(self, desired: DesiredState) -> None:
+        """Write the desired state down, and tell the replicas. Raises Unavailable."""
+        try:
+            written = await asyncio.to_thread(self._store.write, desired)
+        except Conflict as error:
+            self._set(await asyncio.to_thread(self._store.read))
+            raise Unavailable(f"{error} Try again.", 2) from error
+        except OSError as error:
+            raise Unavailable(
+                f"the serving state cannot be written ({error.strerror or error}). {UNCHANGED}", 10
+            ) from error
+        self._set(written)
+
+    def _set(self, desired: DesiredState) -> None:
+        self._desired = desired
         self._changed.set()
         self._changed = asyncio.Event()

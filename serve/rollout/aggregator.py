@@ -125,6 +125,9 @@ class MetricsAggregator:
         self._comparison = ArmComparison(candidate)
         self._next_look = self._config.rollout.min_labels
 
+    def compares(self, candidate: str) -> bool:
+        return self._comparison is not None and self._comparison.candidate == candidate
+
     def judge(self, production: str) -> RolloutVerdict | None:
         """Judge the candidate; None while there is too little to judge by."""
         if self._comparison is None:

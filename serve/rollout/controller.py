@@ -15,7 +15,7 @@ from serve.config import ServeConfig
 from serve.rollout.aggregator import MetricsAggregator
 from serve.rollout.verdict import PROMOTED, RolloutDecision, RolloutVerdict
 from serve.state import Rollout, ServingState
-from train.bundle import Bundle, registry
+from train.bundle import registry
 
 logger = logging.getLogger(__name__)
 
@@ -113,54 +113,38 @@ class RolloutController:
         location, version = found
         return StartRollout(Rollout(version, *self._phases[0]), location)
 
-    def check_signature(self, state: ServingState, location: str) -> None:
-        """Raises ValueError for a candidate whose inputs or outputs are not those of production."""
-        production, candidate = (
-            Bundle.load(each).manifest for each in (state.locations[state.default], location)
-        )
-        if (production.inputs, production.outputs) != (candidate.inputs, candidate.outputs):
-            raise ValueError("its inputs or outputs differ from those of production.")
-
-    async def promote(self, state: ServingState, step: PromoteCandidate) -> None:
-        """Move the registry's aliases to the candidate, and end the comparison."""
-        decision = self._decision(state, step)
-        await asyncio.to_thread(
-            registry.promote_candidate,
-            self._root,
-            self._name,
-            step.candidate,
-            state.default,
-            decision,
-        )
-        await self._end(step, decision)
-
-    async def roll_back(self, state: ServingState, step: RollBackCandidate) -> None:
-        """Take the candidate's alias in the registry away, and end the comparison."""
-        decision = self._decision(state, step)
-        await asyncio.to_thread(
-            registry.roll_back_candidate, self._root, self._name, step.candidate, decision
-        )
-        await self._end(step, decision)
-
-    def _decision(
-        self, state: ServingState, step: PromoteCandidate | RollBackCandidate
-    ) -> dict[str, Any]:
+    def decide(
+        self, state: ServingState, candidate: str, verdict: RolloutVerdict
+    ) -> RolloutDecision:
+        """Return the decision about a candidate, with the figures that it rests on."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        verdict, version = step.verdict, step.candidate
         metrics = None
         if state.rollout is not None:
             metrics = self._aggregator.rollout_metrics(state.default, state.rollout)
         return RolloutDecision(
-            now, version, verdict.decision, verdict.reason, metrics or {}
-        ).to_dict()
-
-    async def _end(
-        self, step: PromoteCandidate | RollBackCandidate, decision: dict[str, Any]
-    ) -> None:
-        verdict, version = step.verdict, step.candidate
-        await self._audit.add(
-            verdict.decision, ROLLOUT, "done", version=version, reason=verdict.reason
+            now, candidate, state.default, verdict.decision, verdict.reason, metrics or {}
         )
-        logger.warning("candidate %s of %s is %s: %s", version, self._name, *vars(verdict).values())
-        self._decisions = [*self._decisions, decision][-MAX_DECISIONS:]
-        self._aggregator.end()
+
+    async def register(self, decision: RolloutDecision) -> None:
+        """Move the registry's aliases as decided; may be repeated.
+
+        Raises ProductionChanged where the candidate was compared with another version than is in
+        production by now, RegistryError.
+        """
+        given = self._root, self._name, decision.version
+        if decision.decision == PROMOTED:
+            await asyncio.to_thread(
+                registry.promote_candidate, *given, decision.production, decision.to_dict()
+            )
+        else:
+            await asyncio.to_thread(registry.roll_back_candidate, *given, decision.to_dict())
+
+    async def announce(self, decision: RolloutDecision) -> None:
+        """Tell a decision in the audit log, once, and in the statistics."""
+        words, version, reason = decision.decision, decision.version, decision.reason
+        details = {"version": version, "decided": decision.time}
+        if not await self._audit.contains(words, **details):
+            await self._audit.add(words, ROLLOUT, "done", **details, reason=reason)
+            logger.warning("candidate %s of %s is %s: %s", version, self._name, words, reason)
+        others = [each for each in self._decisions if each["version"] != version]
+        self._decisions = [*others, decision.to_dict()][-MAX_DECISIONS:]

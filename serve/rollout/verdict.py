@@ -89,10 +89,14 @@ class ArmComparison:
 
 @dataclass(frozen=True)
 class RolloutDecision:
-    """time: UTC, ISO 8601. figures: the metrics it was decided by."""
+    """time: UTC, ISO 8601. production: the version that `version` was compared with.
+
+    figures: the metrics it was decided by.
+    """
 
     time: str
     version: str
+    production: str
     decision: str
     reason: str
     figures: dict[str, Any]

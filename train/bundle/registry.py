@@ -92,6 +92,15 @@ def model_name(uri: str) -> str:
     return _parse(uri)[0]
 
 
+def alias_versions(root: str, name: str) -> dict[str, str]:
+    """Return a model's versions by alias; none without the model. Raises RegistryError."""
+    if not storage.has_registry(root):
+        return {}
+    with registry_errors(root):
+        model = mlflow_access.find_model(mlflow_client(root), name)
+    return {} if model is None else {alias: str(each) for alias, each in model.aliases.items()}
+
+
 def pending_candidate(root: str, name: str) -> tuple[str, str] | None:
     """Return (location of the bundle, version) of a candidate that nothing was decided of yet.
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import UserError
 from serve import config as serve_config
-from serve.control import repository
+from serve.control import reconciler
 from tests.conftest import make_config, run_main
 from tests.server import REPOSITORY
 from train.bundle import Bundle, CorruptBundle, registry
@@ -230,7 +230,7 @@ def test_a_bundle_registered_under_another_name_is_refused(bundle, tmp_path, mon
         registry.load_bundle("models:/taxis@production", str(tmp_path))
     config = serve_config.validate_options({"model": "models:/taxis@production"})
     with pytest.raises(CorruptBundle, match="registered as 'taxis'"):
-        repository.resolve_serving_state(config)
+        reconciler.resolve_serving_state(config)
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "/etc", "..", "", "Digits", "a" * 64, "a\n"])

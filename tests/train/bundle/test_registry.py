@@ -1,45 +1,33 @@
 """Model versions and aliases, in a real MLflow."""
 
 import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 
+from cluster import storage
 from cluster.errors import UserError
-from train.bundle import publishing, registry
-from train.bundle.bundle import WEIGHTS
-from train.bundle.manifest import BundleFile
+from tests import registry_faults
+from tests.mlflow_server import SETTINGS, FaultyProxy, mlflow_server
+from tests.registry_faults import METRIC, aliases, with_metric
+from train.bundle import mlflow_access, publishing, registry
+from train.bundle.mlflow_access import LOCK_NAME, RegistryError, mlflow_client
 
 
-def publish(bundle, root, metric):
+def publish(bundle, root, metric, **options):
     with publishing.RunRecorder(root, "digits", bundle.manifest.config) as recording:
-        return publishing.publish(bundle, recording, root, metric)
-
-
-def with_metric(bundle, metric, value):
-    """The bundle as if it were of another net, its default variant with another figure."""
-    manifest = bundle.manifest
-    name = manifest.default_variant
-    variant = manifest.variants[name]
-    changed = variant.model_copy(update={"metrics": {**variant.metrics, metric: value}})
-    variants = {**manifest.variants, name: changed}
-    weights = BundleFile(sha256=secrets.token_hex(32), size_bytes=1)
-    update = {"variants": variants, "files": {**manifest.files, WEIGHTS: weights}}
-    return replace(bundle, manifest=manifest.model_copy(update=update))
+        return publishing.publish(bundle, recording, root, metric, **options)
 
 
 def test_the_same_net_with_other_variants_replaces_the_version(bundle, tmp_path):
     root = str(tmp_path)
-    better = with_metric(bundle, "valid_accuracy", 0.99)
-    worse = with_metric(bundle, "valid_accuracy", 0.98)
+    better = with_metric(bundle, 0.99)
+    worse = with_metric(bundle, 0.98)
     same = replace(
         worse, manifest=worse.manifest.model_copy(update={"files": better.manifest.files})
     )
@@ -51,7 +39,7 @@ def test_the_same_net_with_other_variants_replaces_the_version(bundle, tmp_path)
 def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     root = str(tmp_path)
     published = [
-        publish(with_metric(bundle, "valid_accuracy", value), root, "valid_accuracy")
+        publish(with_metric(bundle, value), root, "valid_accuracy")
         for value in (0.9, 0.8, 0.9, 0.95)
     ]
     assert [item["alias"] for item in published] == [
@@ -71,11 +59,9 @@ def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
 def test_a_version_to_be_tried_is_candidate_whatever_its_metrics(bundle, tmp_path):
     from mlflow import MlflowClient
 
-    from cluster import storage
-
     root = str(tmp_path)
-    publish(with_metric(bundle, "valid_accuracy", 0.9), root, "valid_accuracy")
-    better = with_metric(bundle, "valid_accuracy", 0.95)
+    publish(with_metric(bundle, 0.9), root, "valid_accuracy")
+    better = with_metric(bundle, 0.95)
     with publishing.RunRecorder(root, "digits", {}) as recording:
         published = publishing.publish(
             better, recording, root, None, candidate="it is new", tags={"of": "today"}
@@ -98,8 +84,8 @@ def test_a_version_to_be_tried_is_candidate_whatever_its_metrics(bundle, tmp_pat
 )
 def test_each_metric_has_its_direction(bundle, tmp_path, metric, old, new, alias):
     root = str(tmp_path)
-    publish(with_metric(bundle, metric, old), root, metric)
-    assert publish(with_metric(bundle, metric, new), root, metric)["alias"] == alias
+    publish(with_metric(bundle, old, metric), root, metric)
+    assert publish(with_metric(bundle, new, metric), root, metric)["alias"] == alias
 
 
 def test_a_path_with_spaces_and_percents_is_found_again(bundle, tmp_path):
@@ -111,42 +97,17 @@ def test_a_path_with_spaces_and_percents_is_found_again(bundle, tmp_path):
 
 def test_an_mlflow_server_keeps_the_bundle(bundle, tmp_path, monkeypatch):
     """A real server that proxies artifacts; the root has nothing but the downloaded copy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    mlflow = str(Path(sys.executable).with_name("mlflow"))
-    options = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    options += ["--artifacts-destination", f"{tmp_path}/kept", "--workers", "1"]
-    server = subprocess.Popen(
-        [mlflow, "server", "--port", str(port), *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                httpx.get(f"{uri}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
+    with mlflow_server(tmp_path) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         root = str(tmp_path / "root")
         published = publish(bundle, root, "valid_accuracy")
         location, version = registry.resolve_model(published["uri"], root)
         assert version == "1"
         assert type(bundle).load(location).manifest == bundle.manifest
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
 def test_the_run_holds_options_curves_and_pictures(bundle, tmp_path):
     from mlflow import MlflowClient
-
-    from cluster import storage
 
     root = str(tmp_path)
     with publishing.RunRecorder(root, "digits", bundle.manifest.config) as recording:
@@ -198,8 +159,6 @@ def test_asking_for_a_model_makes_no_registry(tmp_path):
 def test_a_run_that_fails_is_marked_as_failed(bundle, tmp_path):
     from mlflow import MlflowClient
 
-    from cluster import storage
-
     recording = publishing.RunRecorder(str(tmp_path), "digits", {})
 
     def fail():
@@ -211,3 +170,209 @@ def test_a_run_that_fails_is_marked_as_failed(bundle, tmp_path):
         fail()
     client = MlflowClient(storage.tracking_uri(str(tmp_path)))
     assert client.get_run(recording.run_id).info.status == "FAILED"
+
+
+# What is compared
+
+
+def changed_manifest(bundle, **changes):
+    return replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+
+
+def with_other_records(bundle):
+    """As if measured on other validation records."""
+    data = bundle.manifest.data
+    return changed_manifest(bundle, data={**data, "valid": {**data["valid"], "digest": "other"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: {"inputs": [*m.inputs, m.inputs[0]]}, "its inputs differ"),
+        (lambda m: {"outputs": m.outputs[:1]}, "its outputs differ"),
+        (
+            lambda m: {"task": {**m.task, "target": {**m.task["target"], "classes": ["a", "b"]}}},
+            "its classes differ",
+        ),
+        (
+            lambda m: {"task": {**m.task, "target": {**m.task["target"], "kind": "value"}}},
+            "its task differs",
+        ),
+    ],
+)
+def test_a_model_with_another_interface_is_candidate(bundle, tmp_path, capsys, change, words):
+    """Clients of the model in production could not call it."""
+    root = str(tmp_path)
+    publish(with_metric(bundle, 0.1), root, METRIC)
+    better = with_metric(bundle, 0.99)
+    other = changed_manifest(better, **change(better.manifest))
+    assert publish(other, root, METRIC)["alias"] == "candidate"
+    assert f"candidate: {words} from version 1" in capsys.readouterr().err
+
+
+def test_figures_on_other_records_do_not_decide(bundle, tmp_path, capsys):
+    root = str(tmp_path)
+    publish(with_metric(bundle, 0.5), root, METRIC)
+    other = with_other_records(with_metric(bundle, 0.9))
+    assert publish(other, root, METRIC)["alias"] == "candidate"
+    assert "measured on other validation records" in capsys.readouterr().err
+
+    def unfit(production, metric):
+        raise UserError("its classes are others")
+
+    assert publish(other, root, METRIC, score=unfit)["alias"] == "candidate"
+    assert "cannot be measured on these records: its classes" in capsys.readouterr().err
+
+    for figure, alias in ((0.95, "candidate"), (0.85, "production")):
+
+        def score(production, metric, figure=figure):
+            assert production.manifest == bundle.manifest
+            assert metric == METRIC
+            return figure
+
+        assert publish(other, root, METRIC, score=score)["alias"] == alias
+        assert f"0.9000 against {figure:.4f} of version 1" in capsys.readouterr().err
+
+
+def test_a_production_that_cannot_be_read_is_not_replaced(bundle, tmp_path, capsys):
+    root = str(tmp_path)
+    published = publish(with_metric(bundle, 0.1), root, METRIC)
+    (Path(registry.resolve_model(published["uri"], root)[0]) / "manifest.json").unlink()
+    assert publish(with_metric(bundle, 0.9), root, METRIC)["alias"] == "candidate"
+    assert "version 1 in production cannot be read" in capsys.readouterr().err
+
+
+def test_what_becomes_production_leaves_the_one_before_as_previous(bundle, tmp_path):
+    root = str(tmp_path)
+    for value in (0.5, 0.6):
+        publish(with_metric(bundle, value), root, METRIC)
+    assert aliases(root, "digits") == {"production": "2", "previous": "1"}
+    publish(with_metric(bundle, 0.1), root, METRIC)
+    for _ in range(2):  # as after a failure in the middle
+        registry.promote_candidate(root, "digits", "3", "2", registry_faults.DECISION)
+    assert aliases(root, "digits") == {"production": "3", "previous": "2"}
+
+
+def test_a_candidate_is_not_promoted_over_what_it_was_not_compared_with(bundle, tmp_path):
+    root = str(tmp_path)
+    publish(with_metric(bundle, 0.5), root, METRIC)
+    publish(with_metric(bundle, 0.1), root, METRIC)
+    publish(with_metric(bundle, 0.9), root, METRIC)
+    with pytest.raises(registry.ProductionChanged, match="version 3 is in production by now"):
+        registry.promote_candidate(root, "digits", "2", "1", registry_faults.DECISION)
+    assert aliases(root, "digits")["production"] == "3"
+    assert registry.pending_candidate(root, "digits")[1] == "2"
+
+
+# Failures, and two at once
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    with FaultyProxy(server) as proxy:
+        for name, value in SETTINGS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+        yield proxy
+
+
+@pytest.mark.slow
+def test_production_does_not_change_when_the_registry_fails(bundle, proxy, tmp_path):
+    """403, 500, broken and slow responses, at each part of the way."""
+    found = registry_faults.inject_faults(bundle, proxy, str(tmp_path), most=4)
+    assert found["points"] == 3 * 4 * 4
+    assert found["publish: one line"] == found["roll back: one line"] == 4 * 4
+    promoted = registry_faults.inject_promotion_faults(bundle, proxy, str(tmp_path), most=4)
+    assert promoted["points"] == 4 * 4
+    assert promoted["promotion: one line"] > 0
+
+
+@pytest.mark.slow
+def test_of_two_registered_at_once_the_better_is_production(bundle, server, tmp_path, monkeypatch):
+    location = str(bundle.path)
+    for folder, pairs, first_use in (("one", 4, False), ("new", 3, True)):
+        root = str(tmp_path / folder)
+        found = registry_faults.race(location, root, None, pairs, first_use=first_use)
+        assert found == {"the better one": pairs}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    name = "two-at-once"
+    found = registry_faults.race(location, str(tmp_path), server, 4, name=name, first_use=False)
+    assert found == {"the better one": 4}
+
+
+HOLD = """
+import sys
+from train.bundle import mlflow_access
+client = mlflow_access.mlflow_client("")
+with mlflow_access.lock_registry(client, ""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_process_that_died_is_taken_over(server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=dict(os.environ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    client, taken = mlflow_client(""), threading.Event()
+
+    def take():
+        with mlflow_access.lock_registry(client, ""):
+            taken.set()
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    assert not taken.wait(2)
+    holder.kill()
+    holder.wait()
+    assert taken.wait(60)
+    thread.join()
+    holder.stdin.close()
+    holder.stdout.close()
+    # One lock stays, as the numbers only grow.
+    assert len(client.search_registered_models(f"name LIKE '{LOCK_NAME}%'")) == 1
+
+
+@pytest.mark.slow
+def test_a_number_that_others_have_passed_is_no_lock(server, monkeypatch):
+    """A process stood still between its look at the registry and its attempt."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    client = mlflow_client("")
+    asked = []
+    highest = mlflow_access._highest
+
+    def late(client):
+        found = highest(client)
+        if not asked:
+            asked.append(found)
+            for _ in range(2):
+                number = highest(client)[0] + 1
+                client.create_registered_model(f"{LOCK_NAME}{number}", tags={"released": "yes"})
+            if found[0]:
+                client.delete_registered_model(f"{LOCK_NAME}{found[0]}")
+            client.delete_registered_model(f"{LOCK_NAME}{found[0] + 1}")
+        return found
+
+    monkeypatch.setattr(mlflow_access, "_highest", late)
+    with mlflow_access.lock_registry(client, "") as lock:
+        lock.check()
+        assert highest(client)[0] == asked[0][0] + 3
+
+
+def test_a_lock_that_may_end_too_soon_changes_nothing():
+    with pytest.raises(RegistryError, match="too slowly"):
+        mlflow_access.RegistryLock(until=time.monotonic()).check()

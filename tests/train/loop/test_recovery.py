@@ -174,3 +174,15 @@ def test_a_refused_command_leaves_the_run_to_its_trainer(config, digits, tmp_pat
     store.save(TrainingState({}, {"step": 1}), None)
     store.finish()
     assert store.steps() == [1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"metric": "last"}, {"metric": "valid_log_loss"}, {"metric": "valid_accuracy"}]
+)
+def test_a_resumed_run_keeps_the_choice_of_its_best_epoch(tmp_path, changes):
+    """The best epoch so far was chosen by the metric of before, and its checkpoint kept."""
+    Run.start(str(tmp_path / "run"), make_config(checkpoint={"keep": 1}))
+    with pytest.raises(UserError, match=r"keeps its config, but checkpoint\.metric was None, is"):
+        Run.resume(str(tmp_path / "run"), make_config(checkpoint={"keep": 1, **changes}))
+    often = {"keep": 5, "every_steps": 3, "every_minutes": 1}
+    Run.resume(str(tmp_path / "run"), make_config(checkpoint=often))
