@@ -119,8 +119,6 @@ def connect(
     _local = True
     # This machine is not taken away with notice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Ray has read ON_LOOPBACK on import, before it is set.
-    ray_internals.use_loopback()
     options |= {
         "address": "local",
         "num_cpus": max(os.cpu_count() or 1, num_cpus or 1),
@@ -128,7 +126,8 @@ def connect(
         "_temp_dir": str(Path(_temporary()) / "ray"),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
-    with _sigterm_kept(), _set(ON_LOOPBACK, "0"):
+    # Ray has read ON_LOOPBACK on import, before it is set; the processes it starts read it anew.
+    with _sigterm_kept(), ray_internals.loopback(), _set(ON_LOOPBACK, "0"):
         _start(lambda: ray.init(**options))
 
 

@@ -33,11 +33,20 @@ def reload_environment() -> None:
     Config.initialize("")
 
 
-def use_loopback() -> None:
-    """Let a node started from here take the loopback address, as on macOS and Windows."""
+@contextmanager
+def loopback() -> Iterator[None]:
+    """Let a node started in the block take the loopback address, as on macOS and Windows.
+
+    Nodes that this process starts later have the machine's address.
+    """
     from ray._private import ray_constants
 
+    before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from serve.grpc import messages
 from serve.grpc.call import REQUEST_ID, GrpcCall, add_trailer, named_model, refuse_call, set_status
 from serve.grpc.messages import types
 from serve.inference.dataplane import DataPlane
+from serve.protocol import repository
 from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
 from serve.replica.handler import InferenceHandler
 from serve.replica.pipeline import Endpoint
@@ -178,11 +179,12 @@ class InferenceService:
     @_method(Access.ADMIN)
     async def RepositoryModelLoad(self, request: Any, call: GrpcCall) -> Any:
         name = named_model(request)
-        if request.parameters:
-            raise BadRequest(
-                f"load takes no parameters; {', '.join(request.parameters)[:100]} came."
-            )
-        await self._handler.repository.load(name, call.actor)
+        parameters = {
+            key: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+            for key, value in request.parameters.items()
+        }
+        allow = repository.allows_interface_change(parameters)
+        await self._handler.repository.load(name, call.actor, allow_interface_change=allow)
         return types.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     @_method(Access.ADMIN)

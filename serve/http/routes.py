@@ -7,7 +7,7 @@ from serve.http import console, openapi
 from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
 from serve.http.request import Request
 from serve.inference.dataplane import DataPlane
-from serve.protocol import feedback, v1, v2
+from serve.protocol import feedback, repository, v1, v2
 from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
 from serve.protocol.v2 import InferRequest
 from serve.replica.handler import InferenceHandler
@@ -108,7 +108,13 @@ class ModelAPI(HTTPApp):
         return json_response(await self._handler.index(request.key))
 
     async def load(self, request: Request) -> Response:
-        return json_response(await self._handler.repository.load(request.model, request.actor))
+        limits = self.config.limits.max_json_bytes, self.config.limits.body_timeout_s
+        allow = repository.decode_load(await self.body(request, *limits))
+        return json_response(
+            await self._handler.repository.load(
+                request.model, request.actor, allow_interface_change=allow
+            )
+        )
 
     async def unload(self, request: Request) -> Response:
         await self._handler.repository.unload(request.model, request.actor)
