@@ -239,16 +239,12 @@ def make_folder(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Have every file and folder below a local folder, and itself, on disk. Raises OSError."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync_folder(path)
+    sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a local folder on disk. Raises OSError."""
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Have the names in a local folder, or a file's content, on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

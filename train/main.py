@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
     from train.bundle import publishing
+    from train.compress.scoring import validation_score
     from train.data import schema_inference
-    from train.training import fit, validation_score
+    from train.training import fit
 
     completed = schema_inference.complete_config(config)
     config = completed.config

@@ -15,12 +15,11 @@ import torch
 from cluster import commit, connect, storage
 from cluster.errors import UserError
 from train import reports
-from train.bundle import Bundle, BundleWriter, CorruptBundle, Manifest, Predictor
+from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import TensorMetadata
 from train.compress import compress
 from train.compress.recipes.variants import check_calibration
-from train.compress.variant_judge import run_batches
 from train.config import LAST, Augment, Config, allow_code
 from train.data import batch_sampler, dataset, schema_inference
 from train.data.baseline import build_baseline
@@ -95,20 +94,6 @@ def build_bundle(
     with Bundle.create(location) as writer:
         _write(writer, config, data, run, started, dict(lineage or {}))
     return Bundle.load(location)
-
-
-def validation_score(config: Config, bundle: Bundle, metric: str) -> float:
-    """Return a metric of another bundle, on the validation records that a config has.
-
-    Raises UserError where the bundle cannot take the records, or cannot be run here.
-    """
-    data = dataset.prepare_dataset(config, config.storage.root, bundle.task)
-    inputs, targets_N = data.open("valid")
-    try:
-        outputs = run_batches(Predictor.load(bundle).engine, inputs)
-    except (CorruptBundle, ValueError) as error:
-        raise UserError(str(error)) from error
-    return bundle.task.metrics(outputs, targets_N, "valid")[metric]
 
 
 def check_against_data(config: Config, data: EncodedDataset) -> None:

@@ -11,18 +11,14 @@ import yaml
 from cluster import storage
 from cluster.errors import UserError
 from train.bundle import publishing
+from train.compress.scoring import validation_score
 from train.config import LAST, Config
 from train.data import dataset
 from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.telemetry.throughput import best_epoch
-from train.training import (
-    build_bundle,
-    check_against_data,
-    prepare_run,
-    validation_score,
-)
+from train.training import build_bundle, check_against_data, prepare_run
 from tune import objectives, report, search_space
 from tune.cli import training_config
 from tune.config import StudyConfig

@@ -100,12 +100,22 @@ class Repository:
         return {"monitor": self._aggregator.stats(), **self._rollouts.stats(self.current)}
 
     async def feedback(
-        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
+        self,
+        name: str,
+        request_id: str,
+        truths: Sequence[Any],
+        actor: Actor,
+        *,
+        any_owner: str | None = None,
     ) -> dict[str, Any]:
-        """Take the label of each record of a request. Raises what `FeedbackReceiver` does."""
+        """Take the label of each record of a request. Raises what `FeedbackReceiver` does.
+
+        request_id: as its key owns it, see `owned_id`. any_owner: the id alone, where whoever gives
+        feedback may do so for the requests of every key.
+        """
         self._check_name(name)
         async with self._audited("feedback", actor, {"of": request_id, "rows": len(truths)}):
-            response = await self._feedback.receive(request_id, truths)
+            response = await self._feedback.receive(request_id, truths, any_owner)
             self._unsaved = True
             return response
 

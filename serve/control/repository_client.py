@@ -54,10 +54,18 @@ class RepositoryClient:
         return stats
 
     async def feedback(
-        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
+        self,
+        name: str,
+        request_id: str,
+        truths: Sequence[Any],
+        actor: Actor,
+        *,
+        any_owner: str | None = None,
     ) -> dict[str, Any]:
         arguments = (name, request_id, truths, actor)
-        counted: dict[str, Any] = await _call(self._handle, "feedback", *arguments)
+        counted: dict[str, Any] = await _call(
+            self._handle, "feedback", *arguments, any_owner=any_owner
+        )
         return counted
 
     async def load(

@@ -103,6 +103,7 @@ class StatePublisher:
                 await self._write(replace(self._desired, decision=None))
             return
         await self._write(DesiredState(self._desired.number, state, before))
+        self._unsettled = True
         self._reached(Transition.WRITTEN)
         await self._settle()
 
@@ -113,7 +114,6 @@ class StatePublisher:
 
     async def _settle(self) -> None:
         """Wait until every living replica has installed the state; go back if one cannot."""
-        self._unsettled = True
         deadline = time.monotonic() + SWITCH_S
         while True:
             replicas = self.living().values()

@@ -1,7 +1,6 @@
 """A request: what came, read within bounds of size and time, while its client is still there."""
 
 import asyncio
-import itertools
 import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -19,16 +18,13 @@ REQUEST_ID, MAX_ID = b"x-request-id", 128
 # HAProxy says by it whom a request is from, whatever a client wrote there.
 PEER = b"x-halyard-peer"
 BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-# Requests that came without an id are told apart by their process and a count.
-_PROCESS = secrets.token_hex(6)
-_counter = itertools.count(1)
 # Whether its client is still there is asked of a request that has not been answered by then.
 WATCH_AFTER_S = 0.05
 
 
 def new_request_id() -> str:
-    """The id of a request that came without."""
-    return f"{_PROCESS}-{next(_counter):x}"
+    """The id of a request that came without; nobody can guess it."""
+    return secrets.token_hex(16)
 
 
 class Request(RequestContext):

@@ -3,6 +3,7 @@
 import asyncio
 
 from serve.access import Access
+from serve.errors import Forbidden
 from serve.http import console, openapi
 from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
 from serve.http.request import Request
@@ -13,7 +14,7 @@ from serve.protocol.v2 import InferRequest
 from serve.replica.handler import InferenceHandler
 from serve.replica.pipeline import Endpoint
 from serve.telemetry.metrics import CONTENT_TYPE, Snapshot, exposition, filter_models, merge_samples
-from serve.telemetry.recorder import RequestRecorder
+from serve.telemetry.recorder import RequestRecorder, owned_id
 from train.tasks import Arrays
 
 MODEL = r"/v2/models/(?P<name>[^/]+)"
@@ -98,10 +99,19 @@ class ModelAPI(HTTPApp):
 
     async def feedback(self, request: Request) -> Response:
         limits = self.config.limits.max_json_bytes, self.config.limits.body_timeout_s
-        request_id, truths = feedback.decode(await self.body(request, *limits))
-        repository = self._handler.repository
+        given = feedback.decode(await self.body(request, *limits), self.config.limits.max_rows)
+        owner = "" if request.key is None else request.key.name
+        is_admin = request.key is not None and request.key.admin
+        if given.client not in (None, owner) and not is_admin:
+            raise Forbidden("feedback for the requests of another key takes a key with --admin.")
         return json_response(
-            await repository.feedback(request.model, request_id, truths, request.actor)
+            await self._handler.repository.feedback(
+                request.model,
+                owned_id(given.client or owner, given.request_id),
+                given.truths,
+                request.actor,
+                any_owner=given.request_id if is_admin and given.client is None else None,
+            )
         )
 
     async def index(self, request: Request) -> Response:

@@ -27,8 +27,8 @@ def allows_interface_change(parameters: Mapping[str, Any]) -> bool:
     """Return the one parameter that load takes, False by default. Raises BadRequest."""
     if unknown := sorted(parameters.keys() - {ALLOW_INTERFACE_CHANGE}):
         raise BadRequest(
-            f"load takes the parameter {ALLOW_INTERFACE_CHANGE} only, not "
-            f"{', '.join(unknown)[:100]}."
+            f"load takes no parameters but {ALLOW_INTERFACE_CHANGE}; "
+            f"{', '.join(unknown)[:100]} came."
         )
     allow = parameters.get(ALLOW_INTERFACE_CHANGE, False)
     if not isinstance(allow, bool):

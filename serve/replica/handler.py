@@ -27,7 +27,13 @@ class RepositoryAPI(Protocol):
     async def index(self) -> list[dict[str, Any]]: ...
     async def stats(self) -> dict[str, Any]: ...
     async def feedback(
-        self, name: str, request_id: str, truths: Sequence[Any], actor: Actor
+        self,
+        name: str,
+        request_id: str,
+        truths: Sequence[Any],
+        actor: Actor,
+        *,
+        any_owner: str | None = None,
     ) -> dict[str, Any]: ...
     async def load(
         self, name: str, actor: Actor, *, allow_interface_change: bool = False
@@ -99,7 +105,7 @@ class InferenceHandler:
         request.rows = len(next(iter(inference.columns.values())))
         endpoint.plane.metrics.stages["parse"].observe(time.perf_counter() - began)
         plane, predictions = await request.while_connected(
-            endpoint.predict(inference.columns, options, request.id)
+            endpoint.predict(inference.columns, options, request.record_id)
         )
         request.metrics, request.version = plane.metrics, plane.version
         predicted = time.perf_counter()

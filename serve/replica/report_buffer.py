@@ -10,21 +10,25 @@ from serve.rollout.aggregator import ReplicaReport
 from serve.rollout.feedback import Prediction
 from serve.rollout.verdict import ArmComparison
 
-# Predictions kept while the repository does not respond; then the oldest are dropped.
-MAX_PREDICTIONS = 50_000
+# Requests and rows kept while the repository does not respond; then the oldest are dropped.
+MAX_REQUESTS, MAX_ROWS = 50_000, 200_000
 
 
 class ReportBuffer:
     """Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._predictions: deque[tuple[str, str, list[Prediction]]] = deque(maxlen=MAX_PREDICTIONS)
+        self._predictions: deque[tuple[str, str, list[Prediction]]] = deque()
+        self._rows = 0
         self._comparison: ArmComparison | None = None
         self._added = asyncio.Event()
 
     def add_predictions(self, request_id: str, version: str, predictions: list[Prediction]) -> None:
         """Add what a version predicted for the records of a request."""
         self._predictions.append((request_id, version, predictions))
+        self._rows += len(predictions)
+        while len(self._predictions) > MAX_REQUESTS or self._rows > MAX_ROWS:
+            self._rows -= len(self._predictions.popleft()[2])
         self._added.set()
 
     def comparison(self, candidate: str) -> ArmComparison:
@@ -43,6 +47,7 @@ class ReportBuffer:
         """Return everything since the last call, with blocks of drift statistics by version."""
         predictions, comparison = list(self._predictions), self._comparison
         self._predictions.clear()
+        self._rows = 0
         self._comparison = None
         self._added.clear()
         return ReplicaReport(dict(blocks), predictions, comparison)

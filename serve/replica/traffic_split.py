@@ -12,7 +12,8 @@ from serve.errors import RequestError
 from serve.inference.admission import RequestOptions
 from serve.inference.dataplane import DataPlane
 from serve.replica.report_buffer import ReportBuffer
-from serve.rollout.verdict import CANARY, ArmStats, in_fraction
+from serve.requestlog.sampling import ROLLOUT, in_fraction
+from serve.rollout.verdict import CANARY, ArmStats
 from serve.state import Rollout
 from train.tasks import Arrays, Columns
 
@@ -59,7 +60,7 @@ class TrafficSplitter:
         production, candidate = self._production, self._candidate
         canary = self._rollout.phase == CANARY
         failed = False
-        if canary and in_fraction(options.client or request_id, self._rollout.fraction):
+        if canary and in_fraction(options.client or request_id, self._rollout.fraction, ROLLOUT):
             predictions, failed = await self._predict_canary(columns, options)
             if predictions is not None:
                 self._copy(production, columns, options, predictions, request_id)
@@ -70,7 +71,7 @@ class TrafficSplitter:
         if failed:
             # Not before production has shown that the request was not at fault.
             self._arm(candidate).failed()
-        if not canary and in_fraction(request_id, self._rollout.fraction):
+        if not canary and in_fraction(request_id, self._rollout.fraction, ROLLOUT):
             self._copy(candidate, columns, options, predictions, request_id)
         return production, predictions
 

@@ -5,7 +5,6 @@ storage path. What cannot be kept or written is counted and left out; no request
 """
 
 import asyncio
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +17,7 @@ from cluster.errors import UserError
 from serve.config import LogOptions
 from serve.requestlog import files, schema
 from serve.requestlog.files import DAY_S, FEEDBACK, REQUESTS, LogWriter
+from serve.requestlog.sampling import LOG, in_fraction
 from serve.requestlog.schema import TIME, BufferedEntry, LogEntry
 from serve.telemetry.metrics import Snapshot
 
@@ -59,15 +59,10 @@ class RequestSample:
     """A share of all requests, by their ids alone: the same on every replica."""
 
     def __init__(self, share: float) -> None:
-        self._limit = round(share * 2**64)
+        self._share = share
 
     def has(self, request_id: str) -> bool:
-        if not self._limit:
-            return False
-        content = request_id.encode(errors="replace")
-        # A hash of its own: what else is chosen by id is then no more or less often logged.
-        digest = hashlib.blake2b(content, digest_size=8, person=b"request log").digest()
-        return int.from_bytes(digest, "big") < self._limit
+        return bool(self._share) and in_fraction(request_id, self._share, LOG)
 
 
 class BufferedLog(Generic[Item]):

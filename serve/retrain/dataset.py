@@ -1,6 +1,5 @@
 """Labelled requests as records to learn from and to judge by."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,13 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cluster.errors import UserError
+from serve.requestlog.sampling import HELD_OUT, in_fraction
 from train.tasks import LabelsTarget, NamedTarget, Task, ValueTarget
 from train.tasks.classification import SEPARATOR
 
-# Share of the labelled requests that is not learned from; by the request's id, so that none that
-# was held out once is ever learned from.
-HELD_OUT = 0.3
+# Share of the labelled requests that is not learned from; by their content, so that none that was
+# held out once is ever learned from, whoever sends it again.
+SHARE_HELD_OUT = 0.3
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def _is_known(truth: Any, task: Task) -> bool:
 def split_labelled(table: pa.Table, task: Task) -> LabelledSplit:
     """The records in the columns of the training data, to learn from and held out.
 
-    All of a request are in the same part, whenever it is divided.
+    All of a request are in the same part, and so is a request with the same records, whenever they
+    are divided. A record that is held out is not learned from, whichever request it is of.
     """
     if not table.num_rows:  # nor columns, where nothing is logged
         return LabelledSplit(table, table)
@@ -65,10 +66,14 @@ def split_labelled(table: pa.Table, task: Task) -> LabelledSplit:
         )
     columns = {name: records.field(name) for name in task.features.columns}
     whole = pa.table({**columns, task.target.column: table["truth"]})
-    held_out = pa.array([_is_held_out(each) for each in table["id"].to_pylist()], pa.bool_())
-    return LabelledSplit(whole.filter(pyarrow.compute.invert(held_out)), whole.filter(held_out))
-
-
-def _is_held_out(request_id: str) -> bool:
-    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < HELD_OUT
+    contents = [repr(sorted(row.items())) for row in pa.table(columns).to_pylist()]
+    keys = table["id"].to_pylist()
+    first: dict[str, str] = {}
+    for key, content in zip(keys, contents, strict=True):
+        first.setdefault(key, content)
+    held_out = [in_fraction(first[key], SHARE_HELD_OUT, HELD_OUT) for key in keys]
+    never = {content for content, held in zip(contents, held_out, strict=True) if held}
+    training = [content not in never for content in contents]
+    return LabelledSplit(
+        whole.filter(pa.array(training, pa.bool_())), whole.filter(pa.array(held_out, pa.bool_()))
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import commit, storage
 from cluster.errors import CommandFailed
-from cluster.process_identity import ProcessIdentity
+from cluster.nodes.process_identity import ProcessIdentity
 
 
 class LockHeld(Exception):

@@ -16,8 +16,8 @@ from train.stats import Z_95, wilson_interval
 from train.tasks import ClassTarget, LabelsTarget, Target
 from train.tasks.classification import SEPARATOR
 
-# Requests whose predictions, or whose truth, are remembered.
-MAX_REQUESTS = 100_000
+# Requests whose predictions and labels are remembered, and their rows: about 200 bytes each.
+MAX_REQUESTS, MAX_ROWS = 100_000, 500_000
 
 Prediction = str | float
 
@@ -28,6 +28,11 @@ class AnsweredRequest:
 
     predictions: dict[str, Sequence[Prediction | None]]
     truths: list[Any] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes in memory, those of each version."""
+        return sum(map(len, self.predictions.values()))
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,10 @@ class LiveMetric:
 class FeedbackStore:
     """Predictions and truths of the last requests. Belongs to one event loop."""
 
-    def __init__(self, target: Target, most: int = MAX_REQUESTS) -> None:
+    def __init__(self, target: Target, most: int = MAX_REQUESTS, most_rows: int = MAX_ROWS) -> None:
+        """most, most_rows: how many requests and rows are remembered, the latest."""
         self._target = target
-        self._most = most
+        self._most, self._most_rows, self._rows = most, most_rows, 0
         self._requests: OrderedDict[str, AnsweredRequest] = OrderedDict()
         # Until another truth is known.
         self._live: dict[str, LiveMetric | None] = {}
@@ -62,15 +68,26 @@ class FeedbackStore:
         A client that uses an id twice means the later one.
         """
         known = self._requests.pop(request_id, None)
+        self._rows -= known.num_rows if known is not None else 0
         if known is None or version in known.predictions:
             known = AnsweredRequest({})
         known.predictions[version] = predictions
         self._requests[request_id] = known
-        while len(self._requests) > self._most:
-            self._requests.popitem(last=False)
+        self._rows += known.num_rows
+        while len(self._requests) > self._most or self._rows > self._most_rows:
+            self._rows -= self._requests.popitem(last=False)[1].num_rows
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._requests
+
+    def find(self, request_id: str) -> str | None:
+        """Return the id with its owner, of whichever key. Raises BadRequest if several used it."""
+        found = [each for each in self._requests if each.partition("/")[2] == request_id]
+        if len(found) > 1:
+            raise BadRequest(
+                f"several keys have sent a request '{request_id[:100]}'; name one as 'client'."
+            )
+        return found[0] if found else None
 
     def give(self, request_id: str, truths: Sequence[Any]) -> bool:
         """Take the truth of a request that is known; of several, the last counts.

@@ -18,6 +18,8 @@ PUSH_INTERVAL_S = 0.1
 ARRIVAL_S = 2.0
 # After this the request log is searched meanwhile: most requests that have not arrived are old.
 SEARCH_AFTER_S = 2 * PUSH_INTERVAL_S
+# Feedback that waits for its request at once; the log is searched for one after the other.
+MAX_SEARCHES = 64
 # How long feedback waits for a server that has just started.
 START_S = 15.0
 
@@ -33,21 +35,30 @@ class FeedbackReceiver:
         if config.log.sample_rate:
             self._log = FeedbackLog(self._root, name, config.log)
         self._search = asyncio.Lock()
+        self._searching = 0
 
-    async def receive(self, request_id: str, truths: Sequence[Any]) -> dict[str, Any]:
+    async def receive(
+        self, request_id: str, truths: Sequence[Any], any_owner: str | None = None
+    ) -> dict[str, Any]:
         """Take the label of each record of a request.
+
+        any_owner: the id without its owner, to find the request of another key by; one that is no
+        longer in memory is found by `request_id` alone.
 
         Raises NotFound for a request that was not answered here, BadRequest for labels that do not
         fit the model or the request, Unavailable for a server that has not started yet.
         """
         if self._log is None:
             raise BadRequest("feedback needs the request log; serve with log.sample_rate > 0.")
+        store = await self._store()
+        if any_owner is not None and not store.knows(request_id):
+            request_id = store.find(any_owner) or request_id
         if not self._sample.has(request_id):
             return {"id": request_id, "counted": False, "reason": "this request is not sampled"}
-        store = await self._store()
         if not (store.knows(request_id) or await self._find(store, request_id, len(truths))):
             raise NotFound(
-                f"no request '{request_id[:100]}' is known; give the x-request-id of an answer."
+                "the request is not known, or is of another key; give the x-request-id of a "
+                "response."
             )
         changed = store.give(request_id, truths)
         for row, truth in enumerate(truths):
@@ -70,13 +81,17 @@ class FeedbackReceiver:
 
     async def _find(self, store: FeedbackStore, request_id: str, count: int) -> bool:
         """Wait for a replica to send the predictions, or read them from the request log."""
+        if self._searching >= MAX_SEARCHES:
+            raise Unavailable("too much feedback for requests of before waits to be found.", 5)
         arrival = asyncio.create_task(self._arrival(store, request_id))
-        done, _ = await asyncio.wait({arrival}, timeout=SEARCH_AFTER_S)
-        if done:
-            return True
+        self._searching += 1
         try:
+            done, _ = await asyncio.wait({arrival}, timeout=SEARCH_AFTER_S)
+            if done:
+                return True
             return await self._find_in_log(store, request_id, count) or await arrival
         finally:
+            self._searching -= 1
             arrival.cancel()
 
     async def _arrival(self, store: FeedbackStore, request_id: str) -> bool:

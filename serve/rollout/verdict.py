@@ -5,7 +5,6 @@ returned. In the canary phase it answers some clients, always the same ones; if 
 answers instead.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -25,12 +24,6 @@ PROMOTED, ROLLED_BACK, REFUSED = "promoted", "rolled back", "refused"
 LEAST_REQUESTS = 200
 # Errors that may be a coincidence, and the fraction of requests above which they are not.
 FEW_ERRORS, MAX_ERRORS = 3, 0.01
-
-
-def in_fraction(key: str, fraction: float) -> bool:
-    """Whether a key is in a fraction of all keys: always the same ones, and more as it grows."""
-    digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 @dataclass

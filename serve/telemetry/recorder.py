@@ -3,6 +3,7 @@
 import time
 from collections.abc import Awaitable, Mapping
 from typing import TypeVar
+from urllib.parse import quote
 
 from serve.access import Actor
 from serve.security import APIKey
@@ -14,6 +15,11 @@ T = TypeVar("T")
 
 # Longest text that a client chooses and that is logged.
 MAX_TEXT = 100
+
+
+def owned_id(owner: str, request_id: str) -> str:
+    """Return the id by which a request of a key is kept. owner: "" where there are no keys."""
+    return f"{quote(owner, safe='')}/{request_id}" if owner else request_id
 
 
 class RequestContext:
@@ -64,6 +70,14 @@ class RequestContext:
     def client(self) -> str:
         """The name of the client's key, or what the client calls itself."""
         return self.key.name if self.key else self.header(b"x-client-id") or ""
+
+    @property
+    def record_id(self) -> str:
+        """The id under which its predictions are kept.
+
+        An id that a client chose is its own: that of another key is another request.
+        """
+        return owned_id(self.key.name if self.key else "", self.id)
 
     @property
     def actor(self) -> Actor:

@@ -16,7 +16,6 @@ from train.bundle.mlflow_access import (
     ensure_experiment,
     ensure_model,
     find_alias,
-    lock_registry,
     mlflow_client,
     registry_errors,
 )
@@ -28,6 +27,7 @@ from train.bundle.registry import (
     load_version,
     set_production,
 )
+from train.bundle.registry_lock import lock_registry
 from train.tasks.targets import LOWER_IS_BETTER
 
 if TYPE_CHECKING:

@@ -14,13 +14,12 @@ from cluster.errors import UserError
 from train.bundle import mlflow_access
 from train.bundle.bundle import Bundle, CorruptBundle
 from train.bundle.mlflow_access import (
-    RegistryLock,
     find_alias,
     find_version,
-    lock_registry,
     mlflow_client,
     registry_errors,
 )
+from train.bundle.registry_lock import RegistryLock, lock_registry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

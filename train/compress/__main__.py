@@ -26,6 +26,7 @@ from train.bundle import Bundle, CorruptBundle, publishing, registry
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, export_edge
 from train.compress.recipes.variants import RECIPES, check_calibration
+from train.compress.scoring import validation_score
 from train.config import Config, bundle_config, validate_config
 from train.data import dataset
 from train.data.baseline import build_baseline
@@ -33,7 +34,6 @@ from train.data.dataset import EncodedDataset
 from train.reports import plots
 from train.tasks import plugins
 from train.tasks.plugins import code_of_config
-from train.training import validation_score
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION, or the path of a bundle."
 # Sections of training options that the command accepts beside its own.

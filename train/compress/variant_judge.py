@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from train.bundle import engines
-from train.bundle.engines import Engine
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.bundle.manifest import Timing, Variant
 from train.compress import benchmark, gate
 from train.compress.gate import GateVerdict, VariantComparison
 from train.compress.recipes.variant_builder import BuiltVariant, VariantSkipped
 from train.compress.recipes.variants import RECIPES
+from train.compress.scoring import run_batches
 from train.config import Config
-from train.data.dataset import EncodedDataset, batch_slices
+from train.data.dataset import EncodedDataset
 from train.tasks import Arrays
 
-BATCH_SIZE = 256
 # Another processor may round differently: relative to the largest golden output.
 TOLERANCE, TOLERANCE_REDUCED = 1e-3, 0.03
 
@@ -119,16 +118,6 @@ class VariantJudge:
             golden_tolerance=tolerance * max(1.0, largest),
         )
         return variant, golden, {"valid": valid, "test": test}
-
-
-def run_batches(engine: Engine, inputs: Arrays) -> Arrays:
-    """Return an engine's outputs for the encoded records of a split."""
-    count = len(next(iter(inputs.values())))
-    parts = [
-        engine.run({name: array[part] for name, array in inputs.items()})
-        for part in batch_slices(count, BATCH_SIZE)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def first_records(inputs: Arrays, count: int) -> Arrays:

@@ -99,8 +99,8 @@ class Repository:
             for name, state in (("digits", "READY"), ("taxis", "UNAVAILABLE"))
         ]
 
-    async def load(self, name, actor):
-        self.asked.append(("load", name))
+    async def load(self, name, actor, *, allow_interface_change=False):
+        self.asked.append(("load", name, allow_interface_change))
 
     async def unload(self, name, actor):
         self.asked.append(("unload", name))
@@ -516,7 +516,7 @@ def test_models_are_listed_loaded_and_unloaded(client, repository):
     ]
     client.load_model("digits")
     client.unload_model("digits")
-    assert repository.asked[-2:] == [("load", "digits"), ("unload", "digits")]
+    assert repository.asked[-2:] == [("load", "digits", False), ("unload", "digits")]
     assert protocol.ACCESS["RepositoryModelLoad"] == Access.ADMIN
     assert protocol.ACCESS["RepositoryModelUnload"] == Access.ADMIN
     with pytest.raises(InferenceServerException, match="not served"):

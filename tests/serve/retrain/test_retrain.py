@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from cluster import commit, storage
 from cluster.errors import CommandFailed, UserError
-from cluster.process_identity import ProcessIdentity
+from cluster.nodes.process_identity import ProcessIdentity
 from serve.requestlog import reader
 from serve.retrain import __main__ as retrain
 from serve.retrain import dataset, launcher, lock
@@ -224,8 +224,25 @@ def test_requests_stay_in_their_split_when_others_are_added():
     # Both rows of a request are in one part.
     assert {row ^ 1 for row in held_out} == held_out
     assert len(held_out) / count == pytest.approx(0.3, abs=0.05)
+    again = dataset.split_labelled(table(truths * 2, n=list(range(count)) * 2), task)
+    assert set(again.held_out["n"].to_pylist()) == held_out
+    assert set(again.training["n"].to_pylist()) == training
     some = dataset.split_labelled(table(truths[:500], n=list(range(500))), task)
     assert set(some.held_out["n"].to_pylist()) == {row for row in held_out if row < 500}
+
+
+def test_a_record_that_is_held_out_is_not_learned_from():
+    """It comes alone, and again beside another one in a request that is learned from."""
+    task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
+    parts = dataset.split_labelled(table(["a", "b"] * 500, n=list(range(1000))), task)
+    held_out = sorted(set(parts.held_out["n"].to_pylist()))
+    learned = sorted(set(parts.training["n"].to_pylist()))
+    # Requests of two rows: the first of one that is learned from, the second of one that is not.
+    pairs = [each for pair in zip(learned[::2], held_out, strict=False) for each in pair]
+    values = list(range(1000)) + pairs
+    both = dataset.split_labelled(table(["a"] * len(values), n=values), task)
+    assert not set(both.training["n"].to_pylist()) & set(both.held_out["n"].to_pylist())
+    assert set(both.training["n"].to_pylist()) <= set(learned)
 
 
 def test_nothing_is_learned_from_an_empty_log(tmp_path):

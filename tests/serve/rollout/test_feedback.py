@@ -119,7 +119,7 @@ def test_pairs_are_of_rows_that_both_versions_answered():
 )
 def test_another_body_is_refused_with_what_is_expected(body):
     with pytest.raises(BadRequest, match=r'expected \{"id"'):
-        feedback.decode(body)
+        feedback.decode(body, 1024)
 
 
 def test_a_truth_of_markup_is_only_text():

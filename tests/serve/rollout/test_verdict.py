@@ -10,11 +10,12 @@ from serve.errors import BadRequest, Overloaded
 from serve.inference.admission import RequestOptions
 from serve.replica.report_buffer import ReportBuffer
 from serve.replica.traffic_split import TrafficSplitter
+from serve.requestlog import sampling
+from serve.requestlog.sampling import ROLLOUT, in_fraction
 from serve.rollout.verdict import (
     PROMOTED,
     ROLLED_BACK,
     ArmComparison,
-    in_fraction,
     judge_rollout,
 )
 from serve.state import Rollout
@@ -25,11 +26,28 @@ RULES = RolloutOptions(min_labels=100, noninferiority_margin=0.01, max_latency_r
 
 def test_a_share_of_keys_is_chosen_and_stays_chosen_as_it_grows():
     keys = [f"client-{number}" for number in range(20_000)]
-    few = {key for key in keys if in_fraction(key, 0.1)}
+    few = {key for key in keys if in_fraction(key, 0.1, ROLLOUT)}
     assert abs(len(few) - 2000) < 5 * np.sqrt(20_000 * 0.1 * 0.9)
-    assert few < {key for key in keys if in_fraction(key, 0.2)}
-    assert not any(in_fraction(key, 0) for key in keys)
-    assert all(in_fraction(key, 1) for key in keys)
+    assert few < {key for key in keys if in_fraction(key, 0.2, ROLLOUT)}
+    assert not any(in_fraction(key, 0, ROLLOUT) for key in keys)
+    assert all(in_fraction(key, 1, ROLLOUT) for key in keys)
+
+
+def test_a_client_cannot_choose_what_is_chosen(monkeypatch):
+    """The same key is chosen or not by a secret, and for one purpose or another."""
+    keys = [f"client-{number}" for number in range(4000)]
+
+    def chosen(purpose, secret):
+        monkeypatch.setattr(sampling.auth, "derive_secret", lambda purpose: f"{secret} {purpose}")
+        sampling._key.cache_clear()
+        found = np.array([in_fraction(key, 0.5, purpose) for key in keys])
+        sampling._key.cache_clear()
+        return found
+
+    one = chosen(ROLLOUT, "a")
+    assert (chosen(ROLLOUT, "a") == one).all()
+    for other in (chosen(ROLLOUT, "b"), chosen(sampling.LOG, "a")):
+        assert abs((one == other).mean() - 0.5) < 5 * np.sqrt(0.25 / len(keys))
 
 
 def test_a_quantile_is_that_of_the_values_within_a_bin():
@@ -150,7 +168,7 @@ def test_in_shadow_production_answers_and_copies_are_compared():
     assert 10 <= candidate.asked <= 40
     assert (comparison.rows, comparison.agreed) == (2 * candidate.asked, 0)
     assert [(version, name) for name, version, _ in copies] == [
-        ("4", f"r{number}") for number in range(50) if in_fraction(f"r{number}", 0.5)
+        ("4", f"r{number}") for number in range(50) if in_fraction(f"r{number}", 0.5, ROLLOUT)
     ]
 
 

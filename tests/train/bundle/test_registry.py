@@ -15,8 +15,9 @@ from cluster.errors import UserError
 from tests import registry_faults
 from tests.mlflow_server import SETTINGS, FaultyProxy, mlflow_server
 from tests.registry_faults import METRIC, aliases, with_metric
-from train.bundle import mlflow_access, publishing, registry
-from train.bundle.mlflow_access import LOCK_NAME, RegistryError, mlflow_client
+from train.bundle import publishing, registry, registry_lock
+from train.bundle.mlflow_access import RegistryError, mlflow_client
+from train.bundle.registry_lock import LOCK_NAME
 
 
 def publish(bundle, root, metric, **options):
@@ -242,7 +243,7 @@ def test_a_production_that_cannot_be_read_is_not_replaced(bundle, tmp_path, caps
     assert "version 1 in production cannot be read" in capsys.readouterr().err
 
 
-def test_what_becomes_production_leaves_the_one_before_as_previous(bundle, tmp_path):
+def test_a_promotion_leaves_the_version_before_as_previous(bundle, tmp_path):
     root = str(tmp_path)
     for value in (0.5, 0.6):
         publish(with_metric(bundle, value), root, METRIC)
@@ -253,7 +254,7 @@ def test_what_becomes_production_leaves_the_one_before_as_previous(bundle, tmp_p
     assert aliases(root, "digits") == {"production": "3", "previous": "2"}
 
 
-def test_a_candidate_is_not_promoted_over_what_it_was_not_compared_with(bundle, tmp_path):
+def test_a_candidate_replaces_only_what_it_was_compared_with(bundle, tmp_path):
     root = str(tmp_path)
     publish(with_metric(bundle, 0.5), root, METRIC)
     publish(with_metric(bundle, 0.1), root, METRIC)
@@ -309,9 +310,9 @@ def test_of_two_registered_at_once_the_better_is_production(bundle, server, tmp_
 
 HOLD = """
 import sys
-from train.bundle import mlflow_access
+from train.bundle import mlflow_access, registry_lock
 client = mlflow_access.mlflow_client("")
-with mlflow_access.lock_registry(client, ""):
+with registry_lock.lock_registry(client, ""):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -331,7 +332,7 @@ def test_the_lock_of_a_process_that_died_is_taken_over(server, monkeypatch):
     client, taken = mlflow_client(""), threading.Event()
 
     def take():
-        with mlflow_access.lock_registry(client, ""):
+        with registry_lock.lock_registry(client, ""):
             taken.set()
 
     thread = threading.Thread(target=take, daemon=True)
@@ -353,7 +354,7 @@ def test_a_number_that_others_have_passed_is_no_lock(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     client = mlflow_client("")
     asked = []
-    highest = mlflow_access._highest
+    highest = registry_lock._highest
 
     def late(client):
         found = highest(client)
@@ -367,12 +368,12 @@ def test_a_number_that_others_have_passed_is_no_lock(server, monkeypatch):
             client.delete_registered_model(f"{LOCK_NAME}{found[0] + 1}")
         return found
 
-    monkeypatch.setattr(mlflow_access, "_highest", late)
-    with mlflow_access.lock_registry(client, "") as lock:
+    monkeypatch.setattr(registry_lock, "_highest", late)
+    with registry_lock.lock_registry(client, "") as lock:
         lock.check()
         assert highest(client)[0] == asked[0][0] + 3
 
 
 def test_a_lock_that_may_end_too_soon_changes_nothing():
     with pytest.raises(RegistryError, match="too slowly"):
-        mlflow_access.RegistryLock(until=time.monotonic()).check()
+        registry_lock.RegistryLock(until=time.monotonic()).check()

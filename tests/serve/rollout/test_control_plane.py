@@ -1,0 +1,84 @@
+"""The desired state is reached, and nothing decided twice, wherever the control plane ends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from serve.control.desired_state import Conflict, DesiredState, DesiredStateStore
+from serve.rollout.verdict import RolloutDecision
+from serve.state import Rollout, ServingState
+from tests.crash.control_plane import SCENARIOS
+from tests.server import REPOSITORY
+
+
+@pytest.mark.slow
+def test_the_control_plane_may_end_or_fail_after_any_transition(bundle, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.crash.control_plane", str(bundle.path), str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["transitions never seen"] == []
+    for scenario in SCENARIOS:
+        outcomes = found["scenarios"][scenario]["outcomes"]
+        assert outcomes == {"points": outcomes["points"], "as without a fault": outcomes["points"]}
+        assert outcomes["points"] == 2 * len(found["scenarios"][scenario]["transitions"])
+
+
+STATE = ServingState(
+    3,
+    "digits",
+    "1",
+    {"1": "/one", "2": "/two"},
+    {"production": "1"},
+    rollout=Rollout("2", "shadow", 0.5),
+    incarnation="deployment",
+)
+DECISION = RolloutDecision("2026-01-01T00:00:00+00:00", "2", "1", "promoted", "better", {"n": 1})
+
+
+def test_what_is_written_down_is_read_again(tmp_path):
+    store = DesiredStateStore(str(tmp_path), STATE)
+    assert store.read() == DesiredState(0, STATE)
+    written = store.write(DesiredState(0, STATE, STATE, DECISION))
+    assert DesiredStateStore(str(tmp_path), STATE).read() == written
+    assert written.state.incarnation == "deployment"
+    for _ in range(20):
+        written = store.write(written)
+    assert (written.number, store.read()) == (21, written)
+    assert len(list((tmp_path / "serving/digits/deployment").iterdir())) == 10
+
+
+@pytest.mark.parametrize("root", ["{}", "memory://{}"])
+def test_of_two_that_write_one_does(tmp_path, root):
+    root = root.format(tmp_path)
+    one, other = DesiredStateStore(root, STATE), DesiredStateStore(root, STATE)
+    at = one.read()
+    one.write(DesiredState(at.number, STATE))
+    with pytest.raises(Conflict, match="document 1 "):
+        other.write(DesiredState(at.number, STATE, decision=DECISION))
+    assert other.read().decision is None
+
+
+def test_a_process_that_stood_still_changes_nothing(tmp_path):
+    """The number that it would write was written and deleted by others meanwhile."""
+    store = DesiredStateStore(str(tmp_path), STATE)
+    late = now = store.read()
+    for _ in range(15):
+        now = store.write(now)
+    with pytest.raises(Conflict, match="at document 15 by now"):
+        store.write(late)
+    assert store.read() == now
+
+
+def test_another_deployment_begins_with_what_it_deployed(tmp_path):
+    DesiredStateStore(str(tmp_path), STATE).write(DesiredState(0, STATE))
+    new = ServingState(0, "digits", "2", {"2": "/two"}, incarnation="another")
+    assert DesiredStateStore(str(tmp_path), new).read() == DesiredState(0, new)
