@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ from serve.state import ServingState
 from serve.telemetry import tracing
 from serve.telemetry.access_log import AccessLog
 from serve.telemetry.recorder import RequestRecorder
-from train.bundle import Bundle, CorruptBundle, Predictor
+from train.bundle import Bundle, CorruptBundle, Predictor, registry
+from train.bundle.mlflow_access import RegistryError
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,16 @@ REPOSITORY = "repository"
 
 class RepositoryDeployment(repository.Repository):
     """The repository as a deployment, which Serve ends by `__del__`."""
+
+    def __init__(self, config: ServeConfig, state: ServingState) -> None:
+        super().__init__(config, state)
+        # The first look at the registry takes seconds of a core: now, while replicas start.
+        threading.Thread(target=self._look, args=(config, state.name), daemon=True).start()
+
+    @staticmethod
+    def _look(config: ServeConfig, name: str) -> None:
+        with contextlib.suppress(RegistryError):  # said by whoever needs the answer
+            registry.alias_versions(config.storage, name)
 
     async def __del__(self) -> None:
         await self.close()
