@@ -209,12 +209,11 @@ def create_file(url: str, content: bytes) -> bool:
     fs, path = filesystem(url)
     if is_url(url):
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        try:
+        with suppress(FileExistsError):
             # Exclusive where the store knows conditional writes, as S3 does.
             fs.pipe_file(path, content, mode="create")
-        except FileExistsError:
-            return False
-        return True
+            return True
+        return False
     part = f"{path}.{PART_PREFIX}{secrets.token_hex(4)}"
     write_atomic(part, content)
     try:
@@ -223,7 +222,11 @@ def create_file(url: str, content: bytes) -> bool:
         return False
     finally:
         os.unlink(part)
-    sync_folder(Path(path).parent)
+    try:
+        sync_folder(Path(path).parent)
+    except OSError:
+        os.unlink(path)  # it is reported as not written
+        raise
     return True
 
 
@@ -255,8 +258,7 @@ def sync_folder(path: Path) -> None:
 def fetch(source: str, last: str) -> Path:
     """Return a local folder with the content of `source`.
 
-    A local path is returned as it is. A URL is copied to a folder that only this user can read,
-    once for each version of its files.
+    A URL is copied to a private folder, once for each version of its files.
     last: the file that marks the source complete.
     Raises IncompleteFolder where it is, UserError for a file whose name leads out of it, OSError.
     """

@@ -34,11 +34,11 @@ def interpose(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_what_is_reported_survives_a_fault_at_any_call(name, interpose, tmp_path):
+def test_what_is_reported_survives_a_fault_at_any_call(name, interpose, bundle, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "tests.crash.run", name, str(tmp_path)],
         cwd=REPOSITORY,
-        env={**os.environ, "LD_PRELOAD": str(interpose)},
+        env={**os.environ, "LD_PRELOAD": str(interpose), "BUNDLE": str(bundle.path)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,7 +1,9 @@
 """What is written while faults are injected, and how it is read afterwards."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from cluster import commit
+from cluster import commit, storage
+from serve.control.desired_state import DesiredStateStore
 from serve.offline import output
+from serve.requestlog.files import REQUESTS, LogWriter, log_folder, read_log_tables
+from serve.state import ServingState
 from tests.crash.run import Report
+from train.bundle import Bundle
 from train.loop.checkpoint import CheckpointManager, TrainingState
+from tune.config import StudyConfig
+from tune.run.study_store import Study
 
 VERSIONS = (1, 2, 3)
+STUDY = {"name": "digits", "study": "crash", "tune": {"space": {"optim.lr": [0.1, 0.2]}}}
 
 
 class Checkpoints:
@@ -103,10 +112,89 @@ class Folders:
         return max(whole, default=0)
 
 
+class ServingStates:
+    """What a model's replicas are to serve."""
+
+    STATE = ServingState(0, "digits", "1", {"1": "/one"}, incarnation="deployment")
+
+    def write(self, folder: Path, report: Report) -> None:
+        store = DesiredStateStore(str(folder), self.STATE)
+        desired = store.read()
+        for version in VERSIONS:
+            state = replace(self.STATE, revision=version)
+            desired = store.write(replace(desired, state=state))
+            report(version)
+
+    def version(self, folder: Path) -> int:
+        return DesiredStateStore(str(folder), self.STATE).read().state.revision
+
+
+class RequestLog:
+    """Files of a log that are written again as rows are added to them."""
+
+    def write(self, folder: Path, report: Report) -> None:
+        log = LogWriter(str(folder), REQUESTS, "digits", file_rows=100)
+        for version in VERSIONS:
+            log.append(pa.table({"version": [version]}), now_s=1e9 + version)
+            report(version)
+
+    def version(self, folder: Path) -> int:
+        tables = read_log_tables(log_folder(str(folder), REQUESTS, "digits"))
+        return max((max(table["version"].to_pylist()) for table in tables), default=0)
+
+
+class Studies:
+    """The files of a search's trials and its result."""
+
+    def write(self, folder: Path, report: Report) -> None:
+        config = StudyConfig.model_validate(STUDY)
+        study = Study.open(str(folder / "study"), config, ["accuracy", "loss"], "valid_accuracy")
+        for version in VERSIONS:
+            study.write(f"{version}.json", {"trials": list(range(500))})
+            study.write("result.json", {"version": version})
+            report(version)
+
+    def version(self, folder: Path) -> int:
+        study = folder / "study"
+        result = storage.read_file(str(study / "result.json"))
+        version = 0 if result is None else int(json.loads(result)["version"])
+        for number in range(1, version + 1):
+            assert len(json.loads((study / f"{number}.json").read_text())["trials"]) == 500
+        return version
+
+
+class Bundles:
+    """A trained model, of the bundle that BUNDLE names."""
+
+    FILES = ("weights.safetensors", "features.json", "baseline.json")
+
+    def __init__(self) -> None:
+        self._given = Bundle.load(os.environ["BUNDLE"])
+
+    def write(self, folder: Path, report: Report) -> None:
+        for version in VERSIONS:
+            with Bundle.create(str(folder / "bundles" / str(version))) as writer:
+                for name in self.FILES:
+                    shutil.copyfile(self._given.path / name, writer.file(name))
+                files = writer.files()
+                writer.commit(self._given.manifest.model_copy(update={"files": files}))
+            report(version)
+
+    def version(self, folder: Path) -> int:
+        found = [version for version in VERSIONS if (folder / "bundles" / str(version)).exists()]
+        for version in found:
+            assert Bundle.load(str(folder / "bundles" / str(version))).quantities
+        return max(found, default=0)
+
+
 SCENARIOS = {
     "checkpoints": Checkpoints,
     "damaged": DamagedCheckpoints,
     "file": SmallFile,
     "parquet": Parquet,
     "folders": Folders,
+    "serving states": ServingStates,
+    "request log": RequestLog,
+    "studies": Studies,
+    "bundles": Bundles,
 }
