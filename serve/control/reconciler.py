@@ -65,15 +65,29 @@ class Reconciler:
             reference.rpartition("@")[2] for reference in config.references if "@" in reference
         }
         self._followed = -FOLLOW_S
-        # What the registry said when that could not be served, when, and why.
-        self._refused: tuple[dict[str, str], float, str] = {}, 0.0, ""
+        # What the registry said when that could not be served, and when.
+        self._refused: tuple[dict[str, str], float] = {}, 0.0
+        self._problem = ""
 
     @property
     def _current(self) -> ServingState:
         return self._publisher.current
 
     async def reconcile(self) -> None:
-        """Carry out what was decided; else serve what the registry's aliases name by now."""
+        """Carry out what was decided; else serve what the registry's aliases name by now.
+
+        What is not possible now is logged, once, and tried again next time.
+        """
+        problem = ""
+        try:
+            await self._reconcile()
+        except (RequestError, CommandFailed) as error:
+            problem = str(error)
+        if problem and problem != self._problem:
+            logger.error("%s: the serving state cannot be changed: %s", self._current.name, problem)
+        self._problem = problem
+
+    async def _reconcile(self) -> None:
         rollout = self._current.rollout
         if rollout is not None and not self._aggregator.compares(rollout.candidate):
             # This process was started again; the phase begins again.
@@ -82,14 +96,16 @@ class Reconciler:
         if self._publisher.decision is not None:
             await self._carry_out()
         elif self._aliases and time.monotonic() - self._followed >= FOLLOW_S:
-            await self._follow_registry()
             self._followed = time.monotonic()
+            await self._follow_registry()
 
     async def load(self, *, allow_interface_change: bool) -> None:
         """Serve what the registry has now.
 
         Raises BadRequest for a version that is unfit, Unavailable where that is not known now.
         """
+        if self._publisher.decision is not None:
+            await self._carry_out()
         state = await self._resolved()
         await self._check(state, allow_interface_change=allow_interface_change)
         await self._publish(state)
@@ -120,6 +136,8 @@ class Reconciler:
         assert decision is not None
         try:
             await self._rollouts.register(decision)
+        except CommandFailed as error:
+            raise Unavailable(f"{error} {UNCHANGED}", 10) from error
         except registry.ProductionChanged as error:
             logger.warning("candidate %s is compared again: %s", decision.version, error)
         else:
@@ -133,7 +151,7 @@ class Reconciler:
             # Something else in the registry is unfit, which is no reason to keep the rollout.
             logger.error("%s", error)
             new = _without_rollout(self._current)
-        await self._publish(new)
+        await self._publish(new, decided=True)
 
     async def _follow_registry(self) -> None:
         found = await asyncio.to_thread(
@@ -146,17 +164,16 @@ class Reconciler:
             rollout is None or found.get(registry.CANDIDATE) == rollout.candidate
         ):
             return
-        refused, at, reason = self._refused
+        refused, at = self._refused
         if named == refused and time.monotonic() - at < RETRY_S:
             return
         try:
             new = replace(await self._resolved(), loaded=state.loaded)
             await self._check(new, allow_interface_change=False)
             await self._publish(new)
-        except RequestError as error:
-            self._refused = named, time.monotonic(), str(error)
-            if str(error) != reason:
-                logger.error("the registry's aliases are %s: %s", named, error)
+        except BadRequest:
+            self._refused = named, time.monotonic()
+            raise
 
     async def _resolved(self) -> ServingState:
         """Raises BadRequest, Unavailable."""
@@ -197,10 +214,10 @@ class Reconciler:
                 raise CorruptBundle(f"'{location}' is of another model.")
             Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
 
-    async def _publish(self, state: ServingState) -> None:
+    async def _publish(self, state: ServingState, *, decided: bool = False) -> None:
         """Publish a state that the registry has; a rollout that it does not have ends."""
         rollout = self._current.rollout
-        await self._publisher.publish(state)
+        await self._publisher.publish(state, decided=decided)
         if rollout is not None:
             self._aggregator.end()
 

@@ -189,6 +189,8 @@ class Repository:
             await asyncio.sleep(TICK_S)
 
     async def _tick(self) -> None:
+        async with self._publisher.changing:
+            await self._reconciler.reconcile()
         state = self.current
         self._aggregator.retain(state.locations)
         for version, location in state.locations.items():
@@ -197,11 +199,8 @@ class Repository:
                 self._aggregator.monitor(version, *loaded)
         if self._unsaved:
             await self._save_monitor_state(state.default)
-        async with self._publisher.changing:
-            await self._reconciler.reconcile()
-        state = self.current
         step = await self._rollouts.next_step(state)
-        if step is not None:
+        if step is not None and self._publisher.decision is None:
             async with self._publisher.changing:
                 if self.current is state:  # else a load came first, and the next tick decides
                     await self._reconciler.apply(step)

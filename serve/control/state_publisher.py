@@ -89,20 +89,21 @@ class StatePublisher:
         await self._write(replace(self._desired, decision=decision))
         self._reached(Transition.DECIDED)
 
-    async def publish(self, state: ServingState) -> None:
+    async def publish(self, state: ServingState, *, decided: bool = False) -> None:
         """Publish a state, and return once every living replica has installed it.
 
-        A decision that was written down is carried out by that. Raises BadRequest, and the state
-        before is published again, if a replica cannot install it; Unavailable, and nothing has
-        changed, if it cannot be written down.
+        decided: whether a decision that was written down is carried out by that. Raises BadRequest,
+        and the state before is published again, if a replica cannot install it; Unavailable, and
+        nothing has changed, if it cannot be written down.
         """
+        decision = None if decided else self.decision
         before = self.current
         state = replace(state, revision=before.revision + 1, incarnation=before.incarnation)
         if replace(state, revision=before.revision) == before:
-            if self.decision is not None:
-                await self._write(replace(self._desired, decision=None))
+            if self.decision != decision:
+                await self._write(replace(self._desired, decision=decision))
             return
-        await self._write(DesiredState(self._desired.number, state, before))
+        await self._write(DesiredState(self._desired.number, state, before, decision))
         self._unsettled = True
         self._reached(Transition.WRITTEN)
         await self._settle()
@@ -134,7 +135,7 @@ class StatePublisher:
         before = self._desired.before
         assert before is not None, "a state that was published followed on another"
         state = replace(before, revision=self.current.revision + 1)
-        await self._write(DesiredState(self._desired.number, state))
+        await self._write(DesiredState(self._desired.number, state, decision=self.decision))
         self._unsettled = False
 
     def living(self) -> dict[str, ReplicaStatus]:
