@@ -28,6 +28,10 @@ class CorruptBundle(Exception):
     """A bundle that is incomplete, altered or of an unknown format. The message names the file."""
 
 
+class OutdatedBundle(CorruptBundle):
+    """A bundle of an older format, which this version cannot read."""
+
+
 class BundleWriter:
     """Collects a bundle's files in a directory aside; `commit` makes it appear, whole.
 
@@ -183,7 +187,8 @@ def _check_format(path: Path, content: bytes) -> None:
     except (ValueError, TypeError, KeyError):
         return  # no manifest; validation says what is wrong
     if found != manifests.FORMAT_VERSION:
-        raise CorruptBundle(
+        outdated = isinstance(found, int) and found < manifests.FORMAT_VERSION
+        raise (OutdatedBundle if outdated else CorruptBundle)(
             f"'{path}' has format {found}; this version reads {manifests.FORMAT_VERSION}. "
             "Train the model again."
         )

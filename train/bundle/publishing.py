@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import storage
 from cluster.errors import UserError
-from train.bundle.bundle import WEIGHTS, Bundle, CorruptBundle
+from train.bundle.bundle import WEIGHTS, Bundle, CorruptBundle, OutdatedBundle
 from train.bundle.manifest import flatten_options, interface_change
 from train.bundle.mlflow_access import (
     RegistryError,
@@ -217,6 +217,8 @@ class _Challenger:
         number = current.version
         try:
             production = load_version(current, self.root)
+        except OutdatedBundle:
+            return True, f"version {number} has an older format, which can no longer be served"
         except (CorruptBundle, UserError, ValueError) as error:
             return False, f"version {number} in production cannot be read: {error}"
         if change := interface_change(production.manifest, self.bundle.manifest):

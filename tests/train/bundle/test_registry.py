@@ -243,6 +243,16 @@ def test_a_production_that_cannot_be_read_is_not_replaced(bundle, tmp_path, caps
     assert "version 1 in production cannot be read" in capsys.readouterr().err
 
 
+def test_a_production_of_an_older_format_is_replaced(bundle, tmp_path, capsys):
+    """Nothing serves it any more."""
+    root = str(tmp_path)
+    published = publish(with_metric(bundle, 0.9), root, METRIC)
+    manifest = Path(registry.resolve_model(published["uri"], root)[0]) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 2'))
+    assert publish(with_metric(bundle, 0.5), root, METRIC)["alias"] == "production"
+    assert "version 1 has an older format" in capsys.readouterr().err
+
+
 def test_a_promotion_leaves_the_version_before_as_previous(bundle, tmp_path):
     root = str(tmp_path)
     for value in (0.5, 0.6):
