@@ -1,4 +1,4 @@
-"""python -m tests.crash.control_plane BUNDLE FOLDER: end the control plane at each transition.
+"""python -m tests.crash.control_plane BUNDLE FOLDER [SCENARIO …]: faults at each transition.
 
 A real registry and a real repository, whose replica does what it is told. Each scenario is run
 once to count its transitions, then once for each of them, in a process that is killed there or
@@ -15,7 +15,7 @@ import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +201,7 @@ async def _observe(repository: Repository, scenario: str, number: int) -> None:
         await repository.feedback(repository.current.name, f"{number}-{each}", ["1"], ACTOR)
 
 
-def main(location: str, folder: Path) -> dict[str, Any]:
+def main(location: str, folder: Path, scenarios: Sequence[str]) -> dict[str, Any]:
     # The registry's tables are made once, in a process of its own: connections are not forked.
     bundle = Bundle.load(location)
     template = folder / "template"
@@ -211,10 +211,10 @@ def main(location: str, folder: Path) -> dict[str, Any]:
     deployed = replace(deployed, incarnation="deployment")
     import mlflow  # noqa: F401 - once, for all children
 
-    found = {scenario: inject(template, deployed, scenario) for scenario in SCENARIOS}
+    found = {scenario: inject(template, deployed, scenario) for scenario in scenarios}
     seen = {name for each in found.values() for name in each["transitions"]}
     return {"scenarios": found, "transitions never seen": sorted({*Transition.__members__} - seen)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2])), indent=1))
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or [*SCENARIOS]), indent=1))
