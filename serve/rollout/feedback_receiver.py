@@ -57,8 +57,8 @@ class FeedbackReceiver:
             return {"id": request_id, "counted": False, "reason": "this request is not sampled"}
         if not (store.knows(request_id) or await self._find(store, request_id, len(truths))):
             raise NotFound(
-                "the request is not known, or is of another key; give the x-request-id of a "
-                "response."
+                f"no request '{(any_owner or request_id)[:100]}' is known for this key; give the "
+                "x-request-id of a response."
             )
         changed = store.give(request_id, truths)
         for row, truth in enumerate(truths):

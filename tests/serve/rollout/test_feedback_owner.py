@@ -63,7 +63,7 @@ def test_feedback_takes_the_key_that_asked_or_an_admin(ask, tmp_path, chosen):
     request_id = predict(ask, "team", chosen)
     for guess in (request_id, f"team/{request_id}", "never"):
         refused = give(ask, "other", guess)
-        assert (refused.status_code, "of another key" in refused.text) == (404, True)
+        assert (refused.status_code, "is known for this key" in refused.text) == (404, True)
     refused = give(ask, "other", request_id, client="team")
     assert (refused.status_code, "--admin" in refused.text) == (403, True)
     for name, more in (("team", {}), ("admin", {"client": "team"}), ("admin", {})):

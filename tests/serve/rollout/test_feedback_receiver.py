@@ -114,7 +114,7 @@ def test_predictions_may_arrive_while_the_log_is_searched(bundle, tmp_path, monk
 def test_feedback_that_cannot_be_matched_is_refused(bundle, tmp_path):
     async def scenario():
         repository = await make_repository(bundle, tmp_path)
-        with pytest.raises(NotFound, match="the request is not known"):
+        with pytest.raises(NotFound, match="no request 'never' is known"):
             await repository.feedback("digits", "never", ["1"], CLIENT)
         few = await make_repository(bundle, tmp_path, log={"sample_rate": 1e-9})
         assert (await few.feedback("digits", "never", ["1"], CLIENT))["counted"] is False
