@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from cluster import commit, storage
+from cluster import commit
 from serve.control.desired_state import DesiredStateStore
 from serve.offline import output
 from serve.requestlog.files import REQUESTS, LogWriter, log_folder, read_log_tables
@@ -19,11 +19,8 @@ from serve.state import ServingState
 from tests.crash.run import Report
 from train.bundle import Bundle
 from train.loop.checkpoint import CheckpointManager, TrainingState
-from tune.config import StudyConfig
-from tune.run.study_store import Study
 
 VERSIONS = (1, 2, 3)
-STUDY = {"name": "digits", "study": "crash", "tune": {"space": {"optim.lr": [0.1, 0.2]}}}
 
 
 class Checkpoints:
@@ -61,7 +58,7 @@ class DamagedCheckpoints(Checkpoints):
 
 
 class SmallFile:
-    """A file that is replaced, as states, records and histories are."""
+    """A file that is replaced, as states, records, histories and the files of studies are."""
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS:
@@ -143,38 +140,18 @@ class RequestLog:
         return max((max(table["version"].to_pylist()) for table in tables), default=0)
 
 
-class Studies:
-    """The files of a search's trials and its result."""
-
-    def write(self, folder: Path, report: Report) -> None:
-        config = StudyConfig.model_validate(STUDY)
-        study = Study.open(str(folder / "study"), config, ["accuracy", "loss"], "valid_accuracy")
-        for version in VERSIONS:
-            study.write(f"{version}.json", {"trials": list(range(500))})
-            study.write("result.json", {"version": version})
-            report(version)
-
-    def version(self, folder: Path) -> int:
-        study = folder / "study"
-        result = storage.read_file(str(study / "result.json"))
-        version = 0 if result is None else int(json.loads(result)["version"])
-        for number in range(1, version + 1):
-            assert len(json.loads((study / f"{number}.json").read_text())["trials"]) == 500
-        return version
-
-
 class Bundles:
     """A trained model, of the bundle that BUNDLE names."""
 
-    FILES = ("weights.safetensors", "features.json", "baseline.json")
-
     def __init__(self) -> None:
         self._given = Bundle.load(os.environ["BUNDLE"])
+        files = self._given.manifest.files
+        self._names = [name for name in files if not name.startswith("report/")]
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS:
             with Bundle.create(str(folder / "bundles" / str(version))) as writer:
-                for name in self.FILES:
+                for name in self._names:
                     shutil.copyfile(self._given.path / name, writer.file(name))
                 files = writer.files()
                 writer.commit(self._given.manifest.model_copy(update={"files": files}))
@@ -195,6 +172,5 @@ SCENARIOS = {
     "folders": Folders,
     "serving states": ServingStates,
     "request log": RequestLog,
-    "studies": Studies,
     "bundles": Bundles,
 }
