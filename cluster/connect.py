@@ -126,7 +126,7 @@ def connect(
         "_temp_dir": str(Path(_temporary()) / "ray"),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
-    # Ray has read ON_LOOPBACK on import, before it is set; the processes it starts read it anew.
+    # Ray has read ON_LOOPBACK on import, before it is set; its processes read it again.
     with _sigterm_kept(), ray_internals.loopback(), _set(ON_LOOPBACK, "0"):
         _start(lambda: ray.init(**options))
 

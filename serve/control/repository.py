@@ -42,7 +42,7 @@ class Repository:
         """state: the state when the application was deployed.
 
         resolve: config → the state that the registry has now. reached: called after each
-        transition of the serving state. Raises OSError where the state of before a crash cannot be
+        transition of the serving state. Raises OSError where the state before a crash cannot be
         read.
         """
         self._config, self._name = config, state.name

@@ -45,7 +45,7 @@ class StatePublisher:
     def __init__(
         self, store: DesiredStateStore, reached: Callable[[Transition], None] = lambda each: None
     ) -> None:
-        """Raises OSError where the state of before a crash cannot be read."""
+        """Raises OSError where the state before a crash cannot be read."""
         self._store, self._reached = store, reached
         self._desired = store.read()
         # Before a crash, replicas may not have installed the state yet, or may not be able to.

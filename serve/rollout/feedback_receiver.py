@@ -82,7 +82,7 @@ class FeedbackReceiver:
     async def _find(self, store: FeedbackStore, request_id: str, count: int) -> bool:
         """Wait for a replica to send the predictions, or read them from the request log."""
         if self._searching >= MAX_SEARCHES:
-            raise Unavailable("too much feedback for requests of before waits to be found.", 5)
+            raise Unavailable("too much feedback for earlier requests is waiting.", 5)
         arrival = asyncio.create_task(self._arrival(store, request_id))
         self._searching += 1
         try:

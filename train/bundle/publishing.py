@@ -235,7 +235,7 @@ class _Challenger:
                 before = self.score(production, self.metric)
             except UserError as error:
                 return False, f"version {number} cannot be measured on these records: {error}"
-            words += ", measured anew on these records"
+            words += ", measured again on these records"
         return not _worse(self.metric, self.value, before), words.format(before)
 
 
