@@ -52,7 +52,7 @@ from train.bundle.mlflow_access import RegistryError
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 35
-# Limit for the last report of a replica that ends.
+# Limit for the last calls of a replica that ends.
 CLOSE_S = 2.0
 
 # After a call of the repository that failed.
@@ -123,8 +123,12 @@ class ModelDeployment:
 
     async def __del__(self) -> None:
         # Serve awaits it, once no request is under way.
+        for task in self._background:
+            task.cancel()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._send(self._served.report()), CLOSE_S)
+            async with asyncio.timeout(CLOSE_S):
+                await self._send(self._served.report())
+                await self._repository.leave(self._replica)
         await self._served.close()
 
     async def forward(

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import Future
+from functools import cache
 
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -49,17 +51,22 @@ def announce_server(config: ServeConfig, model: str, version: str) -> None:
     model: name of the deployment. version: the default one.
     """
 
-    def run() -> None:
-        # Serve ends what belongs to the loop when it ends, so the loop goes on till then.
-        loop = asyncio.new_event_loop()
-        announcing = loop.create_task(_announce(config, model, version))
-        announcing.add_done_callback(_report)
-        loop.run_forever()
-
-    threading.Thread(target=run, daemon=True).start()
+    announcing = asyncio.run_coroutine_threadsafe(_announce(config, model, version), _loop())
+    announcing.add_done_callback(_report)
 
 
-def _report(announcing: asyncio.Task[None]) -> None:
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all announcements of this process, which runs until the process ends.
+
+    Serve's handles belong to the loop in which the first of a deployment was used.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def _report(announcing: Future[None]) -> None:
     """Say in one line why the server's start could not be followed, unless it ends."""
     if (error := announcing.exception()) and not _ending.is_set():
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -84,6 +84,10 @@ class Repository:
         """Count a replica as living while it installs another state."""
         self._publisher.keep_alive(replica)
 
+    async def leave(self, replica: str) -> None:
+        """Wait no more for a replica that ends."""
+        self._publisher.leave(replica)
+
     async def collect(self, report: ReplicaReport) -> None:
         """Take the observations that a replica sends, once the first version is monitored."""
         with contextlib.suppress(TimeoutError):

@@ -42,6 +42,9 @@ class RepositoryClient:
     async def keep_alive(self, replica: str) -> None:
         await _call(self._handle, "keep_alive", replica)
 
+    async def leave(self, replica: str) -> None:
+        await _call(self._handle, "leave", replica)
+
     async def collect(self, report: ReplicaReport) -> None:
         await _call(self._handle, "collect", report)
 

@@ -84,6 +84,10 @@ class StatePublisher:
         if replica in self._replicas:
             self._replicas[replica].at = time.monotonic()
 
+    def leave(self, replica: str) -> None:
+        """Forget a replica that ends, before it would be missed."""
+        self._replicas.pop(replica, None)
+
     async def decide(self, decision: RolloutDecision) -> None:
         """Write down what is to be carried out, whatever happens. Raises Unavailable."""
         await self._write(replace(self._desired, decision=decision))

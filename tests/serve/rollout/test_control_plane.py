@@ -1,12 +1,15 @@
 """The desired state is reached, and nothing decided twice, wherever the control plane ends."""
 
+import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from serve.control.desired_state import Conflict, DesiredState, DesiredStateStore
+from serve.control.state_publisher import StatePublisher
 from serve.rollout.verdict import RolloutDecision
 from serve.state import Rollout, ServingState
 from tests.crash.control_plane import FOLLOWED, PROMOTED
@@ -85,3 +88,28 @@ def test_another_deployment_begins_with_what_it_deployed(tmp_path):
     DesiredStateStore(str(tmp_path), STATE).write(DesiredState(0, STATE))
     new = ServingState(0, "digits", "2", {"2": "/two"}, incarnation="another")
     assert DesiredStateStore(str(tmp_path), new).read() == DesiredState(0, new)
+
+
+def test_no_change_waits_for_a_replica_that_has_left(tmp_path):
+    async def scenario():
+        publisher = StatePublisher(DesiredStateStore(str(tmp_path), STATE))
+        before = publisher.current
+
+        async def stay():
+            known = before.id
+            while known == before.id:
+                known = (await publisher.follow("stays", known, None, {})).id
+            return await publisher.follow("stays", known, None, {})
+
+        staying = asyncio.create_task(stay())
+        leaving = asyncio.create_task(publisher.follow("leaves", before.id, None, {}))
+        await asyncio.sleep(0)
+        assert publisher.living().keys() == {"stays", "leaves"}
+        publisher.leave("leaves")
+        async with asyncio.timeout(5):
+            await publisher.publish(replace(before, default="2"))
+        assert publisher.current.default == "2"
+        for task in (staying, leaving):
+            task.cancel()
+
+    asyncio.run(scenario())
