@@ -12,12 +12,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster import (
-    connect,
-    haproxy_config,
-    ray_internals,
-    serve_environment,
-)
+from cluster import connect, haproxy_config, ray_internals, serve_environment
 from cluster.errors import CommandFailed, UserError
 from serve import bind, startup
 from serve import config as configs

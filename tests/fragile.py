@@ -1,5 +1,7 @@
 """A net that cannot bear a high rate: with large weights it is slow, and soon it fails."""
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -21,4 +23,21 @@ class Fragile(nn.Module):
                 torch.linalg.svdvals(torch.ones(300, 300))
                 if self._calls > PATIENCE:
                     raise RuntimeError("weights are out of hand")
+        return self.head(images_BCHW.flatten(1).float() / 255)
+
+
+class Mistaken(nn.Module):
+    """A net whose code is wrong from the tenth step on; it writes down each time that it fails."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, task.target.num_outputs)
+        self._calls = 0
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        self._calls += self.training
+        if self._calls > 10:
+            with open(os.environ["MISTAKES"], "a") as file:
+                file.write("failed\n")
+            return {}["no such key"]
         return self.head(images_BCHW.flatten(1).float() / 255)

@@ -1,5 +1,6 @@
 """What a study makes best: figures of the net, and of the variants that will be served."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,9 @@ class Objective:
         return not (self.metric.endswith(lower) or self.metric.startswith(LATENCY))
 
     def signed(self, value: float) -> float:
-        """More of it is better."""
+        """More of it is better; a value that is not a number is worse than any."""
+        if math.isnan(value):
+            return -math.inf
         return value if self.maximize else -value
 
     def of(self, net: Mapping[str, float], served: Mapping[str, Mapping[str, Any]]) -> float:

@@ -153,14 +153,15 @@ class RolloutOptions(ServeSection):
         200,
         ge=10,
         le=10_000_000,
-        description="Records with feedback that a promotion needs.",
+        description="Requests with feedback that a decision about accuracy needs.",
     )
     noninferiority_margin: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="How much worse than production a candidate may be at the far end of the "
-        "95 % confidence interval: in accuracy, or as a fraction of the RMSE.",
+        description="How much worse than production a candidate may be, in accuracy or as a "
+        "fraction of the RMSE: one that is worse by this or more is promoted in 2.5 % of cases at "
+        "most.",
     )
     max_latency_ratio: float = Field(
         2,

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from serve.config import ServeConfig
 from serve.drift.sampler import Block
 from serve.drift.windows import DriftMonitor
 from serve.rollout import verdict as verdicts
 from serve.rollout.feedback import FeedbackStore, LiveMetric, Prediction
 from serve.rollout.monitor_state import LiveFeedback, MonitorState, VersionState
-from serve.rollout.verdict import ArmComparison, RolloutVerdict
+from serve.rollout.verdict import ArmComparison, LabelEvidence, RolloutVerdict
 from serve.state import Rollout
 from serve.telemetry.metrics import Snapshot, merge_samples
 from train.bundle import Bundle
@@ -69,9 +67,8 @@ class MetricsAggregator:
         self._collected = asyncio.Event()
         self._classes = True
         self._comparison: ArmComparison | None = None
-        # Number of labels at which accuracy is judged next; a test at each label would find
-        # differences that are chance.
-        self._next_look = config.rollout.min_labels
+        # Of the phase; None before it is first judged.
+        self._labels: LabelEvidence | None = None
 
     def monitor(self, version: str, monitored: MonitoredVersion, bundle: Bundle) -> None:
         """Aggregate the reports of a version from now on."""
@@ -123,25 +120,20 @@ class MetricsAggregator:
     def begin(self, candidate: str) -> None:
         """Compare a candidate with production, from now on."""
         self._comparison = ArmComparison(candidate)
-        self._next_look = self._config.rollout.min_labels
+        self._labels = None
 
     def compares(self, candidate: str) -> bool:
         return self._comparison is not None and self._comparison.candidate == candidate
 
     def judge(self, production: str) -> RolloutVerdict | None:
         """Judge the candidate; None while there is too little to judge by."""
-        if self._comparison is None:
+        if self._comparison is None or self.feedback is None:
             return None
-        losses = np.zeros((0, 2))
-        if self.feedback is not None:
-            losses = self.feedback.pairs(production, self._comparison.candidate)
-        if len(losses) < self._next_look:
-            losses = losses[:0]
-        else:
-            self._next_look = 2 * len(losses)
-        return verdicts.judge_rollout(
-            self._comparison, losses, self._config.rollout, classes=self._classes
-        )
+        if self._labels is None:
+            self._labels = LabelEvidence(self._config.rollout, classes=self._classes)
+        for losses in self.feedback.take_losses(production, self._comparison.candidate):
+            self._labels.add(*losses)
+        return verdicts.judge_rollout(self._comparison, self._labels, self._config.rollout)
 
     def rollout_metrics(self, production: str, rollout: Rollout) -> dict[str, Any] | None:
         """Return the metrics of both arms; None before the comparison begins."""

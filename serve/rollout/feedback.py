@@ -24,10 +24,14 @@ Prediction = str | float
 
 @dataclass
 class AnsweredRequest:
-    """A request: what each version predicted for its rows, and what is true of them, if known."""
+    """A request: what each version predicted for its rows, and what is true of them, if known.
+
+    compared: whether its losses were taken to compare two versions.
+    """
 
     predictions: dict[str, Sequence[Prediction | None]]
     truths: list[Any] | None = None
+    compared: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -59,6 +63,8 @@ class FeedbackStore:
         self._requests: OrderedDict[str, AnsweredRequest] = OrderedDict()
         # Until another truth is known.
         self._live: dict[str, LiveMetric | None] = {}
+        # With a label and the predictions of two versions, in the order in which that was so.
+        self._comparable: dict[str, None] = {}
 
     def predicted(
         self, request_id: str, version: str, predictions: Sequence[Prediction | None]
@@ -74,6 +80,7 @@ class FeedbackStore:
         known.predictions[version] = predictions
         self._requests[request_id] = known
         self._rows += known.num_rows
+        self._note_comparable(request_id)
         while len(self._requests) > self._most or self._rows > self._most_rows:
             self._rows -= self._requests.popitem(last=False)[1].num_rows
 
@@ -103,7 +110,13 @@ class FeedbackStore:
             )
         before, request.truths = request.truths, [self.truth(value) for value in truths]
         self._live.clear()
+        self._note_comparable(request_id)
         return before != request.truths
+
+    def _note_comparable(self, request_id: str) -> None:
+        request = self._requests[request_id]
+        if request.truths is not None and len(request.predictions) > 1 and not request.compared:
+            self._comparable[request_id] = None
 
     def truth(self, value: Any) -> Prediction:
         """Return a truth in the words of predictions. Raises BadRequest."""
@@ -155,19 +168,25 @@ class FeedbackStore:
             return LiveMetric(len(losses), "accuracy", correct / len(losses), low, high)
         return _rmse(np.array(losses))
 
-    def pairs(self, one: str, other: str) -> np.ndarray:
-        """Losses [P, 2] of rows whose truth is known and that both versions answered.
+    def take_losses(self, one: str, other: str) -> list[tuple[float, float]]:
+        """Return the mean losses of two versions for each request that can be compared by now.
 
-        A loss is 1 for a wrong class, else the squared error.
+        Each request is returned once, in the order in which their labels came; a label that is
+        corrected later does not change what was compared. A loss is 1 for a wrong class, else the
+        squared error, and the mean is over the rows that both versions answered.
         """
-        pairs = [
-            pair
-            for request in self._requests.values()
-            if request.truths is not None and {one, other} <= request.predictions.keys()
-            for pair in zip(self._losses(request, one), self._losses(request, other), strict=True)
-            if None not in pair
-        ]
-        return np.array(pairs, float).reshape(-1, 2)
+        losses = []
+        for request_id in self._comparable:
+            request = self._requests.get(request_id)
+            if request is None or not {one, other} <= request.predictions.keys():
+                continue
+            request.compared = True
+            rows = zip(self._losses(request, one), self._losses(request, other), strict=True)
+            pairs = [(before, after) for before, after in rows if None not in (before, after)]
+            if pairs:
+                losses.append(tuple(np.array(pairs, float).mean(axis=0).tolist()))
+        self._comparable.clear()
+        return losses
 
     def _losses(self, request: AnsweredRequest, version: str) -> list[float | None]:
         assert request.truths is not None

@@ -5,6 +5,7 @@ returned. In the canary phase it answers some clients, always the same ones; if 
 answers instead.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -13,30 +14,31 @@ import numpy as np
 
 from serve.config import RolloutOptions
 from serve.rollout.feedback import LiveMetric
+from serve.rollout.latency_sketch import LatencySketch
 from serve.state import Rollout
-from serve.telemetry.metrics import SECONDS, Histogram
-from train.stats import paired_interval, sign_test
+from train.stats import BoundedMeanEvidence, MeanEvidence, binomial_evidence
 
 Phase = Literal["shadow", "canary"]
 SHADOW, CANARY = "shadow", "canary"
 PROMOTED, ROLLED_BACK, REFUSED = "promoted", "rolled back", "refused"
-# Latency is judged from this number of requests on.
-LEAST_REQUESTS = 200
-# Errors that may be a coincidence, and the fraction of requests above which they are not.
+# The chance of each wrong decision of a phase, however often it is looked for.
+ALPHA = 0.025
+# Errors that may be a coincidence, and the largest accepted fraction of requests that fail.
 FEW_ERRORS, MAX_ERRORS = 3, 0.01
+JUDGED_QUANTILE = 0.95
 
 
 @dataclass
 class ArmStats:
-    """Requests of one version, its failures, and a histogram of latencies in seconds."""
+    """Requests of one version, its failures, and the latencies of its responses."""
 
     requests: int = 0
     errors: int = 0
-    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    latency: LatencySketch = field(default_factory=LatencySketch)
 
     def answered(self, seconds: float) -> None:
         self.requests += 1
-        self.seconds.observe(seconds)
+        self.latency.observe(seconds)
 
     def failed(self) -> None:
         self.requests += 1
@@ -45,11 +47,11 @@ class ArmStats:
     def add(self, other: "ArmStats") -> None:
         self.requests += other.requests
         self.errors += other.errors
-        self.seconds.add(other.seconds)
+        self.latency.add(other.latency)
 
     def to_dict(self) -> dict[str, Any]:
         def ms(quantile: float) -> float | None:
-            return round(self.seconds.quantile(quantile) * 1e3, 3) if self.seconds.count else None
+            return round(self.latency.quantile(quantile) * 1e3, 3) if self.latency.count else None
 
         return {
             "requests": self.requests,
@@ -106,45 +108,103 @@ class RolloutVerdict:
     reason: str
 
 
+class LabelEvidence:
+    """What labelled requests say of a candidate: that it is not worse by the margin, or is worse.
+
+    A request counts once, with the mean loss of its records, as its records may be alike.
+    """
+
+    def __init__(self, rules: RolloutOptions, *, classes: bool) -> None:
+        """classes: whether a loss is 1 for a wrong class, else it is a squared error."""
+        self._rules, self._classes = rules, classes
+        self.requests = 0
+        self._production: Any = np.float64(0)
+        self._candidate: Any = np.float64(0)
+        self._not_inferior: BoundedMeanEvidence | MeanEvidence
+        self._worse: BoundedMeanEvidence | MeanEvidence
+        if classes:
+            # Of the gain, from -1 to 1, as a value from 0 to 1.
+            self._not_inferior = BoundedMeanEvidence((1 - rules.noninferiority_margin) / 2)
+            self._worse = BoundedMeanEvidence(0.5)
+        else:
+            self._not_inferior = MeanEvidence(rules.min_labels)
+            self._worse = MeanEvidence(rules.min_labels)
+
+    def add(self, production: Any, candidate: Any) -> None:
+        """Count a request, by the mean loss of each version; arrays for several rollouts."""
+        self.requests += 1
+        self._production = self._production + production
+        self._candidate = self._candidate + candidate
+        if self._classes:
+            self._not_inferior.add((1 + production - candidate) / 2)
+            self._worse.add((1 + candidate - production) / 2)
+        else:
+            # The margin is one of the root of the error.
+            allowed = (1 + self._rules.noninferiority_margin) ** 2
+            self._not_inferior.add(allowed * production - candidate)
+            self._worse.add(candidate - production)
+
+    def evidence(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return that it is not worse by the margin, and that it is worse."""
+        return self._not_inferior.value, self._worse.value
+
+    def judge(self) -> RolloutVerdict | None:
+        """Decide by accuracy alone; None while there is too little to decide by."""
+        if self.requests < self._rules.min_labels:
+            return None
+        margin = self._rules.noninferiority_margin
+        # How much better, and what would be too much worse.
+        if self._classes:
+            metric, gain = "accuracy", (self._production - self._candidate) / self.requests
+            excluded = f"{margin:g} or more"
+        else:
+            metric = "RMSE, relative"
+            gain = 1 - math.sqrt(self._candidate / self._production) if self._production else 0.0
+            excluded = f"{margin:.1%} or more"
+        figures = f"{metric}: better by {gain:+.4f} in {self.requests} labelled requests"
+        not_inferior, worse = map(float, self.evidence())
+        if worse >= 1 / ALPHA:
+            return RolloutVerdict(
+                ROLLED_BACK, f"{figures}; that it is no worse has p = {1 / worse:.2g}"
+            )
+        if not_inferior >= 1 / ALPHA:
+            return RolloutVerdict(
+                PROMOTED,
+                f"{figures}; that it is worse by {excluded} has p = {1 / not_inferior:.2g}",
+            )
+        return None
+
+
 def judge_rollout(
-    comparison: ArmComparison, losses: np.ndarray, rules: RolloutOptions, *, classes: bool
+    comparison: ArmComparison, labels: LabelEvidence, rules: RolloutOptions
 ) -> RolloutVerdict | None:
     """Decide whether to promote a candidate or to roll it back; None while undecided.
 
-    losses: [P, 2] of production and the candidate for the same labelled rows; classes: whether a
-    loss is 1 for a wrong class, else it is a squared error.
+    It may be asked again and again: each rule is wrong in `ALPHA` of phases at most, as far as
+    requests are independent.
     """
     production, candidate = comparison.arms["production"], comparison.arms["candidate"]
-    allowed = max(FEW_ERRORS, MAX_ERRORS * candidate.requests)
-    if candidate.errors >= allowed:
-        return RolloutVerdict(
-            ROLLED_BACK, f"it failed for {candidate.errors} of {candidate.requests} requests"
-        )
-    if min(production.seconds.count, candidate.seconds.count) >= LEAST_REQUESTS:
-        before, after = (arm.seconds.quantile(0.95) * 1e3 for arm in (production, candidate))
-        if after > rules.max_latency_ratio * before:
-            return RolloutVerdict(
-                ROLLED_BACK, f"its 95th percentile is {after:.2f} ms against {before:.2f} ms"
-            )
-    if len(losses) < rules.min_labels:
-        return None
-    production_P, candidate_P = losses.T
-    gain = float((production_P - candidate_P).mean())
-    low, high = paired_interval(candidate_P, production_P, binary=classes)
-    p = sign_test(int((candidate_P < production_P).sum()), int((candidate_P > production_P).sum()))
-    unit = 1.0 if classes else max(float(losses[:, 0].mean()), 1e-12)
-    what = "accuracy" if classes else "mean squared error, as a share of it"
-    figures = (
-        f"{what}: better by {gain / unit:+.4f}, 95 % interval {low / unit:+.4f} to "
-        f"{high / unit:+.4f}, p = {p:.2g}, of {len(losses)} labelled records"
+    errors, requests = candidate.errors, candidate.requests
+    if (
+        errors >= max(FEW_ERRORS, MAX_ERRORS * requests)
+        and binomial_evidence(errors, requests, MAX_ERRORS) >= 1 / ALPHA
+    ):
+        return RolloutVerdict(ROLLED_BACK, f"it failed for {errors} of {requests} requests")
+    before, after = (
+        arm.latency.sequential_interval(JUDGED_QUANTILE, ALPHA / 2)
+        for arm in (production, candidate)
     )
-    if high < 0:
-        return RolloutVerdict(ROLLED_BACK, figures)
-    # Twice the margin in the error is about the margin in its root.
-    margin = rules.noninferiority_margin if classes else 2 * rules.noninferiority_margin
-    if low > -margin * unit:
-        return RolloutVerdict(PROMOTED, figures)
-    return None
+    if after[0] > rules.max_latency_ratio * before[1]:
+        return RolloutVerdict(
+            ROLLED_BACK,
+            f"its 95th percentile is {_ms(candidate, after)} against {_ms(production, before)}",
+        )
+    return labels.judge()
+
+
+def _ms(arm: ArmStats, interval: tuple[float, float]) -> str:
+    low, high = (1e3 * end for end in interval)
+    return f"{1e3 * arm.latency.quantile(JUDGED_QUANTILE):.2f} ms [{low:.2f}, {high:.2f}]"
 
 
 def rollout_metrics(

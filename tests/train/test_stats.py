@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from train.stats import paired_interval, sign_test, wilson_interval
+from train.stats import (
+    BoundedMeanEvidence,
+    MeanEvidence,
+    binomial_evidence,
+    bootstrap_interval,
+    paired_interval,
+    quantile_ranks,
+    sign_test,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 3), (7, 9), (50, 100), (1000, 1000)])
@@ -60,3 +69,88 @@ def test_the_interval_of_paired_means_has_its_coverage(rng):
         low, high = paired_interval(before, after, binary=False)
         covered += low <= 0.3 <= high
     assert 0.93 <= covered / 1000 <= 0.97
+
+
+def test_the_bootstrap_interval_is_scipys(rng):
+    values = rng.lognormal(size=150)
+    expected = scipy_stats.bootstrap(
+        (values,), np.median, n_resamples=1000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    interval = bootstrap_interval(lambda ids: float(np.median(values[ids])), len(values))
+    assert interval == pytest.approx((expected.low, expected.high), rel=0.05)
+
+
+def test_the_bootstrap_agrees_with_the_closed_form(rng):
+    before_N, after_N = rng.random(2000) < 0.9, rng.random(2000) < 0.88
+    interval = bootstrap_interval(
+        lambda ids: float((after_N[ids] * 1.0 - before_N[ids]).mean()), 2000
+    )
+    expected = paired_interval(before_N, after_N, binary=True)
+    np.testing.assert_allclose(interval, expected, atol=0.0035)
+
+
+def test_a_draw_for_which_a_statistic_is_undefined_is_left_out():
+    values = np.array([1.0, 2.0, np.nan])
+    low, high = bootstrap_interval(lambda ids: float(values[ids].mean()), 3)
+    assert (low, high) == pytest.approx((1, 2), abs=0.01)
+
+
+def gambler(values, mean):
+    """The largest wealth of one who bets the best fraction for the mean and variance so far."""
+    wealth = largest = 1.0
+    seen = [mean]
+    squares = 0.25
+    for value in values:
+        edge, variance = np.mean(seen) - mean, squares / len(seen)
+        bet = min(max(edge / (variance + edge**2), 0), 0.75 / mean)
+        wealth *= 1 + bet * (value - mean)
+        largest = max(largest, wealth)
+        seen.append(value)
+        squares += (value - np.mean(seen)) ** 2
+    return largest
+
+
+@pytest.mark.parametrize("mean", [0.2, 0.5, 0.6])
+def test_evidence_of_a_bounded_mean_is_a_gamblers_wealth(rng, mean):
+    values = rng.beta(3, 2, size=(4, 60))
+    evidence = BoundedMeanEvidence(mean)
+    for column in values.T:
+        evidence.add(column)
+    assert evidence.value == pytest.approx([gambler(row, mean) for row in values])
+
+
+def test_evidence_of_a_mean_is_a_mixture_of_likelihoods(rng):
+    """Of normal alternatives above 0, numerically, as if the variance were known."""
+    values = rng.normal(0.3, 2, size=400)
+    evidence = MeanEvidence(400)
+    for value in values:
+        evidence.add(value)
+    variance = values.var()
+    effects = np.linspace(0, 2, 200_001)
+    prior = 2 * scipy_stats.norm.pdf(effects, scale=np.sqrt(9.5 / 4000 * variance))
+    logs = (effects * values.sum() - 400 * effects**2 / 2) / variance
+    expected = np.trapezoid(prior * np.exp(logs), effects)
+    assert evidence.value == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 0), (3, 3), (4, 250)])
+def test_evidence_of_a_chance_is_a_ratio_of_likelihoods(hits, count):
+    chances = np.linspace(0, 1, 100_001)
+    mixture = np.trapezoid(chances**hits * (1 - chances) ** (count - hits), chances)
+    expected = mixture / (0.01**hits * 0.99 ** (count - hits))
+    assert binomial_evidence(hits, count, 0.01) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_quantile_lies_between_its_ranks_at_every_look(rng):
+    outside = 0
+    for _ in range(300):
+        below = np.cumsum(rng.random(2000) < 0.9)
+        for count in range(10, 2001, 10):
+            low, high = quantile_ranks(count, 0.9, 0.05)
+            if not low <= below[count - 1] < high:
+                outside += 1
+                break
+    assert outside / 300 <= 0.05 + 4 * np.sqrt(0.05 * 0.95 / 300)
+    assert quantile_ranks(10, 0.9, 0.05)[1] == 11
+    # The fixed sample's interval of 95 % has ranks 1774 and 1827.
+    assert quantile_ranks(2000, 0.9, 0.05) == pytest.approx((1800, 1800), abs=60)

@@ -24,7 +24,9 @@ def _span(value: Any) -> Any:
 
 class Optim(Section):
     name: Literal["muon", "sgd", "adamw"] = Field(
-        "muon", description="Muon turns convolutions and matrices; the rest follows by SGD."
+        "muon",
+        description="muon makes the steps of hidden layers orthogonal; biases, norms, embeddings "
+        "and the last layer go by AdamW. Tables and texts get adamw by default.",
     )
     lr: float = Field(0.1, gt=0, le=10, description="Peak learning rate, after warm-up.")
     vector_lr: float = Field(
@@ -32,7 +34,13 @@ class Optim(Section):
     )
     head_lr: float = Field(0.01, gt=0, le=10, description="Peak rate of the last layer, with muon.")
     momentum: float = Field(0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd.")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="For weights, not biases or norms.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="For weights, not biases or norms; muon has use for it in the last layer and "
+        "embeddings only.",
+    )
     epochs: int = Field(8, ge=1, le=10_000, description="Passes over the training records.")
     batch_size: int = Field(
         500, ge=1, le=65_536, description="Samples per step in all, whatever the workers."
@@ -40,8 +48,12 @@ class Optim(Section):
     schedule: Literal["linear", "cosine", "one_cycle", "constant"] = Field(
         "linear", description="How the rate falls after warm-up."
     )
-    warmup_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of all steps in which the rate rises."
+    warmup_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of all steps in which the rate rises; 0.3 with one_cycle and 0 "
+        "otherwise by default.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest norm of the whole gradient; larger ones are scaled down."

@@ -1,6 +1,6 @@
 """Data report: what the records are like, before any training, as text and as a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ MAX_CLASSES_SHOWN = 12
 class DataReport:
     """Collects what is told of the records while they are encoded."""
 
-    def __init__(self, task: Task, sample: Columns) -> None:
-        """sample: training records, those that the features were fitted on."""
-        self._task = task
+    def __init__(self, task: Task, sample: Columns, notes: Sequence[str] = ()) -> None:
+        """sample: training records, those that the features were fitted on.
+
+        notes: what is to be told besides.
+        """
+        self._task, self._notes = task, list(notes)
         self._columns = {column: _of_column(sample[column]) for column in task.features.columns}
         # Black images, which stand for missing ones where they may be.
         optional = [each for each in task.features.encoders if isinstance(each, Images)]
@@ -68,6 +71,7 @@ class DataReport:
                 "test in train": int(np.isin(test_N, train_N).sum()),
             },
             "leakage_suspects": self._suspects,
+            "notes": self._notes,
             "num_bad": self.num_bad,
             "bad": [list(item) for item in self.bad],
         }
@@ -110,6 +114,7 @@ def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     for name, count in facts["duplicates"].items():
         if count:
             lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
+    lines += [f"splits: {note}" for note in facts["notes"]]
     for name, value in facts["leakage_suspects"].items():
         lines.append(
             f"leakage? '{name}' alone predicts the target ({value:.3f}); leave it out (of "

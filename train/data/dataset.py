@@ -24,11 +24,11 @@ from train.data.data_report import DataReport
 from train.data.fitting import check_fitted_task, define_task, fit_task, read_text_file
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TRAIN, VALID
-from train.tasks import Arrays, Task
+from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
 
 # Part of every digest: raise it when encoding changes.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 SUMMARY = "summary.json"
 
@@ -172,9 +172,15 @@ def _write(
         needed = [column for column in wanted if column]
         sources.check_columns(url, needed, sources.source_schema(blocks).names)
     time = config.features.get(config.data.split_time or "")
-    parts = splits.assign_splits(config.data, opened, time.format if time else None)
+    parts = splits.assign_splits(
+        config.data,
+        opened,
+        preprocess.source_columns(task),
+        class_column=task.target.column if isinstance(task.target, ClassTarget) else None,
+        date_format=time.format if time else None,
+    )
     task, sample = (check_fitted_task if fitted else fit_task)(task, parts[0], drop_bad)
-    report = DataReport(task, sample)
+    report = DataReport(task, sample, [part.note for part in parts if part.note])
     with SplitWriter(folder, task, config.data.train_on_valid) as writer:
         for part in parts:
             for encoded in preprocess.encode_source(

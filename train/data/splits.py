@@ -1,6 +1,5 @@
 """Splits: which records train, which choose, which test. They never overlap."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ from cluster.errors import UserError
 from train.config import Data
 from train.data import batch_sampler, sources
 from train.data.sources import RowBlock
-from train.tasks import InvalidRecord
+from train.tasks import InvalidRecord, value_hash
 from train.tasks.numeric import Date, Number
-from train.tasks.records import category_name, is_missing
 
 MIN_TRAINING = 2
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
@@ -24,13 +22,14 @@ NAMES = ("train", "valid", "test")
 class SplitSource:
     """A source and the split that each of its rows is in.
 
-    copies_N: how often each row is in it; once if None.
+    copies_N: how often each row is in it; once if None. note: for the data report.
     """
 
     url: str
     blocks: list[RowBlock]
     codes_N: np.ndarray
     copies_N: np.ndarray | None = None
+    note: str = ""
 
     def turns(self, rows_N: np.ndarray) -> Iterator[np.ndarray]:
         """The splits of some rows, once for each time that one of them is in it, else NOWHERE."""
@@ -41,15 +40,23 @@ class SplitSource:
 
 
 def assign_splits(
-    config: Data, opened: dict[str, list[RowBlock]], date_format: str | None = None
+    config: Data,
+    opened: dict[str, list[RowBlock]],
+    columns: Sequence[str],
+    *,
+    class_column: str | None = None,
+    date_format: str | None = None,
 ) -> list[SplitSource]:
     """Return the sources, those of the training records first.
 
-    date_format: of the dates of `split_time`, ISO 8601 if None.
     opened: the blocks of `data.train` and, where given, of `data.valid`, `data.test` and
-    `data.extra`. A split without a source of its own is taken from the training records: at random
-    by `split_seed` alone, or by `split_key` all records of a key together, or by `split_time` the
-    latest. Extra records are for training alone, and come last.
+    `data.extra`. columns: what makes records equal. class_column: of a target that is a class.
+    date_format: of the dates of `split_time`, ISO 8601 if None.
+
+    A split without a source of its own is taken from the training records: by a hash of the record,
+    or of its `split_key`, so that equal ones are in one split and stay there when records are
+    added; or by `split_time` the latest. Of a hash, shares are approximate. Extra records are for
+    training alone, come last, and are never those that are held out.
     """
     blocks = opened["train"]
     count = sum(block.num_rows for block in blocks)
@@ -57,13 +64,19 @@ def assign_splits(
         0.0 if config.valid else config.valid_fraction,
         0.0 if config.test else config.test_fraction,
     )
-    if config.split_key is not None:
-        codes_N = _by_key(_values(blocks, config.split_key), config.split_seed, shares)
-    elif config.split_time is not None:
+    note = ""
+    if config.split_time is not None:
         codes_N = _by_order(_order_in_time(blocks, config.split_time, date_format), shares)
     else:
-        order = np.random.Generator(np.random.Philox(config.split_seed)).permutation(count)
-        codes_N = _by_order(order[::-1], shares)
+        names = columns if config.split_key is None else [config.split_key]
+        places_N = value_hash.fractions(_hash_records(blocks, names), config.split_seed)
+        class_N = None
+        if class_column is not None:
+            hash_N = _hash_records(blocks, [class_column])
+            class_N = np.unique(hash_N, return_inverse=True)[1]
+        codes_N, moved = _by_hash(places_N, class_N, shares)
+        if moved:
+            note = f"{moved:,} records were moved, so that no split lacks a class or is empty"
     left = int(np.sum(codes_N == TRAIN))
     if left < MIN_TRAINING:
         raise UserError(
@@ -76,7 +89,7 @@ def assign_splits(
                 f"no record of '{config.train}' falls into the {NAMES[code]} split; give "
                 f"--data.{NAMES[code]} or a column with more different values."
             )
-    parts = [SplitSource(config.train, blocks, codes_N)]
+    parts = [SplitSource(config.train, blocks, codes_N, note=note)]
     for name, code in (("valid", VALID), ("test", TEST)):
         if name in opened:
             rows = sum(block.num_rows for block in opened[name])
@@ -85,22 +98,112 @@ def assign_splits(
     if "extra" in opened:
         training = (TRAIN, VALID) if config.train_on_valid else (TRAIN,)
         num_training = sum(int(np.isin(part.codes_N, training).sum()) for part in parts)
-        parts.append(_extra(config, opened["extra"], num_training))
+        allowed_N = ~_held_out(config, parts, opened["extra"], columns, training)
+        parts.append(_extra(config, opened["extra"], allowed_N, num_training))
     return parts
 
 
-def _extra(config: Data, blocks: list[RowBlock], num_training: int) -> SplitSource:
-    """Training records besides `num_training` others, as many copies of them as their share is."""
+def _held_out(
+    config: Data,
+    parts: Sequence[SplitSource],
+    extra: list[RowBlock],
+    columns: Sequence[str],
+    training: Sequence[int],
+) -> np.ndarray:
+    """Which extra records equal one that is held out, or have its key, bool [N]."""
+    found_N = np.zeros(sum(block.num_rows for block in extra), bool)
+    has = sources.source_schema(extra).names
+    for names in (columns, [config.split_key] if config.split_key else None):
+        if names is None or not all(name in has for name in names):
+            continue
+        held = [
+            _hash_records(part.blocks, names)[~np.isin(part.codes_N, training)]
+            for part in parts
+            if all(name in sources.source_schema(part.blocks).names for name in names)
+        ]
+        found_N |= np.isin(_hash_records(extra, names), np.concatenate(held))
+    return found_N
+
+
+def _extra(
+    config: Data, blocks: list[RowBlock], allowed_N: np.ndarray, num_training: int
+) -> SplitSource:
+    """Training records besides `num_training` others, as many copies of them as their share is.
+
+    allowed_N: those that may be trained on.
+    """
     assert config.extra is not None
-    rows = wanted = sum(block.num_rows for block in blocks)
+    allowed = np.flatnonzero(allowed_N)
+    rows = wanted = len(allowed)
     if config.extra_fraction is not None:
         wanted = max(1, round(num_training * config.extra_fraction / (1 - config.extra_fraction)))
-    times, left = divmod(wanted, rows)
-    copies_N = np.full(rows, times)
-    copies_N[
-        batch_sampler.random_stream(config.split_seed, 0, "extra").permutation(rows)[:left]
-    ] += 1
-    return SplitSource(config.extra, blocks, np.full(rows, TRAIN, np.int8), copies_N)
+    copies_N = np.zeros(len(allowed_N), int)
+    if rows:
+        times, left = divmod(wanted, rows)
+        copies_N[allowed] = times
+        order = batch_sampler.random_stream(config.split_seed, 0, "extra").permutation(rows)
+        copies_N[allowed[order[:left]]] += 1
+    held_out = len(allowed_N) - rows
+    note = (
+        f"{held_out:,} extra records are not trained on, as they are held out" if held_out else ""
+    )
+    return SplitSource(
+        config.extra, blocks, np.full(len(allowed_N), TRAIN, np.int8), copies_N, note
+    )
+
+
+def _hash_records(blocks: Sequence[RowBlock], columns: Sequence[str]) -> np.ndarray:
+    """A hash of each record of a source by its values in these columns, uint64 [N]."""
+    parts = [
+        value_hash.hash_columns(sources.batch_columns(batch), columns, batch.num_rows)
+        for block in blocks
+        for batch in block.read(columns)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+
+
+def _by_hash(
+    places_N: np.ndarray, class_N: np.ndarray | None, shares: tuple[float, float]
+) -> tuple[np.ndarray, int]:
+    """Return each record's split by its place in [0, 1), and how many were moved for a class.
+
+    Records of one place stay together. class_N: codes of the classes from 0, or None. The first
+    places test, those after them choose, the last ones train.
+    """
+    valid_share, test_share = shares
+    ends = [test_share, test_share + valid_share]
+    codes_N = np.array([TEST, VALID, TRAIN], np.int8)[np.searchsorted(ends, places_N, "right")]
+    before_N = codes_N.copy()
+    if class_N is None:
+        class_N = np.zeros(len(places_N), np.int64)
+    wanted = [TRAIN, *(code for code, share in ((TEST, test_share), (VALID, valid_share)) if share)]
+    for code in wanted:
+        has = np.bincount(class_N[codes_N == code], minlength=class_N.max(initial=-1) + 1)
+        for lacking in np.flatnonzero(has == 0):
+            # Not if it came with another class.
+            if not np.any((codes_N == code) & (class_N == lacking)):
+                _move_one(codes_N, places_N, class_N, int(lacking), code)
+    return codes_N, int(np.sum(codes_N != before_N))
+
+
+def _move_one(
+    codes_N: np.ndarray, places_N: np.ndarray, class_N: np.ndarray, lacking: int, code: int
+) -> None:
+    """Move the records of one place with a class into a split that lacks it.
+
+    From the training split those with the first places, unless it would then lack a class itself;
+    into it those with the last places.
+    """
+    of_class_N = class_N == lacking
+    if code == TRAIN:
+        codes_N[places_N == places_N[of_class_N].max()] = TRAIN
+        return
+    for place in np.unique(places_N[of_class_N & (codes_N == TRAIN)]):
+        moved_N = places_N == place
+        left_N = (codes_N == TRAIN) & ~moved_N
+        if np.isin(class_N[moved_N], class_N[left_N]).all():
+            codes_N[moved_N] = code
+            return
 
 
 def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
@@ -113,24 +216,6 @@ def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
     codes_N[order_N[count - num_test :]] = TEST
     codes_N[order_N[max(count - num_test - num_valid, 0) : count - num_test]] = VALID
     return codes_N
-
-
-def _by_key(values: Iterator[Any], seed: int, shares: tuple[float, float]) -> np.ndarray:
-    """A record's split depends on its key alone, so that it stays when records are added."""
-    valid_share, test_share = shares
-    cache: dict[str, int] = {}
-
-    def code(value: Any) -> int:
-        key = "" if is_missing(value) else category_name(value)
-        if key not in cache:
-            digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-            place = int.from_bytes(digest, "big") / 2**64
-            cache[key] = (
-                TEST if place < test_share else VALID if place < test_share + valid_share else TRAIN
-            )
-        return cache[key]
-
-    return np.fromiter((code(value) for value in values), np.int8)
 
 
 def _order_in_time(blocks: Sequence[RowBlock], column: str, date_format: str | None) -> np.ndarray:
@@ -160,12 +245,6 @@ def _times(column: str, values: Sequence[Any] | np.ndarray, date_format: str | N
         return Number(column).read(values)
     except InvalidRecord:
         return Date(column, date_format).read(values)
-
-
-def _values(blocks: Sequence[RowBlock], column: str) -> Iterator[Any]:
-    for block in blocks:
-        for batch in block.read([column]):
-            yield from sources.batch_columns(batch)[column]
 
 
 def row_location(blocks: Sequence[RowBlock], row: int) -> str:

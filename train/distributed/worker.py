@@ -10,7 +10,7 @@ from typing import Any
 import ray.train.torch
 import torch
 
-from cluster import storage
+from cluster import ray_internals, storage
 from train.config import Config, allow_plugins
 from train.data import batch_sampler
 from train.data.dataset import EncodedDataset
@@ -19,6 +19,12 @@ from train.loop.checkpoint import Superseded
 from train.loop.loop import Diverged, Loop
 from train.loop.parallelism import Worker
 from train.loop.run_directory import LEAST_SAMPLES, Run, WorkerSpec
+
+# Errors of code or data, which the same step raises again. Others may come from a worker that died.
+DETERMINISTIC = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(NotImplementedError, SyntaxError, TypeError, ValueError),
+)
 
 # How often a worker looks whether a checkpoint is wanted, where looking may be a request.
 LOOK_EVERY_S = 0.5
@@ -87,6 +93,14 @@ def run_loop(job: WorkerSpec, run: Run, worker: Worker, **options: Any) -> None:
             run.fail(str(error))
     except torch.OutOfMemoryError:
         _halve(run, config, shards, job.events.send)
+        raise
+    except DETERMINISTIC as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        run.fail(
+            f"training failed, and would again: {type(error).__name__}: {reason}. Continue it with "
+            f"--resume {run.name} once that is mended; the traceback is above, and in Ray's logs "
+            f"under {ray_internals.session_log_folder()}."
+        )
         raise
 
 

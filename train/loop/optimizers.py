@@ -97,13 +97,9 @@ def build_optimizers(
         {"params": heads, "lr": config.head_lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},
     ]
-    return [
-        # fp16 has not the range for Muon's iteration.
-        Muon(
-            hidden,
-            config.lr,
-            config.momentum,
-            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
-        ),
-        torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=fused),
-    ]
+    adam = torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=fused)
+    if not hidden:
+        return [adam]
+    # fp16 has not the range for Muon's iteration.
+    turned_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return [Muon(hidden, config.lr, config.momentum, turned_in), adam]

@@ -12,7 +12,7 @@ import numpy as np
 
 from train.bundle import feature_statistics
 from train.bundle.feature_statistics import MISSING_NAME, UNSEEN_NAME, QuantityValues
-from train.stats import wilson_interval
+from train.stats import bootstrap_interval, wilson_interval
 from train.tasks import (
     Arrays,
     Categories,
@@ -147,12 +147,10 @@ def _figure(metric: str, losses_N: np.ndarray) -> tuple[float, float, float]:
         count = len(losses_N)
         right = count - int(losses_N.sum())
         return right / count, *wilson_interval(right, count)
-    draws = np.random.Generator(np.random.Philox(0))
-    means = [
-        losses_N[draws.integers(len(losses_N), size=len(losses_N))].mean() for _ in range(RESAMPLES)
-    ]
-    low, high = np.sqrt(np.quantile(means, [0.025, 0.975])).tolist()
-    return float(np.sqrt(losses_N.mean())), low, high
+    low, high = bootstrap_interval(
+        lambda rows: math.sqrt(losses_N[rows].mean()), len(losses_N), resamples=RESAMPLES
+    )
+    return math.sqrt(losses_N.mean()), low, high
 
 
 def _measured(task: Task, inputs: Arrays, rows: np.ndarray) -> dict[str, QuantityValues]:

@@ -75,17 +75,16 @@ class ThroughputMeter:
 
 
 def signed_metric(row: Mapping[str, float], metric: str) -> float:
-    """The metric with the sign that makes more of it better; of "last" the epoch."""
+    """The metric with the sign that makes more of it better; of "last" the epoch.
+
+    One that is not a number is worse than any.
+    """
     if metric == LAST:
         return row["epoch"]
-    return -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]
+    value = -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]
+    return -math.inf if math.isnan(value) else value
 
 
 def best_epoch(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
     """The epoch whose weights a run keeps: the best, and of equal ones the later."""
-
-    def place(row: Mapping[str, float]) -> tuple[float, float]:
-        value = signed_metric(row, metric)
-        return (-math.inf if math.isnan(value) else value), row["epoch"]
-
-    return max(rows, key=place)
+    return max(rows, key=lambda row: (signed_metric(row, metric), row["epoch"]))

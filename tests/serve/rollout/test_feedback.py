@@ -104,14 +104,19 @@ def test_the_oldest_requests_are_forgotten():
     assert [known.knows(name) for name in "abc"] == [False, True, True]
 
 
-def test_pairs_are_of_rows_that_both_versions_answered():
+def test_a_request_is_compared_once_by_rows_that_both_answered():
     known = FeedbackStore(CLASSES)
-    known.predicted("a", "3", ["cat", "cat"])
-    known.predicted("a", "4", ["dog", "cat"])
+    known.predicted("a", "3", ["cat", "cat", None])
+    known.predicted("a", "4", ["dog", "cat", "cat"])
     known.predicted("b", "3", ["cat"])
-    for name, truths in (("a", ["dog", "cat"]), ("b", ["cat"])):
+    for name, truths in (("b", ["cat"]), ("a", ["dog", "cat", "cat"])):
         known.give(name, truths)
-    assert known.pairs("3", "4").tolist() == [[1, 0], [0, 0]]
+    assert known.take_losses("3", "4") == [(0.5, 0)]
+    # The other version's prediction arrives after the label, and a label is corrected.
+    known.predicted("b", "4", ["dog"])
+    known.give("a", ["cat", "cat", "cat"])
+    assert known.take_losses("3", "4") == [(0, 1)]
+    assert known.take_losses("3", "4") == []
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from serve.replica.report_buffer import ReportBuffer
 from serve.replica.traffic_split import TrafficSplitter
 from serve.requestlog import sampling
 from serve.requestlog.sampling import ROLLOUT, in_fraction
+from serve.rollout.latency_sketch import RELATIVE_ERROR, LatencySketch
 from serve.rollout.verdict import (
+    ALPHA,
+    MAX_ERRORS,
     PROMOTED,
     ROLLED_BACK,
     ArmComparison,
+    LabelEvidence,
     judge_rollout,
 )
 from serve.state import Rollout
-from serve.telemetry.metrics import SECONDS, Histogram
 
 RULES = RolloutOptions(min_labels=100, noninferiority_margin=0.01, max_latency_ratio=2.0)
 
@@ -50,16 +53,19 @@ def test_a_client_cannot_choose_what_is_chosen(monkeypatch):
         assert abs((one == other).mean() - 0.5) < 5 * np.sqrt(0.25 / len(keys))
 
 
-def test_a_quantile_is_that_of_the_values_within_a_bin():
-    values = np.random.default_rng(0).lognormal(-5, 0.5, 5000)
-    histogram = Histogram(SECONDS)
-    for value in values:
-        histogram.observe(value)
-    for share in (0.5, 0.95):
-        exact = np.quantile(values, share)
-        low = max(bound for bound in (0, *SECONDS) if bound <= exact)
-        high = min(bound for bound in SECONDS if bound >= exact)
-        assert low <= histogram.quantile(share) <= high
+@pytest.mark.parametrize("spread", [0.01, 0.5, 2])
+def test_a_quantile_of_latencies_is_off_by_one_percent_at_most(rng, spread):
+    values = rng.lognormal(-5, spread, 5001)
+    merged = LatencySketch()
+    for part in np.array_split(values, 3):
+        sketch = LatencySketch()
+        for value in part:
+            sketch.observe(value)
+        merged.add(sketch)
+    assert merged.count == len(values)
+    for share in (0.001, 0.5, 0.95, 1):
+        exact = np.quantile(values, share, method="inverted_cdf")
+        assert merged.quantile(share) == pytest.approx(exact, rel=RELATIVE_ERROR + 1e-9)
 
 
 def compared(errors=0, ms=1.0, requests=1000):
@@ -72,39 +78,144 @@ def compared(errors=0, ms=1.0, requests=1000):
     return result
 
 
+def labels(losses, rules=RULES, *, classes=True):
+    evidence = LabelEvidence(rules, classes=classes)
+    for pair in losses:
+        evidence.add(*pair)
+    return evidence
+
+
 def losses(both_right, candidate_right, production_right):
-    rows = [[0, 0]] * both_right + [[1, 0]] * candidate_right + [[0, 1]] * production_right
-    return np.array(rows, float)
+    kinds = [[0, 0]] * both_right + [[1, 0]] * candidate_right + [[0, 1]] * production_right
+    return np.random.default_rng(0).permutation(np.array(kinds, float).reshape(-1, 2))
 
 
 @pytest.mark.parametrize(
     ("comparison", "pairs", "decision", "word"),
     [
-        (compared(), losses(700, 80, 20), PROMOTED, "0.075"),
-        (compared(), losses(700, 20, 80), ROLLED_BACK, "accuracy"),
+        (compared(), losses(700, 80, 20), PROMOTED, "better by +0.0750 in 800 labelled requests"),
+        (compared(), losses(700, 20, 80), ROLLED_BACK, "better by -0.0750"),
         # As good, of very many records.
-        (compared(), losses(20_000, 40, 40), PROMOTED, "accuracy"),
+        (compared(), losses(20_000, 40, 40), PROMOTED, "worse by 0.01 or more has p = "),
         # It cannot be told yet.
         (compared(), losses(100, 8, 6), None, ""),
         (compared(), losses(60, 9, 0), None, ""),
         (compared(errors=2), losses(700, 80, 20), PROMOTED, "accuracy"),
-        (compared(errors=20), losses(700, 80, 20), ROLLED_BACK, "failed for 20 of 1020"),
-        (compared(ms=9.0), losses(700, 80, 20), ROLLED_BACK, "95th percentile"),
+        (compared(errors=40), losses(700, 80, 20), ROLLED_BACK, "failed for 40 of 1040"),
+        # Every request fails.
+        (compared(errors=3, requests=0), losses(0, 0, 0), ROLLED_BACK, "failed for 3 of 3"),
+        (compared(ms=9.0), losses(700, 80, 20), ROLLED_BACK, "95th percentile is 9.0"),
+        (compared(ms=2.1), losses(0, 0, 0), ROLLED_BACK, "95th percentile is 2.09 ms"),
+        (compared(ms=1.95), losses(0, 0, 0), None, ""),
         # Too few to tell of latency.
         (compared(ms=9.0, requests=50), losses(60, 0, 0), None, ""),
     ],
 )
 def test_rules(comparison, pairs, decision, word):
-    verdict = judge_rollout(comparison, pairs, RULES, classes=True)
+    verdict = judge_rollout(comparison, labels(pairs), RULES)
     assert (verdict.decision if verdict else None) == decision
     assert word in (verdict.reason if verdict else "")
 
 
 @pytest.mark.parametrize(("scale", "decision"), [(0.8, PROMOTED), (1.3, ROLLED_BACK)])
-def test_rules_of_values(scale, decision):
-    generator = np.random.default_rng(0)
-    errors = generator.normal(size=(1000, 2)) * [1, scale]
-    assert judge_rollout(compared(), errors**2, RULES, classes=False).decision == decision
+def test_rules_of_values(rng, scale, decision):
+    errors = rng.normal(size=(1000, 2)) * [1, scale]
+    verdict = labels(errors**2, classes=False).judge()
+    assert verdict.decision == decision
+    gain = 1 - np.sqrt((errors[:, 1] ** 2).mean() / (errors[:, 0] ** 2).mean())
+    assert f"better by {gain:+.4f} in 1000 labelled requests" in verdict.reason
+
+
+# Rollouts and requests of each in simulations; 4 standard deviations of a chance of 0.025.
+RUNS, REQUESTS = 1000, 3000
+BOUND = ALPHA + 4 * np.sqrt(ALPHA * (1 - ALPHA) / RUNS)
+
+
+def simulated(draw, *, classes=True):
+    """How often a candidate is ever promoted and ever called worse, looked at every request.
+
+    draw: the losses [2, RUNS] of the next request of each rollout.
+    """
+    evidence = LabelEvidence(RULES, classes=classes)
+    for _ in range(REQUESTS):
+        evidence.add(*draw())
+    promoted, worse = evidence.evidence()
+    return np.mean(promoted >= 1 / ALPHA), np.mean(worse >= 1 / ALPHA)
+
+
+@pytest.mark.parametrize("discordant", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_one_worse_by_the_margin_is_seldom_promoted(rng, discordant, rows):
+    """rows: of a request; they are alike, all right or all wrong together."""
+    gain = -RULES.noninferiority_margin
+
+    def draw():
+        chances = [1 - discordant, (discordant + gain) / 2, (discordant - gain) / 2]
+        kinds = np.repeat(rng.choice(3, p=chances, size=(RUNS, 1)), rows, axis=1)
+        return (kinds == 1).mean(axis=1), (kinds == 2).mean(axis=1)
+
+    assert simulated(draw)[0] <= BOUND
+
+
+@pytest.mark.parametrize("discordant", [0.01, 0.3])
+def test_one_as_good_is_seldom_called_worse(rng, discordant):
+    def draw():
+        kinds = rng.choice(3, p=[1 - discordant, discordant / 2, discordant / 2], size=RUNS)
+        return kinds == 1, kinds == 2
+
+    assert simulated(lambda: np.array(draw(), float))[1] <= BOUND
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.99])
+@pytest.mark.parametrize(("ratio", "which"), [(1 + RULES.noninferiority_margin, 0), (1, 1)])
+def test_errors_of_values_are_seldom_misjudged(rng, correlation, ratio, which):
+    def draw():
+        one, other = rng.standard_t(5, size=(2, RUNS))
+        other = ratio * (correlation * one + np.sqrt(1 - correlation**2) * other)
+        return one**2, other**2
+
+    assert simulated(draw, classes=False)[which] <= BOUND
+
+
+def test_a_better_one_is_promoted_within_hundreds_of_requests(rng):
+    def draw():
+        kinds = rng.choice(3, p=[0.9, 0.08, 0.02], size=RUNS)
+        return np.array([kinds == 1, kinds == 2], float)
+
+    evidence = LabelEvidence(RULES, classes=True)
+    for _ in range(800):
+        evidence.add(*draw())
+    assert np.mean(evidence.evidence()[0] >= 1 / ALPHA) > 0.9
+
+
+def test_latencies_of_one_distribution_are_seldom_told_apart(rng):
+    """Both arms have the same one, the accepted ratio is 1, and each request is looked at."""
+    rules = RolloutOptions(max_latency_ratio=1)
+    empty = LabelEvidence(rules, classes=True)
+    rolled_back = 0
+    for _ in range(200):
+        comparison = ArmComparison("4")
+        for number, seconds in enumerate(rng.lognormal(-5, 0.5, 2000)):
+            comparison.arms["candidate" if number % 2 else "production"].answered(seconds)
+            if number % 50 == 49 and judge_rollout(comparison, empty, rules):
+                rolled_back += 1
+                break
+    assert rolled_back <= 200 * ALPHA + 4 * np.sqrt(200 * ALPHA)
+
+
+def test_errors_at_the_accepted_rate_seldom_roll_back(rng):
+    empty = LabelEvidence(RULES, classes=True)
+    rolled_back = 0
+    for _ in range(300):
+        comparison = ArmComparison("4")
+        arm = comparison.arms["candidate"]
+        for failed in rng.random(1000) < MAX_ERRORS:
+            arm.requests += 1
+            arm.errors += int(failed)
+            if failed and judge_rollout(comparison, empty, RULES):
+                rolled_back += 1
+                break
+    assert rolled_back <= 300 * ALPHA + 4 * np.sqrt(300 * ALPHA)
 
 
 class Plane:

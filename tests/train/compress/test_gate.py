@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from train.compress import gate
-from train.stats import paired_interval
 from train.tasks import ClassTarget, Task
 from train.tasks.regression import ValueTarget
 
@@ -25,6 +24,7 @@ def outputs_for(answers_N):
         (5, 0, False, "accepted"),  # 0.005 exactly
         (6, 4, False, "accepted"),
         (8, 2, False, "undecided"),  # worse by 0.006, which chance may do
+        (14, 4, False, "undecided"),  # worse for certain, but not by more than 0.005
         (30, 5, False, "refused"),
         (0, 0, True, "accepted"),
         (5, 0, True, "undecided"),  # within, and the interval is not
@@ -43,15 +43,6 @@ def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
     judged = gate.judge_variant(comparison, 0.005, strict=strict)
     assert judged.verdict == verdict
     assert f"{comparison.value:.4f}" in judged.reason
-
-
-def test_the_bootstrap_agrees_with_the_closed_form(rng):
-    before_N, after_N = rng.random(2000) < 0.9, rng.random(2000) < 0.88
-    targets_N = np.zeros(2000, np.int64)
-    each = [outputs_for(np.where(right, 0, 1)) for right in (before_N, after_N)]
-    low, high = gate._by_bootstrap(three_classes(), *each, targets_N, -1.0)
-    closed_form = paired_interval(~before_N, ~after_N, binary=True)
-    np.testing.assert_allclose([low, high], closed_form, atol=0.0035)
 
 
 def test_numbers_are_compared_by_their_metric(rng):
@@ -95,6 +86,28 @@ class Leaning:
     def run(self, inputs):
         own = inputs["x"]
         return {"logits": own + self._share * own.mean(axis=0, keepdims=True)}
+
+
+class Broken(Leaning):
+    """Its answers to a large batch are not numbers."""
+
+    def run(self, inputs):
+        logits = super().run(inputs)["logits"]
+        return {"logits": logits * np.nan if len(logits) > 7 else logits}
+
+
+def test_answers_that_are_no_numbers_differ_by_all(rng):
+    inputs = {"x": rng.normal(size=(64, 1)).astype(np.float32)}
+    task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
+    assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
+    assert gate.batch_difference(task, Broken(0.0), inputs) == np.inf
+    outputs = {"logits": inputs["x"]}
+    wrong = {"logits": np.where(np.arange(64)[:, None] == 9, np.nan, inputs["x"])}
+    comparison = gate.compare_with_fp32(task, outputs, wrong, inputs["x"][:, 0] + 0.1)
+    assert np.isnan(comparison.change)
+    assert np.isnan(comparison.agreement)
+    assert comparison.high == np.inf
+    assert gate.judge_variant(comparison, 0.005, max_change=0.1).verdict == "refused"
 
 
 def test_answers_that_depend_on_the_batch_are_refused(rng):

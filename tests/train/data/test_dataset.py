@@ -201,12 +201,17 @@ def test_cutmix_pastes_a_box_and_weighs_labels_by_its_area(rng):
 def assigned(url: str, scratch: Path, **data: object) -> splits.SplitSource:
     """The training source and the split of each of its rows."""
     blocks = sources.open_source(sources.find_source(url), str(scratch))
-    return splits.assign_splits(make_config(data={"train": url, **data}).data, {"train": blocks})[0]
+    config = make_config(data={"train": url, **data}).data
+    columns = ["image", "label"]
+    return splits.assign_splits(config, {"train": blocks}, columns, class_column="label")[0]
 
 
 def test_splits_never_overlap_and_leave_nothing_out(tmp_path):
-    part = assigned("sklearn:digits", tmp_path)
-    assert np.bincount(part.codes_N).tolist() == [1258, 180, 359]
+    """Each has its share but for 4 standard deviations."""
+    counts = np.bincount(assigned("sklearn:digits", tmp_path).codes_N)
+    assert counts.sum() == 1797
+    shares = np.array([0.7, 0.1, 0.2])
+    assert np.all(np.abs(counts - 1797 * shares) < 4 * np.sqrt(1797 * shares * (1 - shares)))
 
 
 def test_shards_hold_what_the_task_encodes(digits, tmp_path):
@@ -242,11 +247,9 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
     config = make_config(data={"train": url}, features={"img": "image"})
     prepared = dataset.prepare_dataset(config, str(tmp_path))
     assert prepared.task.target.to_dict()["classes"] == ["cat", "dog", "emu"]
-    assert {name: split["num_records"] for name, split in prepared.summary["splits"].items()} == {
-        "train": 21,
-        "test": 6,
-        "valid": 3,
-    }
+    counts = [split["num_records"] for split in prepared.summary["splits"].values()]
+    assert sum(counts) == 30
+    assert min(counts) >= 3  # one of each class
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def test_image_folders_are_classes(rng, tmp_path):
     config = make_config(data={"train": str(tmp_path / "pets")})
     prepared = dataset.prepare_dataset(config, str(tmp_path))
     assert prepared.task.target.classes == ("cat", "dog")
-    assert prepared.open("train")[0]["image"].shape == (28, 6, 6, 3)
+    images = [prepared.open(name)[0]["image"] for name in splits.NAMES]
+    assert np.concatenate(images).shape == (40, 6, 6, 3)
     (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"?")
     with pytest.raises(UserError, match=r"dog/3\.png': .*no PNG or JPEG"):
         dataset.prepare_dataset(config, str(tmp_path / "again"))
@@ -261,7 +262,7 @@ def codes(frame: pd.DataFrame, tmp_path: Path, **data: object) -> np.ndarray:
     url = write(frame, "parquet", tmp_path)
     blocks = sources.open_source(sources.find_source(url), str(tmp_path))
     config = table_config(url, data=data).data
-    return splits.assign_splits(config, {"train": blocks})[0].codes_N
+    return splits.assign_splits(config, {"train": blocks}, list(frame.columns))[0].codes_N
 
 
 def test_a_split_by_key_is_stable_and_keeps_keys_together(frame, tmp_path):

@@ -89,7 +89,25 @@ def test_extra_records_need_not_have_the_column_of_the_split(write_parquet, conf
     extra = write_parquet([{"image": image, "label": 0} for image in images[:3]], "extra.parquet")
     data = prepared(config, extra, train=url, split_key="who")
     counts = {name: split["num_records"] for name, split in data.summary["splits"].items()}
-    assert sum(counts.values()) == 43
+    assert sum(counts.values()) == 43 - held_out_extra(data)
+
+
+def held_out_extra(data):
+    """How many extra records are left out, as the report says."""
+    words = [note for note in data.summary["report"]["notes"] if "are held out" in note]
+    return int(words[0].split()[0]) if words else 0
+
+
+def test_extra_records_that_are_held_out_are_not_trained_on(config, digits):
+    """The training source itself as extra records: its valid and test records stay held out."""
+    held = sum(digits.summary["splits"][name]["num_records"] for name in ("valid", "test"))
+    data = prepared(config, "sklearn:digits")
+    assert held_out_extra(data) == held
+    own = digits.summary["splits"]["train"]["num_records"]
+    assert data.summary["splits"]["train"]["num_records"] == 2 * own
+    trained = set(record_digests(data.open("train")[0]).tolist())
+    for name in ("valid", "test"):
+        assert not trained & set(record_digests(data.open(name)[0]).tolist())
 
 
 def test_a_fitted_task_is_taken_as_it_is(config, digits, write_parquet, rng):

@@ -136,6 +136,18 @@ def test_a_killed_driver_resumes_on_one_worker_and_ends_the_same(undisturbed, tm
     assert "optim.lr was 0.1, is 0.05" in (tmp_path / "log").read_text()
 
 
+def test_an_error_of_the_code_is_not_tried_again(tmp_path):
+    mistakes = tmp_path / "mistakes"
+    options = ["--net.class_path", "tests.fragile:Mistaken", "--workers.num", "2"]
+    process = start(tmp_path, *options, MISTAKES=str(mistakes), PYTHONPATH=str(server.REPOSITORY))
+    assert exit_code(process, tmp_path) == 1
+    # Once by each worker.
+    assert len(mistakes.read_text().splitlines()) <= 2
+    log = (tmp_path / "log").read_text()
+    words = "training failed, and would again: KeyError: 'no such key'. Continue it with --resume "
+    assert words + run_name(tmp_path) in log
+
+
 def test_a_run_waits_for_free_cpus_and_refuses_impossible_ones(tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     places = [tmp_path / name for name in ("too_many", "first", "second")]

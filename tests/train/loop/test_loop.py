@@ -16,6 +16,7 @@ from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
 from train.loop.state_dict import EMA
 from train.nets import ConvNet
+from train.telemetry.throughput import best_epoch, signed_metric
 
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -77,6 +78,15 @@ def test_schedules_agree_with_numpy(name, warmup_fraction):
     )
 
 
+def test_a_net_that_is_only_a_head_has_an_optimizer():
+    net = torch.nn.Sequential()
+    net.add_module("head", torch.nn.Linear(4, 2))
+    groups = [
+        group for each in optimizers.build_optimizers(Optim(), net) for group in each.param_groups
+    ]
+    assert sum(len(group["params"]) for group in groups) == 2
+
+
 def test_one_cycle_agrees_with_torch():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -90,6 +100,27 @@ def test_one_cycle_agrees_with_torch():
         optimizer.step()
         if step < 49:
             reference.step()
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "one_cycle"])
+@pytest.mark.parametrize("warmup_fraction", [None, 0.0, 0.02, 0.3, 0.99])
+def test_schedules_of_any_length_reach_the_peak(name, warmup_fraction):
+    optim = Optim(schedule=name, warmup_fraction=warmup_fraction)
+    for total_steps in (1, 2, 3, 4, 5, 7, 10, 50, 100):
+        factors = [lr_schedule.lr_factor(optim, step, total_steps) for step in range(total_steps)]
+        assert all(0 < factor <= 1 for factor in factors)
+        # The peak of one_cycle may lie between two steps, as that of torch does.
+        assert max(factors) == 1 or (name == "one_cycle" and warmup_fraction != 0)
+        if warmup_fraction == 0:
+            assert factors[0] == 1
+
+
+def test_a_metric_that_is_not_a_number_is_worst():
+    rows = [{"epoch": n + 1, "valid_loss": loss} for n, loss in enumerate([np.nan, 0.7, np.nan])]
+    assert best_epoch(rows, "valid_loss")["epoch"] == 2
+    assert best_epoch([{"epoch": 1, "valid_auc": np.nan}], "valid_auc")["epoch"] == 1
+    for metric in ("valid_loss", "valid_accuracy"):
+        assert signed_metric({metric: np.nan}, metric) < signed_metric({metric: 1e300}, metric)
 
 
 def muon_reference(weight, gradients, lr, momentum):

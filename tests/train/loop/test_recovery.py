@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.train.loop.test_exact import Plain
 from tests.train.loop.test_loop import ALONE
+from train.data import batch_sampler
 from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.distributed.worker import run_loop
@@ -110,13 +111,17 @@ def job_of(config: object, digits: EncodedDataset, folder: object) -> tuple[Work
 def test_out_of_memory_halves_the_micro_batch_not_the_batch(config, digits, tmp_path):
     one = make_config(workers={"num": 1}, storage={"path": config.storage.path})
     job, told = job_of(one, digits, tmp_path / "hungry")
-    for _ in range(2):  # of 64, then of 32
+    smallest = batch_sampler.smallest_batch(len(digits.open("train")[1]), one.optim.batch_size)
+    for _ in range(2):  # of about 64, then of half
         with pytest.raises(torch.OutOfMemoryError):
             run_loop(job, Run.open(job.run_url), ALONE, build=lambda config, task: Hungry())
     run = Run.open(job.run_url)
     assert run.num_micro_batches == 4
     run_loop(job, run, ALONE, build=lambda config, task: Hungry())
-    assert [event["micro_batch"] for event in told.of("halved")] == [31, 16]
+    assert [event["micro_batch"] for event in told.of("halved")] == [
+        -(-smallest // 2),
+        -(-smallest // 4),
+    ]
 
     # The batches are the same, so the weights are but for the order of sums.
     plain, _ = job_of(one, digits, tmp_path / "plain")
