@@ -46,7 +46,8 @@ ALLOWED = {
         *("train.stats", "train.compress"),
     },
     "train.reports": {
-        *("train.tasks", "train.bundle", "train.config", "train.stats", "train.reports"),
+        *("train.tasks", "train.bundle", "train.config", "train.stats", "train.telemetry"),
+        "train.reports",
     },
     "train.compress.__main__": {"cluster", "train"},
     "train.training": {"cluster", "train"},

@@ -11,13 +11,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from cluster import commit, connect, storage
 from cluster.errors import UserError
 from train import reports
 from train.bundle import Bundle, BundleWriter, Manifest
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
-from train.bundle.manifest import TensorMetadata
+from train.bundle.manifest import SimpleModelFigures, TensorMetadata
+from train.calibration import fit_temperature
 from train.compress import compress
 from train.compress.recipes.variants import check_calibration
 from train.config import LAST, Augment, Config, allow_code
@@ -29,10 +31,13 @@ from train.data.warm_start import CompletedConfig
 from train.distributed import launcher
 from train.loop import lr_schedule
 from train.loop.checkpoint import load_best_weights
+from train.loop.evaluate import evaluate
 from train.loop.net_setup import build_net
+from train.loop.parallelism import Worker
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
 from train.reports import plots
+from train.simple_models import describe_comparison, fit_simple_models
 from train.telemetry.throughput import Event
 
 
@@ -183,6 +188,15 @@ def _run(config: Config, runs: str) -> Run:
     return Run.start(storage.join_path(runs, name), config)
 
 
+def _temperature(net: nn.Module, data: EncodedDataset) -> float:
+    """Fit the temperature of a net to the validation records."""
+    inputs, targets_N = data.open("valid")
+    worker = Worker(0, 1, torch.device("cpu"))
+    outputs = evaluate(net.eval(), inputs, worker)
+    assert outputs is not None, "rank 0 has them"
+    return fit_temperature(data.task, outputs, targets_N)
+
+
 def _write(
     writer: BundleWriter,
     config: Config,
@@ -192,10 +206,12 @@ def _write(
     lineage: dict[str, Any],
 ) -> None:
     """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
-    task = data.task
     weights, history = load_best_weights(run.store(config.checkpoint.keep))
-    net = build_net(config, task)
+    net = build_net(config, data.task)
     net.load_state_dict(weights)
+    if not config.data.train_on_valid:
+        data = data.calibrated(_temperature(net, data))
+    task = data.task
     safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
     writer.json(FEATURES, task.to_dict())
     writer.json("report/history.json", history)
@@ -215,6 +231,10 @@ def _write(
     plots.plot_curves(history, metric, rates, writer.file("report/curves.png"))
     writer.json(BASELINE, build_baseline(data, made.outputs["valid"]))
     test = *data.open("test"), made.outputs["test"]
+    simple = fit_simple_models(data, config.seed)
+    comparison = describe_comparison(task, simple, test[2], test[1])
+    if comparison:
+        print(comparison, file=sys.stderr)
     plots.plot_predictions(task, *test, writer.file)
     manifest = Manifest(
         name=config.name,
@@ -228,6 +248,11 @@ def _write(
         config=config.model_dump(mode="json"),
         training_seconds=round(time.perf_counter() - started, 3),
         lineage=lineage,
+        simple_models=[
+            SimpleModelFigures(name=each.name, metrics=each.metrics, seconds=each.seconds)
+            for each in simple
+        ],
+        comparison=comparison,
         **made.fields,
     )
     writer.commit(reports.write_card(writer, manifest, *test))

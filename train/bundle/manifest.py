@@ -118,6 +118,14 @@ def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[st
     return sorted((name for name, variant in variants.items() if variant.accepted), key=cost)
 
 
+class SimpleModelFigures(StrictModel):
+    """A simple model of the same records, to compare the net with."""
+
+    name: str
+    metrics: dict[str, float] = Field(description="valid_… and test_… metrics.")
+    seconds: float = Field(description="To fit it.")
+
+
 class Manifest(StrictModel):
     format_version: int = FORMAT_VERSION
     name: str = Field(pattern=MODEL_NAME, description="As it is registered.")
@@ -131,6 +139,10 @@ class Manifest(StrictModel):
     data: dict[str, Any] = Field(description="Source, digest and number of records per split.")
     config: dict[str, Any]
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics of the net itself.")
+    simple_models: list[SimpleModelFigures] = Field(
+        [], description="The better by validation loss first; none for images."
+    )
+    comparison: str = Field("", description="How the net did beside the better simple model.")
     variants: dict[Annotated[str, StringConstraints(pattern=FILE_NAME)], Variant]
     skipped: dict[str, str] = Field(description="Variants that could not be made, and why.")
     default_variant: str

@@ -47,6 +47,8 @@ def bundle_summary(bundle: Bundle) -> dict[str, Any]:
         "uri": None,
         "bundle": bundle.location,
         "metrics": manifest.metrics,
+        "simple_models": {each.name: each.metrics for each in manifest.simple_models},
+        "comparison": manifest.comparison,
         "variants": {
             name: {
                 "accepted": variant.accepted,

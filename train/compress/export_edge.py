@@ -180,13 +180,16 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
         scaled = graph.node("Mul", first, graph.constant(target.scale, np.float32))
         graph.node("Add", scaled, graph.constant(target.mean, np.float32), output="value")
         return [_column("value", TensorProto.FLOAT)]
+    logits = "logits"
+    if isinstance(target, ClassTarget | LabelsTarget) and target.temperature != 1:
+        logits = graph.node("Div", logits, graph.constant(target.temperature, np.float32))
     if isinstance(target, ClassTarget):
-        graph.node("Softmax", "logits", output="probabilities", axis=1)
+        graph.node("Softmax", logits, output="probabilities", axis=1)
         best = graph.node("ArgMax", "probabilities", axis=1, keepdims=0)
         graph.node("Gather", graph.constant(target.classes, str), best, output="label")
         first_output = _column("label", TensorProto.STRING)
     elif isinstance(target, LabelsTarget):
-        graph.node("Sigmoid", "logits", output="probabilities")
+        graph.node("Sigmoid", logits, output="probabilities")
         half = graph.constant(0.5, np.float32)
         graph.node("GreaterOrEqual", "probabilities", half, output="labels")
         shape = [BATCH, len(target.classes)]

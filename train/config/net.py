@@ -25,6 +25,13 @@ class Net(Section):
     hidden: list[Count] = Field(
         [128, 128], description="Hidden layers over numbers, categories and all inputs together."
     )
+    members: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Nets whose predictions are averaged; they share all weights but the signs of "
+        "what the hidden layers see.",
+    )
     bins: int = Field(
         16, ge=2, le=256, description="Pieces of a number's range, each with a weight of its own."
     )

@@ -9,7 +9,7 @@ import json
 import mmap
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,11 @@ class EncodedDataset:
     @property
     def task(self) -> Task:
         return Task.from_dict(self.summary["task"])
+
+    def calibrated(self, temperature: float) -> "EncodedDataset":
+        """Return the same records with a task of another temperature; see `Task.calibrated`."""
+        changed = {"task": self.task.calibrated(temperature).to_dict()}
+        return replace(self, summary=self.summary | changed)
 
     @property
     def folder(self) -> Path:
@@ -88,12 +93,13 @@ def read_at_random(inputs: Arrays) -> None:
 def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> EncodedDataset:
     """Return the encoded data of a run; encode and keep it under `root` if it is not there yet.
 
-    fitted: the task of a bundle that the run begins from; fitted to the training records if None.
+    fitted: the task of a bundle that the run begins from, whose temperature is of another net;
+    fitted to the training records if None.
     Raises UserError that names source and row of a record that cannot be encoded.
     """
     assert config.features, "train.data.schema_inference names them"
     assert config.task_type is not None
-    data = config.data
+    data, fitted = config.data, fitted and fitted.calibrated(1.0)
     urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
     found = {name: sources.find_source(url) for name, url in urls.items() if url is not None}
     depends_on = [

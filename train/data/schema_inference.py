@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import UserError
-from train.config import Config, validate_config
+from train.config import LAST, Config, validate_config
 from train.data import sources, warm_start
 from train.data.warm_start import CompletedConfig, fill_missing
 from train.tasks import InvalidRecord
@@ -35,6 +35,7 @@ INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 MAX_DISTINCT_SHARE = 0.5
 TEXT_WORDS = 3.0
 SMALL = 2_000
+LOSS = "valid_loss"
 
 
 @dataclass(frozen=True)
@@ -106,30 +107,48 @@ def _inferred(config: Config) -> Config:
     }
     num_known = len(looked_at[config.target])
     given = config.model_dump(mode="json", exclude_unset=True)
-    return validate_config(fill_missing(given, {**suited_defaults(kinds, num_known), **found}))
+    suited = suited_defaults(kinds, num_known, train_on_valid=config.data.train_on_valid)
+    return validate_config(fill_missing(given, {**suited, **found}))
 
 
 def _is_settled(config: Config) -> bool:
     """Whether nothing that `suited` would say is left open."""
     kinds = {feature.kind for feature in config.features.values()}
     given = config.model_dump(mode="json", exclude_unset=True)
-    return fill_missing(given, suited_defaults(kinds, LOOKED_AT)) == given
+    suited = suited_defaults(kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid)
+    return fill_missing(given, suited) == given
 
 
-def suited_defaults(kinds: set[str], num_looked_at: int) -> dict[str, Any]:
-    """What of a run suits columns of these kinds; the defaults are for images."""
+def suited_defaults(
+    kinds: set[str], num_looked_at: int, *, train_on_valid: bool = False
+) -> dict[str, Any]:
+    """What of a run suits columns of these kinds; the defaults are for images.
+
+    The epoch is chosen by the validation loss, and training ends when that no longer falls.
+    """
     if "image" in kinds or any(":" in kind for kind in kinds):
         return {}
     small = num_looked_at < SMALL
     optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
+    net: dict[str, Any] = {}
     if "text" in kinds:
         optim |= {"lr": 0.005, "epochs": 40 if small else 6}
+        patience = 8 if small else 3
     else:
-        optim |= {"lr": 0.002, "epochs": 40, "weight_decay": 0.01}
+        optim |= {"lr": 0.002, "weight_decay": 3e-4, "schedule": "constant", "epochs": 200}
+        net = {"members": 8, "dropout": 0.2}
         if not small:
-            optim["batch_size"] = 128
+            optim |= {"batch_size": 256, "epochs": 100}
+        patience = 16
+    chosen: dict[str, Any] = {
+        "stop": {"metric": LOSS, "patience": patience},
+        "checkpoint": {"metric": LOSS},
+    }
+    if train_on_valid:  # which leaves no records to choose by
+        optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}
+        chosen = {"checkpoint": {"metric": LAST}}
     # In bf16 a number would lose its last digits.
-    return {"optim": optim, "precision": "fp32", "checkpoint": {"metric": "last"}}
+    return {"optim": optim, "net": net, "precision": "fp32", **chosen}
 
 
 def infer_task_type(values: Sequence[Any] | np.ndarray) -> tuple[str, str]:

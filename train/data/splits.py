@@ -14,6 +14,8 @@ from train.tasks import InvalidRecord, value_hash
 from train.tasks.numeric import Date, Number
 
 MIN_TRAINING = 2
+# Of fewer distinct records, equal ones are of different customers, say, and no copies.
+MIN_DISTINCT = 0.5
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
 NAMES = ("train", "valid", "test")
 
@@ -64,19 +66,23 @@ def assign_splits(
         0.0 if config.valid else config.valid_fraction,
         0.0 if config.test else config.test_fraction,
     )
-    note = ""
+    notes = []
     if config.split_time is not None:
         codes_N = _by_order(_order_in_time(blocks, config.split_time, date_format), shares)
     else:
-        names = columns if config.split_key is None else [config.split_key]
-        places_N = value_hash.fractions(_hash_records(blocks, names), config.split_seed)
+        hash_N = _hash_records(blocks, columns if config.split_key is None else [config.split_key])
+        if config.split_key is None and len(np.unique(hash_N)) < MIN_DISTINCT * count:
+            hash_N = _told_apart(hash_N)
+            notes.append("most records equal another one; equal ones may be in several splits")
+        places_N = value_hash.fractions(hash_N, config.split_seed)
         class_N = None
         if class_column is not None:
-            hash_N = _hash_records(blocks, [class_column])
-            class_N = np.unique(hash_N, return_inverse=True)[1]
+            class_N = np.unique(_hash_records(blocks, [class_column]), return_inverse=True)[1]
         codes_N, moved = _by_hash(places_N, class_N, shares)
         if moved:
-            note = f"{moved:,} records were moved, so that no split lacks a class or is empty"
+            notes.append(
+                f"{moved:,} records were moved, so that no split lacks a class or is empty"
+            )
     left = int(np.sum(codes_N == TRAIN))
     if left < MIN_TRAINING:
         raise UserError(
@@ -89,7 +95,7 @@ def assign_splits(
                 f"no record of '{config.train}' falls into the {NAMES[code]} split; give "
                 f"--data.{NAMES[code]} or a column with more different values."
             )
-    parts = [SplitSource(config.train, blocks, codes_N, note=note)]
+    parts = [SplitSource(config.train, blocks, codes_N, note="; ".join(notes))]
     for name, code in (("valid", VALID), ("test", TEST)):
         if name in opened:
             rows = sum(block.num_rows for block in opened[name])
@@ -160,6 +166,16 @@ def _hash_records(blocks: Sequence[RowBlock], columns: Sequence[str]) -> np.ndar
         for batch in block.read(columns)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+
+
+def _told_apart(hash_N: np.ndarray) -> np.ndarray:
+    """Hashes in which the first, second, … of equal ones differ, in the order of the records."""
+    order_N = np.argsort(hash_N, kind="stable")
+    starts_N = np.r_[True, np.diff(hash_N[order_N]) != 0]
+    first_N = np.maximum.accumulate(np.where(starts_N, np.arange(len(hash_N)), 0))
+    turn_N = np.empty(len(hash_N), np.uint64)
+    turn_N[order_N] = np.arange(len(hash_N)) - first_N
+    return value_hash.mix(hash_N + turn_N)
 
 
 def _by_hash(

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from train.config import Optim
 from train.loop.parallelism import full_tensor, local_shard
+from train.nets.tabular import MemberSigns
 
 
 class Muon(Optimizer):
@@ -88,7 +89,7 @@ def build_optimizers(
     apart = [
         module
         for name, module in net.named_modules()
-        if name == "head" or isinstance(module, nn.Embedding)
+        if name == "head" or isinstance(module, nn.Embedding | MemberSigns)
     ]
     others = {id(param) for module in apart for param in module.parameters()}
     hidden = [param for param in matrices if id(param) not in others]

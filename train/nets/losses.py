@@ -1,6 +1,6 @@
 """Losses, by the names that targets give.
 
-Shapes: B batch, K outputs of the net.
+Shapes: B batch, M members, K outputs of the net.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,37 @@ from train.tasks import ClassTarget, LabelsTarget, Target
 from train.tasks.plugins import import_object
 from train.tasks.regression import HUBER
 
-# Outputs [B, K] and targets → the mean loss of the batch.
+# Outputs [B, K], or of several members [B, M, K], and targets → the mean loss of the batch.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def _by_member(loss: Loss) -> Loss:
+    """Let a loss of outputs [B, K] take those of several members, each of which learns alone."""
+
+    def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.ndim == 2:
+            return loss(outputs, targets)
+        members = outputs.shape[1]
+        return loss(outputs.flatten(0, 1), targets.repeat_interleave(members, dim=0))
+
+    return mean_loss
+
+
 def distillation_loss(target: Target, temperature: float) -> Loss:
-    """Return the loss against a teacher's outputs [B, K] for the same samples.
+    """Return the loss against a teacher's outputs; see `_distillation_loss`."""
+    return _by_member(_distillation_loss(target, temperature))
+
+
+def target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
+    """Return the loss of a target, with the weights and the smoothing that are configured.
+
+    Raises ValueError for a loss that is unknown, or a setting that the loss has no use for.
+    """
+    return _by_member(_target_loss(target, optim, device))
+
+
+def _distillation_loss(target: Target, temperature: float) -> Loss:
+    """The loss against a teacher's outputs [B, K] for the same samples.
 
     Classes: Hinton et al., https://arxiv.org/abs/1503.02531, with the gradient's scale kept.
     Labels: each one's cross-entropy, likewise softened. Other outputs: the squared difference.
@@ -44,11 +69,7 @@ def distillation_loss(target: Target, temperature: float) -> Loss:
     return F.mse_loss
 
 
-def target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
-    """Return the loss of a target, with the weights and the smoothing that are configured.
-
-    Raises ValueError for a loss that is unknown, or a setting that the loss has no use for.
-    """
+def _target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
     balanced = optim.class_weights == "balanced"
     smoothing = optim.label_smoothing
     if isinstance(target, ClassTarget) and target.loss == ClassTarget.loss:

@@ -1,6 +1,6 @@
 """A net for any mixture of inputs: an encoder for each, and hidden layers over all together.
 
-Shapes: B batch, D width of all encoders together, K outputs.
+Shapes: B batch, D width of all encoders together, M members, K outputs.
 """
 
 import torch
@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from train.config import Net
 from train.nets.convnet import ConvNet
-from train.nets.tabular import CategoricalEmbeddings, PiecewiseLinearEncoding
+from train.nets.tabular import (
+    CategoricalEmbeddings,
+    MemberSigns,
+    PiecewiseLinearEncoding,
+    average_members,
+)
 from train.nets.text import BagOfWords, TransformerEncoder
 from train.tasks import Categories, Encoder, Images, Numbers, Task, Texts
 
@@ -17,7 +22,10 @@ Part = PiecewiseLinearEncoding | CategoricalEmbeddings | BagOfWords | Transforme
 
 
 class MultimodalNet(nn.Module):
-    """A task's arrays, in the order of its inputs → outputs [B, K]."""
+    """A task's arrays, in the order of its inputs → outputs [B, K].
+
+    With several members, outputs of each in training, [B, M, K], so that each learns by itself.
+    """
 
     def __init__(self, config: Net, task: Task, smallest_side: float = 1.0) -> None:
         """smallest_side: share of height and width of the smallest images.
@@ -34,11 +42,14 @@ class MultimodalNet(nn.Module):
             # Words alone are best read off at once.
             layers.append(nn.Dropout(TEXT_HEAD_DROPOUT))
         else:
+            if config.members > 1:
+                layers.append(MemberSigns(config.members, width))
             for hidden in config.hidden:
                 layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(config.dropout)]
                 width = hidden
         self.hidden = nn.Sequential(*layers)
         self.head = nn.Linear(width, task.target.num_outputs)
+        self._target = task.target
 
     def fit_inputs(self, *inputs: Tensor) -> None:
         """Let each encoder set its normalisation from a sample of training records."""
@@ -50,7 +61,10 @@ class MultimodalNet(nn.Module):
         parts = [encoder(values) for encoder, values in zip(self.encoders, inputs, strict=True)]
         # An encoder may answer in bf16, another in fp32.
         x_BD = torch.cat([part.to(parts[0].dtype) for part in parts], dim=1)
-        return self.head(self.hidden(x_BD))
+        outputs = self.head(self.hidden(x_BD))
+        if outputs.ndim == 3 and not self.training:
+            return average_members(outputs, self._target)
+        return outputs
 
     def folded(self) -> nn.Module:
         """Return the same function in its inference form."""

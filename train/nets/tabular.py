@@ -4,13 +4,17 @@ Each number goes through a piecewise linear encoding, after Gorishniy et al.,
 https://arxiv.org/abs/2203.05556, whose pieces hold equally many training records; each category
 through an embedding.
 
-Shapes: B batch, F numbers, C columns of categories, T pieces, D width.
+Shapes: B batch, F numbers, C columns of categories, T pieces, D width, M members, K outputs.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from train.tasks import ClassTarget, LabelsTarget, Target
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0
@@ -69,8 +73,39 @@ class CategoricalEmbeddings(nn.Module):
         )
         for table in self.tables:
             assert isinstance(table, nn.Embedding)
-            nn.init.normal_(table.weight, std=0.3)
+            # Small, so that a category counts only once records have shown that it matters.
+            nn.init.normal_(table.weight, std=0.05)
 
     def forward(self, codes_BC: Tensor) -> Tensor:
         vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]
         return torch.cat(vectors, dim=1)
+
+
+class MemberSigns(nn.Module):
+    """Features [B, D] → [B, M, D]: each member of an ensemble sees them with signs of its own.
+
+    The signs, which are learned on, are all that tells the members apart: TabM of Gorishniy et al.,
+    https://arxiv.org/abs/2410.24210, in its smallest form.
+    """
+
+    def __init__(self, num_members: int, width: int) -> None:
+        super().__init__()
+        signs_MD = torch.randint(0, 2, (num_members, width)) * 2.0 - 1
+        self.signs_MD = nn.Parameter(signs_MD)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return x_BD[:, None] * self.signs_MD
+
+
+def average_members(outputs_BMK: Tensor, target: Target) -> Tensor:
+    """Return outputs [B, K] whose predictions are the means of the members'."""
+    num_members = outputs_BMK.shape[1]
+    if isinstance(target, ClassTarget):
+        logs_BMK = F.log_softmax(outputs_BMK, dim=2)
+        return torch.logsumexp(logs_BMK, dim=1) - math.log(num_members)
+    if isinstance(target, LabelsTarget):
+        yes_BK, no_BK = (
+            torch.logsumexp(F.logsigmoid(sign * outputs_BMK), dim=1) for sign in (1, -1)
+        )
+        return yes_BK - no_BK
+    return outputs_BMK.mean(dim=1)

@@ -92,6 +92,7 @@ def render_card(
                 if name in pictures
             },
             metrics=_metrics(manifest, task),
+            choice=provenance.describe_choice(manifest, task, history),
             classes=sorted(classes, key=lambda each: each.f1)[:MAX_CLASSES],
             num_better=max(len(classes) - MAX_CLASSES, 0),
             slices=worst_slices(task, inputs, targets, outputs),
@@ -162,7 +163,11 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
 def _metrics(manifest: Manifest, task: Task) -> dict[str, Any]:
     """The table of metrics: its heads, and a row of values for each metric."""
     default = manifest.default_variant
-    columns = {"fp32": manifest.metrics, default: manifest.variants[default].metrics}
+    columns = {
+        "fp32": manifest.metrics,
+        default: manifest.variants[default].metrics,
+        **{each.name: each.metrics for each in manifest.simple_models},
+    }
     splits = ("valid", "test")
     return {
         "heads": ["metric", *(f"{name}, {split}" for name in columns for split in splits)],

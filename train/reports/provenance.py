@@ -8,13 +8,45 @@ from typing import Any
 
 import numpy as np
 
-from train.config import Config
+from train.bundle.manifest import Manifest
+from train.config import LAST, Config
 from train.tasks import Categories, NamedTarget, Numbers, Task, Texts, ValueTarget
+from train.telemetry.throughput import best_epoch
 
 # Names of a category that are shown.
 MAX_NAMES = 8
 # Of a histogram, in pixels.
 WIDTH, HEIGHT = 160, 44
+
+
+def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[str, float]]) -> str:
+    """Say how the epoch and the variants were chosen, as the options have it."""
+    config = Config.model_validate(manifest.config)
+    metric = config.checkpoint.metric or f"valid_{task.metric}"
+    count = len(history)
+    sentences = []
+    if metric == LAST:
+        sentences.append(f"The weights are those of the last of {count} epochs; none was chosen.")
+    elif history:
+        best = best_epoch(history, metric)["epoch"]
+        sentences.append(f"The weights are those of epoch {best} of {count}, the best in {metric}.")
+    if config.stop.metric is not None and count < config.optim.epochs:
+        sentences.append(
+            f"Training ended as {config.stop.metric} had not got better for {config.stop.patience} "
+            "epochs."
+        )
+    if config.data.train_on_valid:
+        sentences.append("The validation records were trained on too.")
+    if isinstance(task.target, NamedTarget) and task.target.temperature != 1:
+        sentences.append(
+            "Probabilities are calibrated on the validation split, by a temperature of "
+            f"{task.target.temperature:.3g}."
+        )
+    sentences.append(
+        f"{task.metric} on the validation split decided which variants are served. No choice has "
+        "seen the test split."
+    )
+    return " ".join(sentences)
 
 
 def fields(task: Task) -> Iterator[tuple[str, str, str]]:

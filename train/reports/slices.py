@@ -99,7 +99,23 @@ def slice_metric(target: Target) -> str | None:
 
 
 def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
-    """The worst slices of the test split, the worst first.
+    """Return the slices of the test split that are worse than the whole, the worst first.
+
+    Worse is one whose whole interval is.
+    """
+    metric = slice_metric(task.target)
+    if metric is None:
+        return []
+    whole, _, _ = _figure(metric, _losses(task.target, outputs, targets)[_rows(len(targets))])
+    return [
+        each
+        for each in all_slices(task, inputs, targets, outputs)
+        if (each.low > whole if metric == "rmse" else each.high < whole)
+    ][:MAX_SLICES]
+
+
+def all_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
+    """Return the slices of the test split, the worst first.
 
     Slices are the categories of a column, the quartiles of a number (or its values, if they are
     few), of an image's brightness and of a text's length, and what is missing; of those that have
@@ -117,7 +133,7 @@ def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Array
                 figures = _figure(metric, losses_N[chosen_N])
                 found.append(Slice(quantity, values, int(chosen_N.sum()), *figures))
     sign = -1 if metric == "rmse" else 1
-    return sorted(found, key=lambda each: sign * each.figure)[:MAX_SLICES]
+    return sorted(found, key=lambda each: sign * each.figure)
 
 
 def _rows(count: int) -> np.ndarray:

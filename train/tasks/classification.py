@@ -39,11 +39,15 @@ def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NamedTarget:
-    """A target of K names. counts: how many training records each has."""
+    """A target of K names. counts: how many training records each has.
+
+    temperature: what outputs are divided by before they become probabilities.
+    """
 
     column: str
     classes: tuple[str, ...] = ()
     counts: tuple[int, ...] = field(default=(), compare=False)
+    temperature: float = field(default=1.0, compare=False, kw_only=True)
 
     kind: ClassVar[str]
 
@@ -117,13 +121,13 @@ class ClassTarget(NamedTarget):
 
     def decode(self, outputs: Arrays) -> Arrays:
         """{"logits": [N, K]} → {"label": object [N] of str, "probabilities": float32 [N, K]}."""
-        probabilities_NK = softmax(outputs["logits"])
+        probabilities_NK = softmax(outputs["logits"] / np.float32(self.temperature))
         labels_N = np.array(self.classes, dtype=object)[probabilities_NK.argmax(axis=1)]
         return {"label": labels_N, "probabilities": probabilities_NK}
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
         """Accuracy, log loss in nats, and of two classes the area under the ROC curve."""
-        probabilities_NK = softmax(outputs["logits"])
+        probabilities_NK = softmax(outputs["logits"] / np.float32(self.temperature))
         chosen_N = probabilities_NK[np.arange(len(targets)), targets]
         values = {
             "accuracy": float(np.mean(probabilities_NK.argmax(axis=1) == targets)),
@@ -187,7 +191,7 @@ class LabelsTarget(NamedTarget):
     def decode(self, outputs: Arrays) -> Arrays:
         """{"logits": [N, K]} → {"label": object [N] of names with | between them,
         "probabilities": float32 [N, K]}; a label is given from 0.5."""
-        probabilities_NK = sigmoid(outputs["logits"])
+        probabilities_NK = sigmoid(outputs["logits"] / np.float32(self.temperature))
         labels = [
             SEPARATOR.join(self.classes[index] for index in np.flatnonzero(row >= 0.5))
             for row in probabilities_NK
@@ -196,7 +200,8 @@ class LabelsTarget(NamedTarget):
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
         """F1 over all labels together, the share of records with all labels right, log loss."""
-        probabilities_NK = sigmoid(outputs["logits"]).astype(np.float64)
+        logits_NK = outputs["logits"] / np.float32(self.temperature)
+        probabilities_NK = sigmoid(logits_NK).astype(np.float64)
         chosen_NK, true_NK = probabilities_NK >= 0.5, targets > 0
         hits = np.sum(chosen_NK & true_NK)
         likely_NK = np.where(true_NK, probabilities_NK, 1 - probabilities_NK)

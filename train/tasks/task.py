@@ -1,12 +1,12 @@
 """A task: features and target together, as plain state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
-from train.tasks.classification import ClassTarget, LabelsTarget
+from train.tasks.classification import ClassTarget, LabelsTarget, NamedTarget
 from train.tasks.features import Features, encoder_class
 from train.tasks.records import Arrays, Columns
 from train.tasks.regression import ValueTarget
@@ -47,6 +47,12 @@ class Task:
         """Where the class is found again."""
         own = type(self)
         return "task" if own is Task else f"{own.__module__}:{own.__qualname__}"
+
+    def calibrated(self, temperature: float) -> Self:
+        """Return the task with another temperature of its probabilities, where it has any."""
+        if not isinstance(self.target, NamedTarget):
+            return self
+        return replace(self, target=replace(self.target, temperature=temperature))
 
     def encode(self, columns: Columns) -> tuple[Arrays, np.ndarray]:
         """Return the arrays of N records and their targets. Raises InvalidRecord."""

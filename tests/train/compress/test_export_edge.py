@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import pytest
 import torch
 
 from tests.alone import edge_labels, run_alone
@@ -36,7 +37,8 @@ def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
     assert "0." in run_alone(code, tmp_path)
 
 
-def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path, temperature):
     kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
     moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
     records = {
@@ -48,10 +50,10 @@ def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path):
     }
     seen = {name: values[:4] + values[5:] for name, values in records.items()}
     task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
-    task = fitted(task, seen, ["p", "q", "p", "q", "p"])
+    task = fitted(task, seen, ["p", "q", "p", "q", "p"]).calibrated(temperature)
     arrays = task.features.encode(records)
     torch.manual_seed(0)
-    net = nets.create_net(Net(hidden=[16]), task)
+    net = nets.create_net(Net(hidden=[16], members=3), task)
     net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
     path = tmp_path / "net.onnx"
     export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, path)

@@ -53,6 +53,19 @@ def test_equal_records_are_in_one_split(frame, tmp_path):
     np.testing.assert_array_equal(codes_N[1800:], codes_N[:200])
 
 
+def test_records_of_few_values_are_told_apart_by_their_order(rng, tmp_path):
+    """Most records equal another one: they are of different people."""
+    frame = pd.DataFrame({"x": rng.integers(0, 3, 1000), "name": "a"})
+    frame["label"] = np.where(frame["x"] == 0, "no", "yes")
+    part = assign(frame, tmp_path / "before")
+    assert "equal ones may be in several splits" in part.note
+    counts = pd.crosstab(frame["x"], part.codes_N, normalize="index").to_numpy()
+    np.testing.assert_allclose(counts, [[0.75, 0.1, 0.15]] * 3, atol=0.09)
+    more = frame.assign(x=rng.integers(0, 3, 1000))
+    grown = assign(pd.concat([frame, more]), tmp_path / "after")
+    np.testing.assert_array_equal(grown.codes_N[:1000], part.codes_N)
+
+
 def test_another_seed_draws_other_splits(frame, tmp_path):
     one, other = (assign(frame, tmp_path, split_seed=seed).codes_N for seed in (0, 1))
     expected = 0.75**2 + 0.1**2 + 0.15**2

@@ -19,8 +19,8 @@ from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
 from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
-from train.nets.losses import target_loss
-from train.nets.tabular import PiecewiseLinearEncoding
+from train.nets.losses import distillation_loss, target_loss
+from train.nets.tabular import PiecewiseLinearEncoding, average_members
 from train.nets.text import BagOfWords, TransformerEncoder
 from train.tasks import ClassTarget, LabelsTarget, Task, ValueTarget
 from train.tasks.features import Features
@@ -195,3 +195,41 @@ def test_the_example_of_an_own_task_learns(tmp_path, rng):
     sample = {name: np.array(array[:8]) for name, array in inputs.items()}
     specs = prepared.task.features.inputs
     export_onnx.to_onnx(nets.folded_net(net), specs, sample, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("kind", [ClassTarget, LabelsTarget, ValueTarget])
+def test_an_ensemble_predicts_the_mean_of_its_members(rng, kind):
+    target = kind("y") if kind is ValueTarget else kind("y", ("a", "b", "c"))
+    outputs_BMK = torch.from_numpy(rng.normal(size=(6, 4, target.num_outputs)).astype(np.float32))
+    averaged = {"logits": average_members(outputs_BMK, target).numpy()}
+    each = [{"logits": outputs_BMK[:, member].numpy()} for member in range(4)]
+    if kind is ValueTarget:
+        expected = np.mean([one["logits"] for one in each], axis=0)
+        np.testing.assert_allclose(averaged["logits"], expected, atol=1e-6)
+        return
+    expected = np.mean([target.decode(one)["probabilities"] for one in each], axis=0)
+    np.testing.assert_allclose(target.decode(averaged)["probabilities"], expected, atol=1e-6)
+
+
+def test_each_member_of_an_ensemble_learns_by_itself(rng):
+    """Its loss is the mean of its members' own, whatever the others say."""
+    outputs = torch.from_numpy(rng.normal(size=(9, 4, 3)).astype(np.float32))
+    classes = torch.from_numpy(rng.integers(0, 3, 9))
+    loss = target_loss(ClassTarget("y", ("a", "b", "c")), Optim(), torch.device("cpu"))
+    expected = torch.stack([loss(outputs[:, member], classes) for member in range(4)]).mean()
+    torch.testing.assert_close(loss(outputs, classes), expected)
+    soft = distillation_loss(ClassTarget("y", ("a", "b", "c")), 2.0)
+    teacher = torch.from_numpy(rng.normal(size=(9, 3)).astype(np.float32))
+    expected = torch.stack([soft(outputs[:, member], teacher) for member in range(4)]).mean()
+    torch.testing.assert_close(soft(outputs, teacher), expected)
+
+
+def test_an_ensemble_of_a_table_is_one_net_to_its_users(mixed, tmp_path):
+    task, arrays = mixed
+    torch.manual_seed(0)
+    net = nets.create_net(Net(widths=[8, 16], members=4, hidden=[32, 32]), task)
+    tensors = [torch.from_numpy(array) for array in arrays.values()]
+    assert net.train()(*tensors).shape == (40, 4, task.target.num_outputs)
+    assert net.eval()(*tensors).shape == (40, task.target.num_outputs)
+    assert set(net.hidden[0].signs_MD.flatten().tolist()) == {-1.0, 1.0}
+    export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, tmp_path / "net.onnx")

@@ -19,7 +19,7 @@ from tests.conftest import make_config
 from train import reports
 from train.bundle import Manifest, feature_statistics
 from train.bundle.manifest import BundleFile, TensorMetadata, Timing, Variant
-from train.reports.slices import LEAST_RECORDS, MAX_SLICES, class_metrics, worst_slices
+from train.reports.slices import LEAST_RECORDS, all_slices, class_metrics, worst_slices
 from train.tasks import ClassTarget, Features, LabelsTarget, Task, ValueTarget
 from train.tasks.task import TARGETS
 
@@ -160,7 +160,7 @@ def baseline_of(task, inputs, outputs):
 def made(task, inputs, targets, outputs, **changes):
     given = {
         "baseline": baseline_of(task, inputs, outputs),
-        "history": [{"epoch": 1, "seconds": 2.5}, {"epoch": 2, "seconds": 2.5}],
+        "history": [{"epoch": n, "seconds": 2.5, f"valid_{task.metric}": 0.1 * n} for n in (1, 2)],
         "pictures": {"curves": png()},
         "notes": "records: 900 train",
         **changes,
@@ -225,15 +225,14 @@ def test_the_figures_of_each_label_are_scikit_learns(passengers, rng):
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose([getattr(each, name) for each in found], column, atol=1e-12)
     share = np.mean(np.all(chosen_NK == targets_NK, axis=1))
-    sexes = [s for s in worst_slices(task, inputs, targets_NK, outputs) if s.quantity == "sex"]
+    sexes = [s for s in all_slices(task, inputs, targets_NK, outputs) if s.quantity == "sex"]
     total = sum(each.figure * each.count for each in sexes) / len(passengers)
     assert math.isclose(total, share)
     assert isinstance(task.target, LabelsTarget)
     tree(made(task, inputs, targets_NK, outputs))
 
 
-def test_slices_are_those_of_pandas(classes, passengers, monkeypatch):
-    monkeypatch.setattr("train.reports.slices.MAX_SLICES", 1000)
+def test_slices_are_those_of_pandas(classes, passengers):
     task, inputs, targets_N, outputs = classes
     right = pd.Series(outputs["logits"].argmax(axis=1) == targets_N)
     lengths = passengers["remark"].str.split().str.len()
@@ -247,7 +246,7 @@ def test_slices_are_those_of_pandas(classes, passengers, monkeypatch):
         # Most have the least value.
         "parents": pd.cut(passengers["parents"], [-1, 0, passengers["parents"].quantile(0.75), 5]),
     }
-    found = worst_slices(task, inputs, targets_N, outputs)
+    found = all_slices(task, inputs, targets_N, outputs)
     assert {each.quantity for each in found} == parts.keys()
     for quantity, part in parts.items():
         groups = [group for _, group in right.groupby(part, observed=True)]
@@ -281,7 +280,7 @@ def test_slices_of_a_value_are_its_errors_in_its_own_unit(passengers, rng):
     assert isinstance(task.target, ValueTarget)
     scaled_N = (values_N + noise_N - task.target.mean) / task.target.scale
     outputs = {"logits": scaled_N[:, None].astype(np.float32)}
-    found = worst_slices(task, inputs, targets_N, outputs)
+    found = all_slices(task, inputs, targets_N, outputs)
     for sex, group in pd.Series(noise_N).groupby(passengers["sex"]):
         (each,) = (s for s in found if (s.quantity, s.values) == ("sex", sex))
         rmse = math.sqrt((group**2).mean())
@@ -304,17 +303,25 @@ def test_images_are_sliced_by_quartiles_of_brightness(rng):
         pd.DataFrame({"photo": images}), labels, "classification", kinds
     )
     outputs = guesses(rng, targets_N, 2)
-    found = worst_slices(task, inputs, targets_N, outputs)
+    found = all_slices(task, inputs, targets_N, outputs)
     right = pd.Series(outputs["logits"].argmax(axis=1) == targets_N)
     expected = right.groupby(pd.qcut(levels_N, 4)).mean()
     assert {each.quantity for each in found} == {"photo.brightness"}
     assert sorted(each.figure for each in found) == pytest.approx(sorted(expected))
 
 
-def test_of_many_slices_the_worst_are_shown(classes):
-    shown = rows(made(*classes), "Where it is worse")
-    assert 10 < len(shown) <= MAX_SLICES
-    assert [line[3] for line in shown] == sorted(line[3] for line in shown)
+def test_only_slices_that_are_worse_are_shown(classes, passengers, rng):
+    task, inputs, targets_N, _ = classes
+    # Wrong answers for men four times as often as for women.
+    wrong_N = rng.random(len(targets_N)) < np.where(passengers["sex"] == "male", 0.4, 0.1)
+    answers_N = np.where(wrong_N, (targets_N + 1) % len(task.target.classes), targets_N)
+    outputs = {"logits": 5 * np.eye(len(task.target.classes), dtype=np.float32)[answers_N]}
+    worst = worst_slices(task, inputs, targets_N, outputs)
+    assert (worst[0].quantity, worst[0].values) == ("sex", "male")
+    assert all(each.high < 1 - wrong_N.mean() for each in worst)
+    assert len(worst) <= 3 < len(all_slices(task, inputs, targets_N, outputs))
+    shown = rows(made(task, inputs, targets_N, outputs), "Where it is worse")
+    assert [line[:2] for line in shown] == [[each.quantity, each.values] for each in worst]
 
 
 class Balance(HTMLParser):
@@ -356,7 +363,9 @@ def test_markup_in_names_and_data_is_shown_as_text(passengers, rng):
     kinds = {"sex": "category", MARKUP + "port": "category"}
     labels = rng.choice([MARKUP, "</td></table><script>"], len(frame)).tolist()
     task, inputs, targets_N = fitted(frame, labels, "classification", kinds)
-    outputs = guesses(rng, targets_N, 2)
+    outputs = guesses(rng, targets_N, 2, right=1)
+    # So that its part is among the worse ones.
+    outputs["logits"][(frame["sex"] == MARKUP).to_numpy()] *= -1
     refused = variant(reason=MARKUP)
     page = made(
         task,

@@ -1,0 +1,233 @@
+"""Simple models of the same records, to compare a net with: one linear, one gradient-boosted.
+
+Both are scikit-learn's, and see the arrays that the net sees. Shapes: N records, F features, L
+tokens, K classes.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from train.data import batch_sampler
+from train.data.dataset import EncodedDataset
+from train.stats import paired_interval
+from train.tasks import Arrays, Categories, ClassTarget, Numbers, Task, Texts, ValueTarget
+from train.tasks.records import num_rows
+
+LINEAR, BOOSTED = "linear", "gradient-boosted"
+# Training records that they see at most, so that they take less time than a net.
+MAX_RECORDS = 100_000
+MAX_LINEAR_RECORDS = 30_000
+# Dimensions of texts for trees.
+TEXT_DIMENSIONS = 50
+MAX_CATEGORIES = 255
+
+
+@dataclass(frozen=True)
+class SimpleModel:
+    """A model that was fitted.
+
+    metrics: by name, "valid_…" and "test_…". outputs: of the test split.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    seconds: float
+    outputs: Arrays
+
+
+def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
+    """Fit both to the training records, the better by validation loss first.
+
+    Empty for images, for several labels at once, and for encoders or targets of a user's own.
+    """
+    task = data.task.calibrated(1.0)
+    known = (Numbers, Categories, Texts)
+    if not isinstance(task.target, ClassTarget | ValueTarget) or not all(
+        isinstance(encoder, known) for encoder in task.features.encoders
+    ):
+        return []
+    inputs, targets_N = data.open("train")
+    order = batch_sampler.random_stream(seed, 0, "simple").permutation(len(targets_N))
+    held_out = {name: data.open(name) for name in ("valid", "test")}
+    models = []
+    for name, build, most in (
+        (LINEAR, _linear, MAX_LINEAR_RECORDS),
+        (BOOSTED, _boosted, MAX_RECORDS),
+    ):
+        ids = np.sort(order[:most])
+        drawn = {key: np.asarray(array[ids]) for key, array in inputs.items()}
+        models.append(_fitted(name, build, task, drawn, targets_N[ids], held_out))
+    return sorted(models, key=lambda model: model.metrics["valid_loss"])
+
+
+def compare_with_simple(
+    task: Task, model: SimpleModel, outputs: Arrays, targets: np.ndarray
+) -> tuple[float, float, float]:
+    """Return how far a net's loss on the test split is above a simple model's, and the interval.
+
+    outputs: of the net. The loss is the log loss, or the squared error in units of its variance.
+    """
+    net_N = _losses(task, outputs, targets)
+    simple_N = _losses(task.calibrated(1.0), model.outputs, targets)
+    return float((net_N - simple_N).mean()), *paired_interval(simple_N, net_N, binary=False)
+
+
+def _losses(task: Task, outputs: Arrays, targets_N: np.ndarray) -> np.ndarray:
+    """The loss of each record, float64 [N]."""
+    if isinstance(task.target, ClassTarget):
+        probabilities_NK = task.target.decode(outputs)["probabilities"]
+        chosen_N = probabilities_NK[np.arange(len(targets_N)), targets_N]
+        losses_N: np.ndarray = -np.log(np.maximum(chosen_N.astype(np.float64), 1e-12))
+        return losses_N
+    error_N = outputs["logits"][:, 0].astype(np.float64) - targets_N
+    return error_N**2 / max(float(np.var(targets_N.astype(np.float64))), 1e-12)
+
+
+def _fitted(
+    name: str,
+    build: Any,
+    task: Task,
+    inputs: Arrays,
+    targets_N: np.ndarray,
+    held_out: Mapping[str, tuple[Arrays, np.ndarray]],
+) -> SimpleModel:
+    """Fit the candidates of a kind; keep the one with the lowest validation loss."""
+    began = time.perf_counter()
+    found = []
+    with warnings.catch_warnings():
+        # Of a linear model that has not converged, and of classes that are rare.
+        warnings.simplefilter("ignore")
+        for features, model in build(task, inputs):
+            model.fit(features(inputs), targets_N)
+            outputs = {
+                split: _outputs(task, model, features(arrays))
+                for split, (arrays, _) in held_out.items()
+            }
+            metrics: dict[str, float] = {}
+            for split, (_, targets) in held_out.items():
+                metrics |= task.metrics(outputs[split], targets, split)
+            found.append((metrics, outputs["test"]))
+    metrics, test = min(found, key=lambda each: each[0]["valid_loss"])
+    return SimpleModel(name, metrics, round(time.perf_counter() - began, 3), test)
+
+
+def _outputs(task: Task, model: Any, features_NF: Any) -> Arrays:
+    """What a net would put out: logarithms of probabilities, or values."""
+    if isinstance(task.target, ValueTarget):
+        return {"logits": model.predict(features_NF)[:, None].astype(np.float32)}
+    logs_NK = np.full((features_NF.shape[0], task.target.num_outputs), np.log(1e-9), np.float32)
+    logs_NK[:, model.classes_] = np.log(np.maximum(model.predict_proba(features_NF), 1e-9))
+    return {"logits": logs_NK}
+
+
+def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
+    """Logistic or ridge regression on scaled numbers, indicators of categories, and TF-IDF."""
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    steps: list[tuple[str, Any]] = []
+    for encoder, (name, array) in zip(task.features.encoders, inputs.items(), strict=True):
+        if isinstance(encoder, Numbers):
+            numbers = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
+            steps.append((name, numbers.fit(array)))
+        elif isinstance(encoder, Categories):
+            # Names that hardly occur say nothing of the next record.
+            indicators = OneHotEncoder(handle_unknown="infrequent_if_exist", min_frequency=5)
+            steps.append((name, indicators.fit(array)))
+        else:
+            assert isinstance(encoder, Texts)
+            steps.append((name, _Tfidf(encoder.size).fit(array)))
+
+    def features(arrays: Arrays) -> Any:
+        parts = [scipy.sparse.csr_matrix(step.transform(arrays[name])) for name, step in steps]
+        return scipy.sparse.hstack(parts).tocsr()
+
+    if isinstance(task.target, ValueTarget):
+        return [(features, Ridge(alpha)) for alpha in (1.0, 100.0)]
+    return [(features, LogisticRegression(C=c, max_iter=300)) for c in (1.0, 0.03)]
+
+
+def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
+    """Gradient-boosted trees on histograms, stopped early and not."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    texts = {}
+    for encoder, (name, array) in zip(task.features.encoders, inputs.items(), strict=True):
+        if isinstance(encoder, Texts):
+            words = _Tfidf(encoder.size).fit(array)
+            reduced = TruncatedSVD(min(TEXT_DIMENSIONS, encoder.size - 1), random_state=0)
+            texts[name] = words, reduced.fit(words.transform(array))
+
+    def parts(arrays: Arrays) -> list[np.ndarray]:
+        found = (
+            texts[name][1].transform(texts[name][0].transform(array)) if name in texts else array
+            for name, array in arrays.items()
+        )
+        return [np.asarray(part, np.float64) for part in found]
+
+    def features(arrays: Arrays) -> np.ndarray:
+        return np.concatenate(parts(arrays), axis=1)
+
+    # Columns of more categories are taken as numbers.
+    is_category_F = np.concatenate(
+        [
+            (part.max(axis=0) < MAX_CATEGORIES) & isinstance(encoder, Categories)
+            for encoder, part in zip(task.features.encoders, parts(inputs), strict=True)
+        ]
+    )
+    kind = (
+        HistGradientBoostingRegressor
+        if isinstance(task.target, ValueTarget)
+        else HistGradientBoostingClassifier
+    )
+    return [
+        (features, kind(early_stopping=stop, categorical_features=is_category_F, random_state=0))
+        for stop in (True, False)
+    ]
+
+
+class _Tfidf:
+    """Tokens [N, L], 0 where there is none → their TF-IDF, sparse [N, F]."""
+
+    def __init__(self, size: int) -> None:
+        from sklearn.feature_extraction.text import TfidfTransformer
+
+        self._size, self._weights = size, TfidfTransformer(sublinear_tf=True)
+
+    def fit(self, tokens_NL: np.ndarray) -> "_Tfidf":
+        self._weights.fit(self._counts(tokens_NL))
+        return self
+
+    def transform(self, tokens_NL: np.ndarray) -> Any:
+        return self._weights.transform(self._counts(tokens_NL))
+
+    def _counts(self, tokens_NL: np.ndarray) -> Any:
+        rows_T, columns_T = np.nonzero(tokens_NL)
+        tokens_T = np.asarray(tokens_NL)[rows_T, columns_T]
+        shape = num_rows({"tokens": tokens_NL}), self._size
+        return scipy.sparse.csr_matrix((np.ones(len(rows_T)), (rows_T, tokens_T)), shape)
+
+
+def describe_comparison(
+    task: Task, models: list[SimpleModel], outputs: Arrays, targets: np.ndarray
+) -> str:
+    """Say how a net did beside the simple models; in words that warn where it did worse."""
+    if not models:
+        return ""
+    loss = "log loss" if isinstance(task.target, ClassTarget) else "squared error"
+    best = models[0]
+    difference, low, high = compare_with_simple(task, best, outputs, targets)
+    figures = f"its {loss} on the test split differs by {difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+    if low > 0:
+        return f"warning: the net is worse than a {best.name} model; {figures}"
+    better = "better than" if high < 0 else "as good as"
+    return f"the net is {better} a {best.name} model; {figures}"
