@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from serve.requestlog.files import REQUESTS, LogWriter, log_folder, read_log_tab
 from serve.state import ServingState
 from tests.crash.run import Report
 from train.bundle import Bundle
+from train.config import Config, validate_config
+from train.data import data_report, dataset
 from train.loop.checkpoint import CheckpointManager, TrainingState
 
 VERSIONS = (1, 2, 3)
@@ -109,6 +112,41 @@ class Folders:
         return max(whole, default=0)
 
 
+class Shards:
+    """Encoded records of a table, as a run writes them before it trains."""
+
+    def __init__(self) -> None:
+        import sklearn.tree  # noqa: F401 - else each child would import it
+
+        # Drawing takes a second, and there are hundreds of children.
+        data_report.plot_report = lambda facts, column, path: path.write_bytes(b"picture")
+        self._sources = tempfile.TemporaryDirectory()
+        for version in VERSIONS:
+            rows = "".join(f"{number},{number % 2}\n" for number in range(version, version + 60))
+            Path(self._sources.name, f"{version}.csv").write_text(f"x,y\n{rows}")
+
+    def _config(self, version: int) -> Config:
+        options = {"name": "x", "target": "y", "task_type": "classification"}
+        source = str(Path(self._sources.name, f"{version}.csv"))
+        return validate_config({**options, "features": {"x": "number"}, "data": {"train": source}})
+
+    def write(self, folder: Path, report: Report) -> None:
+        for version in VERSIONS:
+            dataset.prepare_dataset(self._config(version), str(folder))
+            report(version)
+
+    def version(self, folder: Path) -> int:
+        found = 0
+        for path in (folder / "data").glob("*/summary.json"):
+            commit.check_folder(path.parent)
+            data = dataset.EncodedDataset(str(path.parent), json.loads(path.read_text()))
+            inputs, targets_N = data.open("train")
+            assert len(inputs["numbers"]) == len(targets_N) > 30
+            source = Path(data.summary["splits"]["train"]["source"])
+            found = max(found, int(source.stem))
+        return found
+
+
 class ServingStates:
     """What a model's replicas are to serve."""
 
@@ -170,6 +208,7 @@ SCENARIOS = {
     "file": SmallFile,
     "parquet": Parquet,
     "folders": Folders,
+    "shards": Shards,
     "serving states": ServingStates,
     "request log": RequestLog,
     "bundles": Bundles,
