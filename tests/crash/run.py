@@ -1,4 +1,4 @@
-"""python -m tests.crash.run SCENARIO FOLDER: inject a fault at each call; print the outcomes.
+"""python -m tests.crash.run SCENARIO FOLDER [MOST]: inject faults at each call; print the outcomes.
 
 To be started with interpose.so in LD_PRELOAD. A scenario writes several versions of something and
 reports each once it is written. It is run in a child process for each of its calls: the call fails,
@@ -36,7 +36,8 @@ class Scenario(Protocol):
         """The version that a reader finds, undamaged; 0 if there is none. Raises otherwise."""
 
 
-def inject(scenario: Scenario, place: Path) -> dict[str, object]:
+def inject(scenario: Scenario, place: Path, most: int = sys.maxsize) -> dict[str, object]:
+    """Inject each fault at each call, or at `most` calls spread over all; return the outcomes."""
     calls, reported = _run(scenario, place / "whole", 0, 0)
     assert scenario.version(place / "whole" / "data") == reported > 0
     faults = {
@@ -50,7 +51,8 @@ def inject(scenario: Scenario, place: Path) -> dict[str, object]:
     problems = []
     for fault, error in faults.items():
         found = {"points": 0, "latest": 0, "earlier": 0}
-        for number in range(1, calls + 1):
+        points = min(calls, most)
+        for number in (1 + point * calls // points for point in range(points)):
             folder = place / f"{fault.partition(',')[0]}-{number}"
             _, reported = _run(scenario, folder, number, error)
             if fault.startswith("power"):
@@ -186,4 +188,5 @@ def lose_power(folder: Path, *, undo_names: bool) -> None:
 if __name__ == "__main__":
     from tests.crash.scenarios import SCENARIOS
 
-    print(json.dumps(inject(SCENARIOS[sys.argv[1]](), Path(sys.argv[2]))))
+    name, place, *most = sys.argv[1:]
+    print(json.dumps(inject(SCENARIOS[name](), Path(place), *map(int, most))))
