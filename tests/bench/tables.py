@@ -34,7 +34,7 @@ def measure(path: Path, target: str, seed: int) -> dict[str, Any]:
         began = time.monotonic()
         command = [
             *(sys.executable, "train/main.py", "--data.train", str(path), "--target", target),
-            *("--name", path.name.split(".")[0], "--data.split_seed", str(seed)),
+            *("--name", path.name.split(".")[0].lower(), "--data.split_seed", str(seed)),
             *("--storage", root, "--registry.enabled", "false"),
         ]
         files = Path(root, "stdout"), Path(root, "stderr")

@@ -21,7 +21,7 @@ from tests.server import REPOSITORY
 from tests.serving import make_rest
 from train.bundle import Bundle, Predictor
 from train.config import validate_config
-from train.data import dataset, sources, splits
+from train.data import dataset, preprocess, sources, splits
 from train.training import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -112,14 +112,18 @@ def recorded(table_bundle):
 def in_training(config, table_bundle) -> dict[str, np.ndarray]:
     """The arrays that training read, in the order of the file."""
     prepared = dataset.prepare_dataset(config, config.storage.path)
-    order = np.random.Generator(np.random.Philox(0)).permutation(COUNT)
-    rows = {"test": order[:200], "valid": order[200:300], "train": order[300:]}
+    columns = preprocess.source_columns(prepared.task)
+    blocks = sources.open_source(sources.find_source(config.data.train), config.storage.path)
+    (part,) = splits.assign_splits(
+        config.data, {"train": blocks}, columns, class_column=prepared.task.target.column
+    )
+    rows = {name: np.flatnonzero(part.codes_N == code) for code, name in enumerate(splits.NAMES)}
     whole: dict[str, np.ndarray] = {}
     for name in splits.NAMES:
         inputs, _ = prepared.open(name)
         for key, array in inputs.items():
             whole.setdefault(key, np.zeros((COUNT, *array.shape[1:]), array.dtype))
-            whole[key][np.sort(rows[name])] = array
+            whole[key][rows[name]] = array
     return whole
 
 
