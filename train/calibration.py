@@ -7,7 +7,7 @@ import numpy as np
 from train.tasks import Arrays, NamedTarget, Task
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.2, 5.0
-# Of the chi-squared distribution with one degree of freedom, at 0.95.
+# Quantile of the chi-squared distribution with one degree of freedom at 0.95.
 SIGNIFICANT = 3.841459
 
 

@@ -101,7 +101,7 @@ def _fitted(
     began = time.perf_counter()
     found = []
     with warnings.catch_warnings():
-        # Of a linear model that has not converged, and of classes that are rare.
+        # A linear model may not converge, and classes may be rare.
         warnings.simplefilter("ignore")
         for features, model in build(task, inputs):
             model.fit(features(inputs), targets_N)

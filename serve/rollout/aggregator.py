@@ -67,7 +67,7 @@ class MetricsAggregator:
         self._collected = asyncio.Event()
         self._classes = True
         self._comparison: ArmComparison | None = None
-        # Of the phase; None before it is first judged.
+        # What labels say in this phase; None before it is first judged.
         self._labels: LabelEvidence | None = None
 
     def monitor(self, version: str, monitored: MonitoredVersion, bundle: Bundle) -> None:

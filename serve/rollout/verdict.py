@@ -123,7 +123,7 @@ class LabelEvidence:
         self._not_inferior: BoundedMeanEvidence | MeanEvidence
         self._worse: BoundedMeanEvidence | MeanEvidence
         if classes:
-            # Of the gain, from -1 to 1, as a value from 0 to 1.
+            # The gain is from -1 to 1; as a value from 0 to 1 it is (1 + gain) / 2.
             self._not_inferior = BoundedMeanEvidence((1 - rules.noninferiority_margin) / 2)
             self._worse = BoundedMeanEvidence(0.5)
         else:

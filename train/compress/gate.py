@@ -71,7 +71,7 @@ def compare_with_fp32(
                 _metric(task, {"logits": each["logits"][rows]}, targets_N[rows])
                 for each in (reference, outputs)
             )
-            # Of wrong numbers nothing is left out: they are as bad as can be.
+            # A draw whose metric is not a number counts as the worst.
             return (
                 math.inf
                 if math.isnan(after) and not math.isnan(before)

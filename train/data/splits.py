@@ -14,7 +14,7 @@ from train.tasks import InvalidRecord, value_hash
 from train.tasks.numeric import Date, Number
 
 MIN_TRAINING = 2
-# Of fewer distinct records, equal ones are of different customers, say, and no copies.
+# With a smaller share of distinct records, equal ones are different cases rather than copies.
 MIN_DISTINCT = 0.5
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
 NAMES = ("train", "valid", "test")
@@ -57,7 +57,7 @@ def assign_splits(
 
     A split without a source of its own is taken from the training records: by a hash of the record,
     or of its `split_key`, so that equal ones are in one split and stay there when records are
-    added; or by `split_time` the latest. Of a hash, shares are approximate. Extra records are for
+    added; or by `split_time` the latest. Shares by hashes are approximate. Extra records are for
     training alone, come last, and are never those that are held out.
     """
     blocks = opened["train"]
