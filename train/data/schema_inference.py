@@ -133,7 +133,7 @@ def suited_defaults(
     net: dict[str, Any] = {}
     if "text" in kinds:
         optim |= {"lr": 0.005, "epochs": 40 if small else 6}
-        patience = 8 if small else 3
+        patience = 16 if small else 3
     else:
         optim |= {"lr": 0.002, "weight_decay": 3e-4, "schedule": "constant", "epochs": 200}
         net = {"members": 8, "dropout": 0.2}

@@ -73,8 +73,7 @@ class CategoricalEmbeddings(nn.Module):
         )
         for table in self.tables:
             assert isinstance(table, nn.Embedding)
-            # Small, so that a category counts only once records have shown that it matters.
-            nn.init.normal_(table.weight, std=0.05)
+            nn.init.normal_(table.weight, std=0.3)
 
     def forward(self, codes_BC: Tensor) -> Tensor:
         vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]

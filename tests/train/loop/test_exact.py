@@ -219,13 +219,14 @@ def test_four_micro_batches_of_32_equal_one_of_128(config, digits, tmp_path):
 @pytest.mark.slow
 def test_fsdp_equals_ddp_after_20_steps(config, digits, tmp_path):
     results = {}
+    batch_size = len(digits.open("train")[1]) // 10
     for kind in ("ddp", "fsdp"):
         twenty = make_config(
-            optim={"epochs": 2, "batch_size": 126},
+            optim={"epochs": 2, "batch_size": batch_size},
             workers={"parallel": kind},
             storage={"path": config.storage.path},
         )
-        assert 2 * batch_sampler.num_steps(len(digits.open("train")[1]), 126) == 20
+        assert 2 * batch_sampler.num_steps(len(digits.open("train")[1]), batch_size) == 20
         folder = tmp_path / kind
         run_workers(2, loop, twenty, digits, folder, tmp_path)
         results[kind] = load_best_weights(CheckpointManager(str(folder), keep=2))[0]
