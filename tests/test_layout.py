@@ -18,17 +18,27 @@ PACKAGES = ("cluster", "train", "tune", "serve")
 # Package → the packages of this project that it may import. The longest matching name decides.
 ALLOWED = {
     "cluster": {"cluster"},
-    "train.tasks": {"cluster", "train.tasks"},
+    "train.tasks": {"cluster", "train.metrics", "train.tasks"},
     "train.bundle": {"cluster", "train.tasks", "train.bundle"},
-    "train.config": {"cluster", "train.tasks", "train.config"},
+    "train.config": {"cluster", "train.tasks", "train.metrics", "train.config"},
     "train.cli": {"cluster", "train.config"},
+    "train.decision": {"cluster", "train.config", "train.stats", "train.tasks"},
     # Of numpy alone: training and serving judge by the same statistics.
     "train.stats": set(),
+    "train.metrics": set(),
+    "train.value_hash": {"train.tasks"},
     # Read by training and by offline inference alike.
     "train.data.readers": {"cluster", "train.tasks"},
     "train.data.sources": {"cluster", "train.tasks", "train.data.readers"},
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
-    "train.data": {"cluster", "train.tasks", "train.bundle", "train.config", "train.data"},
+    "train.data": {
+        "cluster",
+        "train.tasks",
+        "train.bundle",
+        "train.config",
+        "train.data",
+        *("train.value_hash", "train.decision", "train.stats"),
+    },
     "train.telemetry": {
         *("cluster", "train.tasks", "train.config", "train.telemetry"),
     },
@@ -47,7 +57,7 @@ ALLOWED = {
     },
     "train.reports": {
         *("train.tasks", "train.bundle", "train.config", "train.stats", "train.telemetry"),
-        "train.reports",
+        *("train.metrics", "train.reports"),
     },
     "train.compress.__main__": {"cluster", "train"},
     "train.training": {"cluster", "train"},

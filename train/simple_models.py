@@ -15,6 +15,7 @@ import scipy.sparse
 
 from train.data import batch_sampler
 from train.data.dataset import EncodedDataset
+from train.metrics import pinball
 from train.stats import paired_interval
 from train.tasks import Arrays, Categories, ClassTarget, Numbers, Task, Texts, ValueTarget
 from train.tasks.records import num_rows
@@ -48,7 +49,7 @@ def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
     """
     task = data.task.calibrated(1.0)
     known = (Numbers, Categories, Texts)
-    if not isinstance(task.target, ClassTarget | ValueTarget) or not all(
+    if type(task.target) not in (ClassTarget, ValueTarget) or not all(
         isinstance(encoder, known) for encoder in task.features.encoders
     ):
         return []
@@ -62,7 +63,8 @@ def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
     ):
         ids = np.sort(order[:most])
         drawn = {key: np.asarray(array[ids]) for key, array in inputs.items()}
-        models.append(_fitted(name, build, task, drawn, targets_N[ids], held_out))
+        if found := _fitted(name, build, task, drawn, targets_N[ids], held_out):
+            models.append(found)
     return sorted(models, key=lambda model: model.metrics["valid_loss"])
 
 
@@ -71,7 +73,8 @@ def compare_with_simple(
 ) -> tuple[float, float, float]:
     """Return how far a net's loss on the test split is above a simple model's, and the interval.
 
-    outputs: of the net. The loss is the log loss, or the squared error in units of its variance.
+    outputs: of the net. The loss is the log loss, the squared error in units of its variance, or
+    the quantile's loss in deviations.
     """
     net_N = _losses(task, outputs, targets)
     simple_N = _losses(task.calibrated(1.0), model.outputs, targets)
@@ -86,6 +89,8 @@ def _losses(task: Task, outputs: Arrays, targets_N: np.ndarray) -> np.ndarray:
         losses_N: np.ndarray = -np.log(np.maximum(chosen_N.astype(np.float64), 1e-12))
         return losses_N
     error_N = outputs["logits"][:, 0].astype(np.float64) - targets_N
+    if isinstance(task.target, ValueTarget) and task.target.quantile is not None:
+        return pinball(-error_N, task.target.quantile)
     return error_N**2 / max(float(np.var(targets_N.astype(np.float64))), 1e-12)
 
 
@@ -96,8 +101,8 @@ def _fitted(
     inputs: Arrays,
     targets_N: np.ndarray,
     held_out: Mapping[str, tuple[Arrays, np.ndarray]],
-) -> SimpleModel:
-    """Fit the candidates of a kind; keep the one with the lowest validation loss."""
+) -> SimpleModel | None:
+    """Fit the candidates of a kind; keep the one with the lowest validation loss, if any."""
     began = time.perf_counter()
     found = []
     with warnings.catch_warnings():
@@ -113,6 +118,8 @@ def _fitted(
             for split, (_, targets) in held_out.items():
                 metrics |= task.metrics(outputs[split], targets, split)
             found.append((metrics, outputs["test"]))
+    if not found:
+        return None
     metrics, test = min(found, key=lambda each: each[0]["valid_loss"])
     return SimpleModel(name, metrics, round(time.perf_counter() - began, 3), test)
 
@@ -127,7 +134,12 @@ def _outputs(task: Task, model: Any, features_NF: Any) -> Arrays:
 
 
 def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
-    """Logistic or ridge regression on scaled numbers, indicators of categories, and TF-IDF."""
+    """Logistic or ridge regression on scaled numbers, indicators of categories, and TF-IDF.
+
+    None for a quantile, whose linear programs take longer than a net.
+    """
+    if isinstance(task.target, ValueTarget) and task.target.quantile is not None:
+        return []
     from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -189,10 +201,11 @@ def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
         if isinstance(task.target, ValueTarget)
         else HistGradientBoostingClassifier
     )
-    return [
-        (features, kind(early_stopping=stop, categorical_features=is_category_F, random_state=0))
-        for stop in (True, False)
-    ]
+    loss = {}
+    if isinstance(task.target, ValueTarget) and task.target.quantile is not None:
+        loss = {"loss": "quantile", "quantile": task.target.quantile}
+    options = {"categorical_features": is_category_F, "random_state": 0, **loss}
+    return [(features, kind(early_stopping=stop, **options)) for stop in (True, False)]
 
 
 class _Tfidf:
@@ -223,7 +236,11 @@ def describe_comparison(
     """Say how a net did beside the simple models; in words that warn where it did worse."""
     if not models:
         return ""
-    loss = "log loss" if isinstance(task.target, ClassTarget) else "squared error"
+    loss = "squared error"
+    if isinstance(task.target, ClassTarget):
+        loss = "log loss"
+    elif isinstance(task.target, ValueTarget) and task.target.quantile is not None:
+        loss = "quantile loss"
     best = models[0]
     difference, low, high = compare_with_simple(task, best, outputs, targets)
     figures = f"its {loss} on the test split differs by {difference:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -19,6 +19,8 @@ Z_95 = 1.959964
 # The variance of the mixture that is most powerful for evidence of 1 / 0.025, times the number of
 # values: -2 log(a) + log(1 - 2 log(a)).
 SPREAD = 9.5
+# Of a permutation test.
+NUM_PERMUTATIONS = 199
 # The largest logarithm of evidence; exp() of more overflows.
 MAX_LOG = 700.0
 # Values that the prior of a quantile's rank counts for: most powerful at about ten times as many.
@@ -201,3 +203,32 @@ def quantile_ranks(count: int, share: float, alpha: float) -> tuple[int, int]:
 
 def _log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def association_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
+    """Return the p-value of a target that is the same in all groups of records.
+
+    A permutation test of the sum of squares between groups, with each column in its deviations: of
+    classes that is the chi-squared statistic, of numbers the F statistic. It is exact where groups
+    are small, too. See Good, Permutation, Parametric and Bootstrap Tests of Hypotheses, 2005.
+
+    codes_N: the group of each record, from 0. targets_N: numbers [N], or 0 and 1 of classes [N, K].
+    """
+    targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)
+    spread_K = targets_NK.std(axis=0)
+    scaled_KN = ((targets_NK - targets_NK.mean(axis=0)) / np.where(spread_K > 0, spread_K, 1)).T
+    counts = np.maximum(np.bincount(codes_N), 1)
+
+    def between_groups(order_N: np.ndarray) -> float:
+        return sum(
+            float((np.bincount(codes_N, column_N[order_N]) ** 2 / counts).sum())
+            for column_N in scaled_KN
+        )
+
+    found = between_groups(np.arange(len(codes_N)))
+    rng = np.random.Generator(np.random.Philox(0))
+    as_large = sum(
+        between_groups(rng.permutation(len(codes_N))) >= found * (1 - 1e-12)
+        for _ in range(NUM_PERMUTATIONS)
+    )
+    return (as_large + 1) / (NUM_PERMUTATIONS + 1)

@@ -22,12 +22,13 @@ from train.bundle.manifest import SimpleModelFigures, TensorMetadata
 from train.calibration import fit_temperature
 from train.compress import compress
 from train.compress.recipes.variants import check_calibration
-from train.config import LAST, Augment, Config, allow_code
+from train.config import LAST, Augment, Config, DecisionRule, allow_code
 from train.data import batch_sampler, dataset, schema_inference
 from train.data.baseline import build_baseline
 from train.data.data_report import PICTURE, REPORT
 from train.data.dataset import EncodedDataset
 from train.data.warm_start import CompletedConfig
+from train.decision import fit_thresholds
 from train.distributed import launcher
 from train.loop import lr_schedule
 from train.loop.checkpoint import load_best_weights
@@ -135,7 +136,7 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
             f"{config.workers.most}; every worker computes a micro-batch, so give "
             f"--workers.micro_batches {config.workers.most}, or more."
         )
-    known = [f"valid_{name}" for name in task.target.metric_names]
+    known = [f"valid_{each.name}" for each in task.known_metrics]
     for option, metric, accepted in (
         ("stop.metric", config.stop.metric, known),
         ("checkpoint.metric", config.checkpoint.metric, [*known, LAST]),
@@ -188,13 +189,16 @@ def _run(config: Config, runs: str) -> Run:
     return Run.start(storage.join_path(runs, name), config)
 
 
-def _temperature(net: nn.Module, data: EncodedDataset) -> float:
-    """Fit the temperature of a net to the validation records."""
+def _fit_answers(net: nn.Module, data: EncodedDataset, rule: DecisionRule) -> EncodedDataset:
+    """Fit temperature and thresholds of a net to the validation records."""
     inputs, targets_N = data.open("valid")
     worker = Worker(0, 1, torch.device("cpu"))
     outputs = evaluate(net.eval(), inputs, worker)
     assert outputs is not None, "rank 0 has them"
-    return fit_temperature(data.task, outputs, targets_N)
+    task = data.task.calibrated(fit_temperature(data.task, outputs, targets_N))
+    if thresholds := fit_thresholds(task, rule, outputs, targets_N):
+        task = task.with_target(thresholds=thresholds)
+    return data.with_task(task)
 
 
 def _write(
@@ -210,7 +214,7 @@ def _write(
     net = build_net(config, data.task)
     net.load_state_dict(weights)
     if not config.data.train_on_valid:
-        data = data.calibrated(_temperature(net, data))
+        data = _fit_answers(net, data, config.decision_rule)
     task = data.task
     safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
     writer.json(FEATURES, task.to_dict())
@@ -227,8 +231,7 @@ def _write(
         config.optim.lr * lr_schedule.lr_factor(config.optim, step, steps * config.optim.epochs)
         for step in range(steps * len(history))
     ]
-    metric = f"valid_{task.metric}"
-    plots.plot_curves(history, metric, rates, writer.file("report/curves.png"))
+    plots.plot_curves(history, task.find_metric(), rates, writer.file("report/curves.png"))
     writer.json(BASELINE, build_baseline(data, made.outputs["valid"]))
     test = *data.open("test"), made.outputs["test"]
     simple = fit_simple_models(data, config.seed)

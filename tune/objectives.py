@@ -1,6 +1,5 @@
 """What a study makes best: figures of the net, and of the variants that will be served."""
 
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, get_args
 from cluster.errors import UserError
 from train.bundle.manifest import BATCH_SIZES, Variant
 from train.config import Variant as VariantName
-from train.tasks.targets import LOWER_IS_BETTER
+from train.tasks import Metric
 
 # Variants that are made without training again, for which a trial has no workers.
 MADE_AT_ONCE = tuple(
@@ -33,23 +32,25 @@ class Objective:
 
     name: str
     variant: str | None
-    metric: str
+    metric: Metric
+
+    @property
+    def of_task(self) -> bool:
+        """Whether it is a metric of the task; else a size or a latency."""
+        return self.metric.name.startswith("valid_")
 
     @property
     def maximize(self) -> bool:
-        lower = (*LOWER_IS_BETTER, BYTES)
-        return not (self.metric.endswith(lower) or self.metric.startswith(LATENCY))
+        return self.metric.better == "higher"
 
     def signed(self, value: float) -> float:
         """More of it is better; a value that is not a number is worse than any."""
-        if math.isnan(value):
-            return -math.inf
-        return value if self.maximize else -value
+        return self.metric.signed({self.metric.name: value})
 
     def of(self, net: Mapping[str, float], served: Mapping[str, Mapping[str, Any]]) -> float:
         """net: figures of the net. served: those of each variant, by `figures`."""
         found = net if self.variant is None else served[self.variant]
-        return float(found[self.metric])
+        return float(found[self.metric.name])
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,9 @@ class Goals:
     pick: SelectionRule
 
     @property
-    def early(self) -> str:
+    def early(self) -> Metric:
         """The metric of the net by which trials are compared while they run."""
-        names = [each.metric for each in self.objectives if each.metric.startswith("valid_")]
-        return names[0]
+        return next(each.metric for each in self.objectives if each.of_task)
 
     @property
     def measured(self) -> tuple[Objective, ...]:
@@ -100,17 +100,17 @@ class Goals:
         return tuple(dict.fromkeys(each.variant for each in self.measured if each.variant))
 
 
-def study_goals(names: Sequence[str], pick: str | None, metric_names: Sequence[str]) -> Goals:
-    """metric_names: those of the task, its own first.
+def study_goals(names: Sequence[str], pick: str | None, known: Sequence[Metric]) -> Goals:
+    """known: the metrics of the task, the one that decides first.
 
     Raises UserError for an objective that the task does not have.
     """
-    task = [f"valid_{name}" for name in metric_names]
-    own = task[0]
+    task = [metric.of_split("valid") for metric in known]
+    own = task[0].name
     objectives = tuple(_objective(name, task) for name in names or (own,))
     chosen = SelectionRule(objectives[0]) if pick is None else _pick(pick, task)
     found = Goals(objectives, chosen)
-    if not any(each.metric.startswith("valid_") for each in objectives):
+    if not any(each.of_task for each in objectives):
         # Trials are compared by it while they run.
         found = Goals((*objectives, _objective(own, task)), chosen)
     return found
@@ -138,23 +138,24 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     ]
 
 
-def _objective(name: str, metrics: Sequence[str]) -> Objective:
-    variant, dot, metric = name.rpartition(".")
+def _objective(name: str, known: Sequence[Metric]) -> Objective:
+    variant, dot, wanted = name.rpartition(".")
+    of_net = {metric.name: metric for metric in known}
+    of_served = [BYTES, LATENCY, *(f"{LATENCY}@{size}" for size in BATCH_SIZES)]
+    of_variant = of_net | {name: Metric(name, "lower") for name in of_served}
     if not dot:
-        if metric in metrics:
-            return Objective(name, None, metric)
-    elif variant in MADE_AT_ONCE:
-        latencies = [LATENCY, *(f"{LATENCY}@{size}" for size in BATCH_SIZES)]
-        if metric in (*metrics, BYTES, *latencies):
-            return Objective(name, variant, metric)
-    of_variant = ", ".join((*metrics, BYTES, f"{LATENCY}@{'|'.join(map(str, BATCH_SIZES))}"))
+        if wanted in of_net:
+            return Objective(name, None, of_net[wanted])
+    elif variant in MADE_AT_ONCE and wanted in of_variant:
+        return Objective(name, variant, of_variant[wanted])
+    names = ", ".join((*of_net, BYTES, f"{LATENCY}@{'|'.join(map(str, BATCH_SIZES))}"))
     raise UserError(
-        f"objective '{name}' is not one of this task; there are {', '.join(metrics)}, and "
-        f"VARIANT.METRIC with {of_variant} and the variants {', '.join(MADE_AT_ONCE)}."
+        f"objective '{name}' is not one of this task; there are {', '.join(of_net)}, and "
+        f"VARIANT.METRIC with {names} and the variants {', '.join(MADE_AT_ONCE)}."
     )
 
 
-def _pick(rule: str, metrics: Sequence[str]) -> SelectionRule:
+def _pick(rule: str, metrics: Sequence[Metric]) -> SelectionRule:
     words, _, bounds = rule.strip().partition(" with ")
     verb, _, name = words.partition(" ")
     if verb != "best" or not name.strip():

@@ -17,7 +17,7 @@ from train.data import dataset
 from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
-from train.telemetry.throughput import best_epoch
+from train.metrics import best_epoch
 from train.training import build_bundle, check_against_data, prepare_run
 from tune import objectives, report, search_space
 from tune.cli import training_config
@@ -44,21 +44,21 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
     started = time.perf_counter()
     completed, data = prepare_run(training_config(config))
     base = completed.config
-    metric_names = data.task.target.metric_names
-    wanted = objectives.study_goals(config.tune.objectives, config.tune.pick, metric_names).variants
+    known = data.task.known_metrics
+    wanted = objectives.study_goals(config.tune.objectives, config.tune.pick, known).variants
     # What trials are measured by, the winner has too.
     variants = list(dict.fromkeys((*base.compress.variants, *wanted)))
     base = search_space.with_values(base, {"compress.variants": variants})
     for name, dimension in config.tune.space.items():
         for value in dimension.tried:
             check_against_data(search_space.with_values(base, {name: value}), data)
-    choice = base.checkpoint.metric or f"valid_{data.task.metric}"
+    choice = data.task.find_metric(base.checkpoint.metric)
     parallel = runner.max_concurrent(config)
     if base.registry.enabled:
         publishing.check_publishable(root, base.registry.metric)
     url = study_location(root, config.study)
     with lock_study(url):
-        study = Study.open(url, config, metric_names, choice, data.summary["digest"])
+        study = Study.open(url, config, known, choice, data.summary["digest"])
         if (result := _result(study)) is not None:
             print(
                 f"study {study.name} has its {len(study.trials)} trials; --num-trials with more "

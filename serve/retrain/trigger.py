@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from serve.drift.windows import DriftWindow
 from serve.rollout.monitor_state import LiveFeedback, MonitorState
-from train.tasks.targets import LOWER_IS_BETTER
 
 MAX_SHOWN = 5
 
@@ -66,7 +65,7 @@ def _by_drift(windows: Sequence[DriftWindow], rules: RetrainRules) -> tuple[bool
 def _by_feedback(live: LiveFeedback | None, rules: RetrainRules) -> tuple[bool, str]:
     if live is None or live.expected is None:
         return False, "no truth is known"
-    lower = live.metric.endswith(LOWER_IS_BETTER)
+    lower = live.metric == "rmse"  # else the accuracy
     allowed = rules.max_drop * (rules.unit if lower else 1.0)
     limit = live.expected + allowed if lower else live.expected - allowed
     words = (

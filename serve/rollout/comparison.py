@@ -14,13 +14,14 @@ import pyarrow as pa
 from train.bundle import Bundle, Predictor
 from train.data import sources
 from train.stats import sign_test
-from train.tasks import Arrays, LabelsTarget, Task, ValueTarget
-from train.tasks.classification import SEPARATOR
+from train.tasks import Arrays, LabelsTarget, Metric, Task, ValueTarget
+from train.tasks.multilabel import SEPARATOR
 from train.tasks.records import encode_valid
-from train.tasks.targets import LOWER_IS_BETTER
 
 RUN_ROWS = 256
 MAX_P = 0.05
+# Metrics in the unit of the target.
+IN_UNITS = ("test_rmse", "test_mae", "test_quantile_loss")
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ def comparison_outcome(
     """
     comparison = compare_predictors(Predictor.load(production), Predictor.load(candidate), held_out)
     metric, before, after = _on_test(production, candidate)
-    drop = after - before if metric.endswith(LOWER_IS_BETTER) else before - after
-    in_unit = drop / error_unit(production.task) if metric.endswith(("rmse", "mae")) else drop
+    drop = metric.signed({metric.name: before}) - metric.signed({metric.name: after})
+    in_unit = drop / error_unit(production.task) if metric.name in IN_UNITS else drop
     figures = {
         **{f"new_{key}": value for key, value in comparison.to_dict().items()},
-        metric: after,
-        f"production_{metric}": before,
+        metric.name: after,
+        f"production_{metric.name}": before,
     }
-    words = f"{comparison}; {metric} {after:.4f} against {before:.4f}"
+    words = f"{comparison}; {metric.name} {after:.4f} against {before:.4f}"
     refused = None
     if not comparison.improved:
         refused = "not better on new records by more than chance"
@@ -135,11 +136,11 @@ def comparison_outcome(
     }
 
 
-def _on_test(production: Bundle, candidate: Bundle) -> tuple[str, float, float]:
+def _on_test(production: Bundle, candidate: Bundle) -> tuple[Metric, float, float]:
     """The metric that decides, on the test split, of the variants that are served."""
-    metric = f"test_{production.task.metric}"
+    metric = production.task.find_metric(f"test_{production.task.metric}")
     before, after = (
-        bundle.manifest.variants[bundle.manifest.default_variant].metrics[metric]
+        bundle.manifest.variants[bundle.manifest.default_variant].metrics[metric.name]
         for bundle in (production, candidate)
     )
     return metric, before, after

@@ -7,6 +7,7 @@ from scipy import stats as scipy_stats
 from train.stats import (
     BoundedMeanEvidence,
     MeanEvidence,
+    association_p_value,
     binomial_evidence,
     bootstrap_interval,
     paired_interval,
@@ -154,3 +155,27 @@ def test_a_quantile_lies_between_its_ranks_at_every_look(rng):
     assert quantile_ranks(10, 0.9, 0.05)[1] == 11
     # The fixed sample's interval of 95 % has ranks 1774 and 1827.
     assert quantile_ranks(2000, 0.9, 0.05) == pytest.approx((1800, 1800), abs=60)
+
+
+def test_groups_that_differ_by_chance_are_seldom_found(rng):
+    """In 5 % of cases, though each group has one record of a class or none."""
+    found = [
+        association_p_value(rng.integers(0, 300, 600), rng.random(600) < 0.05) for _ in range(300)
+    ]
+    assert np.mean(np.array(found) <= 0.05) < 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_groups_that_differ_are_found_as_scipy_finds_them(rng):
+    codes_N = rng.integers(0, 40, 2000)
+    for strength in (0.0, 0.1, 0.25, 0.4):
+        effects = rng.normal(size=40) * strength
+        values_N = rng.normal(size=2000) + effects[codes_N]
+        expected = scipy_stats.f_oneway(*(values_N[codes_N == code] for code in range(40))).pvalue
+        assert association_p_value(codes_N, values_N) == pytest.approx(expected, abs=0.08)
+        classes_N = (values_N > 0).astype(int) + (values_N > 1)
+        table = np.zeros((40, 3))
+        np.add.at(table, (codes_N, classes_N), 1)
+        expected = scipy_stats.chi2_contingency(table).pvalue
+        one_hot_NK = np.eye(3)[classes_N]
+        # One of the classes follows from the others, which weighs them a little differently.
+        assert association_p_value(codes_N, one_hot_NK) == pytest.approx(expected, abs=0.12)

@@ -12,6 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 from cluster.errors import CommandFailed, UserError
 from tests.server import REPOSITORY
 from train.config import validate_as
+from train.tasks import Metric
 from tune import objectives, report, search_space
 from tune.cli import parse
 from tune.config import SchedulerConfig, StudyConfig, TuneConfig
@@ -22,7 +23,8 @@ from tune.run.study_store import Study, lock_study
 from tune.search_space import Dimension
 from tune.selection import select_winner
 
-METRICS = ("accuracy", "loss")
+METRICS = (Metric("accuracy", "higher"), Metric("loss", "lower"))
+LOSS = Metric("valid_loss", "lower")
 SPACE = {
     "optim.lr": {"loguniform": [0.001, 1]},
     "net.dropout": {"uniform": [0, 0.5]},
@@ -37,7 +39,7 @@ def study_config(**tune):
 
 
 def new_study(folder, **tune):
-    return Study.open(str(folder / "studies" / "s"), study_config(**tune), METRICS, "valid_loss")
+    return Study.open(str(folder / "studies" / "s"), study_config(**tune), METRICS, LOSS)
 
 
 def figures(epoch, loss):
@@ -159,7 +161,7 @@ def test_objectives_know_which_way_is_better():
     goals = objectives.study_goals(names, None, METRICS)
     assert [each.maximize for each in goals.objectives] == [True, False, False, False]
     assert goals.variants == ("int8_static", "fp32")
-    assert goals.early == "valid_accuracy"
+    assert goals.early.name == "valid_accuracy"
 
 
 @pytest.mark.parametrize(
@@ -256,10 +258,10 @@ def test_a_damaged_or_missing_study_is_named(tmp_path):
 
 def test_a_study_does_not_go_on_with_other_records(tmp_path):
     url = str(tmp_path / "studies" / "s")
-    Study.open(url, study_config(), METRICS, "valid_loss", "digest")
-    Study.open(url, study_config(), METRICS, "valid_loss", "digest")
+    Study.open(url, study_config(), METRICS, LOSS, "digest")
+    Study.open(url, study_config(), METRICS, LOSS, "digest")
     with pytest.raises(UserError, match="no longer holds the records"):
-        Study.open(url, study_config(), METRICS, "valid_loss", "another")
+        Study.open(url, study_config(), METRICS, LOSS, "another")
 
 
 def test_two_drivers_do_not_share_a_study(tmp_path):
@@ -366,7 +368,7 @@ def result(epoch, loss):
 
 
 def terms(study, most=9):
-    return SchedulerContext(study, "valid_loss", lambda trial: most, most, seed=0)
+    return SchedulerContext(study, LOSS, lambda trial: most, most, seed=0)
 
 
 RULES = {

@@ -28,7 +28,6 @@ from train.bundle.registry import (
     set_production,
 )
 from train.bundle.registry_lock import lock_registry
-from train.tasks.targets import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -238,7 +237,9 @@ class _Challenger:
             except UserError as error:
                 return False, f"version {number} cannot be measured on these records: {error}"
             words += ", measured again on these records"
-        return not _worse(self.metric, self.value, before), words.format(before)
+        found = self.bundle.task.find_metric(self.metric)
+        no_worse = found.signed({found.name: self.value}) >= found.signed({found.name: before})
+        return no_worse and not math.isnan(self.value), words.format(before)
 
 
 def _number(version: Any | None) -> str | None:
@@ -285,8 +286,3 @@ def _metric(bundle: Bundle, metric: str) -> float:
     if metric not in metrics:
         raise UserError(f"registry.metric is '{metric}'; the model has {', '.join(metrics)}.")
     return metrics[metric]
-
-
-def _worse(metric: str, value: float, before: float) -> bool:
-    # A NaN is worse than anything.
-    return not (value <= before if metric.endswith(LOWER_IS_BETTER) else value >= before)

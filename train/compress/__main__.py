@@ -32,7 +32,7 @@ from train.data import dataset
 from train.data.baseline import build_baseline
 from train.data.dataset import EncodedDataset
 from train.reports import plots
-from train.tasks import NamedTarget, plugins
+from train.tasks import plugins
 from train.tasks.plugins import code_of_config
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION, or the path of a bundle."
@@ -221,8 +221,7 @@ def _data(config: Config, bundle: Bundle, root: str) -> EncodedDataset:
             f"'{config.data.train}' no longer holds the records that '{bundle.manifest.name}' was "
             "trained on; give --data.train, and --data.test, where they are."
         )
-    target = bundle.task.target
-    return data.calibrated(target.temperature) if isinstance(target, NamedTarget) else data
+    return data.with_task(bundle.task)
 
 
 if __name__ == "__main__":

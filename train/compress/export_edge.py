@@ -4,7 +4,6 @@ Inside go the scaling of numbers, the parts of dates, the codes of categories, p
 labels. Texts are split into tokens outside, by the tokenizer that is put beside the file.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from tokenizers import Tokenizer
 from cluster.errors import UserError
 from train.bundle import Bundle
 from train.bundle.manifest import Variant
-from train.tasks import Categories, ClassTarget, Images, LabelsTarget, Numbers, Task, Texts
+from train.compress.edge_readme import MODEL, TOKENIZER, edge_readme
+from train.tasks import Categories, ClassTarget, LabelsTarget, Numbers, Task, Texts
 from train.tasks.categorical import FIRST, MISSING, UNSEEN
 from train.tasks.numeric import DAY_S, YEAR_S, Date
 from train.tasks.regression import ValueTarget
-from train.tasks.text import BETWEEN
 
-MODEL, TOKENIZER, README = "model.onnx", "tokenizer.json", "README.md"
+README = "README.md"
 BATCH = "batch"
 
 
@@ -60,7 +59,8 @@ def export_edge(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, 
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
                 (folder / TOKENIZER).write_text(tokenizer.to_str())
-        (folder / README).write_text(_readme(bundle, name, model))
+        names = [value.name for value in model.graph.output]
+        (folder / README).write_text(edge_readme(bundle, name, names))
     except OSError as error:
         raise UserError(f"'{folder}' cannot be written: {error.strerror}; give another.") from error
     size = (folder / MODEL).stat().st_size
@@ -185,13 +185,13 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
         logits = graph.node("Div", logits, graph.constant(target.temperature, np.float32))
     if isinstance(target, ClassTarget):
         graph.node("Softmax", logits, output="probabilities", axis=1)
-        best = graph.node("ArgMax", "probabilities", axis=1, keepdims=0)
+        best = _chosen_class(graph, target)
         graph.node("Gather", graph.constant(target.classes, str), best, output="label")
         first_output = _column("label", TensorProto.STRING)
     elif isinstance(target, LabelsTarget):
         graph.node("Sigmoid", logits, output="probabilities")
-        half = graph.constant(0.5, np.float32)
-        graph.node("GreaterOrEqual", "probabilities", half, output="labels")
+        thresholds = graph.constant(target.thresholds or (0.5,), np.float32)
+        graph.node("GreaterOrEqual", "probabilities", thresholds, output="labels")
         shape = [BATCH, len(target.classes)]
         first_output = helper.make_tensor_value_info("labels", TensorProto.BOOL, shape)
     else:
@@ -203,96 +203,20 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
     ]
 
 
-def _readme(bundle: Bundle, variant: str, model: onnx.ModelProto) -> str:
-    manifest, task = bundle.manifest, bundle.task
-    script = _Script()
-    for encoder in task.features.encoders:
-        script.add(encoder)
-    names = [value.name for value in model.graph.output]
-    metric = f"test_{task.metric}"
-    classes = getattr(task.target, "classes", ())
-    known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
-    return f"""# {manifest.name}, {variant}
-
-One file, `{MODEL}`, predicts `{task.target.column}` with onnxruntime alone.
-{metric}: {manifest.variants[variant].metrics[metric]:.4f}
-
-The first dimension of every input is the number of records.
-
-```python
-{script.text(names)}
-```
-
-onnxruntime 1.32 reports its use to its maker unless `ORT_DISABLE_TELEMETRY=1` is set.
-
-{known}
-"""
-
-
-class _Script:
-    """The lines that run the file for one record."""
-
-    def __init__(self) -> None:
-        self._imports = ["import numpy as np", "import onnxruntime"]
-        self._before: list[str] = []
-        self._inputs: list[str] = []
-
-    def add(self, encoder: Any) -> None:
-        match encoder:
-            case Images():
-                height, width, channels = encoder.shape_HWC
-                mode = "L" if channels == 1 else "RGB"
-                brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
-                self._imports.append("from PIL import Image, ImageOps")
-                self._before += [
-                    f'image = Image.open("image.png").convert("{mode}")',
-                    f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
-                    f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
-                ]
-                self._inputs.append(f'"{encoder.column}": pixels,')
-            case Numbers():
-                notes = {"date": "seconds since 1970, UTC", "boolean": "1 or 0", "number": "number"}
-                for each in encoder.columns:
-                    note = f"  # {notes[each.kind]}, or nan"
-                    self._inputs.append(f'"{each.column}": np.array([np.nan]),{note}')
-            case Categories():
-                for column, names in zip(encoder.columns, encoder.names_C, strict=True):
-                    name = json.dumps(names[0] if names else "")
-                    self._inputs.append(f'"{column}": np.array([{name}], object),')
-            case Texts():
-                self._add_texts(encoder)
-            case _:
-                for spec in encoder.inputs:
-                    shape = (1, *spec.shape)
-                    self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
-
-    def _add_texts(self, encoder: Texts) -> None:
-        """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
-        mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
-        between = "" if mark is None else f"[{mark}] * (number > 0) + "
-        most = encoder.max_tokens
-        self._imports.append("from tokenizers import Tokenizer")
-        self._before += [
-            f'tokenizer, ids = Tokenizer.from_file("{TOKENIZER}"), []',
-            f"texts = {['a text'] * len(encoder.columns)}  # {', '.join(encoder.columns)}",
-            "for number, text in enumerate(texts):",
-            f"    ids += {between}tokenizer.encode(text).ids",
-            f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
-        ]
-        self._inputs.append(f'"{encoder.kind}": np.array([ids], np.int32),')
-
-    def text(self, outputs: list[str]) -> str:
-        names = ", ".join(outputs)
-        return "\n".join(
-            [
-                *dict.fromkeys(self._imports),
-                "",
-                *self._before,
-                "inputs = {",
-                *(f"    {line}" for line in self._inputs),
-                "}",
-                f'session = onnxruntime.InferenceSession("{MODEL}")',
-                f"[{names}] = session.run({outputs}, inputs)",
-                f"print({names})",
-            ]
+def _chosen_class(graph: _Graph, target: ClassTarget) -> str:
+    """As ClassTarget.choose."""
+    if target.thresholds:
+        rarer = graph.node(
+            "Gather", "probabilities", graph.constant(target.rarest, np.int64), axis=1
         )
+        threshold = graph.constant(target.thresholds[0], np.float32)
+        is_rarer = graph.node("GreaterOrEqual", rarer, threshold)
+        one, other = (
+            graph.constant(index, np.int64) for index in (target.rarest, 1 - target.rarest)
+        )
+        return graph.node("Where", is_rarer, one, other)
+    if target.costs:
+        costs = graph.constant(target.costs, np.float32)
+        expected = graph.node("MatMul", "probabilities", costs)
+        return graph.node("ArgMin", expected, axis=1, keepdims=0)
+    return graph.node("ArgMax", "probabilities", axis=1, keepdims=0)

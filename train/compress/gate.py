@@ -11,12 +11,11 @@ from train.stats import bootstrap_interval, paired_interval
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.records import num_rows
 from train.tasks.regression import ValueTarget
-from train.tasks.targets import LOWER_IS_BETTER
 
 # A count of records is never exactly a fraction of them.
 EPSILON = 1e-9
 # Metrics in the target's own unit, whatever that is.
-IN_UNITS = ("rmse", "mae")
+IN_UNITS = ("rmse", "mae", "quantile_loss")
 BATCH_SIZES = (1, 7, 64)
 # How far an answer may depend on the batch it travelled in.
 MAX_BATCH_DIFFERENCE = 1e-5
@@ -56,12 +55,15 @@ def compare_with_fp32(
     target, metric = task.target, task.metric
     before = _metric(task, reference, targets_N)
     after = _metric(task, outputs, targets_N)
-    sign = 1.0 if metric.endswith(LOWER_IS_BETTER) else -1.0
+    sign = 1.0 if task.find_metric().better == "lower" else -1.0
     if metric in IN_UNITS:
         sign /= _scale(task)
     if isinstance(target, ClassTarget) and metric == "accuracy":
         low, high = paired_interval(
-            *(each["logits"].argmax(axis=1) != targets_N for each in (reference, outputs)),
+            *(
+                target.choose(target.probabilities(each)) != targets_N
+                for each in (reference, outputs)
+            ),
             binary=True,
         )
     else:

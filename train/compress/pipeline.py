@@ -107,6 +107,7 @@ def _compress(
         builder = VariantBuilder(
             net, config, shards, writer, Path(scratch), root, judge.passes, earlier=earlier
         )
+        judge.add_training(builder.uncalibrated_ids)
         made, skipped = _make(builder, own)
         eager = TorchEngine(
             nets.folded_net(net), [spec.name for spec in shards.task.features.inputs], "fp32", 1
@@ -137,9 +138,9 @@ def _compress(
     result = CompressionResult(
         variants, skipped, default, eager_profile, host, optimize_for, outputs[default]
     )
-    metric = f"test_{shards.task.metric}"
+    metric = shards.task.find_metric(f"test_{shards.task.metric}")
     plots.plot_tradeoff(variants, metric, default, writer.file("report/variants.png"))
-    write_variants_table(result, metric, writer.file("report/variants.md"))
+    write_variants_table(result, metric.name, writer.file("report/variants.md"))
     return result
 
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,35 @@ NUM_GOLDEN = 8
 
 FULL = ("fp32", "pruned", "distilled", "int8_weights")
 
+# With fewer validation records, training records are compared too, at most so many.
+FEW_RECORDS, MAX_ADDED = 200, 2_000
+
 # How variants are called that are not the trained net, but one that learned from it.
 OTHER_NETS = ("pruned", "distilled")
 
 
 class VariantJudge:
-    """Compares variants with fp32 on the held-out splits."""
+    """Compares variants with fp32 on the held-out splits.
+
+    With few validation records also on training records that calibration did not use. Both forms of
+    the net have learned from them, so that they tell nothing of how good it is, but how far
+    quantization changes it. A variant that went on learning is compared on validation records only.
+    """
 
     def __init__(self, config: Config, shards: EncodedDataset) -> None:
-        self._config, self._task = config.compress, shards.task
+        self._config, self._shards, self._task = config.compress, shards, shards.task
         self._splits = {name: shards.open(name) for name in ("valid", "test")}
-        self._reference: Arrays | None = None
+        # Outputs of fp32 by split.
+        self._reference: dict[str, Arrays] = {}
         self.golden_inputs = first_records(self._splits["test"][0], NUM_GOLDEN)
+
+    def add_training(self, ids_N: np.ndarray) -> None:
+        """Compare on these training records too where validation records are few."""
+        if len(self._splits["valid"][1]) < FEW_RECORDS and len(ids_N):
+            inputs, targets_N = self._shards.open("train")
+            ids = np.sort(ids_N[:MAX_ADDED])
+            drawn = {name: np.array(array[ids]) for name, array in inputs.items()}
+            self._splits["train"] = drawn, targets_N[ids]
 
     def check(self, outputs: Arrays) -> None:
         """Raises VariantSkipped for what are no outputs of this task."""
@@ -48,15 +66,32 @@ class VariantJudge:
         if not np.isfinite(logits_NK).all():
             raise VariantSkipped("it answers NaN or infinity for held-out records")
 
-    def passes(self, path: Path, reference: Path) -> bool:
+    def passes(self, path: Path, reference: Path, trained: bool) -> bool:
         """Whether the drop of an ONNX file from another is within what is accepted."""
-        inputs, targets_N = self._splits["valid"]
+        splits = self._compared_on(trained)
         before, after = (
-            run_batches(OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores()), inputs)
-            for each in (reference, path)
+            {split: run_batches(engine, self._splits[split][0]) for split in splits}
+            for engine in (
+                OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores())
+                for each in (reference, path)
+            )
         )
-        comparison = gate.compare_with_fp32(self._task, before, after, targets_N)
+        comparison = self._compare(before, after, splits)
         return self._verdict(comparison, same_net=True).verdict == "accepted"
+
+    def _compared_on(self, trained: bool) -> list[str]:
+        """trained: whether a variant has learned from training records that fp32 has not."""
+        return ["valid"] if trained or "train" not in self._splits else ["valid", "train"]
+
+    def _compare(
+        self, before: dict[str, Arrays], after: dict[str, Arrays], splits: list[str]
+    ) -> VariantComparison:
+        reference, outputs = (
+            {"logits": np.concatenate([each[split]["logits"] for split in splits])}
+            for each in (before, after)
+        )
+        targets_N = np.concatenate([self._splits[split][1] for split in splits])
+        return gate.compare_with_fp32(self._task, reference, outputs, targets_N)
 
     def _verdict(
         self, comparison: VariantComparison, *, same_net: bool, batch: float = 0.0
@@ -78,28 +113,31 @@ class VariantJudge:
         """
         kind = engines.find_engine(engine)
         fast = kind.load(made.path, num_threads=benchmark.num_cores())
-        inputs, targets_N = self._splits["valid"]
-        valid, test = (run_batches(fast, self._splits[split][0]) for split in ("valid", "test"))
-        for outputs in (valid, test):
-            self.check(outputs)
-        if self._reference is None:
+        outputs = {split: run_batches(fast, arrays) for split, (arrays, _) in self._splits.items()}
+        for each in outputs.values():
+            self.check(each)
+        if not self._reference:
             assert name == "fp32"
-            self._reference = valid
+            self._reference = outputs
+        inputs, targets_N = self._splits["valid"]
         single = kind.load(made.path, num_threads=1)
         golden = single.run(self.golden_inputs)
         batch = gate.batch_difference(
             self._task, single, first_records(inputs, max(gate.BATCH_SIZES))
         )
-        comparison = gate.compare_with_fp32(self._task, self._reference, valid, targets_N)
         same_net = not (name in RECIPES and name.startswith(OTHER_NETS))
+        splits = self._compared_on(not same_net or "qat_epochs" in made.recipe)
+        comparison = self._compare(self._reference, outputs, splits)
         verdict = self._verdict(comparison, same_net=same_net, batch=batch)
+        if "train" in splits:
+            verdict = replace(verdict, reason=f"{verdict.reason}; {self._words(splits)}")
         if name == "fp32":
             reason = "it is what the others are compared with"
             if not batch <= gate.MAX_BATCH_DIFFERENCE:
                 reason += f"; its answers depend on the batch they travel in, by {batch:.2g}"
                 print(f"warning: fp32: {reason}", file=sys.stderr)
             verdict = GateVerdict("accepted", reason)
-        tests = self._task.metrics(test, self._splits["test"][1], "test")
+        tests = self._task.metrics(outputs["test"], self._splits["test"][1], "test")
         largest = max(float(np.max(np.abs(array))) for array in golden.values())
         tolerance = TOLERANCE if name in FULL else TOLERANCE_REDUCED
         variant = Variant(
@@ -108,7 +146,7 @@ class VariantJudge:
             recipe=made.recipe,
             verdict=verdict.verdict,
             reason=verdict.reason,
-            metrics={**self._task.metrics(valid, targets_N, "valid"), **tests},
+            metrics={**self._task.metrics(outputs["valid"], targets_N, "valid"), **tests},
             drop=[comparison.drop, comparison.low, comparison.high],
             agreement=comparison.agreement,
             change=comparison.change,
@@ -117,7 +155,14 @@ class VariantJudge:
             profile=profile,
             golden_tolerance=tolerance * max(1.0, largest),
         )
-        return variant, golden, {"valid": valid, "test": test}
+        return variant, golden, outputs
+
+    def _words(self, splits: list[str]) -> str:
+        counts = {split: len(self._splits[split][1]) for split in splits}
+        return (
+            f"on {counts['valid']} validation records, which are few, and {counts['train']} "
+            "training records that calibration did not use"
+        )
 
 
 def first_records(inputs: Arrays, count: int) -> Arrays:

@@ -13,13 +13,19 @@ from train.config.compression import Compress, Distill, Prune, Variant
 from train.config.data import Column, Data, Text, kind_alone
 from train.config.net import Net, class_path_alone
 from train.config.section import Section
-from train.config.training import Augment, Checkpoint, Optim, Stage, Stop, Workers
+from train.config.training import (
+    Augment,
+    Checkpoint,
+    DecisionRule,
+    Optim,
+    Stage,
+    Stop,
+    Workers,
+)
 from train.config.validation import describe_error, validate_as
+from train.metrics import LAST
 from train.tasks import plugins
 from train.tasks.plugins import code_of_config
-
-# As `checkpoint.metric`: no epoch is chosen, the last one counts.
-LAST = "last"
 
 
 class Registry(Section):
@@ -52,6 +58,12 @@ class Config(Section):
         None,
         description="One class, any number of labels, or a number to predict; inferred from the "
         "target by default.",
+    )
+    quantile: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Predict this quantile of a number, 0.9 say, in place of its middle.",
     )
     features: dict[str, Annotated[Column, BeforeValidator(kind_alone)]] = Field(
         {},
@@ -96,6 +108,7 @@ class Config(Section):
     stop: Stop = Stop()
     workers: Workers = Workers()
     checkpoint: Checkpoint = Checkpoint()
+    decision_rule: DecisionRule = DecisionRule()
     compress: Compress = Compress()
     registry: Registry = Registry()
     storage: Storage = Storage()
@@ -171,6 +184,7 @@ __all__ = [
     "Compress",
     "Config",
     "Data",
+    "DecisionRule",
     "Distill",
     "Net",
     "Optim",

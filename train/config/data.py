@@ -63,6 +63,12 @@ class Data(Section):
         "refuse", description="A record that cannot be encoded ends the run, or is left out, told."
     )
 
+    merge_noise: bool = Field(
+        True,
+        description="Do not tell the names of a column with many apart where the target differs "
+        "between them no more than by chance.",
+    )
+
     @model_validator(mode="after")
     def _a_share_is_of_something(self) -> Self:
         if self.extra is None and self.extra_fraction is not None:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    model_validator,
 )
 
 from train.config.section import Count, Section
@@ -153,6 +154,29 @@ class Workers(Section):
     def all_cpus(self) -> int:
         """Cores for the most workers."""
         return math.ceil(self.most * self.cpus)
+
+
+class DecisionRule(Section):
+    """Which class or labels a record is said to have; the most probable ones by default."""
+
+    cost: tuple[tuple[float, ...], ...] | None = Field(
+        None,
+        description="The cost of each answer, [[0, 1], [5, 0]]: rows are the true classes, columns "
+        "the answers, both in the order of the classes; of several labels no and yes to one.",
+    )
+    recall: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the records of the rarer of two classes, or of each label, to be "
+        "recognised.",
+    )
+
+    @model_validator(mode="after")
+    def _is_one_rule(self) -> Self:
+        if self.cost is not None and self.recall is not None:
+            raise ValueError("decision_rule has both cost and recall; give one")
+        return self
 
 
 class Checkpoint(Section):

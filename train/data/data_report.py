@@ -1,5 +1,6 @@
 """Data report: what the records are like, before any training, as text and as a picture."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     for name, count in facts["duplicates"].items():
         if count:
             lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
-    lines += [f"splits: {note}" for note in facts["notes"]]
+    for note in facts["notes"]:
+        lines += textwrap.wrap(note, 100, subsequent_indent="  ")
     for name, value in facts["leakage_suspects"].items():
         lines.append(
             f"leakage? '{name}' alone predicts the target ({value:.3f}); leave it out (of "

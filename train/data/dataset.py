@@ -1,7 +1,4 @@
-"""Shards: records encoded once, kept as memory-mapped arrays, found again by later runs.
-
-A shard directory is named by the digest of all that its content depends on.
-"""
+"""Shards: encoded records as memory-mapped arrays, found again by the digest of their origin."""
 
 import hashlib
 import inspect
@@ -21,9 +18,10 @@ from cluster.errors import CommandFailed, UserError
 from train.config import Config
 from train.data import preprocess, sources, splits
 from train.data.data_report import DataReport
-from train.data.fitting import check_fitted_task, define_task, fit_task, read_text_file
+from train.data.fitting import check_fitted_task, define_task, fit_task, merge_noise, read_text_file
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TRAIN, VALID
+from train.decision import apply_options
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
 
@@ -44,10 +42,9 @@ class EncodedDataset:
     def task(self) -> Task:
         return Task.from_dict(self.summary["task"])
 
-    def calibrated(self, temperature: float) -> "EncodedDataset":
-        """Return the same records with a task of another temperature; see `Task.calibrated`."""
-        changed = {"task": self.task.calibrated(temperature).to_dict()}
-        return replace(self, summary=self.summary | changed)
+    def with_task(self, task: Task) -> "EncodedDataset":
+        """Return the same records with a task that reads outputs in another way."""
+        return replace(self, summary=self.summary | {"task": task.to_dict()})
 
     @property
     def folder(self) -> Path:
@@ -99,7 +96,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
     """
     assert config.features, "train.data.schema_inference names them"
     assert config.task_type is not None
-    data, fitted = config.data, fitted and fitted.calibrated(1.0)
+    data, fitted = config.data, fitted and fitted.undecided()
     urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
     found = {name: sources.find_source(url) for name, url in urls.items() if url is not None}
     depends_on = [
@@ -128,7 +125,8 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
             size_bytes = sum(source.size_bytes for source in found.values())
             _write(config, fitted, opened, size_bytes, folder)
     with fs.open(storage.join_path(path, SUMMARY), "r") as file:
-        return EncodedDataset(url, json.load(file))
+        encoded = EncodedDataset(url, json.load(file))
+    return encoded.with_task(apply_options(encoded.task, config))
 
 
 def _is_complete(url: str) -> bool:
@@ -150,14 +148,14 @@ def _is_complete(url: str) -> bool:
 def _texts_of(config: Config) -> list[str]:
     """What a run depends on that is named by the config and kept elsewhere: a tokenizer, code."""
     texts = [read_text_file(config.text.tokenizer)] if config.text.tokenizer else []
-    paths = [feature.kind for feature in config.features.values()] + [config.task or ""]
+    paths = [*(feature.kind for feature in config.features.values()), config.task or ""]
     try:
         return texts + [
             inspect.getsource(sys.modules[import_object(path).__module__])
             for path in paths
             if ":" in path
         ]
-    except (ValueError, OSError, TypeError):  # `define` says what is wrong, if anything is
+    except (ValueError, OSError, TypeError):  # which `define_task` reports
         return texts
 
 
@@ -177,16 +175,18 @@ def _write(
         url = getattr(config.data, name)
         needed = [column for column in wanted if column]
         sources.check_columns(url, needed, sources.source_schema(blocks).names)
-    time = config.features.get(config.data.split_time or "")
     parts = splits.assign_splits(
         config.data,
         opened,
         preprocess.source_columns(task),
         class_column=task.target.column if isinstance(task.target, ClassTarget) else None,
-        date_format=time.format if time else None,
+        date_format=getattr(config.features.get(config.data.split_time or ""), "format", None),
     )
     task, sample = (check_fitted_task if fitted else fit_task)(task, parts[0], drop_bad)
-    report = DataReport(task, sample, [part.note for part in parts if part.note])
+    notes = [f"splits: {part.note}" for part in parts if part.note]
+    if config.data.merge_noise and not fitted:
+        task, notes = merge_noise(task, sample, notes)
+    report = DataReport(task, sample, notes)
     with SplitWriter(folder, task, config.data.train_on_valid) as writer:
         for part in parts:
             for encoded in preprocess.encode_source(

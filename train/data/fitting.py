@@ -12,12 +12,29 @@ from cluster.errors import UserError
 from train.config import Config
 from train.data import preprocess, sources, splits
 from train.data.splits import TRAIN, SplitSource
-from train.tasks import Columns, Images, InvalidRecord, LabelsTarget, Task
+from train.stats import association_p_value
+from train.tasks import (
+    Categories,
+    Columns,
+    Images,
+    InvalidRecord,
+    LabelsTarget,
+    NamedTarget,
+    Target,
+    Task,
+    ValueTarget,
+)
 from train.tasks.plugins import import_object
 from train.tasks.records import is_missing
 
 # Features are fitted on at most so many training records, drawn at random.
 FIT_RECORDS = 50_000
+
+# Columns with fewer names keep them: what is learned of them by chance is little.
+MANY_NAMES = 20
+MAX_P = 0.05
+# Of a target with more, only the most frequent are tested.
+MOST_CLASSES = 16
 
 # The most bad records to leave out while fitting; more mean that a column is not what it is said.
 MAX_BAD_FITTED = 100
@@ -44,6 +61,50 @@ def read_text_file(url: str) -> str:
     fs, path = storage.filesystem(url)
     with sources.reading_errors(url), fs.open(path, "r") as file:
         return str(file.read())
+
+
+def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, list[str]]:
+    """Merge the names of columns with many, where they say nothing of the target.
+
+    A net would learn the chance differences between them by heart. Returns the task, and the notes
+    with one on each such column. sample: training records.
+    """
+    notes = list(notes)
+    targets_N = _numbers_of(task.target, sample[task.target.column])
+    encoders = list(task.features.encoders)
+    for place, encoder in enumerate(encoders):
+        if not isinstance(encoder, Categories) or targets_N is None:
+            continue
+        codes_NC = encoder.encode(sample)[encoder.kind]
+        merged = []
+        for column, names, codes_N in zip(
+            encoder.columns, encoder.names_C, codes_NC.T, strict=True
+        ):
+            if len(names) < MANY_NAMES:
+                continue
+            p = association_p_value(codes_N, targets_N)
+            if p > MAX_P:
+                merged.append(column)
+                notes.append(
+                    f"the {len(names):,} names of '{column}' are not told apart, as the target "
+                    f"differs between them no more than by chance (p = {p:.2g}); "
+                    "--data.merge_noise false tells them apart"
+                )
+        encoders[place] = encoder.merge_names(merged)
+    return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes
+
+
+def _numbers_of(target: Target, values: Any) -> np.ndarray | None:
+    """Targets as numbers [N], or as 0 and 1 of the most frequent names [N, K]."""
+    if isinstance(target, ValueTarget):
+        return target.encode(values)
+    if isinstance(target, NamedTarget):
+        most = sorted(range(len(target.classes)), key=lambda index: -target.counts[index])
+        codes = target.encode(values)
+        if codes.ndim == 1:
+            return codes[:, None] == np.array(most[:MOST_CLASSES])
+        return codes[:, most[:MOST_CLASSES]]
+    return None
 
 
 def fit_task(task: Task, part: SplitSource, drop_bad: bool) -> tuple[Task, Columns]:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import UserError
+from train import value_hash
 from train.config import Data
 from train.data import batch_sampler, sources
 from train.data.sources import RowBlock
-from train.tasks import InvalidRecord, value_hash
+from train.tasks import InvalidRecord
 from train.tasks.numeric import Date, Number
 
 MIN_TRAINING = 2

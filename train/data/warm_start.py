@@ -46,6 +46,9 @@ def inherit_options(config: Config) -> tuple[Config, Bundle]:
             )
     given = {**config.model_dump(mode="json", exclude_unset=True), "init": init}
     inherited = own.model_dump(mode="json", include={*OF_THE_TASK, "net"})
+    for name in ("decision_rule", "quantile"):
+        if name not in given:
+            inherited |= own.model_dump(mode="json", include={name})
     return validate_config(fill_missing(given, inherited)), bundle
 
 

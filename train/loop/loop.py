@@ -34,7 +34,7 @@ from train.loop.run_directory import NO_LESSON, DistillationConfig
 from train.loop.state_dict import EMA, averaged_weights, collect_state, restore_state
 from train.nets.losses import target_loss
 from train.tasks import Task
-from train.telemetry.throughput import Event, ThroughputMeter, signed_metric
+from train.telemetry.throughput import Event, ThroughputMeter
 
 TELL_EVERY_STEPS = 10
 
@@ -87,7 +87,7 @@ class Loop:
         self._inputs, self._targets_N = shards.open("train")
         read_at_random(self._inputs)
         self._valid = shards.open("valid")
-        self._metric = config.checkpoint.metric or f"valid_{self._task.metric}"
+        self._metric = self._task.find_metric(config.checkpoint.metric)
 
         optim, count = config.optim, len(self._targets_N)
         self._steps_per_epoch = batch_sampler.num_steps(count, optim.batch_size)
@@ -282,7 +282,7 @@ class Loop:
             progress.history.append(row)
             self._throughput.report("epoch", **row)
             # Of equal epochs the later one: it was taken at a lower rate.
-            if (value := signed_metric(row, self._metric)) >= progress.best:
+            if (value := self._metric.signed(row)) >= progress.best:
                 progress.best, progress.best_step = value, progress.step
             progress.stopped = self._is_stale()
         (progress.stopped,) = self._worker.any(progress.stopped)
@@ -297,7 +297,8 @@ class Loop:
         stop = self._config.stop
         if stop.metric is None:
             return False
-        values = [signed_metric(row, stop.metric) for row in self.progress.history]
+        metric = self._task.find_metric(stop.metric)
+        values = [metric.signed(row) for row in self.progress.history]
         return len(values) - 1 - int(np.argmax(values)) >= stop.patience
 
     def _validate(self) -> dict[str, float]:

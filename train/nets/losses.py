@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import Optim
-from train.tasks import ClassTarget, LabelsTarget, Target
+from train.tasks import ClassTarget, LabelsTarget, Target, ValueTarget
 from train.tasks.plugins import import_object
 from train.tasks.regression import HUBER
 
@@ -90,5 +90,16 @@ def _target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
         raise ValueError("optim.class_weights is balanced, and the target has no classes")
     if target.loss == "huber":
         return lambda outputs_B1, targets_B: F.huber_loss(outputs_B1[:, 0], targets_B, delta=HUBER)
+    if isinstance(target, ValueTarget) and target.quantile is not None:
+        quantile = target.quantile
+        return lambda outputs_B1, targets_B: _pinball(targets_B - outputs_B1[:, 0], quantile).mean()
     own: Loss = import_object(target.loss)
     return own
+
+
+def _pinball(errors_B: Tensor, quantile: float) -> Tensor:
+    """The loss of predicting a quantile, which a truth above it raises by `quantile` of its error.
+
+    Koenker and Bassett, Econometrica 46 (1978), pages 33 to 50.
+    """
+    return torch.maximum(quantile * errors_B, (quantile - 1) * errors_B)

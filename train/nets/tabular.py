@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.tasks import ClassTarget, LabelsTarget, Target
+from train.tasks.categorical import FIRST
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0
+# Where a piece begins that no number reaches.
+NEVER = 1e30
 
 
 class PiecewiseLinearEncoding(nn.Module):
@@ -47,6 +50,10 @@ class PiecewiseLinearEncoding(nn.Module):
                 edges = torch.quantile(known.double(), steps.double()).float()
                 self.low_FT[column] = edges[:-1]
                 self.width_FT[column] = edges.diff()
+                # A value that many records have makes pieces without width. One of them says all;
+                # the others would weigh it as often as there are.
+                without = self.width_FT[column] == 0
+                self.low_FT[column, 1:][without[1:] & without[:-1]] = NEVER
 
     def forward(self, numbers_BF: Tensor) -> Tensor:
         missing_BF = torch.isnan(numbers_BF)
@@ -74,6 +81,8 @@ class CategoricalEmbeddings(nn.Module):
         for table in self.tables:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.3)
+            # What training may never show stays in the middle of all names.
+            nn.init.zeros_(table.weight[:FIRST])
 
     def forward(self, codes_BC: Tensor) -> Tensor:
         vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]

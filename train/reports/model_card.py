@@ -176,7 +176,7 @@ def _metrics(manifest: Manifest, task: Task) -> dict[str, Any]:
                 name,
                 [found.get(f"{split}_{name}") for found in columns.values() for split in splits],
             )
-            for name in task.target.metric_names
+            for name in (each.name for each in task.known_metrics)
         ],
     }
 

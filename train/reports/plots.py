@@ -11,15 +11,15 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from train.bundle.manifest import Variant
+from train.metrics import Metric
 from train.tasks import Arrays, ClassTarget, Task, ValueTarget
-from train.tasks.targets import LOWER_IS_BETTER
 
 MAX_NAMED_CLASSES = 30
 MAX_MISTAKES = 24
 
 
 def plot_curves(
-    history: Sequence[Mapping[str, float]], metric: str, rates: Sequence[float], path: Path
+    history: Sequence[Mapping[str, float]], metric: Metric, rates: Sequence[float], path: Path
 ) -> None:
     """Loss of training and validation, the metric, and the learning rate, by epoch.
 
@@ -33,9 +33,9 @@ def plot_curves(
     left.plot(epochs, [row["valid_loss"] for row in history], label="valid")
     left.set(xlabel="epoch", ylabel="loss", title="Loss")
     left.legend()
-    values = [row[metric] for row in history]
+    values = [row[metric.name] for row in history]
     right.plot(epochs, values, color="tab:orange")
-    best = int(np.argmin(values) if metric.endswith(LOWER_IS_BETTER) else np.argmax(values))
+    best = int(np.argmax([metric.signed(row) for row in history]))
     right.plot(epochs[best], values[best], "o", color="tab:orange")
     right.annotate(
         f"{values[best]:.4f}",
@@ -44,7 +44,7 @@ def plot_curves(
         xytext=(0, -14),
         ha="right",
     )
-    right.set(xlabel="epoch", ylabel=metric, title="Validation")
+    right.set(xlabel="epoch", ylabel=metric.name, title="Validation")
     _save(figure, path)
 
 
@@ -163,7 +163,9 @@ def plot_mistakes(
     _save(figure, path)
 
 
-def plot_tradeoff(variants: Mapping[str, Variant], metric: str, default: str, path: Path) -> None:
+def plot_tradeoff(
+    variants: Mapping[str, Variant], metric: Metric, default: str, path: Path
+) -> None:
     """Each variant's metric against its latency and its throughput, on one thread.
 
     The marker's area is the size in bytes; a line joins the accepted variants that no other one
@@ -177,11 +179,11 @@ def plot_tradeoff(variants: Mapping[str, Variant], metric: str, default: str, pa
     for axes, words, speeds in panels:
         faster = 1 if axes is right else -1
         for name in variants:
-            _mark(axes, variants, name, speeds[name], metric, chosen=name == default)
+            _mark(axes, variants, name, speeds[name], metric.name, chosen=name == default)
         best = _frontier(variants, metric, {name: faster * x for name, x in speeds.items()})
         axes.plot(
             [speeds[name] for name in best],
-            [variants[name].metrics[metric] for name in best],
+            [variants[name].metrics[metric.name] for name in best],
             color="grey",
             linestyle="--",
             zorder=0,
@@ -195,21 +197,20 @@ def plot_tradeoff(variants: Mapping[str, Variant], metric: str, default: str, pa
     low, high = left.get_ylim()
     middle, reach = (low + high) / 2, max((high - low) / 2, 0.01)
     left.set_ylim(middle - reach, middle + reach)
-    left.set(ylabel=metric)
+    left.set(ylabel=metric.name)
     figure.suptitle("Variants; area: bytes; green: accepted by the gate; bold: the default")
     _save(figure, path)
 
 
 def _frontier(
-    variants: Mapping[str, Variant], metric: str, speeds: Mapping[str, float]
+    variants: Mapping[str, Variant], metric: Metric, speeds: Mapping[str, float]
 ) -> list[str]:
     """The accepted variants that are better than every faster one, the fastest first."""
-    sign = -1 if metric.endswith(LOWER_IS_BETTER) else 1
     best: list[str] = []
     for name in sorted(variants, key=lambda name: -speeds[name]):
-        value = sign * variants[name].metrics[metric]
+        value = metric.signed(variants[name].metrics)
         if variants[name].accepted and (
-            not best or value > sign * variants[best[-1]].metrics[metric]
+            not best or value > metric.signed(variants[best[-1]].metrics)
         ):
             best.append(name)
     return best

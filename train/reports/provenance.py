@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from train.bundle.manifest import Manifest
-from train.config import LAST, Config
+from train.config import Config
+from train.metrics import LAST_EPOCH, best_epoch
 from train.tasks import Categories, NamedTarget, Numbers, Task, Texts, ValueTarget
-from train.telemetry.throughput import best_epoch
 
 # Names of a category that are shown.
 MAX_NAMES = 8
@@ -22,14 +22,16 @@ WIDTH, HEIGHT = 160, 44
 def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[str, float]]) -> str:
     """Say how the epoch and the variants were chosen, as the options have it."""
     config = Config.model_validate(manifest.config)
-    metric = config.checkpoint.metric or f"valid_{task.metric}"
+    metric = task.find_metric(config.checkpoint.metric)
     count = len(history)
     sentences = []
-    if metric == LAST:
+    if metric == LAST_EPOCH:
         sentences.append(f"The weights are those of the last of {count} epochs; none was chosen.")
     elif history:
         best = best_epoch(history, metric)["epoch"]
-        sentences.append(f"The weights are those of epoch {best} of {count}, the best in {metric}.")
+        sentences.append(
+            f"The weights are those of epoch {best} of {count}, the best in {metric.name}."
+        )
     if config.stop.metric is not None and count < config.optim.epochs:
         sentences.append(
             f"Training ended as {config.stop.metric} had not got better for {config.stop.patience} "

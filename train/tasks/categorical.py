@@ -1,7 +1,7 @@
 """Features that are one of a set of names. Shapes: N records, C columns."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -58,6 +58,11 @@ class Categories:
             ranked = sorted(counts, key=lambda name: (-counts[name], name))
             names_C.append(tuple(ranked[:MAX_NAMES]))
         return replace(self, names_C=tuple(names_C))
+
+    def merge_names(self, columns: Collection[str]) -> Self:
+        """Return the encoder with all names of some columns counting as never seen."""
+        named = zip(self.columns, self.names_C, strict=True)
+        return replace(self, names_C=tuple(() if name in columns else each for name, each in named))
 
     def encode(self, columns: Columns) -> Arrays:
         """Return {"categories": int32 [N, C]}. Raises InvalidRecord for what is no name."""

@@ -1,26 +1,17 @@
-"""Targets that are names: one class of each record, or any number of labels.
+"""Targets that are one of several classes. Shapes: N records, K classes."""
 
-Shapes: N records, K names.
-"""
-
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from train.tasks.records import (
-    Arrays,
-    InvalidRecord,
-    TensorSpec,
-    category_name,
-    is_missing,
-    shorten,
-    with_row,
-)
+from train import metrics
+from train.metrics import Metric
+from train.tasks.records import Arrays, InvalidRecord, is_missing, with_row
+from train.tasks.targets import NamedTarget, label_name
 
 # What several labels of a record are written with between them.
 SEPARATOR = "|"
@@ -30,47 +21,6 @@ def softmax(logits_NK: np.ndarray) -> np.ndarray:
     """Return float32 probabilities [N, K]; rows sum to 1."""
     exponents = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True), dtype=np.float32)
     return exponents / exponents.sum(axis=1, keepdims=True)
-
-
-def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
-    """Return float32 probabilities [N, K], each apart."""
-    return (0.5 * (1 + np.tanh(0.5 * logits_NK))).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class NamedTarget:
-    """A target of K names. counts: how many training records each has.
-
-    temperature: what outputs are divided by before they become probabilities.
-    """
-
-    column: str
-    classes: tuple[str, ...] = ()
-    counts: tuple[int, ...] = field(default=(), compare=False)
-    temperature: float = field(default=1.0, compare=False, kw_only=True)
-
-    kind: ClassVar[str]
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return (
-            TensorSpec("label", "BYTES", ()),
-            TensorSpec("probabilities", "FP32", (len(self.classes),)),
-        )
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.classes)
-
-    def to_dict(self) -> dict[str, Any]:
-        lists = {"classes": list(self.classes), "counts": list(self.counts)}
-        return {"kind": self.kind, **vars(self), **lists}
-
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self:
-        given = {name: value for name, value in state.items() if name != "kind"}
-        tuples = {name: tuple(given[name]) for name in ("classes", "counts")}
-        return cls(**{**given, **tuples})
 
 
 @dataclass(frozen=True)
@@ -84,9 +34,32 @@ class ClassTarget(NamedTarget):
     loss: ClassVar[str] = "cross_entropy"
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        names = ("accuracy", "loss")
-        return (*names, "auc") if len(self.classes) == 2 else names
+    def rarest(self) -> int:
+        """The class with the fewest training records, of equal ones the last."""
+        counts = self.counts or (1,) * len(self.classes)
+        return min(range(len(counts)), key=lambda index: (counts[index], -index))
+
+    @property
+    def is_rare(self) -> bool:
+        """Whether a class has less than a fifth of an even share: of two less than 10 %."""
+        return bool(self.counts) and min(self.counts) * len(self.counts) < sum(self.counts) / 5
+
+    @property
+    def known_metrics(self) -> tuple[Metric, ...]:
+        """The accuracy decides, but with a rare class the average precision; with costs the cost.
+
+        Accuracy is nearly the same for all models where one class has nearly all records.
+        """
+        names = ["accuracy", "balanced_accuracy", "f1"]
+        if len(self.classes) == 2:
+            names += ["auc", "average_precision"]
+        elif self.is_rare:
+            names += ["average_precision"]
+        if self.is_rare:
+            names = ["average_precision", *(each for each in names if each != "average_precision")]
+        found = [Metric(name, "higher") for name in names]
+        cost = [Metric("cost", "lower")] if self.costs else []
+        return (*cost, *found, Metric("loss", "lower"), Metric("calibration_error", "lower"))
 
     def fit(self, values: Iterable[Any]) -> Self:
         """Take the classes from training values: integers in their order, else by name.
@@ -121,20 +94,60 @@ class ClassTarget(NamedTarget):
 
     def decode(self, outputs: Arrays) -> Arrays:
         """{"logits": [N, K]} → {"label": object [N] of str, "probabilities": float32 [N, K]}."""
-        probabilities_NK = softmax(outputs["logits"] / np.float32(self.temperature))
-        labels_N = np.array(self.classes, dtype=object)[probabilities_NK.argmax(axis=1)]
+        probabilities_NK = self.probabilities(outputs)
+        labels_N = np.array(self.classes, dtype=object)[self.choose(probabilities_NK)]
         return {"label": labels_N, "probabilities": probabilities_NK}
 
+    def probabilities(self, outputs: Arrays) -> np.ndarray:
+        """{"logits": [N, K]} → float32 [N, K]."""
+        return softmax(outputs["logits"] / np.float32(self.temperature))
+
+    def choose(self, probabilities_NK: np.ndarray) -> np.ndarray:
+        """The index of the class that each record is said to have, int64 [N].
+
+        The most probable one, unless a decision rule has a threshold or costs: then the rarer of
+        two classes from the threshold on, or the class with the least expected cost.
+        """
+        if self.thresholds:
+            rarer = self.rarest
+            is_rarer_N = probabilities_NK[:, rarer] >= np.float32(self.thresholds[0])
+            return np.where(is_rarer_N, rarer, 1 - rarer)
+        if self.costs:
+            return np.argmin(probabilities_NK @ np.array(self.costs, np.float32), axis=1)
+        return np.argmax(probabilities_NK, axis=1)
+
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """Accuracy, log loss in nats, and of two classes the area under the ROC curve."""
-        probabilities_NK = softmax(outputs["logits"] / np.float32(self.temperature))
-        chosen_N = probabilities_NK[np.arange(len(targets)), targets]
+        """Those that `known_metrics` names.
+
+        accuracy, balanced_accuracy, f1: of the classes that are chosen. f1, auc and
+        average_precision are of the rarer of two classes; of more, their mean over the classes.
+        loss: log loss in nats. calibration_error: of the most probable class. cost: its mean.
+        """
+        probabilities_NK = self.probabilities(outputs)
+        chosen_N = self.choose(probabilities_NK)
+        most_N = probabilities_NK.argmax(axis=1)
+        two = len(self.classes) == 2
+        classes = [self.rarest] if two else range(len(self.classes))
         values = {
-            "accuracy": float(np.mean(probabilities_NK.argmax(axis=1) == targets)),
-            "loss": float(-np.mean(np.log(np.maximum(chosen_N, 1e-12)))),
+            "accuracy": float(np.mean(chosen_N == targets)),
+            "balanced_accuracy": metrics.balanced_accuracy(targets, chosen_N),
+            "f1": _mean(metrics.f1_score(targets == each, chosen_N == each) for each in classes),
+            "loss": metrics.log_loss(probabilities_NK[np.arange(len(targets)), targets]),
+            "calibration_error": metrics.calibration_error(
+                probabilities_NK.max(axis=1), most_N == targets
+            ),
         }
-        if len(self.classes) == 2:
-            values["auc"] = _auc(targets, probabilities_NK[:, 1])
+        if two:
+            values["auc"] = metrics.roc_auc(
+                targets == self.rarest, probabilities_NK[:, self.rarest]
+            )
+        if two or self.is_rare:
+            values["average_precision"] = _mean(
+                metrics.average_precision(targets == each, probabilities_NK[:, each])
+                for each in classes
+            )
+        if self.costs:
+            values["cost"] = float(np.mean(np.array(self.costs)[targets, chosen_N]))
         return values
 
     def _labels(self, values: Iterable[Any]) -> Iterable[str]:
@@ -144,99 +157,8 @@ class ClassTarget(NamedTarget):
                     f"column '{self.column}' is missing; expected a class label.", row
                 )
             with with_row(row):
-                yield _label(self.column, value)
+                yield label_name(self.column, value)
 
 
-@dataclass(frozen=True)
-class LabelsTarget(NamedTarget):
-    """Any number of K labels at once: a list of names, or a text with | between them.
-
-    counts: how many of the `num_records` training records each label has.
-    """
-
-    num_records: int = field(default=0, compare=False)
-
-    kind: ClassVar[str] = "multilabel"
-    loss: ClassVar[str] = "binary_cross_entropy"
-    metric_names: ClassVar[tuple[str, ...]] = ("f1", "accuracy", "loss")
-
-    def fit(self, values: Iterable[Any]) -> Self:
-        counts: Counter[str] = Counter()
-        count = 0
-        for row, value in enumerate(values):
-            with with_row(row):
-                counts.update(set(self._split(value)))
-            count += 1
-        if not counts:
-            raise InvalidRecord(f"column '{self.column}' has no label in any record.")
-        classes = tuple(sorted(counts))
-        label_counts = tuple(counts[name] for name in classes)
-        return replace(self, classes=classes, counts=label_counts, num_records=count)
-
-    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return uint8 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
-        codes = {label: index for index, label in enumerate(self.classes)}
-        chosen_NK = np.zeros((len(values), len(codes)), np.uint8)
-        for row, value in enumerate(values):
-            with with_row(row):
-                for label in self._split(value):
-                    if label not in codes:
-                        raise InvalidRecord(
-                            f"column '{self.column}' has '{label}', which is not among the "
-                            f"training records; known are {', '.join(self.classes[:20])}."
-                        )
-                    chosen_NK[row, codes[label]] = 1
-        return chosen_NK
-
-    def decode(self, outputs: Arrays) -> Arrays:
-        """{"logits": [N, K]} → {"label": object [N] of names with | between them,
-        "probabilities": float32 [N, K]}; a label is given from 0.5."""
-        probabilities_NK = sigmoid(outputs["logits"] / np.float32(self.temperature))
-        labels = [
-            SEPARATOR.join(self.classes[index] for index in np.flatnonzero(row >= 0.5))
-            for row in probabilities_NK
-        ]
-        return {"label": np.array(labels, dtype=object), "probabilities": probabilities_NK}
-
-    def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """F1 over all labels together, the share of records with all labels right, log loss."""
-        logits_NK = outputs["logits"] / np.float32(self.temperature)
-        probabilities_NK = sigmoid(logits_NK).astype(np.float64)
-        chosen_NK, true_NK = probabilities_NK >= 0.5, targets > 0
-        hits = np.sum(chosen_NK & true_NK)
-        likely_NK = np.where(true_NK, probabilities_NK, 1 - probabilities_NK)
-        return {
-            "f1": float(2 * hits / max(chosen_NK.sum() + true_NK.sum(), 1)),
-            "accuracy": float(np.mean(np.all(chosen_NK == true_NK, axis=1))),
-            "loss": float(-np.mean(np.log(np.maximum(likely_NK, 1e-12)))),
-        }
-
-    def _split(self, value: Any) -> list[str]:
-        """The labels of one record; none where the value is missing."""
-        if isinstance(value, list | tuple | np.ndarray):
-            return [_label(self.column, item) for item in value]
-        if is_missing(value):
-            return []
-        words = _label(self.column, value)
-        if words.startswith("["):
-            try:
-                return [_label(self.column, item) for item in json.loads(words)]
-            except json.JSONDecodeError:
-                pass
-        return [word.strip() for word in words.split(SEPARATOR) if word.strip()]
-
-
-def _label(column: str, value: Any) -> str:
-    try:
-        return category_name(value)
-    except ValueError as error:
-        raise InvalidRecord(f"column '{column}' is {shorten(value)}, which {error}.") from None
-
-
-def _auc(targets_N: np.ndarray, scores_N: np.ndarray) -> float:
-    """Area under the ROC curve; 0.5 where only one class occurs."""
-    if len(np.unique(targets_N)) < 2:
-        return 0.5
-    import sklearn.metrics  # takes a second, and serving needs none of it
-
-    return float(sklearn.metrics.roc_auc_score(targets_N, scores_N))
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

@@ -1,14 +1,16 @@
-"""Targets: the column to predict → numbers to learn, and a net's outputs → a prediction."""
+"""Targets: the column to predict → numbers to learn, and a net's outputs → a prediction.
+
+Shapes: N records, K names.
+"""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from train.tasks.records import Arrays, TensorSpec
-
-# How the names of metrics end of which less is better.
-LOWER_IS_BETTER = ("loss", "rmse", "mae")
+from train.metrics import Metric
+from train.tasks.records import Arrays, InvalidRecord, TensorSpec, category_name, shorten
 
 
 class Target(Protocol):
@@ -28,8 +30,8 @@ class Target(Protocol):
         ...
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        """What `metrics` returns; the first decides."""
+    def known_metrics(self) -> tuple[Metric, ...]:
+        """What `metrics` returns, and which way each is better; the first decides."""
         ...
 
     @property
@@ -49,3 +51,60 @@ class Target(Protocol):
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self: ...
+
+
+@dataclass(frozen=True)
+class NamedTarget:
+    """A target of K names. counts: how many training records each has.
+
+    temperature: what outputs are divided by before they become probabilities.
+    costs: of the decision rule, what it costs to answer with the class of a column where the class
+    of the row is true; of several labels, of saying no or yes to one. thresholds: the least
+    probability at which a record is said to be of the rarer of two classes, or to have each label.
+    """
+
+    column: str
+    classes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = field(default=(), compare=False)
+    temperature: float = field(default=1.0, compare=False, kw_only=True)
+    costs: tuple[tuple[float, ...], ...] = field(default=(), compare=False, kw_only=True)
+    thresholds: tuple[float, ...] = field(default=(), compare=False, kw_only=True)
+
+    kind: ClassVar[str]
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("label", "BYTES", ()),
+            TensorSpec("probabilities", "FP32", (len(self.classes),)),
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("classes", "counts", "thresholds")
+        lists = {name: list(getattr(self, name)) for name in names}
+        return {
+            "kind": self.kind,
+            **vars(self),
+            **lists,
+            "costs": [list(row) for row in self.costs],
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        given = {name: value for name, value in state.items() if name != "kind"}
+        names = ("classes", "counts", "thresholds")
+        tuples = {name: tuple(given.get(name, ())) for name in names}
+        costs = tuple(map(tuple, given.get("costs", ())))
+        return cls(**{**given, **tuples, "costs": costs})
+
+
+def label_name(column: str, value: Any) -> str:
+    """The name of a class or label. Raises InvalidRecord for what is no name."""
+    try:
+        return category_name(value)
+    except ValueError as error:
+        raise InvalidRecord(f"column '{column}' is {shorten(value)}, which {error}.") from None

@@ -6,11 +6,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.tasks.classification import ClassTarget, LabelsTarget, NamedTarget
+from train.metrics import LAST, LAST_EPOCH, Metric
+from train.tasks.classification import ClassTarget
 from train.tasks.features import Features, encoder_class
-from train.tasks.records import Arrays, Columns
+from train.tasks.multilabel import LabelsTarget
+from train.tasks.records import Arrays, Columns, shorten
 from train.tasks.regression import ValueTarget
-from train.tasks.targets import Target
+from train.tasks.targets import NamedTarget, Target
 
 TARGETS: dict[str, type[Target]] = {
     target.kind: target for target in (ClassTarget, LabelsTarget, ValueTarget)
@@ -38,9 +40,38 @@ class Task:
         return cls(Features.of(kinds, **options), TARGETS[task_type](column))  # type: ignore[call-arg]
 
     @property
+    def known_metrics(self) -> tuple[Metric, ...]:
+        """The target's metrics. Raises ValueError for one that does not say which way is better."""
+        declared = getattr(self.target, "known_metrics", ())
+        if not declared or not all(isinstance(each, Metric) for each in declared):
+            raise ValueError(
+                f"known_metrics of {type(self.target).__name__} is {shorten(declared)}; expected "
+                "train.tasks.Metric(name, better='higher' or 'lower') for each metric"
+            )
+        return tuple(declared)
+
+    @property
     def metric(self) -> str:
-        """The metric that decides: the target's first."""
-        return self.target.metric_names[0]
+        """The name of the metric that decides: the target's first."""
+        return self.known_metrics[0].name
+
+    def find_metric(self, name: str | None = None) -> Metric:
+        """Return the metric of a split by its name, such as "valid_loss".
+
+        None stands for the one that decides, on the validation split; LAST for the epoch. Raises
+        ValueError for a name that is unknown.
+        """
+        if name == LAST:
+            return LAST_EPOCH
+        of_splits = {
+            metric.name: metric
+            for split in ("valid", "test")
+            for metric in (each.of_split(split) for each in self.known_metrics)
+        }
+        wanted = name or f"valid_{self.metric}"
+        if wanted not in of_splits:
+            raise ValueError(f"there is no metric '{wanted}'; there are {', '.join(of_splits)}")
+        return of_splits[wanted]
 
     @property
     def kind(self) -> str:
@@ -48,11 +79,23 @@ class Task:
         own = type(self)
         return "task" if own is Task else f"{own.__module__}:{own.__qualname__}"
 
+    def with_target(self, **changes: Any) -> Self:
+        """Return the task with some fields of its target changed."""
+        return replace(self, target=replace(self.target, **changes))  # type: ignore[type-var]
+
     def calibrated(self, temperature: float) -> Self:
         """Return the task with another temperature of its probabilities, where it has any."""
         if not isinstance(self.target, NamedTarget):
             return self
-        return replace(self, target=replace(self.target, temperature=temperature))
+        return self.with_target(temperature=temperature)
+
+    def undecided(self) -> Self:
+        """Return the task without a net's temperature, a decision rule and a quantile."""
+        if isinstance(self.target, ValueTarget):
+            return self.with_target(quantile=None)
+        if not isinstance(self.target, NamedTarget):
+            return self
+        return self.with_target(temperature=1.0, costs=(), thresholds=())
 
     def encode(self, columns: Columns) -> tuple[Arrays, np.ndarray]:
         """Return the arrays of N records and their targets. Raises InvalidRecord."""
@@ -62,6 +105,11 @@ class Task:
     def metrics(self, outputs: Arrays, targets: np.ndarray, prefix: str) -> dict[str, float]:
         """The target's metrics, named `{prefix}_{metric}`."""
         values = self.target.metrics(outputs, targets)
+        if unknown := values.keys() - {each.name for each in self.known_metrics}:
+            raise ValueError(
+                f"{type(self.target).__name__} has the metric '{min(unknown)}', which its "
+                "known_metrics do not declare"
+            )
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Throughput of a run: samples and FLOPs per second, waiting for data, memory, energy."""
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from train.config import LAST
-from train.tasks.targets import LOWER_IS_BETTER
 from train.telemetry import efficiency
 
 Event = dict[str, Any]
@@ -72,19 +69,3 @@ class ThroughputMeter:
             metrics["mfu"] = efficiency.utilisation(per_worker, device)
         self._data_wait_s = self._flops = 0.0
         return {name: value for name, value in metrics.items() if value is not None}
-
-
-def signed_metric(row: Mapping[str, float], metric: str) -> float:
-    """The metric with the sign that makes more of it better; of "last" the epoch.
-
-    One that is not a number is worse than any.
-    """
-    if metric == LAST:
-        return row["epoch"]
-    value = -row[metric] if metric.endswith(LOWER_IS_BETTER) else row[metric]
-    return -math.inf if math.isnan(value) else value
-
-
-def best_epoch(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
-    """The epoch whose weights a run keeps: the best, and of equal ones the later."""
-    return max(rows, key=lambda row: (signed_metric(row, metric), row["epoch"]))

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from train.telemetry.throughput import best_epoch, signed_metric
+from train.metrics import best_epoch
 from tune.objectives import Objective, pareto_front
 from tune.reports.progress import format_value
 from tune.run.study_store import Study
@@ -56,7 +56,7 @@ def plot_history(study: Study, winner: Trial | None, path: Path) -> None:
             some = [trial for trial in study.in_state(state) if trial.reports]
             if some and objective.variant is None:
                 ends = [(_end(trial) - start) / 60 for trial in some]
-                values = [_kept(study, trial)[objective.metric] for trial in some]
+                values = [_kept(study, trial)[objective.metric.name] for trial in some]
                 axis.scatter(ends, values, marker="x", s=24, color=COLORS[state], label=state)
         ends = [(_end(trial) - start) / 60 for trial in complete]
         values = [study.measured(trial)[objective.name] for trial in complete]
@@ -84,7 +84,7 @@ def plot_rungs(study: Study, winner: Trial | None, path: Path) -> None:
         word = "winner" if trial is winner else trial.state
         left.plot(
             [row["epoch"] for row in trial.rows],
-            [row[early] for row in trial.rows],
+            [row[early.name] for row in trial.rows],
             color=BEST if trial is winner else COLORS[trial.state],
             linewidth=2 if trial is winner else 0.8,
             marker="o" if trial.epoch == 1 else None,
@@ -94,11 +94,11 @@ def plot_rungs(study: Study, winner: Trial | None, path: Path) -> None:
         labelled.add(word)
         for takeover in trial.takeovers:
             left.axvline(takeover.epoch, color="0.9", zorder=0)
-    left.set(xlabel="epoch", ylabel=early, title="Every trial")
+    left.set(xlabel="epoch", ylabel=early.name, title="Every trial")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    finals = [row[early] for trial in drawn for row in trial.rows[-1:]]
-    _to_what_matters(left, Objective(early, None, early), finals)
+    finals = [row[early.name] for trial in drawn for row in trial.rows[-1:]]
+    _to_what_matters(left, Objective(early.name, None, early), finals)
     left.legend(fontsize=8)
     most = max(trial.epoch for trial in drawn)
     epochs = np.arange(1, most + 1)
@@ -119,11 +119,11 @@ def plot_parallel(study: Study, winner: Trial | None, path: Path) -> None:
     """Options of each trial, and what it reached, as a line each."""
     space, early = study.config.tune.space, study.goals.early
     drawn = [trial for trial in study.trials if trial.reports]
-    values = np.array([signed_metric(_kept(study, trial), early) for trial in drawn])
-    axis_of = Objective(early, None, early)
+    values = np.array([early.signed(_kept(study, trial)) for trial in drawn])
+    axis_of = Objective(early.name, None, early)
     # By rank: a few that failed to learn would take all of the axis.
     ranks = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
-    names = [*space, early]
+    names = [*space, early.name]
     figure, axis = plt.subplots(figsize=(1.6 * len(names) + 1, 4.5), layout="constrained")
     colors = plt.get_cmap("viridis")
     for trial, rank in sorted(zip(drawn, ranks, strict=True), key=lambda pair: pair[1]):
@@ -171,11 +171,11 @@ def plot_importances(study: Study) -> tuple[dict[str, float], int] | None:
     space = study.config.tune.space
     for trial in study.trials:
         rows = [row for row in trial.rows if row["epoch"] == epoch]
-        if rows and np.isfinite(rows[0][early]):
+        if rows and np.isfinite(rows[0][early.name]):
             known.add_trial(
                 create_trial(
                     state=TrialState.COMPLETE,
-                    value=signed_metric(rows[0], early),
+                    value=early.signed(rows[0]),
                     params={name: space[name].raw(value) for name, value in trial.values.items()},
                     distributions={name: each.distribution() for name, each in space.items()},
                 )

@@ -130,7 +130,7 @@ class StudyDisplay:
         """The figures of a trial: of a complete one what counts, of others the last epoch's."""
         if trial.state == "complete":
             return self._study.measured(trial)
-        early = self._goals.early
+        early = self._goals.early.name
         return {early: trial.rows[-1][early]} if trial.reports else {}
 
 

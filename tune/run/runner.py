@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,7 +92,7 @@ class SearchContext:
             config=portable_options(config),
             run_url=self.study.run_url(trial.run),
             reported=trial.epoch,
-            early=self.study.goals.early,
+            early=asdict(self.study.goals.early),
             variants=self.study.goals.variants,
             source_url=self.study.run_url(last.donor_run) if last else None,
             source_epoch=last.epoch if last else 0,

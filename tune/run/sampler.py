@@ -16,7 +16,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from train.telemetry.throughput import best_epoch
+from train.metrics import best_epoch
 from tune.run.study_store import Study
 from tune.run.trial_record import Trial
 from tune.search_space import Values
@@ -103,9 +103,9 @@ class TrialSampler:
             },
             distributions=self._distributions,
             intermediate_values={
-                int(row["epoch"]): row[self._goals.early]
+                int(row["epoch"]): row[self._goals.early.name]
                 for row in trial.rows
-                if self._by_epoch and np.isfinite(row[self._goals.early])
+                if self._by_epoch and np.isfinite(row[self._goals.early.name])
             },
             system_attrs=trial.notes.get("trial", {}),
         )
@@ -138,7 +138,7 @@ class TrialSampler:
         """What a trial's best epoch reached, where that is a measure of the only objective."""
         if trial.state == "failed" or not trial.reports or not self._by_epoch:
             return None
-        value = best_epoch(trial.rows, self._study.choice)[self._goals.early]
+        value = best_epoch(trial.rows, self._study.choice)[self._goals.early.name]
         return float(value) if np.isfinite(value) else None
 
     def _sampler(self, number: int) -> BaseSampler:

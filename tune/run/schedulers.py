@@ -21,7 +21,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from train.telemetry.throughput import signed_metric
+from train.tasks import Metric
 from tune.config import SchedulerConfig, TuneConfig
 from tune.run.study_store import Study
 from tune.run.trial_record import Trial
@@ -42,7 +42,7 @@ class SchedulerContext:
     """
 
     study: Study
-    early: str
+    early: Metric
     last_epoch: Callable[[Trial], int]
     most_epochs: int
     seed: int
@@ -147,7 +147,7 @@ class ReplayedScheduler(FIFOScheduler):
         self._rule.on_trial_complete(None, KnownTrial(trial.name), self._result(trial.rows[-1]))
 
     def _result(self, figures: dict[str, float]) -> dict[str, float]:
-        return {EPOCH: int(figures["epoch"]), VALUE: signed_metric(figures, self._terms.early)}
+        return {EPOCH: int(figures["epoch"]), VALUE: self._terms.early.signed(figures)}
 
 
 class ReplayedPopulation(PopulationBasedTraining):
@@ -191,7 +191,7 @@ class ReplayedPopulation(PopulationBasedTraining):
         state.last_perturbation_time = self._next_perturbation_sync - self._perturbation_interval
         for figures in known.rows:
             if figures["epoch"] == at:
-                result = {EPOCH: at, VALUE: signed_metric(figures, self._terms.early)}
+                result = {EPOCH: at, VALUE: self._terms.early.signed(figures)}
                 self._save_trial_state(state, at, result, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

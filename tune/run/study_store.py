@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from cluster import commit, storage
 from cluster.errors import UserError
 from train.config import validate_as
 from train.loop.run_directory import config_differences
-from train.telemetry.throughput import best_epoch
+from train.metrics import best_epoch
+from train.tasks import Metric
 from tune import objectives
 from tune.config import StudyConfig
 from tune.run.trial_record import EpochReport, Exploit, State, Trial
@@ -43,19 +45,20 @@ MAY_CHANGE = (
 class Study:
     """The trials of a study, and where they are kept. One process writes, any may read.
 
-    metric_names: of the task, its own first. choice: the metric whose best epoch a run keeps.
+    known: the metrics of the task, the one that decides first. choice: the metric whose best epoch
+    a run keeps.
     """
 
     def __init__(
         self,
         url: str,
         config: StudyConfig,
-        metric_names: Sequence[str],
-        choice: str,
+        known: Sequence[Metric],
+        choice: Metric,
         trials: Sequence[Trial] = (),
     ) -> None:
         self.url, self.config, self.choice, self.trials = url, config, choice, list(trials)
-        self.goals = objectives.study_goals(config.tune.objectives, config.tune.pick, metric_names)
+        self.goals = objectives.study_goals(config.tune.objectives, config.tune.pick, known)
         self._reported = sum(len(trial.reports) for trial in trials)
 
     @classmethod
@@ -79,15 +82,20 @@ class Study:
                         f"'{name}' is no trial of this version; give another --tune.study."
                     ) from error
         config = validate_as(StudyConfig, found["config"])
-        return cls(url, config, found["metric_names"], found["choice"], trials)
+        if "metrics" not in found:
+            raise UserError(
+                f"study '{_name(url)}' was begun by an earlier version; give another --tune.study."
+            )
+        metrics = [Metric(**each) for each in found["metrics"]]
+        return cls(url, config, metrics, Metric(**found["choice"]), trials)
 
     @classmethod
     def open(
         cls,
         url: str,
         config: StudyConfig,
-        metric_names: Sequence[str],
-        choice: str,
+        known: Sequence[Metric],
+        choice: Metric,
         data: str = "",
     ) -> "Study":
         """Return the study that is kept, or a new one.
@@ -111,10 +119,11 @@ class Study:
                     "records that it was begun on. Give another --tune.study."
                 )
             trials = earlier.trials
-        study = cls(url, config, metric_names, choice, trials)
+        study = cls(url, config, known, choice, trials)
         study._check_measured()
         with storage.storage_errors(url):
-            about = {"metric_names": list(metric_names), "choice": choice, "data": data}
+            metrics = [asdict(metric) for metric in known]
+            about = {"metrics": metrics, "choice": asdict(choice), "data": data}
             study.write(STUDY, {"config": values, **about})
         return study
 

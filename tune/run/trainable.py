@@ -24,7 +24,8 @@ from train.loop.loop import Diverged, Loop
 from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
-from train.telemetry.throughput import Event, signed_metric
+from train.tasks import Metric
+from train.telemetry.throughput import Event
 from tune.objectives import variant_metrics
 
 # Seconds of measuring the latencies of a trial's variants.
@@ -40,6 +41,8 @@ CHECKPOINT_WAIT_S = 20
 class TrialSpec:
     """What a trial's process is sent, all of it plain values.
 
+    early: the fields of the metric by which trials are compared while they run.
+
     config: of training, with the trial's options. run_url: where its run is, or will be.
     source_url, source_epoch: the run, and its epoch, that a new run begins from.
     reported: the last epoch that is known already. variants: to make and measure at the end.
@@ -49,7 +52,7 @@ class TrialSpec:
     config: dict[str, Any]
     run_url: str
     reported: int
-    early: str
+    early: dict[str, Any]
     variants: tuple[str, ...] = ()
     source_url: str | None = None
     source_epoch: int = 0
@@ -109,7 +112,7 @@ def trial_results(plan: TrialSpec) -> Generator[dict[str, Any]]:
     rows = _here(config, data, run) if config.workers.most == 1 else _on_workers(config, data, run)
     for row in rows:
         if row["epoch"] > plan.reported:
-            value = signed_metric(row, plan.early)
+            value = Metric(**plan.early).signed(row)
             yield {"epoch": int(row["epoch"]), "figures": row, "value": value}
     served = measure_variants(plan, config, data, run, root) if plan.variants else {}
     yield {"served": served, "done": True}

@@ -37,8 +37,18 @@ def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
     assert "0." in run_alone(code, tmp_path)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path, temperature):
+@pytest.mark.parametrize(
+    ("classes", "changes"),
+    [
+        ("pq", {}),
+        ("pq", {"temperature": 1.7}),
+        ("pq", {"thresholds": (0.45,)}),
+        ("qp", {"thresholds": (0.55,), "temperature": 0.6}),
+        ("pq", {"costs": ((0.0, 1.0), (1.2, 0.0))}),
+        ("pqr", {"costs": ((0.0, 1.0, 1.0), (1.3, 0.0, 1.0), (0.8, 1.0, 0.0))}),
+    ],
+)
+def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, changes):
     kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
     moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
     records = {
@@ -50,11 +60,14 @@ def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path, temperature
     }
     seen = {name: values[:4] + values[5:] for name, values in records.items()}
     task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
-    task = fitted(task, seen, ["p", "q", "p", "q", "p"]).calibrated(temperature)
+    # Of the first class there is one record more than of the second.
+    values = [*(classes * 2)[: 5 - len(classes) % 2], classes[0]][:5]
+    task = fitted(task, seen, values).with_target(**changes)
     arrays = task.features.encode(records)
     torch.manual_seed(0)
     net = nets.create_net(Net(hidden=[16], members=3), task)
     net.fit_inputs(*[torch.from_numpy(array) for array in arrays.values()])
+    net.head.weight.data *= 30  # so that the records have several answers
     path = tmp_path / "net.onnx"
     export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, path)
     expected = task.target.decode(OnnxRuntimeEngine.load(path, num_threads=1).run(arrays))
@@ -79,4 +92,5 @@ def test_the_edge_form_of_a_table_encodes_as_the_task(rng, tmp_path, temperature
     }
     result = OnnxRuntimeEngine.load(tmp_path / "edge.onnx", num_threads=1).run(given)
     assert result["label"].tolist() == expected["label"].tolist()
+    assert len(set(expected["label"])) > 1
     np.testing.assert_allclose(result["probabilities"], expected["probabilities"], atol=1e-5)

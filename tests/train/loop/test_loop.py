@@ -16,7 +16,6 @@ from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
 from train.loop.state_dict import EMA
 from train.nets import ConvNet
-from train.telemetry.throughput import best_epoch, signed_metric
 
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -113,14 +112,6 @@ def test_schedules_of_any_length_reach_the_peak(name, warmup_fraction):
         assert max(factors) == 1 or (name == "one_cycle" and warmup_fraction != 0)
         if warmup_fraction == 0:
             assert factors[0] == 1
-
-
-def test_a_metric_that_is_not_a_number_is_worst():
-    rows = [{"epoch": n + 1, "valid_loss": loss} for n, loss in enumerate([np.nan, 0.7, np.nan])]
-    assert best_epoch(rows, "valid_loss")["epoch"] == 2
-    assert best_epoch([{"epoch": 1, "valid_auc": np.nan}], "valid_auc")["epoch"] == 1
-    for metric in ("valid_loss", "valid_accuracy"):
-        assert signed_metric({metric: np.nan}, metric) < signed_metric({metric: 1e300}, metric)
 
 
 def muon_reference(weight, gradients, lr, momentum):

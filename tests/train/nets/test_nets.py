@@ -20,9 +20,10 @@ from train.loop.loop import Loop
 from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
 from train.nets.losses import distillation_loss, target_loss
-from train.nets.tabular import PiecewiseLinearEncoding, average_members
+from train.nets.tabular import CategoricalEmbeddings, PiecewiseLinearEncoding, average_members
 from train.nets.text import BagOfWords, TransformerEncoder
 from train.tasks import ClassTarget, LabelsTarget, Task, ValueTarget
+from train.tasks.categorical import FIRST, MISSING, UNSEEN
 from train.tasks.features import Features
 
 
@@ -39,6 +40,24 @@ def test_pieces_are_as_full_as_numpy_says(rng):
     assert encoded[0, 4:8].tolist() == [0, 0, 0, 0]
     np.testing.assert_allclose(encoded[:, 8:], [[value, 0, 0, 1], [10, -10, 0, 0]], atol=1e-6)
     assert encoded[1, :8].tolist() == [1] * 4 + [0] * 4
+
+
+def test_a_value_of_most_records_makes_one_piece(rng):
+    """More would say the same, and weigh it as often as there are."""
+    numbers = np.where(rng.random((1000, 1)) < 0.9, 0, rng.uniform(1, 2, (1000, 1)))
+    pieces = PiecewiseLinearEncoding(1, 20)
+    pieces.fit_inputs(torch.from_numpy(numbers.astype(np.float32)))
+    encoded = pieces(torch.tensor([[-1.0], [0.0], [0.5], [3.0]]))[:, :20]
+    assert encoded[:2].sum() == 0
+    assert 1 < encoded[2].sum() < 2  # above the value, and on the way to the others
+    assert encoded[3].sum() == 3
+    assert encoded.isfinite().all()
+
+
+def test_a_name_that_training_never_saw_is_in_the_middle():
+    embeddings = CategoricalEmbeddings([30])
+    assert not embeddings(torch.tensor([[UNSEEN], [MISSING]])).any()
+    assert embeddings(torch.tensor([[FIRST]])).any()
 
 
 def test_a_bag_is_the_weighted_mean_of_its_words():

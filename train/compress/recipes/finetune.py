@@ -52,6 +52,8 @@ class FineTuner:
             update={
                 "net": net,
                 "optim": _with(self._config.optim, epochs, rate),
+                "checkpoint": Checkpoint(metric=LAST),
+                "stop": Stop(),
                 # What it starts from has seen small images.
                 "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
             }
@@ -69,9 +71,7 @@ class FineTuner:
         )
 
     def _train(self, words: str, config: Config, lesson: DistillationConfig) -> Weights:
-        config = config.model_copy(
-            update={"checkpoint": Checkpoint(metric=LAST), "stop": Stop(), "resume": None}
-        )
+        config = config.model_copy(update={"resume": None})
         # What it depends on names it, so that the same is not trained twice.
         options = config.model_dump(mode="json", include={"net", "optim", "augment"})
         weights = [url and url.rsplit("/", 1)[-1] for url in (lesson.start, lesson.teacher)]

@@ -69,7 +69,8 @@ class BaseNet:
 class VariantBuilder:
     """What the recipes share.
 
-    net: the trained net. passes: whether the gate accepts a file, told by held-out records.
+    net: the trained net. passes: whether the gate accepts a file beside another; trained: whether
+    it went on learning from the training records.
     earlier: a bundle of the same weights, whose variants are taken where the recipe is the same.
     """
 
@@ -81,7 +82,7 @@ class VariantBuilder:
         writer: BundleWriter,
         scratch: Path,
         root: str,
-        passes: Callable[[Path, Path], bool],
+        passes: Callable[[Path, Path, bool], bool],
         earlier: Bundle | None = None,
     ) -> None:
         self.config, self.task, self.shards, self.scratch = config, shards.task, shards, scratch
@@ -96,13 +97,28 @@ class VariantBuilder:
     @cached_property
     def calibration(self) -> Arrays:
         """Records to measure ranges on: drawn, all classes among them, and of extreme outputs."""
-        drawn = self._ids[: self.config.compress.calibration_records]
-        return _rows(self._inputs, np.union1d(drawn, self._extremes[0::2]))
+        return _rows(self._inputs, self._calibration_ids)
+
+    @property
+    def uncalibrated_ids(self) -> np.ndarray:
+        """Training records that no range is measured on, in their order of drawing."""
+        return self._ids[~np.isin(self._ids, self._calibration_ids)]
+
+    @cached_property
+    def _calibration_ids(self) -> np.ndarray:
+        return np.union1d(self._ids[: self._num_drawn], self._extremes[0::2])
+
+    @property
+    def _num_drawn(self) -> int:
+        """At most half of the training records, but one of each class."""
+        target = self.task.target
+        least = len(target.classes) if isinstance(target, ClassTarget) else 2
+        return min(self.config.compress.calibration_records, max(len(self._ids) // 2, least))
 
     @cached_property
     def trial(self) -> Arrays:
         """Others, to compare ways of quantizing on; of data too few for both, some of the same."""
-        count = self.config.compress.calibration_records
+        count = self._num_drawn
         others = self._ids[count:] if len(self._ids) >= count + 2 else self._ids
         return _rows(self._inputs, np.union1d(others[:TRIAL_RECORDS], self._extremes[1::2]))
 

@@ -71,7 +71,7 @@ def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -
     made = _kept_where_needed(builder, _calibrated(builder, found), reference, path)
     if made is None and builder.config.compress.qat_epochs:
         quantizer = _calibrated(builder, builder.aware(found))
-        made = _kept_where_needed(builder, quantizer, reference, path)
+        made = _kept_where_needed(builder, quantizer, reference, path, trained=True)
         return BuiltVariant(
             path, {**(made or {}), "qat_epochs": builder.config.compress.qat_epochs}
         )
@@ -79,7 +79,12 @@ def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -
 
 
 def _kept_where_needed(
-    builder: VariantBuilder, quantizer: StaticQuantizer, reference: Path, path: Path
+    builder: VariantBuilder,
+    quantizer: StaticQuantizer,
+    reference: Path,
+    path: Path,
+    *,
+    trained: bool = False,
 ) -> dict[str, Any] | None:
     """Write the form with the fewest layers in float that the gate accepts, and describe it.
 
@@ -90,7 +95,7 @@ def _kept_where_needed(
     counts = [least, *(2**n for n in range(len(layers)) if least < 2**n <= len(layers) // 2)]
     for count in counts:
         quantizer.write(path, layers[:count])
-        if builder.passes(path, reference):
+        if builder.passes(path, reference, trained):
             error = quantizer.error_without(layers[:count])
             kept = {"kept_float": layers[:count]} if count else {}
             return {"calibration": quantizer.method, "error": round(error, 6), **kept}

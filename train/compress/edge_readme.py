@@ -1,0 +1,110 @@
+"""The README beside an edge file: Python that runs it for one record."""
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from train.bundle import Bundle
+from train.tasks import Categories, Images, Numbers, Texts
+from train.tasks.text import BETWEEN
+
+MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
+
+
+def edge_readme(bundle: Bundle, variant: str, outputs: list[str]) -> str:
+    """Return the text beside an edge file: what it predicts, and the lines that run it.
+
+    outputs: the names of the file's outputs, in order.
+    """
+    manifest, task = bundle.manifest, bundle.task
+    script = _Script()
+    for encoder in task.features.encoders:
+        script.add(encoder)
+    metric = f"test_{task.metric}"
+    classes = getattr(task.target, "classes", ())
+    known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
+    return f"""# {manifest.name}, {variant}
+
+One file, `{MODEL}`, predicts `{task.target.column}` with onnxruntime alone.
+{metric}: {manifest.variants[variant].metrics[metric]:.4f}
+
+The first dimension of every input is the number of records.
+
+```python
+{script.text(outputs)}
+```
+
+onnxruntime 1.32 reports its use to its maker unless `ORT_DISABLE_TELEMETRY=1` is set.
+
+{known}
+"""
+
+
+class _Script:
+    """The lines that run the file for one record."""
+
+    def __init__(self) -> None:
+        self._imports = ["import numpy as np", "import onnxruntime"]
+        self._before: list[str] = []
+        self._inputs: list[str] = []
+
+    def add(self, encoder: Any) -> None:
+        match encoder:
+            case Images():
+                height, width, channels = encoder.shape_HWC
+                mode = "L" if channels == 1 else "RGB"
+                brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
+                self._imports.append("from PIL import Image, ImageOps")
+                self._before += [
+                    f'image = Image.open("image.png").convert("{mode}")',
+                    f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
+                    f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
+                ]
+                self._inputs.append(f'"{encoder.column}": pixels,')
+            case Numbers():
+                notes = {"date": "seconds since 1970, UTC", "boolean": "1 or 0", "number": "number"}
+                for each in encoder.columns:
+                    note = f"  # {notes[each.kind]}, or nan"
+                    self._inputs.append(f'"{each.column}": np.array([np.nan]),{note}')
+            case Categories():
+                for column, names in zip(encoder.columns, encoder.names_C, strict=True):
+                    name = json.dumps(names[0] if names else "")
+                    self._inputs.append(f'"{column}": np.array([{name}], object),')
+            case Texts():
+                self._add_texts(encoder)
+            case _:
+                for spec in encoder.inputs:
+                    shape = (1, *spec.shape)
+                    self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
+
+    def _add_texts(self, encoder: Texts) -> None:
+        """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
+        mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
+        between = "" if mark is None else f"[{mark}] * (number > 0) + "
+        most = encoder.max_tokens
+        self._imports.append("from tokenizers import Tokenizer")
+        self._before += [
+            f'tokenizer, ids = Tokenizer.from_file("{TOKENIZER}"), []',
+            f"texts = {['a text'] * len(encoder.columns)}  # {', '.join(encoder.columns)}",
+            "for number, text in enumerate(texts):",
+            f"    ids += {between}tokenizer.encode(text).ids",
+            f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
+        ]
+        self._inputs.append(f'"{encoder.kind}": np.array([ids], np.int32),')
+
+    def text(self, outputs: list[str]) -> str:
+        names = ", ".join(outputs)
+        return "\n".join(
+            [
+                *dict.fromkeys(self._imports),
+                "",
+                *self._before,
+                "inputs = {",
+                *(f"    {line}" for line in self._inputs),
+                "}",
+                f'session = onnxruntime.InferenceSession("{MODEL}")',
+                f"[{names}] = session.run({outputs}, inputs)",
+                f"print({names})",
+            ]
+        )
