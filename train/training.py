@@ -23,6 +23,7 @@ from train.calibration import fit_temperature
 from train.compress import compress
 from train.compress.recipes.variants import check_calibration
 from train.config import LAST, Augment, Config, DecisionRule, allow_code
+from train.cross_validation import HISTORY, choose_epochs
 from train.data import batch_sampler, dataset, schema_inference
 from train.data.baseline import build_baseline
 from train.data.data_report import PICTURE, REPORT
@@ -54,7 +55,14 @@ def fit(
     started = time.perf_counter()
     completed, data = prepare_run(config)
     config, origin = completed.config, completed.init_bundle
-    run = _run(config, storage.join_path(config.storage.root, "train"))
+    runs = storage.join_path(config.storage.root, "train")
+    if origin is None and config.stop.folds and config.stop.after is None:
+        config, found = _with_epochs(config, data, runs)
+    else:
+        found = None
+    run = _run(config, runs)
+    if found is not None:
+        run.write(HISTORY, found)
     if origin is None:
         launcher.train(config, run, data, observe=observe)
         return build_bundle(config, data, run, started)
@@ -141,6 +149,7 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
         ("stop.metric", config.stop.metric, known),
         ("checkpoint.metric", config.checkpoint.metric, [*known, LAST]),
         ("registry.metric", config.registry.metric, known),
+        ("compress.metric", config.compress.metric, known),
     ):
         if metric is not None and metric not in accepted:
             raise UserError(f"{option} is '{metric}'; there are {', '.join(accepted)}.")
@@ -189,6 +198,25 @@ def _run(config: Config, runs: str) -> Run:
     return Run.start(storage.join_path(runs, name), config)
 
 
+def _with_epochs(config: Config, data: EncodedDataset, runs: str) -> tuple[Config, Any]:
+    """Let cross-validation choose the number of epochs; of a resumed run it has done so.
+
+    Returns the options, and the figures by epoch, None of a resumed run.
+    """
+    if config.resume is not None:
+        stop, found = Run.find(runs, config.resume).config["stop"], None
+        after = stop["after"]
+    else:
+        print(f"choosing the number of epochs over {config.stop.folds} folds", file=sys.stderr)
+        after, found = choose_epochs(config, data)
+        print(f"training for {after} epochs", file=sys.stderr)
+    changes = {
+        "stop": config.stop.model_copy(update={"after": after}),
+        "checkpoint": config.checkpoint.model_copy(update={"metric": LAST}),
+    }
+    return config.model_copy(update=changes), found
+
+
 def _fit_answers(net: nn.Module, data: EncodedDataset, rule: DecisionRule) -> EncodedDataset:
     """Fit temperature and thresholds of a net to the validation records."""
     inputs, targets_N = data.open("valid")
@@ -219,6 +247,8 @@ def _write(
     safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
     writer.json(FEATURES, task.to_dict())
     writer.json("report/history.json", history)
+    if (folds := run.read(HISTORY)) is not None:
+        writer.json(f"report/{HISTORY}", folds)
 
     for name in (REPORT, PICTURE):
         shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))

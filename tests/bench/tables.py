@@ -1,31 +1,42 @@
 """python -m tests.bench.tables FOLDER --results FILE: nets against simple models on many tables.
 
 FOLDER has files NAME.TARGET.csv. Each is trained with `--data.train F --target C` alone, once for
-each of `--seeds` splits, in a process of its own; lines of FILE that are there are not made again.
-The simple models are those that a run fits beside its net, the better by validation loss. The last
-line on stdout is a JSON object: for each table the mean paired difference from the simple model,
-net and default variant, with its 95 % interval over splits.
+each of `--seeds` splits (`--large-seeds` where there are more than 10,000 records), in a process of
+its own; lines of FILE that are there are not made again. The simple models are those that a run
+fits beside its net, the better by validation loss. The last line on stdout is a JSON object: for
+each table the mean paired difference from the simple model, of net and default variant, with its
+95 % interval over splits; the calibration error without the temperature and with it; and of two
+classes the cost on the test split by the thresholds of a decision rule and by 0.5, where not to
+recognise the rarer class costs as many times more as it is rarer.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.server import REPOSITORY
-from train.bundle import Bundle
+from train.bundle import Bundle, Predictor
+from train.compress.scoring import run_batches
+from train.config import Config, DecisionRule
+from train.data import dataset
+from train.decision import fit_thresholds
 from train.tasks import ClassTarget
 
 # Student's t at 0.975 by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
-METRICS = ("test_loss", "test_auc", "test_r2", "test_accuracy")
+METRICS = ("test_loss", "test_auc", "test_average_precision", "test_r2", "test_accuracy")
+MANY_RECORDS = 10_000
 
 
 def measure(path: Path, target: str, seed: int) -> dict[str, Any]:
@@ -41,24 +52,60 @@ def measure(path: Path, target: str, seed: int) -> dict[str, Any]:
         with files[0].open("wb") as stdout, files[1].open("wb") as stderr:
             process = subprocess.Popen(command, cwd=REPOSITORY, stdout=stdout, stderr=stderr)
             _, status, usage = os.wait4(process.pid, 0)
+        seconds = round(time.monotonic() - began, 1)
         output, errors = (file.read_text() for file in files)
         if status:
             return {"failed": errors.strip().splitlines()[-2:]}
         result = json.loads(output.splitlines()[-1])
         bundle = Bundle.load(result["bundle"])
         return {
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": seconds,
             "peak_mib": round(usage.ru_maxrss / 1024),
-            "temperature": (
-                bundle.task.target.temperature if isinstance(bundle.task.target, ClassTarget) else 1
-            ),
             "net": result["metrics"],
             "default": result["variants"][result["default_variant"]],
             "default_variant": result["default_variant"],
             "simple": next(iter(result["simple_models"].values())),
             "simple_name": next(iter(result["simple_models"])),
+            "simple_seconds": [each.seconds for each in bundle.manifest.simple_models],
             "comparison": result["comparison"],
+            **answers(bundle, root),
         }
+
+
+def answers(bundle: Bundle, root: str) -> dict[str, Any]:
+    """Calibration and costs of a bundle's fp32 variant, of classes."""
+    task = bundle.task
+    if not isinstance(task.target, ClassTarget):
+        return {}
+    config = Config.model_validate(bundle.manifest.config)
+    with redirect_stderr(io.StringIO()):
+        data = dataset.prepare_dataset(config, root, None)
+    engine = Predictor.load(bundle, "fp32").engine
+    valid, test = (run_batches(engine, data.open(split)[0]) for split in ("valid", "test"))
+    truths_N = data.open("test")[1]
+    before, after = (
+        task.calibrated(temperature).metrics(test, truths_N, "test")
+        for temperature in (1.0, task.target.temperature)
+    )
+    found = {
+        "temperature": task.target.temperature,
+        "calibration_error": [each["test_calibration_error"] for each in (before, after)],
+        "log_loss": [each["test_loss"] for each in (before, after)],
+    }
+    if len(task.target.classes) == 2:
+        rarer, counts = task.target.rarest, task.target.counts
+        ratio = round(max(counts) / min(counts), 1)
+        costs = [[0.0, ratio], [ratio, 0.0]]
+        costs[1 - rarer][rarer] = 1.0
+        rule = DecisionRule(cost=tuple(map(tuple, costs)))
+        thresholds = fit_thresholds(task, rule, valid, data.open("valid")[1])
+        with_costs = replace(task.target, costs=rule.cost)
+        found["cost"] = [
+            replace(with_costs, thresholds=each).metrics(test, truths_N)["cost"]
+            for each in ((0.5,), thresholds)
+        ]
+        found["cost_ratio"], found["threshold"] = ratio, thresholds[0]
+    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,6 +128,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for m in METRICS
         if m in rows[0]["simple"]
     }
+    for name in ("calibration_error", "log_loss", "cost"):
+        if name in rows[0]:
+            found[name] = [round(float(each), 4) for each in np.mean([r[name] for r in rows], 0)]
     found["seconds"] = round(float(np.mean([row["seconds"] for row in rows])), 1)
     found["peak_mib"] = max(row["peak_mib"] for row in rows)
     return found
@@ -91,6 +141,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--large-seeds", type=int, default=3)
     given = parser.parse_args()
     lines = given.results.read_text().splitlines() if given.results.exists() else []
     rows = {(row["table"], row["seed"]): row for row in map(json.loads, lines)}
@@ -98,7 +149,8 @@ def main() -> None:
     for seed in range(given.seeds):
         for path in paths:
             name, target = path.name.split(".")[:2]
-            if (name, seed) in rows:
+            num_records = sum(1 for _ in path.open()) - 1
+            if (name, seed) in rows or (num_records > MANY_RECORDS and seed >= given.large_seeds):
                 continue
             row = {"table": name, "seed": seed, **measure(path.resolve(), target, seed)}
             rows[name, seed] = row

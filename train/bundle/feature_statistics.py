@@ -182,7 +182,7 @@ def _of_predictions(task: Task, predictions: Arrays) -> Found:
     if isinstance(target, NamedTarget):
         probabilities_NK = predictions["probabilities"].astype(float)
         if isinstance(target, ClassTarget):
-            chosen_N = probabilities_NK.argmax(axis=1)
+            chosen_N = target.choose(predictions["probabilities"])
             yield "prediction", "category", chosen_N, _shortened(target.classes, MAX_CLASSES)
             yield "confidence", "number", probabilities_NK.max(axis=1), ()
         yield "probabilities", "embedding", _embedding(probabilities_NK), ()

@@ -56,8 +56,8 @@ class Variant(StrictModel):
     reason: str = Field(description="Why the gate accepted or refused it, with the figures.")
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics of this variant.")
     drop: list[float] = Field(
-        description="How much worse than fp32, and the ends of the 95 % confidence interval; on the "
-        "validation split, and where `reason` says so on training records too."
+        description="How much worse than fp32, and the ends of the 95 % confidence interval; on "
+        "the validation split, and where `reason` says so on training records too."
     )
     agreement: float = Field(description="Share of these records answered as by fp32.")
     change: float = Field(

@@ -14,6 +14,8 @@ from train.tasks.regression import ValueTarget
 
 # A count of records is never exactly a fraction of them.
 EPSILON = 1e-9
+# What the names of metrics of the validation split begin with.
+VALID = "valid_"
 # Metrics in the target's own unit, whatever that is.
 IN_UNITS = ("rmse", "mae", "quantile_loss")
 BATCH_SIZES = (1, 7, 64)
@@ -49,13 +51,24 @@ class GateVerdict:
 
 
 def compare_with_fp32(
-    task: Task, reference: Arrays, outputs: Arrays, targets_N: np.ndarray
+    task: Task,
+    reference: Arrays,
+    outputs: Arrays,
+    targets_N: np.ndarray,
+    name: str | None = None,
 ) -> VariantComparison:
-    """Compare a variant's outputs with fp32's for the same records, by the task's metric."""
-    target, metric = task.target, task.metric
-    before = _metric(task, reference, targets_N)
-    after = _metric(task, outputs, targets_N)
-    sign = 1.0 if task.find_metric().better == "lower" else -1.0
+    """Compare a variant's outputs with fp32's for the same records.
+
+    name: of the metric, such as "valid_loss"; the task's own by default.
+    """
+    target, found = task.target, task.find_metric(name)
+    metric = found.name.removeprefix(VALID)
+
+    def value_of(each: Arrays, targets_N: np.ndarray) -> float:
+        return task.metrics(each, targets_N, "valid")[found.name]
+
+    before, after = value_of(reference, targets_N), value_of(outputs, targets_N)
+    sign = 1.0 if found.better == "lower" else -1.0
     if metric in IN_UNITS:
         sign /= _scale(task)
     if isinstance(target, ClassTarget) and metric == "accuracy":
@@ -70,7 +83,7 @@ def compare_with_fp32(
 
         def drop(rows: np.ndarray) -> float:
             before, after = (
-                _metric(task, {"logits": each["logits"][rows]}, targets_N[rows])
+                value_of({"logits": each["logits"][rows]}, targets_N[rows])
                 for each in (reference, outputs)
             )
             # A draw whose metric is not a number counts as the worst.
@@ -164,10 +177,6 @@ def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
                 difference = float(np.abs(values - other[name]).max()) / scale
                 largest = max(largest, difference if np.isfinite(difference) else math.inf)
     return largest
-
-
-def _metric(task: Task, outputs: Arrays, targets_N: np.ndarray) -> float:
-    return task.metrics(outputs, targets_N, "valid")[f"valid_{task.metric}"]
 
 
 def _change(task: Task, reference: Arrays, outputs: Arrays) -> float:

@@ -91,7 +91,9 @@ class VariantJudge:
             for each in (before, after)
         )
         targets_N = np.concatenate([self._splits[split][1] for split in splits])
-        return gate.compare_with_fp32(self._task, reference, outputs, targets_N)
+        return gate.compare_with_fp32(
+            self._task, reference, outputs, targets_N, self._config.metric
+        )
 
     def _verdict(
         self, comparison: VariantComparison, *, same_net: bool, batch: float = 0.0

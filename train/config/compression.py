@@ -64,11 +64,15 @@ class Compress(Section):
         ("int8_static", "int8_dynamic", "int8_weights"),
         description="Variants to make besides fp32. pruned… and distilled… train again.",
     )
+    metric: str | None = Field(
+        None,
+        description="What a variant must not lose in, valid_loss say; the task's own by default.",
+    )
     max_accuracy_drop: float = Field(
         0.005,
         ge=0,
         le=1,
-        description="Largest accepted loss of a variant on held-out records, in the task's metric; "
+        description="Largest accepted loss of a variant on held-out records, in that metric; "
         "of errors in standard deviations of the target.",
     )
     max_change: float = Field(

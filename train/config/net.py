@@ -33,7 +33,7 @@ class Net(Section):
         "what the hidden layers see.",
     )
     bins: int = Field(
-        16, ge=2, le=256, description="Pieces of a number's range, each with a weight of its own."
+        32, ge=2, le=256, description="Pieces of a number's range, each with a weight of its own."
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden values left out.")
     activation: Literal["relu", "gelu"] = Field(

@@ -121,6 +121,27 @@ class Stop(Section):
         None, description="End the run early when this metric of an epoch no longer gets better."
     )
     patience: int = Field(3, ge=1, le=10_000, description="Epochs without a better value.")
+    folds: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Where training records are few: choose the number of epochs by "
+        "cross-validation over so many parts of them, and train on all of them for that many.",
+    )
+    after: int | None = Field(
+        None,
+        ge=1,
+        description="End the run after this epoch, whose weights are kept; cross-validation sets "
+        "it. The schedule goes by optim.epochs.",
+    )
+
+    @model_validator(mode="after")
+    def _folds_are_compared(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds is 1; expected 0, or at least 2 parts to train on the others")
+        if self.folds and self.metric is None:
+            raise ValueError("folds are compared by stop.metric, which is not given; give both")
+        return self
 
 
 class Workers(Section):

@@ -35,7 +35,11 @@ INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 MAX_DISTINCT_SHARE = 0.5
 TEXT_WORDS = 3.0
 SMALL = 2_000
+# A table of more bytes has some hundred thousand records.
+LARGE_BYTES = 32 << 20
 LOSS = "valid_loss"
+# Of cross-validation, where records are few.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,14 @@ def _inferred(config: Config) -> Config:
     }
     num_known = len(looked_at[config.target])
     given = config.model_dump(mode="json", exclude_unset=True)
-    suited = suited_defaults(kinds, num_known, train_on_valid=config.data.train_on_valid)
+    suited = suited_defaults(
+        kinds,
+        num_known,
+        is_large=source.size_bytes > LARGE_BYTES,
+        train_on_valid=config.data.train_on_valid,
+    )
+    if config.checkpoint.metric is not None:  # which chooses an epoch of one run
+        suited.get("stop", {}).pop("folds", None)
     return validate_config(fill_missing(given, {**suited, **found}))
 
 
@@ -120,11 +131,12 @@ def _is_settled(config: Config) -> bool:
 
 
 def suited_defaults(
-    kinds: set[str], num_looked_at: int, *, train_on_valid: bool = False
+    kinds: set[str], num_looked_at: int, *, is_large: bool = False, train_on_valid: bool = False
 ) -> dict[str, Any]:
     """What of a run suits columns of these kinds; the defaults are for images.
 
-    The epoch is chosen by the validation loss, and training ends when that no longer falls.
+    The epoch is chosen by the validation loss, where records are few by that of folds, and training
+    ends when it no longer falls.
     """
     if "image" in kinds or any(":" in kind for kind in kinds):
         return {}
@@ -135,13 +147,16 @@ def suited_defaults(
         optim |= {"lr": 0.005, "epochs": 40 if small else 6}
         patience = 16 if small else 3
     else:
-        optim |= {"lr": 0.002, "weight_decay": 3e-4, "schedule": "constant", "epochs": 200}
+        optim |= {"lr": 0.002, "weight_decay": 0.1, "schedule": "constant", "epochs": 200}
         net = {"members": 8, "dropout": 0.2}
         if not small:
             optim |= {"batch_size": 256, "epochs": 100}
         patience = 16
+        if is_large:  # an epoch has steps enough for several of a small table's
+            optim |= {"batch_size": 1024, "epochs": 50}
+            patience = 4
     chosen: dict[str, Any] = {
-        "stop": {"metric": LOSS, "patience": patience},
+        "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0},
         "checkpoint": {"metric": LOSS},
     }
     if train_on_valid:  # which leaves no records to choose by

@@ -46,7 +46,9 @@ def train(
     """
     own = connect.is_local()
     room = _check(config, run, own=own)
-    display = ProgressDisplay(config.optim.epochs)
+    chosen = (config.stop.metric, config.checkpoint.metric, config.compress.metric)
+    metrics = {"valid_loss", f"valid_{shards.task.metric}", *filter(None, chosen)}
+    display = ProgressDisplay(config.stop.after or config.optim.epochs, metrics=metrics)
     gauges = TrainingGauges(run.name, config.checkpoint.every_minutes * 60)
     record = until_failure(observe)
 

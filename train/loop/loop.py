@@ -140,11 +140,12 @@ class Loop:
 
     def epochs(self) -> Iterator[None]:
         """Train to the end and stop after each epoch, for who wants to look. Raises as `run`."""
+        optim, stop = self._config.optim, self._config.stop
         self._throughput.report(
             "start",
             workers=self._worker.world_size,
             step=self.progress.step,
-            total_steps=self._total_steps,
+            total_steps=self._steps_per_epoch * min(optim.epochs, stop.after or optim.epochs),
         )
         while self.progress.step < self._total_steps and not self.progress.stopped:
             epoch, first = divmod(self.progress.step, self._steps_per_epoch)
@@ -295,6 +296,8 @@ class Loop:
     def _is_stale(self) -> bool:
         """Whether the metric to stop by has not got better for the configured epochs."""
         stop = self._config.stop
+        if stop.after is not None:
+            return len(self.progress.history) >= stop.after
         if stop.metric is None:
             return False
         metric = self._task.find_metric(stop.metric)

@@ -67,18 +67,23 @@ class Run:
         return config.workers.micro_batches or config.workers.most
 
     @classmethod
+    def find(cls, parent: str, name: str) -> "Run":
+        """Read a run by its name. Raises UserError if it is not there."""
+        url = storage.join_path(parent, name)
+        if not storage.exists(storage.join_path(url, "run.json")):
+            raise UserError(
+                f"there is no run '{name}' to resume; "
+                f"there are {', '.join(storage.list_names(parent)[-5:]) or 'none'}."
+            )
+        return cls.open(url)
+
+    @classmethod
     def resume(cls, url: str, config: Config) -> "Run":
         """Read a run that stopped.
 
         Raises UserError if it is not there, or names what differs in `config` and may not.
         """
-        if not storage.exists(storage.join_path(url, "run.json")):
-            parent, name = url.rsplit("/", 1)
-            raise UserError(
-                f"there is no run '{name}' to resume; "
-                f"there are {', '.join(storage.list_names(parent)[-5:]) or 'none'}."
-            )
-        run = cls.open(url)
+        run = cls.find(*url.rsplit("/", 1))
         differing = config_differences(run.config, config.model_dump(mode="json"), MAY_CHANGE)
         if differing:
             raise UserError(
@@ -115,7 +120,7 @@ class Run:
 
     def fail(self, reason: str) -> None:
         """Leave word that the run cannot go on, and why."""
-        self._write("outcome.json", {"failed": reason})
+        self.write("outcome.json", {"failed": reason})
 
     def failed(self) -> bool:
         return storage.exists(storage.join_path(self.url, "outcome.json"))
@@ -131,7 +136,7 @@ class Run:
         return reason
 
     def want_checkpoint(self) -> None:
-        self._write("checkpoint-wanted", {})
+        self.write("checkpoint-wanted", {})
 
     def checkpoint_wanted(self, *, forget: bool = False) -> bool:
         url = storage.join_path(self.url, "checkpoint-wanted")
@@ -140,11 +145,17 @@ class Run:
             storage.remove(url)
         return wanted
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
+    def read(self, name: str) -> Any:
+        """What was written under a name; None if nothing was."""
+        content = storage.read_file(storage.join_path(self.url, name))
+        return None if content is None else json.loads(content)
+
+    def write(self, name: str, value: Any) -> None:
+        """Keep a JSON value with the run."""
         commit.write_atomic(storage.join_path(self.url, name), json.dumps(value).encode())
 
     def _keep(self) -> None:
-        self._write("run.json", asdict(self))
+        self.write("run.json", asdict(self))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from train.tasks.categorical import FIRST
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0
-# Where a piece begins that no number reaches.
-NEVER = 1e30
+# The width of a piece that is never filled.
+ENDLESS = 1e30
 
 
 class PiecewiseLinearEncoding(nn.Module):
@@ -53,7 +53,7 @@ class PiecewiseLinearEncoding(nn.Module):
                 # A value that many records have makes pieces without width. One of them says all;
                 # the others would weigh it as often as there are.
                 without = self.width_FT[column] == 0
-                self.low_FT[column, 1:][without[1:] & without[:-1]] = NEVER
+                self.width_FT[column, 1:][without[1:] & without[:-1]] = ENDLESS
 
     def forward(self, numbers_BF: Tensor) -> Tensor:
         missing_BF = torch.isnan(numbers_BF)

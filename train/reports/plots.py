@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from train.bundle.manifest import Variant
-from train.metrics import Metric
+from train.metrics import Metric, calibration_error
 from train.tasks import Arrays, ClassTarget, Task, ValueTarget
 
 MAX_NAMED_CLASSES = 30
@@ -63,12 +63,13 @@ def plot_predictions(
     answers = target.decode(outputs)
     if isinstance(target, ClassTarget):
         probabilities_NK = answers["probabilities"]
-        chosen_N, classes = probabilities_NK.argmax(axis=1), target.classes
+        chosen_N, classes = target.choose(probabilities_NK), target.classes
         plot_confusion(chosen_N, targets, classes, file("report/confusion.png"))
         plot_calibration(probabilities_NK, targets, file("report/calibration.png"))
         for name in task.features.images[:1]:
             path = file("report/mistakes.png")
-            plot_mistakes(inputs[name], probabilities_NK, targets, classes, path)
+            confidence_N = probabilities_NK[np.arange(len(chosen_N)), chosen_N]
+            plot_mistakes(inputs[name], chosen_N, confidence_N, targets, classes, path)
     elif isinstance(target, ValueTarget):
         true_N = targets * target.scale + target.mean
         plot_values(answers["value"], true_N, target.column, file("report/values.png"))
@@ -116,10 +117,7 @@ def plot_confusion(
 
 
 def plot_calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: Path) -> None:
-    """Accuracy against confidence in ten bins, with the expected calibration error.
-
-    After Guo et al., https://arxiv.org/abs/1706.04599.
-    """
+    """Accuracy against confidence in ten bins, with the expected calibration error."""
     confidence_N = probabilities_NK.max(axis=1)
     right_N = probabilities_NK.argmax(axis=1) == targets_N
     bins_N = np.minimum((confidence_N * 10).astype(int), 9)
@@ -127,7 +125,7 @@ def plot_calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: 
     filled = counts > 0
     confidence = np.bincount(bins_N, confidence_N, 10)[filled] / counts[filled]
     accuracy = np.bincount(bins_N, right_N, 10)[filled] / counts[filled]
-    error = float(np.sum(counts[filled] * np.abs(confidence - accuracy)) / len(targets_N))
+    error = calibration_error(confidence_N, right_N)
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
     axes.plot(confidence, accuracy, "o-", label=f"test split, error {error:.3f}")
@@ -140,15 +138,15 @@ def plot_calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: 
 
 def plot_mistakes(
     images_NHWC: np.ndarray,
-    probabilities_NK: np.ndarray,
+    predicted_N: np.ndarray,
+    confidence_N: np.ndarray,
     targets_N: np.ndarray,
     classes: Sequence[str],
     path: Path,
 ) -> None:
     """The test images that were wrong with the most confidence, as: predicted, not true."""
-    predicted_N = probabilities_NK.argmax(axis=1)
     wrong = np.flatnonzero(predicted_N != targets_N)
-    worst = wrong[np.argsort(-probabilities_NK[wrong].max(axis=1))][:MAX_MISTAKES]
+    worst = wrong[np.argsort(-confidence_N[wrong])][:MAX_MISTAKES]
     rows = max(1, -(-len(worst) // 6))
     figure, axes = plt.subplots(rows, 6, figsize=(10, 0.6 + 1.9 * rows), layout="constrained")
     for place in axes.flat:
@@ -157,7 +155,7 @@ def plot_mistakes(
         image = images_NHWC[index]
         place.imshow(image.squeeze(), cmap="gray" if image.shape[2] == 1 else None)
         predicted, true = classes[predicted_N[index]], classes[targets_N[index]]
-        confidence = probabilities_NK[index].max()
+        confidence = confidence_N[index]
         place.set_title(f"{predicted} {confidence:.0%},\nnot {true}", fontsize=8)
     figure.suptitle(f"Worst mistakes: {len(wrong)} of {len(targets_N)} test images are wrong")
     _save(figure, path)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from train.bundle.manifest import Manifest
-from train.config import Config
+from train.config import Config, DecisionRule
 from train.metrics import LAST_EPOCH, best_epoch
-from train.tasks import Categories, NamedTarget, Numbers, Task, Texts, ValueTarget
+from train.tasks import Categories, ClassTarget, NamedTarget, Numbers, Task, Texts, ValueTarget
 
 # Names of a category that are shown.
 MAX_NAMES = 8
@@ -32,7 +32,13 @@ def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[st
         sentences.append(
             f"The weights are those of epoch {best} of {count}, the best in {metric.name}."
         )
-    if config.stop.metric is not None and count < config.optim.epochs:
+    if config.stop.after is not None and config.stop.folds:
+        sentences[-1:] = [
+            f"Cross-validation over {config.stop.folds} parts of the training records chose to "
+            f"train for {count} epochs, by the mean {config.stop.metric}; the net was then trained "
+            "on all of them."
+        ]
+    elif config.stop.metric is not None and count < config.optim.epochs:
         sentences.append(
             f"Training ended as {config.stop.metric} had not got better for {config.stop.patience} "
             "epochs."
@@ -44,11 +50,30 @@ def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[st
             "Probabilities are calibrated on the validation split, by a temperature of "
             f"{task.target.temperature:.3g}."
         )
+    if isinstance(task.target, NamedTarget):
+        sentences += _describe_rule(task.target, config.decision_rule)
+    judged = (config.compress.metric or task.metric).removeprefix("valid_")
     sentences.append(
-        f"{task.metric} on the validation split decided which variants are served. No choice has "
-        "seen the test split."
+        f"{judged} on the validation split decided which variants are served. No choice has seen "
+        "the test split."
     )
     return " ".join(sentences)
+
+
+def _describe_rule(target: NamedTarget, rule: DecisionRule) -> Iterator[str]:
+    """Say when a class or a label is answered, where a decision rule was given."""
+    names = target.classes
+    if isinstance(target, ClassTarget):
+        names = (target.classes[target.rarest],)
+    if target.thresholds:
+        goal = "the least cost" if rule.recall is None else f"a recall of {rule.recall:g}"
+        from_on = ", ".join(
+            f"'{name}' from a probability of {threshold:.3g} on"
+            for name, threshold in zip(names[:MAX_NAMES], target.thresholds, strict=False)
+        )
+        yield f"For {goal} on records like the validation split it answers {from_on}."
+    elif target.costs:
+        yield "It answers the class with the least expected cost."
 
 
 def fields(task: Task) -> Iterator[tuple[str, str, str]]:

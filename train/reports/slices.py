@@ -71,10 +71,11 @@ def class_metrics(target: Target, outputs: Arrays, targets: np.ndarray) -> list[
     probabilities_NK = target.decode(outputs)["probabilities"]
     if isinstance(target, ClassTarget):
         names_K = np.arange(len(target.classes))
-        chosen_NK = probabilities_NK.argmax(axis=1)[:, None] == names_K
+        chosen_NK = target.choose(probabilities_NK)[:, None] == names_K
         true_NK = np.asarray(targets)[:, None] == names_K
     else:
-        chosen_NK, true_NK = probabilities_NK >= 0.5, np.asarray(targets) > 0
+        assert isinstance(target, LabelsTarget)
+        chosen_NK, true_NK = target.choose(probabilities_NK), np.asarray(targets) > 0
     hits_K = (chosen_NK & true_NK).sum(axis=0)
     chosen_K, true_K = chosen_NK.sum(axis=0), true_NK.sum(axis=0)
     return [
@@ -146,9 +147,9 @@ def _losses(target: Target, outputs: Arrays, targets: np.ndarray) -> np.ndarray:
     """1 for a record that is wrong and 0 for one that is right, or the squared error."""
     answers = target.decode(outputs)
     if isinstance(target, ClassTarget):
-        wrong_N = answers["probabilities"].argmax(axis=1) != np.asarray(targets)
+        wrong_N = target.choose(answers["probabilities"]) != np.asarray(targets)
     elif isinstance(target, LabelsTarget):
-        chosen_NK = answers["probabilities"] >= 0.5
+        chosen_NK = target.choose(answers["probabilities"])
         wrong_N = np.any(chosen_NK != (np.asarray(targets) > 0), axis=1)
     else:
         assert isinstance(target, ValueTarget)

@@ -1,5 +1,6 @@
 """Progress of a run on stderr: a bar on a terminal, else a line for each epoch."""
 
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +18,14 @@ from rich.progress import (
 class ProgressDisplay:
     """Shows the events of a run while its block runs."""
 
-    def __init__(self, num_epochs: int, console: Console | None = None) -> None:
-        self._num_epochs = num_epochs
+    def __init__(
+        self,
+        num_epochs: int,
+        console: Console | None = None,
+        metrics: Collection[str] | None = None,
+    ) -> None:
+        """metrics: those of the validation split to show; all if None."""
+        self._num_epochs, self._metrics = num_epochs, metrics
         self._console = console or Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -85,7 +92,10 @@ class ProgressDisplay:
         figures = "  ".join(
             f"{name} {value:.4f}"
             for name, value in event.items()
-            if name.startswith(("train", "valid"))
+            if name.startswith("train") or self._is_shown(name)
         )
         rate = f"{event['samples_per_s']:.0f} samples/s"
         return f"epoch {event['epoch']}/{self._num_epochs}  {figures}  {rate}"
+
+    def _is_shown(self, name: str) -> bool:
+        return name.startswith("valid") if self._metrics is None else name in self._metrics

@@ -95,7 +95,7 @@ def test_extra_records_need_not_have_the_column_of_the_split(write_parquet, conf
 def held_out_extra(data):
     """How many extra records are left out, as the report says."""
     words = [note for note in data.summary["report"]["notes"] if "are held out" in note]
-    return int(words[0].split()[0]) if words else 0
+    return int(words[0].split()[1]) if words else 0
 
 
 def test_extra_records_that_are_held_out_are_not_trained_on(config, digits):

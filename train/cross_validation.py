@@ -1,0 +1,83 @@
+"""Cross-validation: how many epochs to train for, where validation records are too few to say."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.config import LAST, Checkpoint, Config, Stop
+from train.data import batch_sampler
+from train.data.dataset import EncodedDataset
+from train.loop.checkpoint import TrainingState
+from train.loop.loop import Loop
+from train.loop.parallelism import Worker
+from train.metrics import best_epoch
+from train.tasks import Arrays
+
+HISTORY = "cross_validation.json"
+
+
+def choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[str, float]]]:
+    """Return for how many epochs to train, and the figures that say so, a row for each epoch.
+
+    The training records are divided into `stop.folds` parts; for each a net is trained on the
+    others, all of them in step, until the mean of `stop.metric` over the parts has not got better
+    for `stop.patience` epochs.
+    """
+    metric = data.task.find_metric(config.stop.metric)
+    changes: dict[str, Any] = {"stop": Stop(), "checkpoint": Checkpoint(metric=LAST)}
+    alone = config.model_copy(update=changes)
+    worker = Worker(0, 1, torch.device("cpu"))
+    loops = [
+        Loop(alone, fold, worker, _NoCheckpoints(), num_micro_batches=1)  # type: ignore[arg-type]
+        for fold in _folds(config, data)
+    ]
+    rows: list[dict[str, float]] = []
+    for _ in zip(*(loop.epochs() for loop in loops), strict=True):
+        values = [loop.progress.history[-1][metric.name] for loop in loops]
+        rows.append({"epoch": len(rows) + 1, metric.name: float(np.mean(values))})
+        best = int(best_epoch(rows[::-1], metric)["epoch"])
+        if len(rows) - best >= config.stop.patience:
+            break
+    return best, rows
+
+
+@dataclass(frozen=True)
+class _Fold(EncodedDataset):
+    """The training records of a data set, a part of them for validation."""
+
+    part: tuple[int, int]
+    seed: int
+
+    def open(self, name: str) -> tuple[Arrays, np.ndarray]:
+        inputs, targets_N = super().open("train")
+        number, count = self.part
+        order = batch_sampler.random_stream(self.seed, 0, "folds").permutation(len(targets_N))
+        parts = np.array_split(order, count)
+        held_out = parts.pop(number)
+        ids = np.sort(held_out if name == "valid" else np.concatenate(parts))
+        return {key: np.array(array[ids]) for key, array in inputs.items()}, targets_N[ids]
+
+
+def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:
+    count = config.stop.folds
+    for number in range(count):
+        yield _Fold(data.url, data.summary, (number, count), config.seed)
+
+
+class _NoCheckpoints:
+    """Stands for a run's checkpoints where training may begin anew."""
+
+    def latest(self) -> TrainingState | None:
+        return None
+
+    def save(self, state: TrainingState, best_step: int | None) -> None:
+        pass
+
+    def settle(self) -> None:
+        return None
+
+    def finish(self) -> None:
+        pass
