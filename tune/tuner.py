@@ -32,7 +32,12 @@ from tune.run.trial_record import Trial
 from tune.selection import select_winner
 
 REFIT = "refit"
-REFITTED = {"data.train_on_valid": True, "checkpoint.metric": LAST, "stop.metric": None}
+REFITTED = {
+    "data.train_on_valid": True,
+    "checkpoint.metric": LAST,
+    "stop.metric": None,
+    "stop.folds": 0,
+}
 
 
 def tune(config: StudyConfig, root: str) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
     for name, dimension in config.tune.space.items():
         for value in dimension.tried:
             check_against_data(search_space.with_values(base, {name: value}), data)
-    choice = data.task.find_metric(base.checkpoint.metric)
+    choice = data.task.find_metric(base.epoch_metric)
     parallel = runner.max_concurrent(config)
     if base.registry.enabled:
         publishing.check_publishable(root, base.registry.metric)

@@ -119,6 +119,20 @@ class Config(Section):
             raise ValueError(f"features hold the target '{self.target}'; leave it out of them")
         return self
 
+    @property
+    def epoch_metric(self) -> str | None:
+        """The metric whose best epoch becomes the model; None for the task's own."""
+        return self.checkpoint.metric or self.stop.metric
+
+    @model_validator(mode="after")
+    def _chooses_epochs_once(self) -> Self:
+        if self.stop.folds and self.checkpoint.metric not in (None, LAST):
+            raise ValueError(
+                "stop.folds chooses the number of epochs, and checkpoint.metric one of them; give "
+                "one"
+            )
+        return self
+
     @model_validator(mode="after")
     def _chooses_by_unseen_records(self) -> Self:
         if self.data.train_on_valid and (self.checkpoint.metric != LAST or self.stop.metric):

@@ -210,6 +210,6 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1, le=1000, description="Latest checkpoints to keep, besides the best.")
     metric: str | None = Field(
         None,
-        description="Metric whose best epoch becomes the model, or last; the task's own metric by "
-        "default.",
+        description="Metric whose best epoch becomes the model, or last; by default that of stop, "
+        "else the task's own.",
     )

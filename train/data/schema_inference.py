@@ -156,8 +156,7 @@ def suited_defaults(
             optim |= {"batch_size": 1024, "epochs": 50}
             patience = 4
     chosen: dict[str, Any] = {
-        "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0},
-        "checkpoint": {"metric": LOSS},
+        "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0}
     }
     if train_on_valid:  # which leaves no records to choose by
         optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}

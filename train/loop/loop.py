@@ -87,7 +87,7 @@ class Loop:
         self._inputs, self._targets_N = shards.open("train")
         read_at_random(self._inputs)
         self._valid = shards.open("valid")
-        self._metric = self._task.find_metric(config.checkpoint.metric)
+        self._metric = self._task.find_metric(config.epoch_metric)
 
         optim, count = config.optim, len(self._targets_N)
         self._steps_per_epoch = batch_sampler.num_steps(count, optim.batch_size)

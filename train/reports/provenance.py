@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 160, 44
 def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[str, float]]) -> str:
     """Say how the epoch and the variants were chosen, as the options have it."""
     config = Config.model_validate(manifest.config)
-    metric = task.find_metric(config.checkpoint.metric)
+    metric = task.find_metric(config.epoch_metric)
     count = len(history)
     sentences = []
     if metric == LAST_EPOCH:

@@ -1,0 +1,133 @@
+"""Cross-validation: what it chooses, and that a run keeps to it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import UserError
+from tests.conftest import make_config
+from train.config import LAST, validate_config
+from train.cross_validation import choose_epochs
+from train.data import dataset, schema_inference
+from train.loop.checkpoint import CheckpointManager
+from train.loop.loop import Loop
+from train.loop.parallelism import Worker
+
+
+@pytest.fixture
+def table(tmp_path, rng):
+    """A few records of which a net learns little, and the rest by heart."""
+    numbers_NF = rng.normal(size=(260, 8))
+    classes_N = numbers_NF[:, 0] + rng.normal(size=260) > 0
+    path = tmp_path / "few.csv"
+    names = [f"n{index}" for index in range(8)]
+    rows = [",".join(map(str, row)) for row in np.c_[numbers_NF, classes_N.astype(int)]]
+    path.write_text("\n".join([",".join([*names, "y"]), *rows]))
+    return path
+
+
+def completed(table, **changes):
+    values = {
+        "name": "few", "target": "y", "data": {"train": str(table)},
+        "storage": {"path": str(table.parent / "runs")}, "workers": {"num": 1}, **changes,
+    }
+    return schema_inference.complete_config(validate_config(values)).config
+
+
+def test_a_small_table_is_trained_for_the_epochs_of_least_mean_loss(table):
+    config = completed(table)
+    assert config.stop.folds == 5
+    data = dataset.prepare_dataset(config, config.storage.root)
+    epochs, rows = choose_epochs(config, data)
+    losses = [row["valid_loss"] for row in rows]
+    assert rows[epochs - 1]["epoch"] == epochs == int(np.argmin(losses)) + 1
+    # It ends once that is known, and not at the last of all epochs.
+    assert len(rows) == epochs + config.stop.patience < config.optim.epochs
+    assert choose_epochs(config, data) == (epochs, rows)
+
+
+def test_every_training_record_is_held_out_once(table, monkeypatch):
+    config = completed(table)
+    data = dataset.prepare_dataset(config, config.storage.root)
+    seen = []
+
+    class Recorded(Loop):
+        def __init__(self, config, shards, *args, **options):
+            seen.append([shards.open(name)[0]["numbers"] for name in ("train", "valid")])
+            super().__init__(config, shards, *args, **options)
+
+    monkeypatch.setattr("train.cross_validation.Loop", Recorded)
+    choose_epochs(config, data)
+    whole_NF = np.array(data.open("train")[0]["numbers"])
+    assert len(seen) == 5
+    for parts in seen:
+        assert sorted(np.concatenate(parts).tolist()) == sorted(whole_NF.tolist())
+    held_out_NF = np.concatenate([valid for _, valid in seen])
+    assert sorted(held_out_NF.tolist()) == sorted(whole_NF.tolist())
+
+
+def test_a_run_ends_after_the_epoch_that_was_chosen(digits, tmp_path, config):
+    stop = {"after": 2, "metric": "valid_loss", "patience": 5}
+    changed = make_config(
+        optim={"epochs": 6},
+        stop=stop,
+        checkpoint={"metric": LAST},
+        storage={"path": str(tmp_path)},
+    )
+    store = CheckpointManager(str(tmp_path / "checkpoints"), 2)
+    store.claim(store.hand_over())
+    loop = Loop(changed, digits, Worker(0, 1, torch.device("cpu")), store, num_micro_batches=2)
+    loop.run()
+    assert [row["epoch"] for row in loop.progress.history] == [1, 2]
+    assert loop.progress.best_step == loop.progress.step
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stop": {"folds": 5}}, "compared by stop.metric"),
+        ({"stop": {"folds": 1, "metric": "valid_loss"}}, "at least 2 parts"),
+        (
+            {
+                "stop": {"folds": 5, "metric": "valid_loss"},
+                "checkpoint": {"metric": "valid_accuracy"},
+            },
+            "checkpoint.metric one of them; give one",
+        ),
+    ],
+)
+def test_options_that_contradict_folds_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        make_config(**changes)
+
+
+def test_a_metric_given_for_the_epoch_leaves_folds_out(table):
+    config = completed(table, checkpoint={"metric": "valid_auc"})
+    assert (config.stop.folds, config.epoch_metric) == (0, "valid_auc")
+    assert completed(table).epoch_metric == "valid_loss"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(table, capfd):
+    """And the bundle says how they were chosen."""
+    from train.training import fit
+
+    config = completed(table, optim={"epochs": 40}, compress={"variants": []})
+    bundle = fit(config)
+    rows = json.loads((bundle.path / "report" / "cross_validation.json").read_text())
+    history = json.loads((bundle.path / "report" / "history.json").read_text())
+    best = min(rows, key=lambda row: row["valid_loss"])
+    assert len(history) == best["epoch"]
+    card = (bundle.path / "report" / "card.html").read_text()
+    assert (
+        f"Cross-validation over 5 parts of the training records chose to train for {len(history)}"
+        in card
+    )
+    assert "choosing the number of epochs over 5 folds" in capfd.readouterr().err
+    (name,) = [path.name for path in (table.parent / "runs" / "train").iterdir()]
+    again = fit(config.model_copy(update={"resume": name}))
+    assert "choosing" not in capfd.readouterr().err
+    assert again.manifest.metrics == bundle.manifest.metrics
