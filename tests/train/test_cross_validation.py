@@ -30,8 +30,12 @@ def table(tmp_path, rng):
 
 def completed(table, **changes):
     values = {
-        "name": "few", "target": "y", "data": {"train": str(table)},
-        "storage": {"path": str(table.parent / "runs")}, "workers": {"num": 1}, **changes,
+        "name": "few",
+        "target": "y",
+        "data": {"train": str(table)},
+        "storage": {"path": str(table.parent / "runs")},
+        "workers": {"num": 1},
+        **changes,
     }
     return schema_inference.complete_config(validate_config(values)).config
 

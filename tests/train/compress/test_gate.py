@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from train.compress import gate
+from train.compress.variant_judge import VariantJudge
+from train.config import validate_config
+from train.data import dataset
 from train.tasks import ClassTarget, Task
 from train.tasks.regression import ValueTarget
 
@@ -121,3 +124,66 @@ def test_answers_that_depend_on_the_batch_are_refused(rng):
     verdict = gate.judge_variant(same, 0.005, batch=difference)
     assert verdict.verdict == "refused"
     assert "batch" in verdict.reason
+
+
+def test_any_metric_of_the_task_may_be_the_one_that_is_compared(rng):
+    targets_N = rng.integers(0, 3, 400)
+    before = {"logits": rng.normal(size=(400, 3)) + 2 * np.eye(3)[targets_N]}
+    after = {"logits": before["logits"] * 0.5}
+    task = three_classes()
+    comparison = gate.compare_with_fp32(task, before, after, targets_N, "valid_loss")
+    losses = [task.metrics(each, targets_N, "valid")["valid_loss"] for each in (before, after)]
+    assert (comparison.metric, comparison.reference, comparison.value) == ("loss", *losses)
+    assert comparison.drop == pytest.approx(losses[1] - losses[0])
+    assert comparison.low < comparison.drop < comparison.high
+    assert gate.compare_with_fp32(task, before, after, targets_N).drop == 0
+
+
+def test_a_decision_rule_is_part_of_what_is_compared(rng):
+    """The same labels by the largest probability, others by the threshold."""
+    task = Task(three_classes().features, ClassTarget("y", ("a", "b"), (9, 1)))
+    targets_N = np.zeros(200, np.int64)
+    before = {"logits": np.tile([2.0, 0.0], (200, 1))}
+    after = {"logits": np.tile([1.0, 0.0], (200, 1))}
+    assert gate.compare_with_fp32(task, before, after, targets_N).drop == 0
+    with_rule = task.with_target(thresholds=(0.2,))
+    comparison = gate.compare_with_fp32(with_rule, before, after, targets_N)
+    assert (comparison.drop, comparison.agreement) == (1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """Of a table with 45 validation records, and the net's outputs that it is asked about."""
+    folder = tmp_path_factory.mktemp("few")
+    rng = np.random.default_rng(0)
+    x_N = rng.normal(size=450)
+    rows = [f"{x},{int(x > 0)}" for x in x_N]
+    (folder / "few.csv").write_text("\n".join(["x,y", *rows]))
+    values = {"name": "few", "target": "y", "task_type": "classification"}
+    config = validate_config(
+        {**values, "features": {"x": "number"}, "data": {"train": str(folder / "few.csv")}}
+    )
+    data = dataset.prepare_dataset(config, str(folder / "runs"))
+    return VariantJudge(config, data), data
+
+
+def test_few_validation_records_are_joined_by_training_records(judge):
+    """By those only that calibration did not use; a variant that learned from them is not asked."""
+    judge, data = judge
+    num_valid = len(data.open("valid")[1])
+    assert num_valid < 100
+    judge.add_training(np.arange(50, 200))
+    assert judge._compared_on(trained=False) == ["valid", "train"]
+    assert judge._compared_on(trained=True) == ["valid"]
+    inputs, targets_N = judge._splits["train"]
+    np.testing.assert_array_equal(inputs["numbers"], data.open("train")[0]["numbers"][50:200])
+    outputs = {
+        split: {"logits": np.eye(2)[arrays[1]] * 4.0} for split, arrays in judge._splits.items()
+    }
+    wrong = {**outputs, "train": {"logits": np.eye(2)[1 - targets_N] * 4.0}}
+    comparison = judge._compare(outputs, wrong, ["valid", "train"])
+    assert comparison.drop == pytest.approx(150 / (num_valid + 150))
+    assert judge._compare(outputs, wrong, ["valid"]).drop == 0
+    assert f"on {num_valid} validation records, which are few, and 150" in judge._words(
+        ["valid", "train"]
+    )
