@@ -56,22 +56,27 @@ def compare_with_fp32(
     outputs: Arrays,
     targets_N: np.ndarray,
     name: str | None = None,
+    *,
+    interval: bool = True,
 ) -> VariantComparison:
     """Compare a variant's outputs with fp32's for the same records.
 
-    name: of the metric, such as "valid_loss"; the task's own by default.
+    name: of the metric, such as "valid_loss"; the task's own by default. interval: whether its
+    interval is needed, which takes a thousand draws of some metrics; it is NaN otherwise.
     """
     target, found = task.target, task.find_metric(name)
     metric = found.name.removeprefix(VALID)
 
     def value_of(each: Arrays, targets_N: np.ndarray) -> float:
-        return task.metrics(each, targets_N, "valid")[found.name]
+        return task.metric_value(metric, each, targets_N)
 
     before, after = value_of(reference, targets_N), value_of(outputs, targets_N)
     sign = 1.0 if found.better == "lower" else -1.0
     if metric in IN_UNITS:
         sign /= _scale(task)
-    if isinstance(target, ClassTarget) and metric == "accuracy":
+    if not interval:
+        low = high = math.nan
+    elif isinstance(target, ClassTarget) and metric == "accuracy":
         low, high = paired_interval(
             *(
                 target.choose(target.probabilities(each)) != targets_N

@@ -76,7 +76,8 @@ class VariantJudge:
                 for each in (reference, path)
             )
         )
-        comparison = self._compare(before, after, splits)
+        # Only a strict verdict depends on the interval.
+        comparison = self._compare(before, after, splits, interval=self._config.strict)
         return self._verdict(comparison, same_net=True).verdict == "accepted"
 
     def _compared_on(self, trained: bool) -> list[str]:
@@ -84,7 +85,12 @@ class VariantJudge:
         return ["valid"] if trained or "train" not in self._splits else ["valid", "train"]
 
     def _compare(
-        self, before: dict[str, Arrays], after: dict[str, Arrays], splits: list[str]
+        self,
+        before: dict[str, Arrays],
+        after: dict[str, Arrays],
+        splits: list[str],
+        *,
+        interval: bool = True,
     ) -> VariantComparison:
         reference, outputs = (
             {"logits": np.concatenate([each[split]["logits"] for split in splits])}
@@ -92,7 +98,7 @@ class VariantJudge:
         )
         targets_N = np.concatenate([self._splits[split][1] for split in splits])
         return gate.compare_with_fp32(
-            self._task, reference, outputs, targets_N, self._config.metric
+            self._task, reference, outputs, targets_N, self._config.metric, interval=interval
         )
 
     def _verdict(

@@ -123,32 +123,34 @@ class ClassTarget(NamedTarget):
         average_precision are of the rarer of two classes; of more, their mean over the classes.
         loss: log loss in nats. calibration_error: of the most probable class. cost: its mean.
         """
+        return {each.name: self.metric(each.name, outputs, targets) for each in self.known_metrics}
+
+    def metric(self, name: str, outputs: Arrays, targets: np.ndarray) -> float:
+        """One of the metrics."""
         probabilities_NK = self.probabilities(outputs)
         chosen_N = self.choose(probabilities_NK)
-        most_N = probabilities_NK.argmax(axis=1)
-        two = len(self.classes) == 2
-        classes = [self.rarest] if two else range(len(self.classes))
-        values = {
-            "accuracy": float(np.mean(chosen_N == targets)),
-            "balanced_accuracy": metrics.balanced_accuracy(targets, chosen_N),
-            "f1": _mean(metrics.f1_score(targets == each, chosen_N == each) for each in classes),
-            "loss": metrics.log_loss(probabilities_NK[np.arange(len(targets)), targets]),
-            "calibration_error": metrics.calibration_error(
-                probabilities_NK.max(axis=1), most_N == targets
-            ),
-        }
-        if two:
-            values["auc"] = metrics.roc_auc(
-                targets == self.rarest, probabilities_NK[:, self.rarest]
-            )
-        if two or self.is_rare:
-            values["average_precision"] = _mean(
-                metrics.average_precision(targets == each, probabilities_NK[:, each])
-                for each in classes
-            )
-        if self.costs:
-            values["cost"] = float(np.mean(np.array(self.costs)[targets, chosen_N]))
-        return values
+        classes = [self.rarest] if len(self.classes) == 2 else range(len(self.classes))
+        match name:
+            case "accuracy":
+                return float(np.mean(chosen_N == targets))
+            case "balanced_accuracy":
+                return metrics.balanced_accuracy(targets, chosen_N)
+            case "f1":
+                return _mean(metrics.f1_score(targets == k, chosen_N == k) for k in classes)
+            case "loss":
+                return metrics.log_loss(probabilities_NK[np.arange(len(targets)), targets])
+            case "calibration_error":
+                right_N = probabilities_NK.argmax(axis=1) == targets
+                return metrics.calibration_error(probabilities_NK.max(axis=1), right_N)
+            case "auc":
+                return metrics.roc_auc(targets == self.rarest, probabilities_NK[:, self.rarest])
+            case "average_precision":
+                return _mean(
+                    metrics.average_precision(targets == k, probabilities_NK[:, k]) for k in classes
+                )
+            case "cost":
+                return float(np.mean(np.array(self.costs)[targets, chosen_N]))
+        raise ValueError(f"there is no metric '{name}'")
 
     def _labels(self, values: Iterable[Any]) -> Iterable[str]:
         for row, value in enumerate(values):
