@@ -40,6 +40,7 @@ from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
 from train.reports import plots
 from train.simple_models import describe_comparison, fit_simple_models
+from train.tasks import Images
 from train.telemetry.throughput import Event
 
 
@@ -127,6 +128,13 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
         )
     if config.augment != Augment() and not images:
         raise UserError("augment is for images, and the records hold none; leave it out.")
+    for each in (each for each in task.features.encoders if isinstance(each, Images)):
+        side = min(each.shape_HWC[:2])
+        if config.augment.translate >= side:
+            raise UserError(
+                f"augment.translate is {config.augment.translate}, and images of '{each.column}' "
+                f"have {side} pixels a side; give at most {side - 1}."
+            )
     check_calibration(config, task)
     smallest = batch_sampler.smallest_batch(
         data.summary["splits"]["train"]["num_records"], config.optim.batch_size

@@ -40,7 +40,7 @@ def completed(table, **changes):
     return schema_inference.complete_config(validate_config(values)).config
 
 
-def test_a_small_table_is_trained_for_the_epochs_of_least_mean_loss(table):
+def test_the_epochs_with_the_least_mean_loss_are_chosen(table):
     config = completed(table)
     assert config.stop.folds == 5
     data = dataset.prepare_dataset(config, config.storage.root)

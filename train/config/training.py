@@ -26,21 +26,22 @@ def _span(value: Any) -> Any:
 class Optim(Section):
     name: Literal["muon", "sgd", "adamw"] = Field(
         "muon",
-        description="muon makes the steps of hidden layers orthogonal; biases, norms, embeddings "
-        "and the last layer go by AdamW. Tables and texts get adamw by default.",
+        description="muon makes the steps of hidden linear and convolution layers orthogonal; all "
+        "else goes by AdamW. Tables and texts get adamw by default.",
     )
     lr: float = Field(0.1, gt=0, le=10, description="Peak learning rate, after warm-up.")
     vector_lr: float = Field(
         0.02, gt=0, le=10, description="Peak rate of biases and norms, with muon."
     )
-    head_lr: float = Field(0.01, gt=0, le=10, description="Peak rate of the last layer, with muon.")
+    head_lr: float = Field(
+        0.01, gt=0, le=10, description="Peak rate of weights that muon does not turn."
+    )
     momentum: float = Field(0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd.")
     weight_decay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="For weights, not biases or norms; muon has use for it in the last layer and "
-        "embeddings only.",
+        description="For weights, not biases or norms; with muon not for those that it turns.",
     )
     epochs: int = Field(8, ge=1, le=10_000, description="Passes over the training records.")
     batch_size: int = Field(

@@ -188,17 +188,29 @@ class Loop:
         self._gradients.finish()
         for each in self._optimizers:
             self._scaler.unscale_(each)
-        if self._config.optim.clip_norm is not None:
+        overflow = self._scaler.is_enabled() and self._has_overflow()
+        if self._config.optim.clip_norm is not None and not overflow:
             nn.utils.clip_grad_norm_(self._net.parameters(), self._config.optim.clip_norm)
         if self.progress.step % TELL_EVERY_STEPS == 0:
             self._tell_step(factor)
         for each in self._optimizers:
-            self._scaler.step(each)
+            # All of them skip a step whose gradients overflowed anywhere, or none.
+            if not overflow:
+                self._scaler.step(each)
             each.zero_grad(set_to_none=True)
-        self._scaler.update()
+        if overflow:  # which a worker that has only a shard may not have seen
+            self._scaler.update(self._scaler.get_scale() * self._scaler.get_backoff_factor())
+        else:
+            self._scaler.update()
         self.progress.step += 1
         if self._ema is not None:
             self._ema.update(self._net, self.progress.step)
+
+    def _has_overflow(self) -> bool:
+        """Whether a gradient of any worker is not finite."""
+        grads = [param.grad for param in self._net.parameters() if param.grad is not None]
+        norm = parallelism.full_tensor(nn.utils.get_total_norm(grads))
+        return self._worker.any(not bool(norm.isfinite()))[0]
 
     def _tell_step(self, factor: float) -> None:
         """Tell of a step, its gradients still there. The loss is of this worker's micro-batches."""
@@ -321,9 +333,9 @@ class Loop:
         loss_sum, num_samples = self._sums()
         tensors = collect_state(self._net, self._ema, self._optimizers)
         # The loss is of the weights before the last update.
-        finite = all(bool(value.isfinite().all()) for value in tensors.values())
-        if any(self._worker.any(not finite)):
-            raise self._diverged("the weights are")
+        bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+        if any(self._worker.any(bool(bad))):
+            raise self._diverged(f"'{bad[0]}' is" if bad else "the weights are")
         self._saved_at = time.monotonic()
         if self._worker.rank != 0:
             return

@@ -8,15 +8,20 @@ from torch.optim import Optimizer
 
 from train.config import Optim
 from train.loop.parallelism import full_tensor, local_shard
-from train.nets.tabular import MemberSigns
+
+# Layers whose weights are matrices that map one space to another.
+TURNING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LEAST_NORM = 1e-7
 
 
 class Muon(Optimizer):
     """Nesterov momentum whose step for a matrix is made orthogonal.
 
     After Keller Jordan, https://kellerjordan.github.io/posts/muon. A convolution counts as the
-    matrix [out, in·kh·kw]. Each weight is kept at the norm √out, so that the rate is the angle by
-    which a step turns it and needs no weight decay. The turn is computed in `dtype`, fp32 or bf16.
+    matrix [out, in·kh·kw]. Each weight is kept at the norm √out and needs no weight decay; a step
+    has nearly the norm rate·√out, for a matrix higher than wide by a factor of √(out/in). So the
+    rate is about the angle by which a step turns a weight. The turn is computed in `dtype`, fp32 or
+    bf16.
     """
 
     def __init__(
@@ -40,16 +45,20 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad.add(momentum, alpha=group["momentum"])
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                # A weight of zeros has no direction, and gets one by the step.
+                weight.mul_(len(weight) ** 0.5 / weight.norm().clamp_min(LEAST_NORM))
                 matrix = full_tensor(nesterov).reshape(len(weight), -1)
                 turn = orthogonalize(matrix.to(self._dtype)).to(weight.dtype).view(weight.shape)
-                weight.add_(local_shard(weight, turn), alpha=-group["lr"])
+                factor = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                weight.add_(local_shard(weight, turn), alpha=-group["lr"] * factor)
 
 
 def orthogonalize(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
-    """Return nearly the closest semi-orthogonal matrix: singular values within about 0.3 of 1.
+    """Return a matrix with the same singular vectors, whose singular values are nearer to 1.
 
-    Newton-Schulz iteration of fifth order with the coefficients of the Muon post.
+    Newton-Schulz iteration of fifth order with the coefficients of the Muon post. An iteration
+    raises a small singular value, of a matrix whose norm is 1, 3.44-fold; in three those above 0.03
+    come between 0.65 and 1.21.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x_RC = matrix_RC / (matrix_RC.norm() + 1e-7)
@@ -84,16 +93,14 @@ def build_optimizers(
         return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused)]
     if config.name == "adamw":
         return [torch.optim.AdamW(groups, fused=fused)]
-    # Hidden layers turn; the last layer, embeddings and vectors, where a turn means nothing, go by
-    # Adam.
-    apart = [
-        module
+    # The weights of hidden layers turn; all else, where a turn means nothing, goes by Adam.
+    turning = {
+        id(module.weight)
         for name, module in net.named_modules()
-        if name == "head" or isinstance(module, nn.Embedding | MemberSigns)
-    ]
-    others = {id(param) for module in apart for param in module.parameters()}
-    hidden = [param for param in matrices if id(param) not in others]
-    heads = [param for param in matrices if id(param) in others]
+        if name != "head" and isinstance(module, TURNING)
+    }
+    hidden = [param for param in matrices if id(param) in turning]
+    heads = [param for param in matrices if id(param) not in turning]
     rest = [
         {"params": heads, "lr": config.head_lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.vector_lr, "weight_decay": 0.0},

@@ -132,7 +132,8 @@ def muon_reference(weight, gradients, lr, momentum):
         if tall:
             matrix = matrix.T
         weight = weight * math.sqrt(len(weight)) / np.linalg.norm(weight)
-        weight = weight - lr * matrix.reshape(weight.shape)
+        factor = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+        weight = weight - lr * factor * matrix.reshape(weight.shape)
     return weight
 
 
@@ -146,6 +147,61 @@ def test_muon_agrees_with_numpy(shape, rng):
         weight.grad = torch.from_numpy(gradient)
         muon.step()
     np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(128, 512), (128, 128), (128, 16), (128, 4)])
+def test_the_rate_of_muon_is_about_the_angle_of_a_step(shape, rng):
+    weight = torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape)).float())
+    weight.data *= shape[0] ** 0.5 / weight.norm()
+    before = weight.detach().clone()
+    weight.grad = torch.from_numpy(rng.normal(size=shape)).float()
+    optimizers.Muon([weight], lr=0.1, momentum=0.0).step()
+    cosine = torch.dot(before.flatten(), weight.flatten()) / (before.norm() * weight.norm())
+    assert 0.07 < torch.arccos(cosine).item() < 0.11
+
+
+def test_muon_gives_a_weight_of_zeros_a_direction(rng):
+    weight = torch.nn.Parameter(torch.zeros(6, 9))
+    for _ in range(3):
+        weight.grad = torch.from_numpy(rng.normal(size=(6, 9))).float()
+        optimizers.Muon([weight], lr=0.1, momentum=0.6).step()
+    assert weight.isfinite().all()
+    assert weight.norm().item() == pytest.approx(6**0.5, rel=0.2)
+
+
+class WithTokens(torch.nn.Module):
+    """Matrices of several kinds, only two of which map one space to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+        self.places = torch.nn.Parameter(torch.zeros(5, 8))
+        self.names = torch.nn.Embedding(7, 8)
+        self.inner = torch.nn.Linear(8, 8)
+        self.conv = torch.nn.Conv1d(8, 8, 3)
+        self.head = torch.nn.Linear(8, 2)
+
+
+def test_muon_turns_weights_of_linear_and_convolution_layers():
+    net = WithTokens()
+    muon, adam = optimizers.build_optimizers(Optim(name="muon"), net)
+    turned = {id(param) for group in muon.param_groups for param in group["params"]}
+    assert turned == {id(net.inner.weight), id(net.conv.weight)}
+    rest = {id(param) for group in adam.param_groups for param in group["params"]}
+    assert turned | rest == {id(param) for param in net.parameters()}
+
+
+def test_three_iterations_raise_what_the_docstring_says(rng):
+    values = np.array([0.03, 0.05, 0.1, 0.3, 0.5, 0.8])
+    values /= np.linalg.norm(values) / np.linalg.norm([0.03, 0.05, 0.1, 0.3, 0.5, 0.8])
+    values = np.r_[values, np.sqrt(max(1 - (values**2).sum(), 0))]
+    left, right = (np.linalg.qr(rng.normal(size=(7, 7)))[0] for _ in range(2))
+    matrix = torch.from_numpy(left @ np.diag(values / np.linalg.norm(values)) @ right.T)
+    turned = np.linalg.svd(optimizers.orthogonalize(matrix).numpy(), compute_uv=False)
+    assert 0.65 < turned.min() <= turned.max() < 1.21
+    small = torch.diag(torch.tensor([1.0, 1e-4], dtype=torch.float64))
+    raised = optimizers.orthogonalize(small)[1, 1].item()
+    assert raised == pytest.approx(1e-4 * 3.4445**3, rel=1e-3)
 
 
 def test_muon_steps_are_nearly_orthogonal(rng):
@@ -182,6 +238,33 @@ def test_the_kept_weights_are_those_of_the_best_epoch(config, digits, tmp_path):
     best = max(row["valid_accuracy"] for row in history)
     assert best > 0.9
     assert digits.task.metrics(outputs, targets, "valid")["valid_accuracy"] == best
+
+
+def test_an_overflow_is_skipped_by_all_optimizers(digits, config, tmp_path):
+    """A gradient of one is no number, and clipping would make those of the others none."""
+    changed = make_config(
+        precision="fp16",
+        optim={"name": "muon", "clip_norm": 1.0, "epochs": 1},
+        storage={"path": config.storage.path},
+    )
+    store = CheckpointManager(str(tmp_path), keep=2)
+    loop = Loop(changed, digits, ALONE, store, num_micro_batches=1)
+    before = {name: value.clone() for name, value in loop._net.named_parameters()}
+    weight = next(
+        module.weight
+        for module in loop._net.modules()
+        if isinstance(module, torch.nn.Conv2d) and module.weight.requires_grad
+    )
+    handle = weight.register_hook(lambda grad: grad * math.nan)
+    # So small that nothing else overflows.
+    loop._scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loop._take_step(np.arange(100))
+    handle.remove()
+    for name, value in loop._net.named_parameters():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert loop._scaler.get_scale() == 2.0
+    loop._take_step(np.arange(100))
+    assert all(value.isfinite().all() for value in loop._net.parameters())
 
 
 def test_evaluation_returns_every_sample_in_order(digits):
