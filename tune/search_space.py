@@ -32,7 +32,7 @@ CHANGEABLE = (
 )
 # Where between the ends of a range a value is tried, to see whether fractions are accepted.
 INSIDE = 0.618
-PERTURBATIONS = (0.8, 1.2)
+PERTURBATION, LEAST_STEP = 0.2, 0.01
 RESAMPLED_SHARE = 0.25
 Values = dict[str, Any]
 
@@ -129,28 +129,43 @@ class Dimension(Section):
     def perturbed(self, value: Any, rng: np.random.Generator) -> Any:
         """Another value near one: a fifth more or less, the next choice, or drawn anew.
 
-        As in population based training (Jaderberg et al. 2017), within the ends.
+        As in population based training (Jaderberg et al. 2017), within the ends. Of values not on a
+        scale of logarithms a step is at least a hundredth of the range, and of whole numbers 1; at
+        an end it goes inwards.
         """
         if rng.random() < RESAMPLED_SHARE:
             return self._drawn(rng)
         if self.choice is not None:
             at = [_plain(choice) for choice in self.choice].index(_plain(value))
-            step = int(rng.choice([-1, 1]))
-            return self.choice[int(np.clip(at + step, 0, len(self.choice) - 1))]
+            known = {float(place): choice for place, choice in enumerate(self.choice)}
+            return known[_moved(at, 1, 0, len(self.choice) - 1, rng)]
         low, high = self.ends
-        changed = float(np.clip(value * rng.choice(PERTURBATIONS), low, high))
-        return changed if self._is_float else round(changed)
+        step = PERTURBATION * abs(value)
+        if not self.is_log:
+            step = max(step, LEAST_STEP * (high - low))
+        if self._is_float:
+            return _moved(value, step, low, high, rng)
+        return round(_moved(value, max(round(step), 1), low, high, rng))
 
     def _drawn(self, rng: np.random.Generator) -> Any:
         if self.choice is not None:
             return self.choice[int(rng.integers(len(self.choice)))]
         low, high = self.ends
+        # Half of a whole number beyond the ends rounds to them, as around any other.
+        around = 0.0 if self._is_float else 0.5
         if self.is_log:
-            drawn = math.exp(rng.uniform(math.log(low), math.log(high)))
+            drawn = math.exp(rng.uniform(math.log(low - around), math.log(high + around)))
         else:
-            drawn = rng.uniform(low, high)
+            drawn = rng.uniform(low - around, high + around)
         drawn = min(max(drawn, low), high)
         return drawn if self._is_float else round(drawn)
+
+
+def _moved(value: float, step: float, low: float, high: float, rng: np.random.Generator) -> float:
+    """The value a step up or down, either as likely; where that ends at the value, the other."""
+    signs = [-1, 1] if rng.random() < 0.5 else [1, -1]
+    moved = [float(np.clip(value + sign * step, low, high)) for sign in signs]
+    return moved[0] if moved[0] != value else moved[1]
 
 
 Space = dict[str, Dimension]

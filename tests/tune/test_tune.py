@@ -99,6 +99,38 @@ def test_perturbed_numbers_are_a_fifth_away_or_drawn_anew(rng):
     assert abs(np.median(np.log10(values[~near]))) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ({"uniform": [0, 0.5]}, 0.0),
+        ({"uniform": [0, 0.5]}, 0.5),
+        ({"loguniform": [0.001, 1.0]}, 1.0),
+        ({"integer": [1, 4]}, 2),
+        ({"integer": [0, 10]}, 0),
+        ({"loginteger": [1, 100]}, 1),
+        ({"choice": ["a", "b", "c"]}, "a"),
+        ({"choice": ["a", "b", "c"]}, "c"),
+    ],
+)
+def test_a_perturbed_value_leaves_where_it_is(given, value, rng):
+    """Zero, small whole numbers and ends among them; a value that is drawn anew may be the same."""
+    dimension = Dimension.model_validate(given)
+    changed = [dimension.perturbed(value, rng) for _ in range(2000)]
+    assert np.mean([each != value for each in changed]) > 0.75
+    assert all(type(each) is type(value) for each in changed)
+
+
+@pytest.mark.parametrize("given", [{"integer": [1, 4]}, {"integer": [0, 9]}])
+def test_whole_numbers_are_drawn_equally_often(given, rng):
+    dimension = Dimension.model_validate(given)
+    drawn = [dimension._drawn(rng) for _ in range(8000)]
+    values, counts = np.unique(drawn, return_counts=True)
+    low, high = given["integer"]
+    assert values.tolist() == list(range(low, high + 1))
+    expected = 8000 / len(values)
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # of chi-squared with 3 or 9 degrees
+
+
 def test_the_configs_options_are_the_first_trial_if_in_the_space():
     config = study_config()
     assert search_space.current_values(config, config.tune.space) == {
