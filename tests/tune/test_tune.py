@@ -33,8 +33,9 @@ SPACE = {
 }
 
 
-def study_config(**tune):
+def study_config(seed=0, **tune):
     values = {"name": "digits", "data": {"train": "sklearn:digits"}, "optim": {"epochs": 9}}
+    values["seed"] = seed
     return validate_as(StudyConfig, {**values, "tune": {"space": SPACE, **tune}})
 
 
@@ -48,12 +49,11 @@ def figures(epoch, loss):
 
 def play(study, sampler, *, losses=lambda values, epoch: values["optim.lr"] / epoch, epochs=3):
     """Add a trial whose loss follows from its options."""
-    values, notes = sampler.propose(len(study.trials))
+    values, notes = sampler.propose()
     trial = study.begin(values, notes)
     for epoch in range(1, epochs + 1):
         study.report(trial, figures(epoch, losses(values, epoch)))
     study.end(trial, "complete" if trial.number % 3 else "stopped")
-    sampler.learn(trial)
     return trial
 
 
@@ -370,7 +370,7 @@ def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path, sampler
     study = new_study(tmp_path, sampler=sampler)
     sampler = TrialSampler(study, {})
     for _ in range(30):
-        values, notes = sampler.propose(len(study.trials))
+        values, notes = sampler.propose()
         trial = study.begin(values, notes)
         if values["optim.lr"] > 0.03:
             study.report(trial, figures(1, float("nan")))
@@ -378,9 +378,51 @@ def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path, sampler
         else:
             study.report(trial, figures(1, 0.1 + values["net.dropout"]))
             study.end(trial, "complete")
-        sampler.learn(trial)
     assert sum(trial.state == "failed" for trial in study.trials[-10:]) <= 3
-    TrialSampler(Study.load(study.url), {}).propose(30)
+    TrialSampler(Study.load(study.url), {}).propose()
+
+
+def fail_beyond(study, cliff, count=32):
+    """Play trials that are the better the larger the rate is, and fail beyond a cliff."""
+    sampler = TrialSampler(study, {})
+    for _ in range(count):
+        values, notes = sampler.propose()
+        trial = study.begin(values, notes)
+        if values["optim.lr"] > cliff:
+            study.end(trial, "failed", "it diverged")
+        else:
+            study.report(trial, figures(1, 1 - np.log10(values["optim.lr"])))
+            study.end(trial, "complete")
+    return sum(trial.state == "failed" for trial in study.trials[-count // 2 :])
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("objectives", [["valid_loss"], ["valid_loss", "valid_accuracy"]])
+def test_searches_learn_where_trials_fail(tmp_path, sampler, objectives):
+    """With several objectives, too, where a failed trial is the worst in each."""
+    failed = [
+        fail_beyond(
+            new_study(tmp_path / str(seed), sampler=sampler, objectives=objectives, seed=seed), 0.03
+        )
+        for seed in range(3)
+    ]
+    assert np.mean(failed) <= 6.5
+
+
+def test_a_failed_trial_counts_as_the_worst_of_all(tmp_path):
+    """Of those that finished after it as well, so that it is the same after a restart."""
+    study = new_study(tmp_path, sampler="gp", objectives=["valid_loss"])
+    sampler = TrialSampler(study, {})
+    for number, loss in enumerate([0.5, None, 0.2, 0.9]):
+        rest = {"net.dropout": 0.1, "net.widths": [16, 32], "optim.epochs": 4}
+        trial = study.begin({"optim.lr": 0.01 * (number + 1), **rest}, {})
+        if loss is None:
+            study.end(trial, "failed", "it diverged")
+        else:
+            study.report(trial, figures(1, loss))
+            study.end(trial, "complete")
+    values = [trial.values for trial in sampler._known_study().get_trials(deepcopy=False)]
+    assert values == [[0.5], [0.9], [0.2], [0.9]]
 
 
 # Scheduler

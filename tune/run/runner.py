@@ -165,7 +165,7 @@ def run_search(
         resources_per_trial=PlacementGroupFactory(bundles),
         search_alg=StudySearchAlgorithm(search, sampler),
         scheduler=judge,
-        callbacks=[StudyRecorder(study, sampler, watchers)],
+        callbacks=[StudyRecorder(study, watchers)],
         time_budget_s=minutes * 60 if minutes else None,
         max_failures=MAX_LOST,
         # A process with workers of its own ends with them.
@@ -222,17 +222,15 @@ class StudySearchAlgorithm(SearchAlgorithm):
 
     def _proposed(self) -> Trial:
         study = self._search.study
-        values, notes = self._sampler.propose(len(study.trials))
+        values, notes = self._sampler.propose()
         return study.begin(values, notes)
 
 
 class StudyRecorder(tune.Callback):
     """Writes what Ray Tune tells into the study."""
 
-    def __init__(
-        self, study: Study, sampler: TrialSampler, watchers: Sequence[StudyObserver]
-    ) -> None:
-        self._study, self._sampler, self._watchers = study, sampler, watchers
+    def __init__(self, study: Study, watchers: Sequence[StudyObserver]) -> None:
+        self._study, self._watchers = study, watchers
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: RayTrial, result: dict[str, Any], **info: Any
@@ -271,6 +269,5 @@ class StudyRecorder(tune.Callback):
         return self._study.trials[int(trial.trial_id)]
 
     def _tell(self, trial: Trial) -> None:
-        self._sampler.learn(trial)
         for watcher in self._watchers:
             watcher.ended(trial)

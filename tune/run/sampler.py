@@ -30,7 +30,7 @@ SEED_STRIDE = 1_000_003
 
 
 class TrialSampler:
-    """Proposes options for a study's next trial; learns of the trials that are kept.
+    """Proposes options for a study's next trial, by the trials that the study keeps.
 
     first: options of the first trial.
     """
@@ -45,27 +45,22 @@ class TrialSampler:
         objectives = self._goals.objectives
         self._by_epoch = len(objectives) == 1 and objectives[0].metric == self._goals.early
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.optuna = optuna.create_study(
-            directions=[
-                "maximize" if each.maximize else "minimize" for each in self._goals.objectives
-            ]
-        )
-        self._storage = self.optuna._storage
-        for trial in study.trials:
-            self.optuna.add_trial(self._frozen(trial))
-            for key, value in trial.notes.get("study", {}).items():
-                self._storage.set_study_system_attr(self.optuna._study_id, key, value)
 
-    def propose(self, number: int) -> tuple[Values, dict[str, Any]]:
-        """Return the options of a new trial, and what is to be noted of it."""
-        self.optuna.sampler = self._sampler(number)
+    def propose(self) -> tuple[Values, dict[str, Any]]:
+        """Return the options of a new trial, and what is to be noted of it.
+
+        What is known is told anew each time: a trial that failed counts as the worst of all that
+        have finished by then.
+        """
+        known, number = self._known_study(), len(self._study.trials)
+        known.sampler = self._sampler(number)
         if number == 0 and self._first:
-            self.optuna.enqueue_trial(
+            known.enqueue_trial(
                 {name: self._config.space[name].raw(value) for name, value in self._first.items()}
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            asked = self.optuna.ask(self._distributions)
+            asked = known.ask(self._distributions)
         assert asked.number == number
         values = {
             name: dimension.value(asked.params[name])
@@ -73,28 +68,26 @@ class TrialSampler:
         }
         # The genetic sampler notes generations at trials, and parents at the study.
         notes = {
-            "trial": _plain(self._known(number).system_attrs),
-            "study": _plain(self._storage.get_study_system_attrs(self.optuna._study_id)),
+            "trial": _plain(known.get_trials(deepcopy=False)[number].system_attrs),
+            "study": _plain(known._storage.get_study_system_attrs(known._study_id)),
         }
         return values, notes
 
-    def learn(self, trial: Trial) -> None:
-        """Learn of a trial that has ended."""
-        frozen, identity = self._frozen(trial), self._known(trial.number)._trial_id
-        for step, value in frozen.intermediate_values.items():
-            # Optuna's storage takes them of a running trial only.
-            self._storage.set_trial_intermediate_value(identity, step, value)
-        self.optuna.tell(
-            trial.number,
-            values=frozen.values if frozen.state == TrialState.COMPLETE else None,
-            state=frozen.state,
+    def _known_study(self) -> optuna.Study:
+        """The trials as Optuna has them."""
+        objectives = self._goals.objectives
+        known = optuna.create_study(
+            directions=["maximize" if each.maximize else "minimize" for each in objectives]
         )
+        worst = self._worst()
+        for trial in self._study.trials:
+            known.add_trial(self._frozen(trial, worst))
+            for key, value in trial.notes.get("study", {}).items():
+                known._storage.set_study_system_attr(known._study_id, key, value)
+        return known
 
-    def _known(self, number: int) -> FrozenTrial:
-        return self.optuna.get_trials(deepcopy=False)[number]
-
-    def _frozen(self, trial: Trial) -> FrozenTrial:
-        state, values = self._outcome(trial)
+    def _frozen(self, trial: Trial, worst: list[float] | None) -> FrozenTrial:
+        state, values = self._outcome(trial, worst)
         frozen = create_trial(
             state=state,
             values=values,
@@ -112,27 +105,43 @@ class TrialSampler:
         frozen.datetime_start = datetime.fromtimestamp(trial.began)
         return frozen
 
-    def _outcome(self, trial: Trial) -> tuple[TrialState, list[float] | None]:
+    def _outcome(
+        self, trial: Trial, worst: list[float] | None
+    ) -> tuple[TrialState, list[float] | None]:
+        """How a trial counts. worst: of all that finished, by objective."""
         if trial.state == "running":
             return TrialState.RUNNING, None
-        if trial.state == "complete":
-            measured = self._study.measured(trial)
-            values = [measured[each.name] for each in self._goals.objectives]
-            if np.isfinite(values).all():
-                return TrialState.COMPLETE, values
-        if len(self._goals.objectives) > 1:
-            return TrialState.FAIL, None  # nothing to learn from
-        if self._config.sampler == "tpe":
+        if (values := self._measured(trial)) is not None:
+            return TrialState.COMPLETE, values
+        is_single = len(self._goals.objectives) == 1
+        if is_single and self._config.sampler == "tpe":
             return TrialState.PRUNED, None  # ranked by its epochs, after those that are complete
-        # The others know complete trials only: it counts by what it had reached, or as the worst.
-        reached = self._reached(trial)
-        if reached is None:
-            before = map(self._reached, self._study.trials[: trial.number])
-            known = [value for value in before if value is not None]
-            if not known:
-                return TrialState.FAIL, None
-            reached = (min if self._goals.objectives[0].maximize else max)(known)
-        return TrialState.COMPLETE, [reached]
+        # The others know complete trials only.
+        if (reached := self._reached(trial)) is not None:
+            return TrialState.COMPLETE, [reached]
+        # A trial that was ended early is no failure, and its latency is not known.
+        if worst is None or (trial.state == "stopped" and not is_single):
+            return TrialState.FAIL, None
+        return TrialState.COMPLETE, worst
+
+    def _measured(self, trial: Trial) -> list[float] | None:
+        """The figures of a complete trial by objective; None of another, or if one is no number."""
+        if trial.state != "complete":
+            return None
+        measured = self._study.measured(trial)
+        values = [measured[each.name] for each in self._goals.objectives]
+        return values if np.isfinite(values).all() else None
+
+    def _worst(self) -> list[float] | None:
+        """The worst figure in each objective of all trials that have finished."""
+        found = [values for trial in self._study.trials if (values := self._measured(trial))]
+        if len(self._goals.objectives) == 1:
+            reached = (self._reached(trial) for trial in self._study.trials if trial.ended)
+            found += [[value] for value in reached if value is not None]
+        if not found:
+            return None
+        by_objective = zip(self._goals.objectives, zip(*found, strict=True), strict=True)
+        return [(min if each.maximize else max)(values) for each, values in by_objective]
 
     def _reached(self, trial: Trial) -> float | None:
         """What a trial's best epoch reached, where that is a measure of the only objective."""
