@@ -17,8 +17,8 @@ class SchedulerConfig(Section):
         None,
         description="asha: at each rung only the best share goes on; hyperband: the same, some "
         "trials with later rungs; median: a trial worse than the median of the means of others "
-        "ends; pbt: the worst continue from the best, with options changed; none. asha for one "
-        "objective by default; for several none, as it would end what is small and less accurate.",
+        "ends; pbt: the worst continue from the best, with options changed; none. asha by default "
+        "where one metric is made best, else none: it would end what is small and less accurate.",
     )
     grace_epochs: int = Field(
         1, ge=1, le=10_000, description="Epochs that every trial has: the first rung."
@@ -33,6 +33,11 @@ class SchedulerConfig(Section):
     quantile: float = Field(
         0.25, gt=0, le=0.5, description="Of pbt: share of trials that take over, and are copied."
     )
+
+
+def _is_of_task(objective: str) -> bool:
+    """Whether an objective is a metric, of the net or of a variant; else a size or a latency."""
+    return objective.rpartition(".")[2].startswith("valid_")
 
 
 class TuneConfig(Section):
@@ -83,7 +88,26 @@ class TuneConfig(Section):
     @property
     def scheduling(self) -> Scheduling:
         """The scheduler: the one that is named, or what suits the objectives."""
-        return self.scheduler.name or ("asha" if len(self.objectives) < 2 else "none")
+        if self.scheduler.name:
+            return self.scheduler.name
+        is_one_metric = len(self.objectives) < 2 and all(map(_is_of_task, self._wanted))
+        return "asha" if is_one_metric else "none"
+
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        """Names of what is made best: the objectives, and what the winner is best in."""
+        picked = self.pick.split(" with ")[0].removeprefix("best ") if self.pick else ""
+        return tuple(name for name in (*self.objectives, picked.strip()) if name)
+
+    @model_validator(mode="after")
+    def _trials_end_by_what_is_wanted(self) -> Self:
+        names = self.objectives or self._wanted
+        if self.scheduling != "none" and names and not any(map(_is_of_task, names)):
+            raise ValueError(
+                f"scheduler {self.scheduling} ends trials by a metric of the validation split, and "
+                f"{names[0]} is none; give none, or an objective valid_…"
+            )
+        return self
 
     @model_validator(mode="after")
     def _several_are_told_apart(self) -> Self:

@@ -3,6 +3,8 @@
 import math
 
 from cluster.errors import CommandFailed
+from train.bundle.manifest import Manifest
+from tune.objectives import variant_metrics
 from tune.run.study_store import Study
 from tune.run.trial_record import Trial
 
@@ -50,6 +52,35 @@ def select_winner(study: Study) -> Trial:
             -trial.number,
         ),
     )
+
+
+def broken_rule(study: Study, trial: Trial, manifest: Manifest) -> str | None:
+    """Say where a bundle that was made of the winner breaks the rule by which it won; else None.
+
+    Its variants are made and measured anew. Metrics of a net that has since learned from the
+    validation records are not compared.
+    """
+    measured, pick = study.measured(trial), study.goals.pick
+    served = {name: variant_metrics(each) for name, each in manifest.variants.items()}
+    broken = []
+    for name in dict.fromkeys(each.variant for each in pick.objectives if each.variant):
+        if name not in served:
+            broken.append(
+                f"{name} could not be made: {manifest.skipped.get(name, 'not asked for')}"
+            )
+        elif served[name]["verdict"] != "accepted":
+            broken.append(f"{name} is {served[name]['verdict']} by the gate now")
+    for each in pick.conditions:
+        objective = each.objective
+        if objective.variant not in (None, *served):
+            continue
+        if objective.of_task and study.config.tune.refit:
+            continue
+        value = objective.of(manifest.metrics, served)
+        if not each.holds(value):
+            before = measured[objective.name]
+            broken.append(f"it has {value:.6g} where {each} was asked for, and had {before:.6g}")
+    return "; ".join(broken) or None
 
 
 def _refused(trial: Trial) -> bool:

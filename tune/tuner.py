@@ -29,7 +29,7 @@ from tune.run.runner import SearchContext
 from tune.run.sampler import TrialSampler
 from tune.run.study_store import BEST, RESULT, Study, lock_study, study_location
 from tune.run.trial_record import Trial
-from tune.selection import select_winner
+from tune.selection import broken_rule, select_winner
 
 REFIT = "refit"
 REFITTED = {
@@ -124,7 +124,8 @@ def _finish(
         # The refitted net has seen the records that it would be judged by.
         figure = best_epoch(trial.rows, study.choice)[metric] if refit else None
         score = functools.partial(validation_score, best)
-        result |= tracking.publish(bundle, metric, figure, score)
+        broken = broken_rule(study, trial, bundle.manifest)
+        result |= tracking.publish(bundle, metric, figure, score, candidate=broken)
     return result | {
         "study": study.name,
         "num_trials": len(study.trials),

@@ -11,6 +11,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 
 from cluster.errors import CommandFailed, UserError
 from tests.server import REPOSITORY
+from train.bundle.manifest import BATCH_SIZES, Manifest, Timing, Variant
 from train.config import validate_as
 from train.tasks import Metric
 from tune import objectives, report, search_space
@@ -21,7 +22,7 @@ from tune.run.sampler import TrialSampler
 from tune.run.schedulers import ReplayedScheduler, SchedulerContext, create_scheduler
 from tune.run.study_store import Study, lock_study
 from tune.search_space import Dimension
-from tune.selection import select_winner
+from tune.selection import broken_rule, select_winner
 
 METRICS = (Metric("accuracy", "higher"), Metric("loss", "lower"))
 LOSS = Metric("valid_loss", "lower")
@@ -409,6 +410,29 @@ def test_searches_learn_where_trials_fail(tmp_path, sampler, objectives):
     assert np.mean(failed) <= 6.5
 
 
+@pytest.mark.parametrize(
+    ("options", "scheduling"),
+    [
+        ({}, "asha"),
+        ({"objectives": ["valid_loss"]}, "asha"),
+        ({"objectives": ["int8_static.valid_accuracy"]}, "asha"),
+        ({"objectives": ["fp32.bytes"]}, "none"),
+        ({"objectives": ["fp32.p50_ms@32"]}, "none"),
+        ({"objectives": ["valid_loss", "fp32.bytes"]}, "none"),
+        ({"pick": "best valid_accuracy with fp32.bytes <= 1000"}, "asha"),
+        ({"pick": "best fp32.bytes with valid_accuracy >= 0.9"}, "none"),
+    ],
+)
+def test_trials_end_early_only_where_a_metric_is_made_best(options, scheduling):
+    """A metric that is only a bound would end the small nets that were asked for."""
+    assert study_config(**options).tune.scheduling == scheduling
+
+
+def test_a_scheduler_without_a_metric_to_go_by_is_refused():
+    with pytest.raises(UserError, match=r"asha ends trials by a metric .* fp32\.bytes is none"):
+        study_config(objectives=["fp32.bytes"], scheduler={"name": "asha"})
+
+
 def test_a_failed_trial_counts_as_the_worst_of_all(tmp_path):
     """Of those that finished after it as well, so that it is the same after a restart."""
     study = new_study(tmp_path, sampler="gp", objectives=["valid_loss"])
@@ -608,6 +632,40 @@ def test_a_trial_out_of_bounds_or_refused_by_the_gate_loses(tmp_path):
     study.trials[2].served = study.trials[3].served = served(p50_ms=5)
     with pytest.raises(CommandFailed, match=r"fp32\.p50_ms <= 2: .* from 3 to 5"):
         select_winner(study)
+
+
+def remade(verdict="accepted", p50_ms=1.0, skipped=()):
+    """What of a bundle's manifest is compared with the rule."""
+    profile = [
+        Timing(engine="e", threads=1, batch_size=size, p50_ms=p50_ms, low_ms=0, high_ms=9)
+        for size in BATCH_SIZES
+    ]
+    variant = Variant.model_construct(
+        engine="e", verdict=verdict, size_bytes=10, metrics={}, profile=profile
+    )
+    return Manifest.model_construct(
+        variants={} if skipped else {"fp32": variant},
+        skipped=dict(skipped),
+        metrics={"valid_accuracy": 0.5},
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (remade(), None),
+        (remade(p50_ms=2.5), "it has 2.5 where fp32.p50_ms <= 2 was asked for, and had 1"),
+        (remade(verdict="refused"), "fp32 is refused by the gate now"),
+        (remade(skipped=[("fp32", "no room")]), "fp32 could not be made: no room"),
+    ],
+)
+def test_a_winner_made_anew_must_keep_the_rule(tmp_path, manifest, words):
+    study = new_study(tmp_path, pick="best valid_loss with fp32.p50_ms <= 2")
+    trial = study.begin({}, {})
+    study.report(trial, figures(1, 0.4))
+    trial.served = served(p50_ms=1.0)
+    study.end(trial, "complete")
+    assert broken_rule(study, select_winner(study), manifest) == words
 
 
 def test_without_a_complete_trial_it_says_what_to_do(tmp_path):

@@ -73,6 +73,8 @@ class MLflowTracking:
         metric: str,
         figure: float | None,
         score: Callable[[Bundle, str], float],
+        *,
+        candidate: str | None = None,
     ) -> dict[str, Any]:
         """Register the winner's bundle, in a run below the study's; see `publishing.publish`."""
         self._later(lambda: None).result()
@@ -80,7 +82,13 @@ class MLflowTracking:
         tags = {"mlflow.parentRunId": parent, "study": self._study.name}
         with RunRecorder(self._root, self._name, bundle.manifest.config, tags=tags) as recording:
             return publishing.publish(
-                bundle, recording, self._root, metric, figure=figure, score=score
+                bundle,
+                recording,
+                self._root,
+                metric,
+                figure=figure,
+                score=score,
+                candidate=candidate,
             )
 
     def _begin(self) -> None:
