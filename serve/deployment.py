@@ -93,7 +93,9 @@ class ModelDeployment:
         self._name = state.name
         self._pipeline = PredictionPipeline(config, state.name)
         self._served = await asyncio.to_thread(ModelVersions, state, self._load, self._pipeline)
-        self._busy = autoscaling.Utilization(self._served.engine_s, self._served.num_responses)
+        self._busy = autoscaling.Utilization(
+            self._served.engine_s, self._served.num_responses, self._served.num_refused
+        )
         keys = (
             KeyStore.load(config.security.api_keys_file) if config.security.api_keys_file else None
         )

@@ -29,23 +29,35 @@ class Utilization:
     To be called on the event loop's thread.
     """
 
-    def __init__(self, engine_s: Callable[[], float], answers: Callable[[], int]) -> None:
-        """engine_s: for how long the engine was busy until now. answers: how many there were."""
-        self._engine_s, self._answers = engine_s, answers
+    def __init__(
+        self,
+        engine_s: Callable[[], float],
+        answers: Callable[[], int],
+        refused: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """engine_s: for how long the engine was busy until now, with the batch that runs. answers:
+        how many there were. refused: how many requests were, for lack of time or room."""
+        self._engine_s, self._answers, self._refused = engine_s, answers, refused
         self._last = self._now()
 
     def share(self) -> float:
-        """Since it was asked last, 0..1; 0 if it answered nothing, though it never quite rests."""
+        """Since it was asked last, 0..1; 0 if it answered nothing, though it never quite rests.
+
+        1 if it refused requests: they would have kept it busy.
+        """
         before, self._last = self._last, self._now()
-        wall_s, loop_s, engine_s, answers = (
+        wall_s, loop_s, engine_s, answers, refused = (
             new - old for new, old in zip(self._last, before, strict=True)
         )
+        if refused:
+            return 1.0
         if not engine_s and not answers:
             return 0.0
         return min(max(loop_s, engine_s, 0.0) / max(wall_s, 1e-6), 1.0)
 
     def _now(self) -> tuple[float, ...]:
-        return time.monotonic(), time.thread_time(), self._engine_s(), float(self._answers())
+        counts = float(self._answers()), float(self._refused())
+        return time.monotonic(), time.thread_time(), self._engine_s(), *counts
 
 
 def target_rows(config: ServeConfig, profile: LatencyModel) -> int:

@@ -106,7 +106,7 @@ class Batcher:
         # Rows on their way into the line; whoever encodes them says so.
         self.encoding_rows = 0
         self._running_rows = 0
-        self._busy_until = 0.0
+        self._busy_until = self._sealed = 0.0
         self._due: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -115,6 +115,11 @@ class Batcher:
     def rows(self) -> int:
         """Rows in progress: those that wait and those that the engine has."""
         return self.waiting_rows + self._running_rows
+
+    @property
+    def running_s(self) -> float:
+        """For how long the engine has had the batch that it runs now; 0 if it has none."""
+        return time.perf_counter() - self._sealed if self._running_rows else 0.0
 
     @property
     def waiting_rows(self) -> int:
@@ -207,7 +212,7 @@ class Batcher:
         rows = self._running_rows = sum(piece.stop - piece.start for piece in batch)
         expected_s = self._profile.seconds(rows)
         self._busy_until = now + expected_s
-        sealed = time.perf_counter()
+        sealed = self._sealed = time.perf_counter()
         self._metrics.sealed(rows, [sealed - piece.job.entered for piece in batch])
         if expected_s <= SHORT_S:
             self._finish(batch, sealed, self._compute(batch))
@@ -263,7 +268,9 @@ class Batcher:
         result: tuple[list[Arrays | Exception], float, float],
     ) -> None:
         outcomes, started, engine_s = result
-        self._profile.observe(self._running_rows, engine_s)
+        if not any(isinstance(outcome, Exception) for outcome in outcomes):
+            # What fails at once says nothing of how long a batch takes.
+            self._profile.observe(self._running_rows, engine_s)
         self._metrics.ran(started - sealed, engine_s, len(batch))
         self._running_rows, self._busy_until = 0, 0.0
         if engine_s > SHORT_S:

@@ -12,8 +12,9 @@ from train.bundle.manifest import Timing, Variant
 # A larger batch must be this much faster per row to be worth the longer wait.
 WORTH = 0.97
 # Of each new measurement in the running ratio, and how far one of them is believed: a machine that
-# stood still for a minute is not that slow.
+# stood still for a minute is not that slow, and none is a hundred times as fast as another.
 LEARNING_RATE, MOST = 0.1, 4.0
+LEAST_RATIO = 0.05
 
 
 class LatencyModel:
@@ -52,7 +53,7 @@ class LatencyModel:
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a batch that ran."""
-        seen = min(seconds / self.measured(rows), MOST * self.ratio)
+        seen = max(min(seconds / self.measured(rows), MOST * self.ratio), LEAST_RATIO)
         self.ratio += LEARNING_RATE * (seen - self.ratio)
 
     def rows_within(self, seconds: float, most: int) -> int:

@@ -13,6 +13,9 @@ from serve.telemetry.metrics import Snapshot, merge_samples
 
 logger = logging.getLogger(__name__)
 
+# Why requests are refused that a free engine would have answered.
+LOAD_REASONS = ("overloaded", "deadline", "queue_full", "timeout")
+
 
 class ModelVersions:
     """The loaded versions, and an endpoint for each. Belongs to one event loop."""
@@ -94,8 +97,14 @@ class ModelVersions:
         return sum(plane.batcher.rows for plane in self._planes.values())
 
     def engine_s(self) -> float:
-        """Return for how long engines were busy until now."""
-        return sum(plane.metrics.engine_s for plane in self._planes.values())
+        """Return for how long engines were busy until now, with the batches that run."""
+        planes = self._planes.values()
+        return sum(plane.metrics.engine_s + plane.batcher.running_s for plane in planes)
+
+    def num_refused(self) -> int:
+        """Return how many requests were refused until now as there was too much to do."""
+        planes = self._planes.values()
+        return sum(plane.metrics.refused[reason] for plane in planes for reason in LOAD_REASONS)
 
     def num_responses(self) -> int:
         """Return how many requests were answered until now."""

@@ -1,5 +1,7 @@
 """The front of several models, before applications of one model each."""
 
+import time
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,3 +140,21 @@ def test_a_replica_is_as_busy_as_its_loop_or_its_engine():
     answers[0] += 1
     assert 0 < busy.share() <= 1
     assert busy.share() == 0
+
+
+def test_a_replica_that_refuses_for_load_is_busy():
+    refused = [0]
+    busy = autoscaling.Utilization(lambda: 0.0, lambda: 0, lambda: refused[0])
+    assert busy.share() == 0
+    refused[0] += 1
+    assert busy.share() == 1
+    assert busy.share() == 0
+
+
+def test_a_long_batch_is_seen_before_it_ends():
+    """An engine that has had the same batch for as long as anyone looks."""
+    busy = autoscaling.Utilization(time.monotonic, lambda: 0)
+    until = time.monotonic() + 0.05
+    while time.monotonic() < until:
+        pass
+    assert busy.share() > 0.9

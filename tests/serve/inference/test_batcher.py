@@ -252,3 +252,45 @@ def test_after_a_standstill_requests_are_let_in_again():
         assert profile.ratio < 10
 
     asyncio.run(scenario())
+
+
+def test_batches_that_fail_say_nothing_of_how_long_others_take():
+    """They may fail at once, and long batches would then run on the event loop."""
+
+    async def scenario():
+        profile = long()
+        engine, batcher = make(profile=profile)
+        engine.free.release(1000)
+        for _ in range(50):
+            with pytest.raises(ValueError, match="unlucky"):
+                await ask(batcher, 13)
+        assert profile.ratio == 1.0
+        assert profile.seconds(1) > SHORT_S
+        # Nor does a batch of which a part fails.
+        answers = await asyncio.gather(ask(batcher, 1), ask(batcher, 13), return_exceptions=True)
+        assert isinstance(answers[1], ValueError)
+        assert profile.ratio == 1.0
+        await ask(batcher, 1)
+        assert profile.ratio != 1.0
+
+    asyncio.run(scenario())
+
+
+def test_no_batch_makes_the_engine_look_much_faster_than_it_was():
+    profile = LatencyModel([1], [1.0])
+    for _ in range(1000):
+        profile.observe(1, 1e-9)
+    assert profile.ratio == pytest.approx(0.05)
+
+
+def test_a_batch_that_runs_counts_as_busy_while_it_runs():
+    async def scenario():
+        engine, batcher, first = await busy()
+        before = batcher.running_s
+        assert before > 0
+        await until(lambda: batcher.running_s > before + 0.01)
+        engine.free.release()
+        await first
+        assert batcher.running_s == 0
+
+    asyncio.run(scenario())
