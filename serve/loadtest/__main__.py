@@ -46,7 +46,8 @@ class LoadTestOptions(CommandOptions):
     seed: int = Field(0, ge=0, description="Of arrivals and of random requests.")
     p99: float | None = Field(None, gt=0, description="Milliseconds that count as in time.")
     find_rate: bool = Field(
-        False, description="Find the highest Poisson rate with the p99 within --p99 and 99 % ok."
+        False,
+        description="Find the highest Poisson rate at which 99 % of all requests are in time.",
     )
     model: str | None = Field(
         None, min_length=1, description="Model to ask; the one that /v2/models names if not given."

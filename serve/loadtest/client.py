@@ -273,5 +273,9 @@ class _Client:
                     connection.job = None
                     connection.transport.abort()
                     self._finish(job, Outcome.TIMEOUT)
-            while self._waiting and self._waiting[0].due_s < oldest_s:
-                self._finish(self._waiting.popleft(), Outcome.TIMEOUT)
+            # Those that are tried again stand behind others that were due later.
+            late = [job for job in self._waiting if job.due_s < oldest_s]
+            if late:
+                self._waiting = deque(job for job in self._waiting if job.due_s >= oldest_s)
+            for job in late:
+                self._finish(job, Outcome.TIMEOUT)

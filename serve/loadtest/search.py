@@ -49,11 +49,11 @@ def find_rate(
     def step(rate_per_s: float) -> bool:
         report = measure(rate_per_s)
         held, p99 = report.holds(bound_ms), (report.latency_ms or {}).get("p99")
-        share = report.ok / max(1, report.requests)
-        figures = {"rate_per_s": round(rate_per_s, 1), "p99_ms": p99, "ok_share": round(share, 4)}
+        share = report.within(bound_ms) / max(1, report.requests)
+        figures = {"rate_per_s": round(rate_per_s, 1), "p99_ms": p99, "in_time": round(share, 4)}
         search.steps.append({**figures, "held": held})
         shown = f"p99 {p99:.1f} ms" if p99 is not None else "no good answer"
-        tell(f"{rate_per_s:8.1f}/s  {shown}, {share:.1%} ok: {'held' if held else 'too much'}")
+        tell(f"{rate_per_s:8.1f}/s  {shown}, {share:.1%} in time: {'held' if held else 'too much'}")
         if held:
             search.rate_per_s, search.best = round(rate_per_s, 1), report
         return held

@@ -200,6 +200,47 @@ def test_latency_counts_from_due_time_throughput_by_answers():
     assert not report.holds(2000)
 
 
+def test_timeouts_count_as_at_least_their_limit():
+    done = [(0.0, 0.049, Outcome.OK, False, 0)] * 990
+    done += [(0.0, 10.0, Outcome.TIMEOUT, False, 0)] * 10
+    report = LoadTestReport.of(done, load="", start_s=0, duration_s=1)
+    assert report.latency_ms is not None
+    assert report.latency_ms["p50"] == pytest.approx(49)
+    assert report.latency_ms["p99.9"] == report.latency_ms["max"] == pytest.approx(10_000)
+    assert (report.ok, report.within(50), report.within(60_000)) == (990, 990, 990)
+    assert report.holds(50)
+    more = [*done, (0.0, 10.0, Outcome.TIMEOUT, False, 0)]
+    assert not LoadTestReport.of(more, load="", start_s=0, duration_s=1).holds(50)
+
+
+@pytest.mark.parametrize("outcome", [o for o in Outcome if o != Outcome.OK])
+def test_a_rate_holds_where_99_percent_of_all_are_in_time(outcome):
+    """Not of those that were answered."""
+    done = [(0.0, 0.001, Outcome.OK, False, 0)] * 980 + [(0.0, 0.001, outcome, False, 0)] * 20
+    assert not LoadTestReport.of(done, load="", start_s=0, duration_s=1).holds(50)
+    late = [(0.0, 0.001 if n >= 10 else 9.0, Outcome.OK, False, 0) for n in range(1000)]
+    assert LoadTestReport.of(late, load="", start_s=0, duration_s=1).holds(50)
+    assert not LoadTestReport.of(late[:999], load="", start_s=0, duration_s=1).holds(50)
+
+
+def test_a_retry_past_its_limit_is_given_up_behind_others():
+    """It stands in line behind requests that were due later."""
+    over = threading.Event()
+
+    def answer(number: int, path: str, body: bytes) -> Reply:
+        if number > 0:
+            over.wait()
+        return BUSY
+
+    with serving(answer) as url:
+        load = PoissonLoad(rate_per_s=40, connections=1)
+        report = run_load(at(url), load, warmup_s=0, duration_s=1, timeout_s=0.4, retries=3)
+        over.set()
+    assert report.timeouts == report.requests > 10
+    assert report.retried == 1
+    assert report.latencies_ms.max() < 600
+
+
 @pytest.mark.parametrize("first", [BUSY, None])
 def test_a_refused_request_is_tried_again(first):
     with serving(lambda number, *_: OK if number % 2 else first) as url:
