@@ -44,8 +44,8 @@ class LoadTestReport:
     server that stalls is charged for all that waited. A timeout counts with the time after which it
     was given up, which is less than the answer would have taken. ok_per_s counts the good answers
     that came while it was measured. failed_after_retries: of the `retried`, those that did not end
-    well. sent: all requests, those of the warm-up too. send_lag_p99_ms: how late the client itself was;
-    None in a closed loop. client_us_per_request: processor time of the client's process.
+    well. sent: all requests, those of the warm-up too. send_lag_p99_ms: how late the client itself
+    was; None in a closed loop. client_us_per_request: processor time of the client's process.
     """
 
     load: str

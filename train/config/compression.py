@@ -93,8 +93,8 @@ class Compress(Section):
     calibration_records: int = Field(
         512, ge=2, le=100_000, description="Training records to measure activation ranges on."
     )
-    calibration: tuple[Literal["minmax", "percentile", "entropy"], ...] = Field(
-        ("minmax", "percentile", "entropy"),
+    calibration: tuple[Literal["minmax", "percentile", "squared_error"], ...] = Field(
+        ("minmax", "percentile", "squared_error"),
         min_length=1,
         description="Ways to choose activation ranges; the one that changes outputs least is kept.",
     )

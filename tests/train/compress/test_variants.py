@@ -15,7 +15,7 @@ from train.bundle import BundleWriter
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.benchmark import BATCH_SIZES, BenchmarkCase, benchmark_variants
 from train.compress.pipeline import compress
-from train.compress.recipes import export_onnx, prune, quantize_weight_only
+from train.compress.recipes import activation_ranges, export_onnx, prune, quantize_weight_only
 from train.compress.recipes.quantize_static import StaticQuantizer
 from train.compress.recipes.variant_builder import (
     EXTREME_RECORDS,
@@ -111,7 +111,7 @@ def test_an_operator_that_cannot_be_exported_is_named(tmp_path, images):
 
 @pytest.fixture
 def quantizer(exported, tmp_path, images):
-    methods = ("minmax", "percentile", "entropy")
+    methods = ("minmax", "percentile", "squared_error")
     return StaticQuantizer.calibrate(exported, tmp_path, images, images, methods)
 
 
@@ -138,10 +138,60 @@ def test_int8_has_unsigned_activations_and_weights_per_channel(quantizer, export
     assert path.stat().st_size < exported.stat().st_size
 
 
+@pytest.mark.parametrize("method", activation_ranges.METHODS)
+def test_ranges_do_not_depend_on_the_order_of_records(exported, tmp_path, images, method, rng):
+    images = {"image": np.sort(images["image"], axis=0)}  # the darkest first
+    found = []
+    for order in (np.arange(40), np.arange(40)[::-1], rng.permutation(40)):
+        ordered = {"image": images["image"][order]}
+        histograms = activation_ranges.measure_histograms(exported, tmp_path, ordered)
+        ranges = activation_ranges.choose_ranges(histograms, method)
+        found.append(np.array([[*ranges[name].range_value] for name in ranges]))
+    np.testing.assert_allclose(found[1], found[0], rtol=0.01, atol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=0.01, atol=1e-5)
+
+
+def histogram_of(values):
+    ends = float(values.min()), float(values.max())
+    counts = np.histogram(values, activation_ranges.NUM_BINS, ends)[0]
+    return activation_ranges._Histogram(*ends, counts)
+
+
+def rounding_error(values, low, high):
+    """What int8 with these ends makes of the values, by rounding each."""
+    step = (high - low) / 255
+    rounded = np.clip(np.round((values - low) / step), 0, 255) * step + low
+    return np.mean((rounded - values) ** 2)
+
+
+def test_the_range_of_least_squared_error_is_near_the_best(rng):
+    """Of values with a few far ones, against rounding with each of many ranges."""
+    values = np.r_[rng.laplace(size=200_000), [25.0]]
+    low, high = activation_ranges.squared_error(histogram_of(values))
+    tried = [
+        rounding_error(values, *(share * np.array([values.min(), 25])))
+        for share in np.linspace(0.05, 1, 100)
+    ]
+    assert rounding_error(values, low, high) < 1.1 * min(tried)
+    assert rounding_error(values, low, high) < 0.9 * rounding_error(values, values.min(), 25)
+    uniform = rng.uniform(0, 1, 20_000)
+    assert activation_ranges.squared_error(histogram_of(uniform))[1] > 0.97
+
+
+@pytest.mark.parametrize(("count", "share"), [(1000, 1e-3), (64_000, 5e-4), (10_000_000, 1e-5)])
+def test_a_percentile_fits_the_number_of_values(count, share, rng):
+    values = rng.normal(size=count)
+    low, high = activation_ranges.percentile(histogram_of(values))
+    bin_width = (values.max() - values.min()) / activation_ranges.NUM_BINS
+    assert np.mean(values < low) <= share <= np.mean(values < low + 1.01 * bin_width)
+    assert np.mean(values > high) <= share <= np.mean(values > high - 1.01 * bin_width)
+    assert activation_ranges.minmax(histogram_of(values)) == (values.min(), values.max())
+
+
 def test_the_calibration_that_changes_outputs_least_is_kept(exported, tmp_path, images):
     alone = {
         method: StaticQuantizer.calibrate(exported, tmp_path, images, images, (method,)).error
-        for method in ("minmax", "percentile", "entropy")
+        for method in ("minmax", "percentile", "squared_error")
     }
     best = StaticQuantizer.calibrate(exported, tmp_path, images, images, tuple(alone))
     assert best.method == min(alone, key=alone.__getitem__)

@@ -12,44 +12,27 @@ from typing import Any, Self
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
+from train.compress.recipes import activation_ranges
+from train.compress.recipes.activation_ranges import batches
 from train.tasks import Arrays
-from train.tasks.records import num_rows
 
-METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
-# The calibrators hold all activations of a batch at once.
-CALIBRATION_BATCH = 32
 # Layers whose arithmetic is worth quantizing; what lies between them follows.
 LAYERS = ("Conv", "Gemm", "MatMul")
 # A layer with at most this share of all weights may stay in float though int8 would be accepted.
 SMALL = 0.05
 
 
-class _Batch(CalibrationDataReader):
-    """One batch, once."""
-
-    def __init__(self, inputs: Arrays) -> None:
-        self._batches = iter([inputs])
-
-    def get_next(self) -> Arrays | None:
-        return next(self._batches, None)
-
-
 @dataclass(frozen=True)
 class StaticQuantizer:
     """Makes static int8 forms of one ONNX file.
 
-    method: how activation ranges were chosen, of METHODS.
+    method: how activation ranges were chosen, of `activation_ranges.METHODS`.
     error: how far the outputs are from the float net's, on records apart from the calibration;
     the power of the difference over that of the outputs.
     """
@@ -77,10 +60,11 @@ class StaticQuantizer:
         prepared = scratch / "prepared.onnx"
         with _quiet():
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            histograms = activation_ranges.measure_histograms(prepared, scratch, calibration)
         reference = _logits(source, trial)
         candidates = []
         for method in methods:
-            ranges = _ranges(prepared, scratch, calibration, METHODS[method])
+            ranges = activation_ranges.choose_ranges(histograms, method)
             made = cls(prepared, trial, reference, method, ranges, float("inf"))
             candidates.append(replace(made, error=made.error_without(())))
         return min(candidates, key=lambda candidate: np.nan_to_num(candidate.error, nan=np.inf))
@@ -148,30 +132,9 @@ class StaticQuantizer:
         }
 
 
-def _ranges(prepared: Path, scratch: Path, calibration: Arrays, method: Any) -> Any:
-    with _quiet():
-        calibrator = create_calibrator(
-            str(prepared),
-            list(QDQRegistry),
-            augmented_model_path=str(scratch / "augmented.onnx"),
-            calibrate_method=method,
-            # Both signs apart, as an activation after ReLU has only one.
-            extra_options={"symmetric": False},
-        )
-        for batch in _batches(calibration):
-            calibrator.collect_data(_Batch(batch))
-        return calibrator.compute_data()
-
-
-def _batches(inputs: Arrays) -> Iterator[Arrays]:
-    """Whole batches: the histograms cannot take one of another size."""
-    for start in range(0, num_rows(inputs), CALIBRATION_BATCH):
-        yield {name: array[start : start + CALIBRATION_BATCH] for name, array in inputs.items()}
-
-
 def _logits(path: Path, inputs: Arrays) -> np.ndarray:
     engine = OnnxRuntimeEngine.load(path, num_threads=1)
-    return np.concatenate([engine.run(batch)["logits"] for batch in _batches(inputs)])
+    return np.concatenate([engine.run(batch)["logits"] for batch in batches(inputs)])
 
 
 @contextlib.contextmanager
