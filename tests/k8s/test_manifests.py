@@ -200,6 +200,42 @@ def test_containers_have_limits_and_memory_that_is_theirs(name):
             assert re.match(r"\d+\.\d+", tag), f"{pod.where}: {container['image']} is not pinned"
 
 
+@needs_kubectl
+def test_the_local_node_has_room_for_the_server_and_a_job():
+    """As many bytes and cores as the README says, of which the node itself takes some."""
+    readme = (K8S / "README.md").read_text()
+    said = re.search(r"`local` \| one node of (\d+) cores and (\d+) GiB", readme)
+    assert said is not None
+    wanted: dict[str, list[float]] = {}
+    for pod in pods("overlays/local"):
+        many = 1
+        for group in cluster_of(pod.owner).get("workerGroupSpecs", []):
+            if group["template"] is pod.template:
+                many = group["maxReplicas"]
+        cores, gib = wanted.setdefault(pod.where.split()[0], [0.0, 0.0])
+        for container in pod.template["spec"]["containers"]:
+            requests = container["resources"]["requests"]
+            cores += many * parse_quantity(requests["cpu"])
+            gib += many * parse_quantity(requests["memory"]) / 2**30
+        wanted[pod.where.split()[0]] = [cores, gib]
+    (server,) = (need for where, need in wanted.items() if where.startswith("RayService"))
+    jobs = [need for where, need in wanted.items() if where.startswith("RayJob")]
+    assert len(jobs) == 3
+    for at, room in enumerate(map(int, said.groups())):
+        needed = server[at] + max(job[at] for job in jobs)
+        assert needed <= 0.95 * room
+
+
+def cluster_of(item: Object) -> Object:
+    return item["spec"].get(CLUSTERS.get(item["kind"], ""), {})
+
+
+def parse_quantity(text: str) -> float:
+    """Cores or bytes, as Kubernetes writes them."""
+    number, unit = re.fullmatch(r"([\d.]+)(m|[KMG]i)?", str(text)).groups()
+    return float(number) * {"m": 1e-3, None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[unit]
+
+
 @each_build
 def test_what_a_pod_names_is_in_the_build_or_explained(name):
     readme = (K8S / "README.md").read_text()
