@@ -54,8 +54,8 @@ def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[st
         sentences += _describe_rule(task.target, config.decision_rule)
     judged = (config.compress.metric or task.metric).removeprefix("valid_")
     sentences.append(
-        f"{judged} on the validation split decided which variants are served. No choice has seen "
-        "the test split."
+        f"Which variants are served was decided by {judged} on the validation split. No choice has "
+        "seen the test split."
     )
     return " ".join(sentences)
 
