@@ -68,7 +68,7 @@ def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:
 
 
 class _NoCheckpoints:
-    """Stands for a run's checkpoints where training may begin anew."""
+    """Stands for a run's checkpoints where none are kept."""
 
     def latest(self) -> TrainingState | None:
         return None

@@ -114,7 +114,7 @@ def test_perturbed_numbers_are_a_fifth_away_or_drawn_anew(rng):
     ],
 )
 def test_a_perturbed_value_leaves_where_it_is(given, value, rng):
-    """Zero, small whole numbers and ends among them; a value that is drawn anew may be the same."""
+    """Also zero, a small whole number or an end; only a random draw may give the same value."""
     dimension = Dimension.model_validate(given)
     changed = [dimension.perturbed(value, rng) for _ in range(2000)]
     assert np.mean([each != value for each in changed]) > 0.75

@@ -65,8 +65,8 @@ class Data(Section):
 
     merge_noise: bool = Field(
         True,
-        description="Do not tell the names of a column with many apart where the target differs "
-        "between them no more than by chance.",
+        description="Merge the names of a column with more than twenty if the target does not "
+        "differ between them by more than chance.",
     )
 
     @model_validator(mode="after")

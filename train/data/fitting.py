@@ -33,7 +33,7 @@ FIT_RECORDS = 50_000
 # Columns with fewer names keep them: what is learned of them by chance is little.
 MANY_NAMES = 20
 MAX_P = 0.05
-# Of a target with more, only the most frequent are tested.
+# If a target has more classes, only the most frequent ones are tested.
 MOST_CLASSES = 16
 
 # The most bad records to leave out while fitting; more mean that a column is not what it is said.
@@ -64,7 +64,7 @@ def read_text_file(url: str) -> str:
 
 
 def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, list[str]]:
-    """Merge the names of columns with many, where they say nothing of the target.
+    """Merge the names of columns with many of them where they say nothing about the target.
 
     A net would learn the chance differences between them by heart. Returns the task, and the notes
     with one on each such column. sample: training records.
@@ -86,9 +86,9 @@ def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, li
             if p > MAX_P:
                 merged.append(column)
                 notes.append(
-                    f"the {len(names):,} names of '{column}' are not told apart, as the target "
-                    f"differs between them no more than by chance (p = {p:.2g}); "
-                    "--data.merge_noise false tells them apart"
+                    f"the {len(names):,} names of '{column}' are merged, as the target does not "
+                    f"differ between them by more than chance (p = {p:.2g}); "
+                    "--data.merge_noise false keeps them"
                 )
         encoders[place] = encoder.merge_names(merged)
     return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes

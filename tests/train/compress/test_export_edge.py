@@ -60,7 +60,7 @@ def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, ch
     }
     seen = {name: values[:4] + values[5:] for name, values in records.items()}
     task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
-    # Of the first class there is one record more than of the second.
+    # The first class has one record more than the second.
     values = [*(classes * 2)[: 5 - len(classes) % 2], classes[0]][:5]
     task = fitted(task, seen, values).with_target(**changes)
     arrays = task.features.encode(records)

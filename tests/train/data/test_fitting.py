@@ -49,14 +49,14 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("task_type", TARGETS)
-def test_names_without_meaning_are_not_told_apart(prepare, frame, task_type):
+def test_names_that_say_nothing_of_the_target_are_merged(prepare, frame, task_type):
     """The target is of any type; a few names are left as they are, whatever they say."""
     data = prepare(frame.assign(y=TARGETS[task_type](frame["score"])), KINDS, task_type)
     (categories,) = data.task.features.encoders
     assert isinstance(categories, Categories)
     assert [len(names) for names in categories.names_C] == [150, 0, 2]
     (note,) = data.summary["report"]["notes"]
-    assert note.startswith("the 150 names of 'town' are not told apart")
+    assert note.startswith("the 150 names of 'town' are merged")
     assert "'town'" in (data.folder / "report.txt").read_text()
     codes_NC = data.open("train")[0]["categories"]
     assert (codes_NC[:, 0] >= FIRST).all()
@@ -66,7 +66,7 @@ def test_names_without_meaning_are_not_told_apart(prepare, frame, task_type):
     assert new.tolist() == [[categories.names_C[0].index("s3") + FIRST, UNSEEN, UNSEEN]]
 
 
-def test_all_names_are_told_apart_where_that_is_asked_for(prepare, frame):
+def test_all_names_are_kept_where_that_is_asked_for(prepare, frame):
     data = prepare(
         frame.assign(y=TARGETS["classification"](frame["score"])),
         KINDS,
