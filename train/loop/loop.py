@@ -335,7 +335,8 @@ class Loop:
         # The loss is of the weights before the last update.
         bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
         if any(self._worker.any(bool(bad))):
-            raise self._diverged(f"'{bad[0]}' is" if bad else "the weights are")
+            named = f" '{bad[0].removeprefix('net.')}'" if bad else ""
+            raise self._diverged(f"the weights{named} are")
         self._saved_at = time.monotonic()
         if self._worker.rank != 0:
             return

@@ -300,7 +300,9 @@ def test_weights_that_are_not_finite_are_not_kept(digits, config, tmp_path, monk
         after_step(loop)
 
     monkeypatch.setattr(Loop, "_after_step", overflow)
-    with pytest.raises(Diverged, match="the weights are no longer finite at step 3 of"):
+    with pytest.raises(
+        Diverged, match=r"the weights 'stem\.weight' are no longer finite at step 3 of"
+    ):
         train(make_config(**parts), digits, tmp_path)
     kept = CheckpointManager(str(tmp_path), keep=5)
     assert kept.steps() == [1, 2]
