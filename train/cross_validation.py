@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.config import LAST, Checkpoint, Config, Stop
+from cluster.errors import CommandFailed
+from train.config import LAST, Checkpoint, Config, Stop, Workers
 from train.data import batch_sampler
 from train.data.dataset import EncodedDataset
 from train.loop.checkpoint import TrainingState
-from train.loop.loop import Loop
+from train.loop.loop import Diverged, Loop
 from train.loop.parallelism import Worker
 from train.metrics import best_epoch
 from train.tasks import Arrays
@@ -24,11 +25,20 @@ def choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[
 
     The training records are divided into `stop.folds` parts; for each a net is trained on the
     others, all of them in step, until the mean of `stop.metric` over the parts has not got better
-    for `stop.patience` epochs.
+    for `stop.patience` epochs. Raises CommandFailed when a net diverges.
     """
+    try:
+        return _choose_epochs(config, data)
+    except Diverged as error:
+        reason = str(error).removesuffix(" The last checkpoint is kept.")
+        raise CommandFailed(f"cross-validation failed: {reason}") from error
+
+
+def _choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[str, float]]]:
     metric = data.task.find_metric(config.stop.metric)
+    # Small nets, each whole and in this process.
     changes: dict[str, Any] = {"stop": Stop(), "checkpoint": Checkpoint(metric=LAST)}
-    alone = config.model_copy(update=changes)
+    alone = config.model_copy(update=changes | {"workers": Workers(num=(1, 1)), "compile": False})
     worker = Worker(0, 1, torch.device("cpu"))
     loops = [
         Loop(alone, fold, worker, _NoCheckpoints(), num_micro_batches=1)  # type: ignore[arg-type]
@@ -62,7 +72,8 @@ class _Fold(EncodedDataset):
 
 
 def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:
-    count = config.stop.folds
+    # No part is empty, nor are the others together.
+    count = min(config.stop.folds, data.summary["splits"]["train"]["num_records"])
     for number in range(count):
         yield _Fold(data.url, data.summary, (number, count), config.seed)
 

@@ -74,8 +74,10 @@ def f1_score(true_N: np.ndarray, chosen_N: np.ndarray) -> float:
 def roc_auc(true_N: np.ndarray, scores_N: np.ndarray) -> float:
     """Area under the ROC curve: how often a record of the class scores higher than another.
 
-    0.5 where all records are of the class, or none.
+    0.5 where all records are of the class, or none; NaN if a score is.
     """
+    if np.isnan(scores_N).any():
+        return math.nan
     if true_N.all() or not true_N.any():
         return 0.5
     import sklearn.metrics  # takes a second, and serving needs none of it
@@ -86,8 +88,10 @@ def roc_auc(true_N: np.ndarray, scores_N: np.ndarray) -> float:
 def average_precision(true_N: np.ndarray, scores_N: np.ndarray) -> float:
     """Precision at each record of the class, by falling score, averaged over these records.
 
-    A guess gets the class's share; it is 0 where no record is of the class.
+    A guess gets the class's share; it is 0 where no record is of the class, NaN if a score is.
     """
+    if np.isnan(scores_N).any():
+        return math.nan
     if not true_N.any():
         return 0.0
     import sklearn.metrics
@@ -101,6 +105,8 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray) -> float:
     The mean over bins of confidence of equal width, weighted by their records. After Guo et al.,
     On calibration of modern neural networks, https://arxiv.org/abs/1706.04599.
     """
+    if np.isnan(confidence_N).any():
+        return math.nan
     bins_N = np.minimum((confidence_N * NUM_BINS).astype(int), NUM_BINS - 1)
     gaps = np.bincount(bins_N, confidence_N.astype(np.float64) - right_N, NUM_BINS)
     return float(np.abs(gaps).sum() / max(len(confidence_N), 1))

@@ -19,7 +19,7 @@ Z_95 = 1.959964
 # The variance of the mixture that is most powerful for evidence of 1 / 0.025, times the number of
 # values: -2 log(a) + log(1 - 2 log(a)).
 SPREAD = 9.5
-# Of a permutation test.
+# How many permutations a permutation test draws.
 NUM_PERMUTATIONS = 199
 # The largest logarithm of evidence; exp() of more overflows.
 MAX_LOG = 700.0

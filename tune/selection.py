@@ -57,8 +57,8 @@ def select_winner(study: Study) -> Trial:
 def broken_rule(study: Study, trial: Trial, manifest: Manifest) -> str | None:
     """Say where a bundle that was made of the winner breaks the rule by which it won; else None.
 
-    Its variants are made and measured anew. Metrics of a net that has since learned from the
-    validation records are not compared.
+    The bundle's variants were compressed and measured again. After a refit, metrics of the
+    validation split are not compared, as the net has learned from it.
     """
     measured, pick = study.measured(trial), study.goals.pick
     served = {name: variant_metrics(each) for name, each in manifest.variants.items()}

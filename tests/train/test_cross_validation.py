@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.errors import UserError
+from cluster.errors import CommandFailed, UserError
 from tests.conftest import make_config
 from train.config import LAST, validate_config
 from train.cross_validation import choose_epochs
@@ -70,6 +70,23 @@ def test_every_training_record_is_held_out_once(table, monkeypatch):
         assert sorted(np.concatenate(parts).tolist()) == sorted(whole_NF.tolist())
     held_out_NF = np.concatenate([valid for _, valid in seen])
     assert sorted(held_out_NF.tolist()) == sorted(whole_NF.tolist())
+
+
+def test_a_diverging_net_ends_the_choice_in_one_line(table):
+    config = completed(table, optim={"name": "sgd", "lr": 10, "weight_decay": 1})
+    data = dataset.prepare_dataset(config, config.storage.root)
+    with pytest.raises(CommandFailed, match=r"cross-validation failed: .* lower optim\.lr"):
+        choose_epochs(config, data)
+
+
+def test_fewer_records_than_folds_make_fewer_folds(tmp_path):
+    path = tmp_path / "tiny.csv"
+    path.write_text("n,y\n" + "".join(f"{n},{n % 2}\n" for n in range(6)))
+    config = completed(path, optim={"epochs": 2})
+    data = dataset.prepare_dataset(config, config.storage.root)
+    assert data.summary["splits"]["train"]["num_records"] < 5
+    epochs, rows = choose_epochs(config, data)
+    assert 1 <= epochs <= len(rows) == 2
 
 
 def test_a_run_ends_after_the_epoch_that_was_chosen(digits, tmp_path, config):

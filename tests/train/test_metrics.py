@@ -104,6 +104,14 @@ def test_the_calibration_error_is_that_of_its_definition():
     assert calibration_error(confidence_N, rng.random(200_000) < confidence_N) < 0.01
 
 
+def test_outputs_that_are_no_numbers_have_metrics_that_are_none():
+    """Instead of an error, so that a run can end with what to do about it."""
+    target, outputs, truths_N = draw(2)
+    outputs["logits"][3] = np.nan
+    found = target.metrics(outputs, truths_N)
+    assert all(np.isnan(found[name]) for name in ("auc", "calibration_error", "loss"))
+
+
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
 def test_the_quantile_loss_is_least_at_the_quantile(quantile):
     truths_N = np.random.default_rng(0).exponential(size=1000)

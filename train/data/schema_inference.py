@@ -38,7 +38,7 @@ SMALL = 2_000
 # A table of more bytes has some hundred thousand records.
 LARGE_BYTES = 32 << 20
 LOSS = "valid_loss"
-# Of cross-validation, where records are few.
+# Parts for cross-validation where records are few.
 FOLDS = 5
 
 

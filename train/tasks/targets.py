@@ -103,7 +103,7 @@ class NamedTarget:
 
 
 def label_name(column: str, value: Any) -> str:
-    """The name of a class or label. Raises InvalidRecord for what is no name."""
+    """Return a class or label as text. Raises InvalidRecord for a value that cannot be a name."""
     try:
         return category_name(value)
     except ValueError as error:

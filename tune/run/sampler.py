@@ -49,8 +49,8 @@ class TrialSampler:
     def propose(self) -> tuple[Values, dict[str, Any]]:
         """Return the options of a new trial, and what is to be noted of it.
 
-        What is known is told anew each time: a trial that failed counts as the worst of all that
-        have finished by then.
+        Optuna's study is rebuilt each time, as a failed trial counts as the worst of all that have
+        finished by then.
         """
         known, number = self._known_study(), len(self._study.trials)
         known.sampler = self._sampler(number)
