@@ -56,6 +56,10 @@ def digits(config: Config) -> EncodedDataset:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """A Ray of this process, for the tests of one module."""
+    connect.set_ray_environment()
+    import ray
+
+    assert not ray.is_initialized(), "an earlier test left its Ray running; it needs ray_session"
     connect.connect(num_cpus=4, metrics=False)
     yield
     connect.disconnect()

@@ -132,7 +132,7 @@ def test_a_metric_given_for_the_epoch_leaves_folds_out(table):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(table, capfd):
+def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(ray_session, table, capfd):
     """And the bundle says how they were chosen."""
     from train.training import fit
 
