@@ -43,11 +43,13 @@ class PiecewiseLinearEncoding(nn.Module):
     @torch.no_grad()
     def fit_inputs(self, numbers_NF: Tensor) -> None:
         """Set the edges of the pieces, from a sample of training records."""
-        steps = torch.linspace(0, 1, self.low_FT.shape[1] + 1)
+        num_pieces = self.low_FT.shape[1]
+        steps = torch.linspace(0, 1, num_pieces + 1)
         for column, values_N in enumerate(numbers_NF.T):
             known = values_N[~values_N.isnan()]
             if len(known):
-                edges = torch.quantile(known.double(), steps.double()).float()
+                spread = _limit_repeats(known.double(), num_pieces)
+                edges = torch.quantile(spread, steps.double()).float()
                 self.low_FT[column] = edges[:-1]
                 self.width_FT[column] = edges.diff()
                 # A value that many records have makes pieces without width. One of them says all;
@@ -65,6 +67,21 @@ class PiecewiseLinearEncoding(nn.Module):
         full_BFT = full_BFT * (~missing_BF)[:, :, None]
         within_BF = values_BF.clamp(-BOUND, BOUND)
         return torch.cat([full_BFT.flatten(1), within_BF, missing_BF.float()], dim=1)
+
+
+def _limit_repeats(values_N: Tensor, num_pieces: int) -> Tensor:
+    """Return the values, none of them more often than fills two pieces of equally many.
+
+    Where most records have one value, such as 0 for what few people own, it would take most of the
+    pieces, and the others would share the rest.
+    """
+    distinct_D, counts_D = values_N.unique(return_counts=True)
+    limit = 1
+    if len(distinct_D) > num_pieces / 2:
+        limit = len(values_N)
+        while (lower := int(2 * counts_D.clamp_max(limit).sum() / num_pieces)) < limit:
+            limit = max(lower, 1)
+    return distinct_D.repeat_interleave(counts_D.clamp_max(limit))
 
 
 class CategoricalEmbeddings(nn.Module):

@@ -43,15 +43,31 @@ def test_pieces_are_as_full_as_numpy_says(rng):
 
 
 def test_a_value_of_most_records_makes_one_piece(rng):
-    """More would say the same, and weigh it as often as there are."""
+    """More would say the same, and weigh it as often as there are; the others have the rest."""
     numbers = np.where(rng.random((1000, 1)) < 0.9, 0, rng.uniform(1, 2, (1000, 1)))
     pieces = PiecewiseLinearEncoding(1, 20)
     pieces.fit_inputs(torch.from_numpy(numbers.astype(np.float32)))
     encoded = pieces(torch.tensor([[-1.0], [0.0], [0.5], [3.0]]))[:, :20]
     assert encoded[:2].sum() == 0
     assert 1 < encoded[2].sum() < 2  # above the value, and on the way to the others
-    assert encoded[3].sum() == 3
+    assert encoded[3].sum() == 20
     assert encoded.isfinite().all()
+    above = numbers[numbers > 0]
+    lows = pieces.low_FT[0]
+    np.testing.assert_allclose(lows[2:], np.quantile(above, np.arange(18) / 18), atol=0.02)
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 7, 12])
+def test_pieces_tell_apart_values_that_repeat(rng, num_values):
+    """Whatever the share of each: steps that few records reach may decide most."""
+    shares = rng.dirichlet(np.full(num_values, 0.2)) + 1e-3
+    numbers = rng.choice(num_values, 5000, p=shares / shares.sum()).astype(np.float32)
+    numbers[:num_values] = np.arange(num_values)
+    pieces = PiecewiseLinearEncoding(1, 20)
+    pieces.fit_inputs(torch.from_numpy(numbers)[:, None])
+    encoded = pieces(torch.arange(num_values)[:, None].float())[:, :20]
+    assert encoded.isfinite().all()
+    assert (encoded.diff(dim=0).sum(dim=1) > 0.3).all()
 
 
 def test_a_name_that_training_never_saw_is_in_the_middle():
