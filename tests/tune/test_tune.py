@@ -433,6 +433,19 @@ def test_a_scheduler_without_a_metric_to_go_by_is_refused():
         study_config(objectives=["fp32.bytes"], scheduler={"name": "asha"})
 
 
+def test_a_trial_ended_without_a_number_counts_as_failed(tmp_path):
+    """With several objectives, where one that was ended early for its figures does not count."""
+    study = new_study(tmp_path, objectives=["valid_loss", "fp32.bytes"], sampler="gp")
+    for loss, size in ((0.5, 10), (0.9, 20), (0.7, None), (float("nan"), None)):
+        rest = {"net.dropout": 0.1, "net.widths": [16, 32], "optim.epochs": 4}
+        trial = study.begin({"optim.lr": 0.01, **rest}, {})
+        study.report(trial, figures(1, loss))
+        trial.served = {"fp32": {**served()["fp32"], "bytes": size, "valid_loss": loss}}
+        study.end(trial, "complete" if size else "stopped")
+    known = TrialSampler(study, {})._known_study().get_trials()
+    assert [trial.values for trial in known] == [[0.5, 10], [0.9, 20], None, [0.9, 20]]
+
+
 def test_a_failed_trial_counts_as_the_worst_of_all(tmp_path):
     """Of those that finished after it as well, so that it is the same after a restart."""
     study = new_study(tmp_path, sampler="gp", objectives=["valid_loss"])
@@ -545,6 +558,24 @@ def test_trials_end_where_rays_own_scheduler_ends_them(tmp_path, rng, name):
             own.on_trial_complete(None, known[trial.trial_id], result)
 
     assert simulate(study, Bare(), losses) == mine
+
+
+@pytest.mark.parametrize("name", [*RULES, "none"])
+def test_a_trial_whose_metric_is_no_number_ends(tmp_path, name):
+    """And the others are judged as if it had not been."""
+    study = new_study(tmp_path / "a", scheduler={"name": name})
+    judge = create_scheduler(study.config.tune, terms(study), dict)
+    assert simulate(study, judge, [float("nan")] * 4) == [1] * 4
+    losses = [0.5, float("nan"), 0.4, float("nan"), 0.6, 0.7, 0.3, float("nan")]
+    study = new_study(tmp_path / "b", scheduler={"name": name})
+    judge = create_scheduler(study.config.tune, terms(study), dict)
+    ended = simulate(study, judge, losses)
+    assert [ended[number] for number in (1, 3, 7)] == [1] * 3
+    assert ended[6] == 9
+    # The next driver ends one whose process did not live to be ended.
+    study.report(study.begin({}, {}), figures(1, float("nan")))
+    create_scheduler(study.config.tune, terms(study), dict)
+    assert study.trials[-1].state == "stopped"
 
 
 def test_a_trial_told_to_end_is_ended_by_the_next_driver(tmp_path):

@@ -120,7 +120,8 @@ class TrialSampler:
         if (reached := self._reached(trial)) is not None:
             return TrialState.COMPLETE, [reached]
         # A trial that was ended early is no failure, and its latency is not known.
-        if worst is None or (trial.state == "stopped" and not is_single):
+        is_early = trial.state == "stopped" and np.isfinite(trial.rows[-1][self._goals.early.name])
+        if worst is None or (is_early and not is_single):
             return TrialState.FAIL, None
         return TrialState.COMPLETE, worst
 

@@ -94,7 +94,8 @@ class KnownTrial:
 class ReplayedScheduler(FIFOScheduler):
     """Ends trials as one of Ray's schedulers says, which first hears what was before a restart.
 
-    A trial of the study that was told to end, and did not live to be ended, is ended.
+    A trial of the study that was told to end, and did not live to be ended, is ended. So is, by any
+    rule and without one, a trial whose metric is no longer a number.
     """
 
     def __init__(self, rule: TrialScheduler, terms: SchedulerContext) -> None:
@@ -141,12 +142,18 @@ class ReplayedScheduler(FIFOScheduler):
     def _judge(self, trial: Trial, figures: dict[str, float]) -> str:
         if figures["epoch"] >= self._terms.last_epoch(trial):
             return str(TrialScheduler.CONTINUE)  # it ends of itself
+        if not math.isfinite(self._result(figures)[VALUE]):
+            # Not shown to the rule, whose quantiles and medians it would make infinite.
+            return str(TrialScheduler.STOP)
         return str(self._rule.on_trial_result(None, KnownTrial(trial.name), self._result(figures)))
 
     def _end(self, trial: Trial) -> None:
-        self._rule.on_trial_complete(None, KnownTrial(trial.name), self._result(trial.rows[-1]))
+        result = self._result(trial.rows[-1])
+        if math.isfinite(result[VALUE]):
+            self._rule.on_trial_complete(None, KnownTrial(trial.name), result)
 
     def _result(self, figures: dict[str, float]) -> dict[str, float]:
+        """An epoch as Ray's rules know it; a value that is not a number is minus infinity."""
         return {EPOCH: int(figures["epoch"]), VALUE: self._terms.early.signed(figures)}
 
 
