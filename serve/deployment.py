@@ -150,7 +150,7 @@ class ModelDeployment:
         bundle = Bundle.load(location)
         if bundle.manifest.name != self._name:
             raise CorruptBundle(f"'{location}' is of model '{bundle.manifest.name}'.")
-        predictor = Predictor.load(bundle, config.variant, num_threads=config.threads)
+        predictor = Predictor.load_fastest(bundle, config.variant, num_threads=config.threads)
         plane = DataPlane(predictor, version, config)
         plane.warm_up()
         return plane

@@ -70,7 +70,8 @@ class Variant(StrictModel):
     size_bytes: int
     profile: list[Timing] = Field(description="Measured on the host that the manifest names.")
     golden_tolerance: float = Field(
-        description="Largest accepted difference from the golden outputs, absolute."
+        description="Largest accepted difference from the golden outputs, relative to the largest "
+        "output of the record, or to 1 where that is less."
     )
 
     @property

@@ -1,6 +1,7 @@
 """The predictor: bundle and engine, records to predictions."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -14,6 +15,14 @@ from train.bundle.manifest import rank_variants
 from train.tasks import Arrays, Columns, Record, Task
 
 logger = logging.getLogger(__name__)
+
+FULL = "fp32"
+# How many records are in a batch where throughput counts.
+MANY_ROWS = 32
+# Share of the default's time below which fp32 is served in its place.
+FASTER = 0.9
+# Least and most rounds, and seconds after which none begins, to find that out.
+LEAST_ROUNDS, MOST_ROUNDS, MEASURE_S = 5, 100, 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,37 @@ class Predictor:
                 return cls(bundle, bundle.task, name, engine)
         raise CorruptBundle((problems or [f"'{bundle.path}' has no accepted variant."])[0])
 
+    @classmethod
+    def load_fastest(
+        cls, bundle: Bundle, variant: str | None = None, *, num_threads: int = 1
+    ) -> Self:
+        """Load as `load` does; when None, fp32 where this machine runs that clearly faster.
+
+        The default variant was the fastest where the bundle was made, and another processor may
+        lack the instructions for it. Both run in turns for up to a second. A bundle that was
+        optimized for size keeps its default.
+
+        Raises CorruptBundle and ValueError as `load` does.
+        """
+        chosen = cls.load(bundle, variant, num_threads=num_threads)
+        manifest = bundle.manifest
+        if variant is not None or chosen.variant == FULL or manifest.optimize_for == "size":
+            return chosen
+        full = cls.load(bundle, FULL, num_threads=num_threads)
+        rows = 1 if manifest.optimize_for == "latency" else MANY_ROWS
+        chosen_ms, full_ms = _compare_speed(chosen, full, rows)
+        if (
+            np.median(full_ms) > FASTER * np.median(chosen_ms)
+            or np.mean(full_ms < chosen_ms) < 0.75
+        ):
+            return chosen
+        logger.warning(
+            "variant '%s' of '%s' takes %.3g ms for %d records on this machine, and fp32 %.3g ms: "
+            "fp32 is served. Name a variant to serve that one.",
+            *(chosen.variant, bundle.path, np.median(chosen_ms), rows, np.median(full_ms)),
+        )
+        return full
+
     def encode(self, columns: Columns) -> Arrays:
         """Return the arrays of N records. Raises InvalidRecord."""
         return self.task.features.encode(columns)
@@ -70,6 +110,24 @@ class Predictor:
     def predict(self, records: Sequence[Record]) -> Arrays:
         """Return the predictions for records, one row each. Raises InvalidRecord."""
         return self.run(self.task.features.encode_records(records))
+
+
+def _compare_speed(one: Predictor, other: Predictor, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the milliseconds of both for the same batch, in rounds."""
+    golden, _ = one.bundle.golden(one.variant)
+    batch = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in golden.items()}
+    times: list[list[float]] = []
+    started = time.perf_counter()
+    for done in range(MOST_ROUNDS + 1):
+        if done > LEAST_ROUNDS and time.perf_counter() - started > MEASURE_S:
+            break
+        times.append([])
+        for predictor in (one, other):
+            began = time.perf_counter()
+            predictor.engine.run(batch)
+            times[-1].append(1e3 * (time.perf_counter() - began))
+    one_ms, other_ms = np.transpose(times[1:])  # the first round warms up
+    return one_ms, other_ms
 
 
 class _Unfit(Exception):
@@ -93,11 +151,14 @@ def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
             f"({' '.join(str(error).split())[:200]}): name another variant."
         ) from error
     for name, values in expected.items():
-        difference = float(np.max(np.abs(outputs[name] - values)))
+        sizes = np.abs(values).reshape(len(values), -1).max(axis=1, initial=1.0)
+        differences = np.abs(outputs[name] - values).reshape(len(values), -1).max(axis=1)
+        difference = float(np.max(differences / sizes))
         if not difference <= entry.golden_tolerance:
             raise _Unfit(
                 f"variant '{variant}' of '{bundle.path}' answers '{name}' {difference:.3g} "
-                f"away from its golden outputs; at most {entry.golden_tolerance:.3g} is "
-                "accepted. This processor computes it differently: name another variant."
+                f"away from its golden outputs, relative to them; at most "
+                f"{entry.golden_tolerance:.3g} is accepted. This processor computes it "
+                "differently: name another variant."
             )
     return engine

@@ -11,6 +11,7 @@ from train.bundle import Bundle, CorruptBundle, Predictor, engines
 from train.bundle import manifest as manifests
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.bundle.manifest import rank_variants
+from train.compress.variant_judge import golden_records
 from train.data.dataset import EncodedDataset
 
 
@@ -164,6 +165,69 @@ def test_a_variant_computed_differently_yields_to_the_next_best(bundle, monkeypa
     assert f"'{default}'" in caplog.text
     with pytest.raises(CorruptBundle, match="golden"):
         Predictor.load(bundle, default)
+
+
+@pytest.fixture
+def slow_down(monkeypatch):
+    """Let one variant's file be run as by a processor that lacks instructions for it."""
+
+    def slow_down(file):
+        class Slow(OnnxRuntimeEngine):
+            def run(self, inputs):
+                for _ in range(29):
+                    super().run(inputs)
+                return super().run(inputs)
+
+        class SlowOnce(OnnxRuntimeEngine):
+            @classmethod
+            def load(cls, path, *, num_threads):
+                kind = Slow if str(path).endswith(file) else OnnxRuntimeEngine
+                return kind.load(path, num_threads=num_threads)
+
+        monkeypatch.setattr(engines, "find_engine", lambda name: SlowOnce)
+
+    return slow_down
+
+
+@pytest.mark.parametrize(
+    ("optimize_for", "served"), [("throughput", "fp32"), ("latency", "fp32"), ("size", None)]
+)
+def test_fp32_is_served_where_the_default_is_slower(
+    bundle, slow_down, caplog, optimize_for, served
+):
+    default = bundle.manifest.default_variant
+    assert default != "fp32"
+    slow_down(bundle.manifest.variants[default].file)
+    manifest = bundle.manifest.model_copy(update={"optimize_for": optimize_for})
+    found = Predictor.load_fastest(replace(bundle, manifest=manifest)).variant
+    assert found == (served or default)
+    assert ("fp32 is served" in caplog.text) == (served == "fp32")
+    assert Predictor.load_fastest(bundle, default).variant == default
+
+
+def test_the_default_is_served_where_it_is_faster(bundle, slow_down, caplog):
+    slow_down(bundle.manifest.variants["fp32"].file)
+    assert Predictor.load_fastest(bundle).variant == bundle.manifest.default_variant
+    assert not caplog.text
+
+
+def test_golden_records_include_the_largest_numbers(rng):
+    numbers = rng.normal(size=(100, 3)).astype(np.float32)
+    numbers[50, 0] = np.nan
+    inputs = {
+        "image": rng.integers(50, 200, (100, 4, 4, 1), dtype=np.uint8),
+        "numbers": numbers,
+        "codes": rng.integers(0, 5, (100, 2)),
+    }
+    golden = golden_records(inputs)
+    assert {len(array) for array in golden.values()} == {16}
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(golden[name][:8], array[:8])
+        assert golden[name].dtype == array.dtype
+    assert golden["image"][8:].min() == 0
+    assert golden["image"][8:].max() == 255
+    known = np.where(np.isnan(numbers), 0, numbers)
+    np.testing.assert_array_equal(golden["numbers"][8:10], [known.min(0), known.max(0)])
 
 
 def test_a_default_that_was_not_accepted_is_not_served(bundle):
