@@ -33,8 +33,6 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 WIDE = {"int_contents": np.dtype(np.int32), "uint_contents": np.dtype(np.uint32)}
-# Parameters of tensors that ask for what an answer without it would silently lack.
-UNSUPPORTED = ("shared_memory_region", "classification")
 
 
 def decode(request: Any, manifest: Manifest, max_rows: int) -> v2.InferRequest:
@@ -52,13 +50,13 @@ def decode(request: Any, manifest: Manifest, max_rows: int) -> v2.InferRequest:
         )
     arrays: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(request.inputs):
-        _check_parameters(tensor, "input")
+        v2.check_supported(tensor.parameters, f"input '{tensor.name}'")
         name, array = _array(tensor, memoryview(raws[index]) if raws else None)
         if name in arrays:
             raise BadRequest(f"input '{name}' comes more than once.")
         arrays[name] = array
     for output in request.outputs:
-        _check_parameters(output, "output")
+        v2.check_supported(output.parameters, f"output '{output.name}'")
     names = [{"name": output.name} for output in request.outputs] or None
     return v2.InferRequest(
         id=request.id or None,
@@ -125,12 +123,6 @@ def _from_contents(contents: Any, datatype: str, where: str, shape: list[int]) -
             f"more than {datatype} holds."
         )
     return array.reshape(shape)
-
-
-def _check_parameters(tensor: Any, kind: str) -> None:
-    for name in UNSUPPORTED:
-        if name in tensor.parameters:
-            raise BadRequest(f"{kind} '{tensor.name}': parameter '{name}' is not supported here.")
 
 
 def _values(parameters: Any) -> dict[str, Any]:

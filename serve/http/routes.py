@@ -44,6 +44,7 @@ class ModelAPI(HTTPApp):
         manifest = endpoint.plane.manifest
         limits = self.config.limits.max_rows, self.config.limits.max_json_bytes
         header_length = request.header(HEADER_LENGTH)
+        content_type = request.header(b"content-type") or ""
 
         def encode(inference: InferRequest, predictions: Arrays, plane: DataPlane) -> Response:
             encoded = v2.encode(inference, predictions, plane.manifest, plane.version)
@@ -54,7 +55,10 @@ class ModelAPI(HTTPApp):
             return Response(content, content_type="application/octet-stream", headers=headers)
 
         return await self._handler.infer(
-            request, endpoint, lambda: v2.decode(body, header_length, manifest, *limits), encode
+            request,
+            endpoint,
+            lambda: v2.decode(body, header_length, manifest, *limits, content_type=content_type),
+            encode,
         )
 
     async def predict_v1(self, request: Request) -> Response:

@@ -134,8 +134,9 @@ def _from_json(
     try:
         # Of floating-point numbers null becomes NaN; nothing else can hold it.
         holds_all = not unknown or datatype[0] == "F"
-        return np.array(values, DTYPES[datatype]) if holds_all else object_array(values)
-    except OverflowError:
+        with np.errstate(over="raise"):
+            return np.array(values, DTYPES[datatype]) if holds_all else object_array(values)
+    except (OverflowError, FloatingPointError):
         known = [value for value in values if value is not None]
         raise BadRequest(
             f"{where}: data reaches from {str(min(known))[:40]} to {str(max(known))[:40]}, "

@@ -16,8 +16,8 @@ def decode(body: bytes, manifest: Manifest, max_rows: int, max_json_bytes: int =
     """Return the fields of the instances side by side.
 
     An instance is an object of fields, or for a model with one input just that field's value: an
-    image is {"b64": …} or nested lists of 0..255, a value that is not known null. Raises
-    BadRequest.
+    image is {"b64": …} or nested lists of 0..255 with channels, which one of the model's own size
+    with one channel may lack; a value that is not known is null. Raises BadRequest.
     """
     instances = parse_json(body, max_json_bytes).get("instances")
     if not isinstance(instances, list) or not instances:
@@ -63,5 +63,8 @@ def _value(value: Any, tensor: TensorMetadata, where: str) -> Any:
         shape, values = flatten(value, where)
         if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
             raise BadRequest(f"{where}: an image as lists must be of whole numbers 0..255.")
+        size = tensor.shape[1:]
+        if len(shape) != len(size) and [*shape, 1] != size:
+            raise BadRequest(f"{where} is of shape {shape}; expected {size}.")
         return np.array(values, np.uint8).reshape(shape)
     return value

@@ -12,6 +12,7 @@ from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
+from train.tasks.image import is_image_file
 from train.tasks.records import DTYPES
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -22,6 +23,8 @@ EXTENSIONS = [
     "statistics",
 ]
 MAX_DIGITS = 16
+# Parameters of tensors that ask for what an answer without it would silently lack.
+UNSUPPORTED = ("shared_memory_region", "classification")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,13 @@ def decode(
     manifest: Manifest,
     max_rows: int,
     max_json_bytes: int = 2**31,
+    *,
+    content_type: str = "",
 ) -> InferRequest:
-    """Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge."""
+    """content_type: of the body; image/… says that a body without JSON is an image file.
+
+    Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge.
+    """
     view = memoryview(body)
     split = len(body)
     if header_length is not None:
@@ -56,7 +64,8 @@ def decode(
             )
         split = int(header_length)
         if split == 0:
-            return InferRequest(None, _raw_columns(view, manifest, max_rows))
+            is_image = content_type.startswith("image/")
+            return InferRequest(None, _raw_columns(view, manifest, max_rows, is_image=is_image))
     request = parse_json(view[:split], max_json_bytes)
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
@@ -65,13 +74,14 @@ def decode(
     for tensor in inputs:
         raw, rest = _take_raw(tensor, rest)
         name, array = tensors.decode(tensor, raw)
+        check_supported(_parameters(tensor), f"input '{name[:100]}'")
         if name in arrays:
             raise BadRequest(f"input '{name[:100]}' came twice.")
         arrays[name] = array
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
     parameters = _parameters(request)
-    binary = bool(parameters.get("binary_data_output"))
+    binary = _boolean(parameters, "binary_data_output", default=False)
     return InferRequest(
         id=_optional(request, "id", str),
         columns=tensor_columns(arrays, manifest, max_rows),
@@ -147,6 +157,20 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
+def _boolean(parameters: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f"parameter '{key}' is {str(value)[:40]!r}; expected true or false.")
+    return value
+
+
+def check_supported(parameters: Any, where: str) -> None:
+    """Raises BadRequest for a tensor's parameter without which the answer would be another."""
+    for name in UNSUPPORTED:
+        if name in parameters:
+            raise BadRequest(f"{where}: parameter '{name}' is not supported here.")
+
+
 def tensor_columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
     """Row i of every tensor makes record i."""
     fields = {tensor.name: tensor for tensor in manifest.inputs}
@@ -160,22 +184,23 @@ def tensor_columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: 
     check_rows(max(counts), max_rows)
     columns = {}
     for name, array in arrays.items():
-        single = len(fields[name].shape) == 1
-        # Many clients send one value a row as [N, 1].
-        if single and array.ndim > 1:
-            if array.shape[1:] != (1,):
-                raise BadRequest(
-                    f"input '{name}' has shape {list(array.shape)}; expected [{len(array)}]."
-                )
+        # Strings are one value a row: of an image the file. Many clients send that as [N, 1].
+        expected = [-1] if array.dtype == object else fields[name].shape
+        if len(expected) == 1 and array.shape[1:] == (1,):
             array = array[:, 0]
+        if array.ndim != len(expected):
+            raise BadRequest(
+                f"input '{name}' has shape {list(array.shape)}; expected {expected}, whose first "
+                "is the number of rows."
+            )
         columns[name] = array
     return columns
 
 
-def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int) -> Columns:
+def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int, *, is_image: bool) -> Columns:
     """A raw binary request: the body is the one input's data, with no JSON before it.
 
-    Of an image, pixels of one or more, or else one file.
+    Of an image one file, by the content type or by how it begins, or else pixels of one or more.
     """
     if len(manifest.inputs) != 1:
         raise BadRequest(
@@ -187,6 +212,8 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int) -> Columns:
         raise BadRequest("the body is empty.")
     dtype = DTYPES[tensor.datatype]
     row_bytes = dtype.itemsize * math.prod(tensor.shape[1:])
+    if len(tensor.shape) == 4 and (is_image or is_image_file(raw)):
+        return {tensor.name: [bytes(raw)]}
     if tensor.datatype != "BYTES" and len(raw) % row_bytes == 0:
         check_rows(len(raw) // row_bytes, max_rows)
         array = np.frombuffer(raw, dtype.newbyteorder("<")).reshape(tensor.shape)
@@ -209,4 +236,7 @@ def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False)
                 f"output '{str(item.get('name'))[:100]}' is unknown; "
                 f"'{manifest.name}' gives {', '.join(known)}."
             )
-    return {item["name"]: bool(_parameters(item).get("binary_data", binary)) for item in outputs}
+        check_supported(_parameters(item), f"output '{item['name']}'")
+    return {
+        item["name"]: _boolean(_parameters(item), "binary_data", default=binary) for item in outputs
+    }

@@ -18,6 +18,11 @@ SCAN, MAX_SCANS = b"\xff\xda", 64
 MODES = {1: "L", 3: "RGB"}
 
 
+def is_image_file(content: bytes | memoryview) -> bool:
+    """Whether bytes are an image file, by their signature and header."""
+    return bytes(content[:8]).startswith(IMAGE_SIGNATURES) and num_pixels(bytes(content)) > 0
+
+
 def num_pixels(value: Any) -> int:
     """Return how many pixels an image file has by its header; 0 for what is none."""
     if not isinstance(value, bytes):

@@ -1,5 +1,6 @@
 """The codec: JSON and binary agree, and whatever is malformed is a BadRequest."""
 
+import io
 import json
 import struct
 import tracemalloc
@@ -7,6 +8,7 @@ import tracemalloc
 import numpy as np
 import orjson
 import pytest
+from PIL import Image
 
 from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors, v1, v2
@@ -136,6 +138,34 @@ MALFORMED = {
         + b"}]}",
         None,
     ),
+    "one image without its batch": (as_json(shape=[8, 8, 1]), None),
+    "one image without its batch, binary": as_binary(PIXELS.tobytes(), shape=[8, 8, 1]),
+    "pixels in one row": (as_json(shape=[1, 64]), None),
+    "more dimensions than the model's": (as_json(shape=[1, 1, 8, 8, 1]), None),
+    "files of two dimensions": (as_json(shape=[1, 2], datatype="BYTES", data=["a", "b"]), None),
+    "classification of an output": (
+        orjson.dumps(
+            {
+                "inputs": [tensor()],
+                "outputs": [{"name": "label", "parameters": {"classification": 3}}],
+            }
+        ),
+        None,
+    ),
+    "shared memory": (as_json(parameters={"shared_memory_region": "r"}), None),
+    "a string for a boolean": (
+        orjson.dumps({"inputs": [tensor()], "parameters": {"binary_data_output": "false"}}),
+        None,
+    ),
+    "a number for an output's boolean": (
+        orjson.dumps(
+            {
+                "inputs": [tensor()],
+                "outputs": [{"name": "label", "parameters": {"binary_data": 0}}],
+            }
+        ),
+        None,
+    ),
     "too deeply nested": (b'{"inputs":' + b"[" * 100_000, None),
 }
 
@@ -145,6 +175,44 @@ def test_a_malformed_request_is_refused_in_one_line(case, manifest):
     with pytest.raises(BadRequest) as caught:
         v2.decode(*MALFORMED[case], manifest, 64)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [[1e39, 0.0], [-3.5e38, 0.0], [10**39, 0]])
+def test_numbers_that_fp32_cannot_hold_are_refused(values):
+    entry = {"name": "x", "datatype": "FP32", "shape": [2], "data": values}
+    with pytest.raises(BadRequest, match=r"input 'x': data reaches from .* more than FP32 holds"):
+        tensors.decode(entry, None)
+    tensors.decode({**entry, "datatype": "FP64"}, None)
+
+
+@pytest.mark.parametrize("content_type", ["", "application/octet-stream", "image/png"])
+def test_an_image_file_as_body_is_no_pixels(manifest, content_type):
+    """Also one whose length is that of whole images, as it is of one file in 64."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS[0, :, :, 0]).save(file, "PNG")
+    # What follows the end of a PNG file is not read.
+    content = file.getvalue() + b"\0" * (-len(file.getvalue()) % 64)
+    request = v2.decode(content, "0", manifest, 64, content_type=content_type)
+    assert request.columns == {"image": [content]}
+
+
+def test_pixels_as_body_are_images_unless_their_type_says_otherwise(manifest):
+    begins_as_jpeg = b"\xff\xd8\xff" + PIXELS.tobytes()[3:]
+    for body in (PIXELS.tobytes() * 2, begins_as_jpeg):
+        columns = v2.decode(body, "0", manifest, 64).columns
+        assert columns["image"].tobytes() == body
+    with_type = v2.decode(PIXELS.tobytes(), "0", manifest, 64, content_type="image/jpeg")
+    assert with_type.columns == {"image": [PIXELS.tobytes()]}
+
+
+def test_v1_lists_have_the_shape_of_the_model(manifest):
+    grey = PIXELS[0, :, :, 0].tolist()
+    for instance in (PIXELS[0].tolist(), grey):
+        (image,) = v1.decode(orjson.dumps({"instances": [instance]}), manifest, 64)["image"]
+        assert image.ravel().tolist() == PIXELS.ravel().tolist()
+    # One image without the list of instances is eight of 8×1.
+    with pytest.raises(BadRequest, match=r"instance 0 is of shape \[8, 1\]; expected \[8, 8, 1\]"):
+        v1.decode(orjson.dumps({"instances": PIXELS[0].tolist()}), manifest, 64)
 
 
 def test_binary_bytes_after_the_last_tensor_are_refused(manifest):
