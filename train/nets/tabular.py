@@ -19,6 +19,8 @@ from train.tasks.categorical import FIRST
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0
+# Pieces of the encoding hold no fewer values than this where a frequent value leaves few of them.
+LEAST_IN_PIECE = 100
 # The width of a piece that is never filled.
 ENDLESS = 1e30
 
@@ -70,17 +72,18 @@ class PiecewiseLinearEncoding(nn.Module):
 
 
 def _limit_repeats(values_N: Tensor, num_pieces: int) -> Tensor:
-    """Return the values, none of them more often than fills two pieces of equally many.
+    """Return the values, the most frequent of them less often, so that they fill fewer pieces.
 
     Where most records have one value, such as 0 for what few people own, it would take most of the
-    pieces, and the others would share the rest.
+    pieces, and the others would share the rest. A value may fill two pieces, and more where the
+    others are so few that pieces would hold fewer than LEAST_IN_PIECE of them.
     """
     distinct_D, counts_D = values_N.unique(return_counts=True)
-    limit = 1
-    if len(distinct_D) > num_pieces / 2:
-        limit = len(values_N)
-        while (lower := int(2 * counts_D.clamp_max(limit).sum() / num_pieces)) < limit:
-            limit = max(lower, 1)
+    limit = lower = len(values_N)
+    total = limit
+    while lower >= 1.8 * total / num_pieces and total >= LEAST_IN_PIECE * num_pieces:
+        limit, lower = lower, int(0.9 * lower)
+        total = int(counts_D.clamp_max(lower).sum())
     return distinct_D.repeat_interleave(counts_D.clamp_max(limit))
 
 
