@@ -196,7 +196,7 @@ def test_an_image_file_as_body_is_no_pixels(manifest, content_type):
     assert request.columns == {"image": [content]}
 
 
-def test_pixels_as_body_are_images_unless_their_type_says_otherwise(manifest):
+def test_pixels_as_body_are_images_unless_their_type_differs(manifest):
     begins_as_jpeg = b"\xff\xd8\xff" + PIXELS.tobytes()[3:]
     for body in (PIXELS.tobytes() * 2, begins_as_jpeg):
         columns = v2.decode(body, "0", manifest, 64).columns
