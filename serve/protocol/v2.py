@@ -64,7 +64,7 @@ def decode(
             )
         split = int(header_length)
         if split == 0:
-            is_image = content_type.startswith("image/")
+            is_image = content_type.lower().startswith("image/")
             return InferRequest(None, _raw_columns(view, manifest, max_rows, is_image=is_image))
     request = parse_json(view[:split], max_json_bytes)
     inputs = request.get("inputs")
@@ -190,8 +190,8 @@ def tensor_columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: 
             array = array[:, 0]
         if array.ndim != len(expected):
             raise BadRequest(
-                f"input '{name}' has shape {list(array.shape)}; expected {expected}, whose first "
-                "is the number of rows."
+                f"input '{name}' has shape {list(array.shape)}; expected {expected}, where -1 is "
+                "the number of rows."
             )
         columns[name] = array
     return columns

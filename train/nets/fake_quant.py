@@ -30,11 +30,11 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2d, nn.Linea
 
 
 def _weight(weight: Tensor) -> Tensor:
-    """Round to int8 with a scale for each output channel."""
+    """Round to 7 bits, as static int8 has them, with a scale for each output channel."""
     largest = weight.detach().abs().flatten(1).amax(dim=1)
-    scale = (largest / 127).clamp_min(1e-12).float()
+    scale = (largest / 64).clamp_min(1e-12).float()
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -127, 127)
+    return torch.fake_quantize_per_channel_affine(weight.float(), scale, zero, 0, -64, 64)
 
 
 def _activation(x: Tensor) -> Tensor:

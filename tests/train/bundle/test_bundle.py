@@ -147,18 +147,37 @@ def test_an_engine_that_answers_differently_is_refused(bundle, monkeypatch):
         Predictor.load(bundle)
 
 
-def test_a_variant_computed_differently_yields_to_the_next_best(bundle, monkeypatch, caplog):
+class Slow(OnnxRuntimeEngine):
+    """An engine on a processor that lacks instructions for a variant."""
+
+    def run(self, inputs):
+        for _ in range(29):
+            super().run(inputs)
+        return super().run(inputs)
+
+
+@pytest.fixture
+def run_by(bundle, monkeypatch):
+    """Let one variant of the bundle be run by an engine of another kind."""
+
+    def run_by(variant, kind):
+        file = bundle.manifest.variants[variant].file
+
+        class Chosen(OnnxRuntimeEngine):
+            @classmethod
+            def load(cls, path, *, num_threads):
+                found = kind if str(path).endswith(file) else OnnxRuntimeEngine
+                return found.load(path, num_threads=num_threads)
+
+        monkeypatch.setattr(engines, "find_engine", lambda name: Chosen)
+
+    return run_by
+
+
+def test_a_variant_computed_differently_yields_to_the_next_best(bundle, run_by, caplog):
     manifest = bundle.manifest
     default = manifest.default_variant
-    wrong_file = manifest.variants[default].file
-
-    class WrongOnce(OnnxRuntimeEngine):
-        @classmethod
-        def load(cls, path, *, num_threads):
-            kind = Wrong if str(path).endswith(wrong_file) else OnnxRuntimeEngine
-            return kind.load(path, num_threads=num_threads)
-
-    monkeypatch.setattr(engines, "find_engine", lambda name: WrongOnce)
+    run_by(default, Wrong)
     predictor = Predictor.load(bundle)
     accepted = rank_variants(manifest.variants, manifest.optimize_for)
     assert predictor.variant == next(name for name in accepted if name != default)
@@ -167,37 +186,13 @@ def test_a_variant_computed_differently_yields_to_the_next_best(bundle, monkeypa
         Predictor.load(bundle, default)
 
 
-@pytest.fixture
-def slow_down(monkeypatch):
-    """Let one variant's file be run as by a processor that lacks instructions for it."""
-
-    def slow_down(file):
-        class Slow(OnnxRuntimeEngine):
-            def run(self, inputs):
-                for _ in range(29):
-                    super().run(inputs)
-                return super().run(inputs)
-
-        class SlowOnce(OnnxRuntimeEngine):
-            @classmethod
-            def load(cls, path, *, num_threads):
-                kind = Slow if str(path).endswith(file) else OnnxRuntimeEngine
-                return kind.load(path, num_threads=num_threads)
-
-        monkeypatch.setattr(engines, "find_engine", lambda name: SlowOnce)
-
-    return slow_down
-
-
 @pytest.mark.parametrize(
     ("optimize_for", "served"), [("throughput", "fp32"), ("latency", "fp32"), ("size", None)]
 )
-def test_fp32_is_served_where_the_default_is_slower(
-    bundle, slow_down, caplog, optimize_for, served
-):
+def test_fp32_is_served_where_the_default_is_slower(bundle, run_by, caplog, optimize_for, served):
     default = bundle.manifest.default_variant
     assert default != "fp32"
-    slow_down(bundle.manifest.variants[default].file)
+    run_by(default, Slow)
     manifest = bundle.manifest.model_copy(update={"optimize_for": optimize_for})
     found = Predictor.load_fastest(replace(bundle, manifest=manifest)).variant
     assert found == (served or default)
@@ -205,10 +200,16 @@ def test_fp32_is_served_where_the_default_is_slower(
     assert Predictor.load_fastest(bundle, default).variant == default
 
 
-def test_the_default_is_served_where_it_is_faster(bundle, slow_down, caplog):
-    slow_down(bundle.manifest.variants["fp32"].file)
+def test_the_default_is_served_where_it_is_faster(bundle, run_by, caplog):
+    run_by("fp32", Slow)
     assert Predictor.load_fastest(bundle).variant == bundle.manifest.default_variant
     assert not caplog.text
+
+
+def test_the_default_is_served_where_fp32_cannot_be(bundle, run_by, caplog):
+    run_by("fp32", Wrong)
+    assert Predictor.load_fastest(bundle).variant == bundle.manifest.default_variant
+    assert "'fp32'" in caplog.text
 
 
 def test_golden_records_include_the_largest_numbers(rng):

@@ -242,10 +242,10 @@ def table(rng, tmp_path):
     return net, arrays, path
 
 
-def rounded(weight, axis):
-    """int8 and back, in numpy."""
+def rounded(weight, axis, steps=127):
+    """int8 and back, in numpy. steps: on each side of zero."""
     others = tuple(each for each in range(weight.ndim) if each != axis)
-    scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(127)
+    scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(steps)
     return np.rint(weight / scale) * scale
 
 
@@ -333,6 +333,24 @@ def test_static_weights_cut_no_sum_on_any_processor(table, tmp_path, rng):
         activations_BD = rng.choice([0, 255], (8, len(weight_DK))).astype(np.uint8)
         exact = (activations_BD.astype(np.int64) - 128) @ weight_DK
         np.testing.assert_array_equal(saturated(weight_DK, activations_BD), exact)
+
+
+def test_quantization_aware_training_rounds_as_static_int8_does(table, tmp_path):
+    net, inputs, source = table
+    quantizer = StaticQuantizer.calibrate(source, tmp_path, inputs, inputs, ["minmax"])
+    quantizer.write(tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    written = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors:
+            weight, scale = tensors[node.input[0]], tensors[node.input[1]]
+            if weight.shape in ((32, 64), (64, 32)):
+                weight = weight if weight.shape == (64, 32) else weight.T
+                written.append(weight * scale.reshape(-1, 1))
+    assert len(written) == 1
+    expected = fake_quant._weight(net.first.weight).detach().numpy()
+    np.testing.assert_allclose(written[0], expected, atol=1e-6)
 
 
 def test_int8_dynamic_writes_both_sides_unsigned(table, tmp_path):
@@ -488,7 +506,7 @@ def test_fake_quantization_rounds_as_int8_does(rng):
     scale = (high - low) / np.float32(255)
     zero = np.rint(-low / scale)
     rounded_x = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
-    expected = rounded_x @ rounded(weight, 0).T + bias
+    expected = rounded_x @ rounded(weight, 0, steps=64).T + bias
     result = layer(torch.from_numpy(x))
     np.testing.assert_allclose(result.detach().numpy(), expected, rtol=1e-4, atol=1e-4)
     result.sum().backward()
