@@ -32,10 +32,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         imported.result()
     from train.bundle import publishing
     from train.compress.scoring import validation_score
-    from train.data import schema_inference
+    from train.data.schema import inference
     from train.training import fit
 
-    completed = schema_inference.complete_config(config)
+    completed = inference.complete_config(config)
     config = completed.config
     if save_to:
         cli.save_config(config, save_to)

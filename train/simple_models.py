@@ -18,7 +18,7 @@ from train.data.dataset import EncodedDataset
 from train.metrics import pinball
 from train.stats import paired_interval
 from train.tasks import Arrays, Categories, ClassTarget, Numbers, Task, Texts, ValueTarget
-from train.tasks.records import num_rows
+from train.values.records import num_rows
 
 LINEAR, BOOSTED = "linear", "gradient-boosted"
 # Training records that they see at most, so that they take less time than a net.

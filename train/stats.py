@@ -232,3 +232,35 @@ def association_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
         for _ in range(NUM_PERMUTATIONS)
     )
     return (as_large + 1) / (NUM_PERMUTATIONS + 1)
+
+
+def order_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
+    """Return the p-value of a target that does not follow the order of groups of records.
+
+    A permutation test of how much of the differences between the groups' means a polynomial of
+    third degree in their ranks explains. Of numbers such as an age it is small; of codes, whose
+    order says nothing, it is evenly spread.
+
+    codes_N: the rank of each record's group, from 0. targets_N: numbers [N], or 0 and 1 [N, K].
+    """
+    targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)
+    counts_G = np.maximum(np.bincount(codes_N), 1)
+    means_GK = np.stack([np.bincount(codes_N, column_N) for column_N in targets_NK.T], axis=1)
+    scaled_GK = means_GK / counts_G[:, None]
+    scaled_GK = scaled_GK - scaled_GK.mean(axis=0)
+    spread_K = scaled_GK.std(axis=0)
+    scaled_GK = scaled_GK / np.where(spread_K > 0, spread_K, 1)
+    places_G = np.linspace(-1, 1, len(counts_G))
+    curves_GD, _ = np.linalg.qr(np.vander(places_G, min(4, len(counts_G)), increasing=True))
+    curves_GD = curves_GD[:, 1:]  # the constant explains nothing
+
+    def explained(order_G: np.ndarray) -> float:
+        return float(((curves_GD.T @ scaled_GK[order_G]) ** 2).sum())
+
+    found = explained(np.arange(len(counts_G)))
+    rng = np.random.Generator(np.random.Philox(0))
+    as_large = sum(
+        explained(rng.permutation(len(counts_G))) >= found * (1 - 1e-12)
+        for _ in range(NUM_PERMUTATIONS)
+    )
+    return (as_large + 1) / (NUM_PERMUTATIONS + 1)

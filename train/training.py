@@ -24,10 +24,11 @@ from train.compress import compress
 from train.compress.recipes.variants import check_calibration
 from train.config import LAST, Augment, Config, DecisionRule, allow_code
 from train.cross_validation import HISTORY, choose_epochs
-from train.data import batch_sampler, dataset, schema_inference
+from train.data import batch_sampler, dataset
 from train.data.baseline import build_baseline
 from train.data.data_report import PICTURE, REPORT
 from train.data.dataset import EncodedDataset
+from train.data.schema import inference
 from train.data.warm_start import CompletedConfig
 from train.decision import fit_thresholds
 from train.distributed import launcher
@@ -77,7 +78,7 @@ def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, Enco
     Raises UserError when the data or the configuration do not allow to train.
     """
     if isinstance(config, Config):
-        config = schema_inference.complete_config(allow_code(config))
+        config = inference.complete_config(allow_code(config))
     completed, config = config, config.config
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     fitted = None

@@ -13,7 +13,7 @@ import numpy as np
 from train.bundle import feature_statistics
 from train.bundle.feature_statistics import Quantity
 from train.tasks import Arrays, Task
-from train.tasks.records import concatenate, num_rows
+from train.values.records import concatenate, num_rows
 
 logger = logging.getLogger(__name__)
 

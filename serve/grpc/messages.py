@@ -12,7 +12,7 @@ from serve.errors import BadRequest
 from serve.protocol import tensors, v2
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays
-from train.tasks.records import DTYPES
+from train.values.records import DTYPES
 
 PACKAGE = "inference"
 

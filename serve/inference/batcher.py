@@ -19,7 +19,7 @@ from serve.inference.admission import MARGIN, AdmissionController, FairQueue, Re
 from serve.inference.latency_model import LatencyModel
 from serve.telemetry.metrics import VersionMetrics
 from train.tasks import Arrays
-from train.tasks.records import concatenate, num_rows
+from train.values.records import concatenate, num_rows
 
 # The longest batch, in seconds, for which the event loop waits.
 SHORT_S = 0.01

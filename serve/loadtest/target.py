@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 import numpy as np
 
 from cluster.errors import CommandFailed, UserError
-from train.tasks.records import DTYPES
+from train.values.records import DTYPES
 
 JSON, BYTES = "application/json", "application/octet-stream"
 

@@ -27,8 +27,9 @@ from serve.config import Names, StoragePath, allow_plugin_modules
 from serve.offline.output import INPUT, PLAN, SUMMARY, count_rows, part_exists, write_json
 from serve.offline.predictor import OfflinePredictor
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
-from train.data import sources
-from train.data.sources import RowBlock
+from train.data.reading import sources
+from train.data.reading.csv_files import CsvOptions
+from train.data.reading.sources import RowBlock
 
 
 class OfflineOptions(CommandOptions):
@@ -49,6 +50,12 @@ class OfflineOptions(CommandOptions):
     )
     plugins: Names = Field((), description="Modules whose classes the model may name.")
     encoding: str = Field("utf-8", description="Of CSV files.")
+    delimiter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="Between the fields of CSV files; found out by default.",
+    )
     workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
 
 
@@ -131,7 +138,8 @@ def _plan(
         )
     # A name of its own, as another run may have begun at the same time.
     place = f"{INPUT}-{secrets.token_hex(6)}"
-    blocks = sources.open_source(source, storage.join_path(output, place), options.encoding)
+    written = CsvOptions(options.encoding, options.delimiter)
+    blocks = sources.open_source(source, storage.join_path(output, place), written)
     wanted = [*bundle.task.features.columns, *options.keep]
     sources.check_columns(options.input, wanted, sources.source_schema(blocks).names)
     plan = {"of": of, "input": place, "blocks": [asdict(block) for block in blocks]}

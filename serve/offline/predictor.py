@@ -13,10 +13,10 @@ from cluster import storage
 from serve.config import allow_plugin_modules
 from serve.offline.output import BAD, part_path, write_parquet
 from train.bundle import Bundle, Predictor
-from train.data import sources
-from train.data.sources import RowBlock
+from train.data.reading import sources
+from train.data.reading.sources import RowBlock
 from train.tasks import Arrays
-from train.tasks.records import concatenate, encode_valid, num_rows
+from train.values.records import concatenate, encode_valid, num_rows
 
 # Rows that an engine is given at once.
 RUN_ROWS = 256

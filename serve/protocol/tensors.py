@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from serve.errors import BadRequest
-from train.tasks.records import DATATYPES, DTYPES
+from train.values.records import DATATYPES, DTYPES
 
 MAX_RANK = 8
 MAX_SIZE = 2**31

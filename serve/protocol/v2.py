@@ -12,8 +12,8 @@ from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
-from train.tasks.image import is_image_file
-from train.tasks.records import DTYPES
+from train.tasks.columns.image import is_image_file
+from train.values.records import DTYPES
 
 HEADER_LENGTH = "inference-header-content-length"
 EXTENSIONS = [

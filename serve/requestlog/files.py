@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cluster import commit, storage
-from train.data import readers
+from train.data.reading import readers
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 from PIL import Image
 
 from train.tasks import Arrays, Columns, TensorSpec
-from train.tasks.image import IMAGE_SIGNATURES, MODES
-from train.tasks.numeric import Boolean, Number
-from train.tasks.records import is_missing, to_text
+from train.tasks.columns.image import IMAGE_SIGNATURES, MODES
+from train.tasks.columns.scalars import Boolean, Number
+from train.values.records import is_missing, to_text
 
 KEY_VARIABLE = "HALYARD_LOG_KEY"
 # Rows that are kept of one request.

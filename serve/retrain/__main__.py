@@ -33,7 +33,7 @@ from serve.retrain.trigger import RetrainDecision, RetrainRules, decide_retrain
 from serve.rollout import comparison
 from serve.rollout.monitor_state import MonitorState
 from train.bundle import Bundle, CorruptBundle, publishing, registry
-from train.data import sources
+from train.data.reading import sources
 
 MAX_GROUP_ROWS = 16_384
 

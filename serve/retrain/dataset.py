@@ -10,7 +10,7 @@ import pyarrow.compute
 from cluster.errors import UserError
 from serve.requestlog.sampling import HELD_OUT, in_fraction
 from train.tasks import LabelsTarget, NamedTarget, Task, ValueTarget
-from train.tasks.multilabel import SEPARATOR
+from train.values.label_lists import SEPARATOR
 
 # Share of the labelled requests that is not learned from; by their content, so that none that was
 # held out once is ever learned from, whoever sends it again.

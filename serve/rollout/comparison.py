@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from train.bundle import Bundle, Predictor
-from train.data import sources
+from train.data.reading import sources
 from train.stats import sign_test
 from train.tasks import Arrays, LabelsTarget, Metric, Task, ValueTarget
-from train.tasks.multilabel import SEPARATOR
-from train.tasks.records import encode_valid
+from train.values.label_lists import SEPARATOR
+from train.values.records import encode_valid
 
 RUN_ROWS = 256
 MAX_P = 0.05

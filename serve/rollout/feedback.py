@@ -14,7 +14,7 @@ import numpy as np
 from serve.errors import BadRequest
 from train.stats import Z_95, wilson_interval
 from train.tasks import ClassTarget, LabelsTarget, Target
-from train.tasks.multilabel import SEPARATOR
+from train.values.label_lists import SEPARATOR
 
 # Requests whose predictions and labels are remembered, and their rows: about 200 bytes each.
 MAX_REQUESTS, MAX_ROWS = 100_000, 500_000

@@ -22,8 +22,9 @@ import torch
 from train.calibration import fit_temperature
 from train.config import LAST, Config, validate_config
 from train.cross_validation import choose_epochs
-from train.data import dataset, schema_inference
+from train.data import dataset
 from train.data.dataset import EncodedDataset
+from train.data.schema import inference
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.evaluate import evaluate
 from train.loop.loop import Loop
@@ -48,7 +49,7 @@ def measure(path: Path, target: str, seed: int) -> dict[str, dict[str, float]]:
     with TemporaryDirectory() as root, redirect_stderr(io.StringIO()):
         given = {"name": "x", "target": target, "storage": {"path": root}}
         options = {**given, "data": {"train": str(path.resolve()), "split_seed": seed}}
-        config = schema_inference.complete_config(validate_config(options)).config
+        config = inference.complete_config(validate_config(options)).config
         data = dataset.prepare_dataset(config, root)
         found, changes = {}, dict(PLAIN)
         for part, parts in PARTS.items():

@@ -30,7 +30,7 @@ from serve.drift.statistics import Thresholds
 from serve.drift.windows import DriftMonitor
 from train.bundle import Bundle, Predictor, feature_statistics, registry
 from train.bundle.feature_statistics import Quantity, QuantityValues
-from train.data import sources
+from train.data.reading import sources
 from train.tasks import ClassTarget, Columns
 
 RESAMPLED = 200

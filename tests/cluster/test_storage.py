@@ -10,7 +10,8 @@ from serve.offline import output
 from serve.retrain.history import RetrainHistory
 from serve.rollout.monitor_state import MonitorState
 from tests.conftest import make_config
-from train.data import dataset, sources
+from train.data import dataset
+from train.data.reading import sources
 from train.loop.checkpoint import CheckpointManager
 from train.loop.run_directory import Run
 from tune.run.study_store import Study

@@ -10,7 +10,8 @@ from cluster.errors import CommandFailed, UserError
 from tests.conftest import make_config
 from train.config import LAST, validate_config
 from train.cross_validation import choose_epochs
-from train.data import dataset, schema_inference
+from train.data import dataset
+from train.data.schema import inference
 from train.loop.checkpoint import CheckpointManager
 from train.loop.loop import Loop
 from train.loop.parallelism import Worker
@@ -37,7 +38,7 @@ def completed(table, **changes):
         "workers": {"num": 1},
         **changes,
     }
-    return schema_inference.complete_config(validate_config(values)).config
+    return inference.complete_config(validate_config(values)).config
 
 
 def test_the_epochs_with_the_least_mean_loss_are_chosen(table):

@@ -23,7 +23,7 @@ from train.tasks import (
     Texts,
     ValueTarget,
 )
-from train.tasks.categorical import FIRST
+from train.tasks.columns.categorical import FIRST
 
 VERSION = 2
 NUM_BINS = 16

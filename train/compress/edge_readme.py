@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from train.bundle import Bundle
 from train.tasks import Categories, Images, Numbers, Texts
-from train.tasks.text import BETWEEN
+from train.tasks.columns.text import BETWEEN
 
 MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
 

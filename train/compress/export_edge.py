@@ -18,8 +18,9 @@ from train.bundle import Bundle
 from train.bundle.manifest import Variant
 from train.compress.edge_readme import MODEL, TOKENIZER, edge_readme
 from train.tasks import Categories, ClassTarget, LabelsTarget, Numbers, Task, Texts
-from train.tasks.categorical import FIRST, MISSING, UNSEEN
-from train.tasks.numeric import DAY_S, YEAR_S, Date
+from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
+from train.tasks.columns.numeric import DAY_S, FARTHEST, YEAR_S
+from train.tasks.columns.scalars import Date
 from train.tasks.regression import ValueTarget
 
 README = "README.md"
@@ -136,6 +137,9 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
         unknown = graph.node("IsInf", graph.node("Cast", each.column, to=TensorProto.FLOAT))
         missing = graph.constant(np.nan, np.float64)
         values = graph.node("Where", unknown, missing, each.column)
+        for sentinel in getattr(each, "missing", None) or ():
+            same = graph.node("Equal", values, graph.constant(sentinel, np.float64))
+            values = graph.node("Where", same, missing, values)
         places.append(values)
         if not isinstance(each, Date):
             continue
@@ -150,7 +154,9 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
     raw = graph.node("Concat", *(graph.node("Unsqueeze", each, one) for each in places), axis=1)
     centred = graph.node("Sub", raw, graph.constant(encoder.mean_F, np.float64))
     scaled = graph.node("Div", centred, graph.constant(encoder.scale_F, np.float64))
-    graph.node("Cast", scaled, output=encoder.kind, to=TensorProto.FLOAT)
+    ends = (graph.constant(end, np.float64) for end in (-FARTHEST, FARTHEST))
+    within = graph.node("Clip", scaled, *ends)
+    graph.node("Cast", within, output=encoder.kind, to=TensorProto.FLOAT)
 
 
 def _categories(graph: _Graph, encoder: Categories) -> Iterator[ValueInfoProto]:

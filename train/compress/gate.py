@@ -9,8 +9,8 @@ import numpy as np
 from train.bundle.engines import Engine
 from train.stats import bootstrap_interval, paired_interval
 from train.tasks import Arrays, ClassTarget, Task
-from train.tasks.records import num_rows
 from train.tasks.regression import ValueTarget
+from train.values.records import num_rows
 
 # A count of records is never exactly a fraction of them.
 EPSILON = 1e-9

@@ -12,7 +12,7 @@ from cluster.storage import FILE_NAME, MODEL_NAME
 from train.config.compression import Compress, Distill, Prune, Variant
 from train.config.data import Column, Data, Text, kind_alone
 from train.config.net import Net, class_path_alone
-from train.config.section import Section
+from train.config.section import ColumnName, Section
 from train.config.training import (
     Augment,
     Checkpoint,
@@ -53,7 +53,7 @@ class Config(Section):
 
     name: str = Field(pattern=MODEL_NAME, description="The model's name in the registry.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation.")
-    target: str = Field("label", description="The column to predict.")
+    target: ColumnName = Field("label", description="The column to predict.")
     task_type: Literal["classification", "multilabel", "regression"] | None = Field(
         None,
         description="One class, any number of labels, or a number to predict; inferred from the "
@@ -65,7 +65,7 @@ class Config(Section):
         lt=1,
         description="Predict this quantile of a number, 0.9 say, in place of its middle.",
     )
-    features: dict[str, Annotated[Column, BeforeValidator(kind_alone)]] = Field(
+    features: dict[ColumnName, Annotated[Column, BeforeValidator(kind_alone)]] = Field(
         {},
         description="What each column to predict from is; found by looking at the records by "
         "default.",

@@ -8,7 +8,7 @@ from pydantic import (
     model_validator,
 )
 
-from train.config.section import Count, Section
+from train.config.section import ColumnName, Count, Section
 from train.tasks.features import KINDS
 
 
@@ -49,16 +49,22 @@ class Data(Section):
     split_seed: int = Field(
         0, ge=0, description="Seed of the splits; the same whatever the run's own seed."
     )
-    split_key: str | None = Field(
+    split_key: ColumnName | None = Field(
         None, description="Column whose equal values stay in one split, such as a customer."
     )
-    split_time: str | None = Field(
+    split_time: ColumnName | None = Field(
         None, description="Column with a date; the latest records become the test split."
     )
-    drop: tuple[str, ...] = Field(
+    drop: tuple[ColumnName, ...] = Field(
         (), description="Columns to leave out where features are not listed, as they leak."
     )
     encoding: str = Field("utf-8", description="Of CSV files.")
+    delimiter: Annotated[str | None, Field(min_length=1, max_length=1)] = Field(
+        None, description="Between the fields of CSV files; found out by default."
+    )
+    decimal: Literal[".", ","] | None = Field(
+        None, description="Mark before the fraction of numbers in text; found out by default."
+    )
     bad_records: Literal["refuse", "drop"] = Field(
         "refuse", description="A record that cannot be encoded ends the run, or is left out, told."
     )
@@ -95,6 +101,15 @@ class Column(Section):
     format: str | None = Field(
         None, description="Of a date, as strptime reads it; ISO 8601 by default."
     )
+    decimal: Literal[".", ","] | None = Field(
+        None, description="Mark before the fraction of a number in text; found out by default."
+    )
+    unit: str | None = Field(
+        None, description="Currency or % of a number in text; found out by default."
+    )
+    missing: tuple[float, ...] | None = Field(
+        None, description="Numbers that stand for a missing one; found out by default."
+    )
     size: tuple[Count, Count] | None = Field(
         None, description="Height and width to bring images to; the first image's by default."
     )
@@ -108,7 +123,11 @@ class Column(Section):
     @model_validator(mode="after")
     def _only_what_suits(self) -> Self:
         """Refuse what a column of this kind has no use for."""
-        suits = {"date": {"format"}, "image": {"size", "channels", "crop"}}.get(self.kind, set())
+        suits = {
+            "number": {"decimal", "unit", "missing"},
+            "date": {"format"},
+            "image": {"size", "channels", "crop"},
+        }.get(self.kind, set())
         given = {name for name, value in self if value is not None} - {"kind"}
         if wrong := sorted(given - suits):
             raise ValueError(f"{wrong[0]} is not for columns of kind {self.kind}")

@@ -2,8 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from train.values.records import plain_name
+
+ColumnName = Annotated[str, AfterValidator(plain_name)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 

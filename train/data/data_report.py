@@ -10,7 +10,7 @@ import numpy as np
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TEST, TRAIN, VALID
 from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
-from train.tasks.records import is_missing
+from train.values.records import is_missing
 
 REPORT, PICTURE = "report.txt", "report.png"
 # A column that alone predicts this well is probably known only together with the target.

@@ -5,22 +5,23 @@ import inspect
 import json
 import mmap
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from cluster import commit, storage
 from cluster.errors import CommandFailed, UserError
 from train.config import Config
-from train.data import preprocess, sources, splits
+from train.data import preprocess, splits
 from train.data.data_report import DataReport
 from train.data.fitting import check_fitted_task, define_task, fit_task, merge_noise, read_text_file
-from train.data.preprocess import EncodedBlock
-from train.data.splits import NAMES, TRAIN, VALID
+from train.data.reading import sources
+from train.data.reading.csv_files import CsvOptions
+from train.data.split_writer import SplitWriter
 from train.decision import apply_options
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
@@ -94,7 +95,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
     fitted to the training records if None.
     Raises UserError that names source and row of a record that cannot be encoded.
     """
-    assert config.features, "train.data.schema_inference names them"
+    assert config.features, "train.data.schema.inference names them"
     assert config.task_type is not None
     data, fitted = config.data, fitted and fitted.undecided()
     urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
@@ -118,8 +119,9 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
             commit.atomic_folder(url) as folder,
             storage.scratch_folder(storage.join_path(root, "data")) as scratch,
         ):
+            csv = CsvOptions(data.encoding, data.delimiter)
             opened = {
-                name: sources.open_source(source, storage.join_path(scratch, name), data.encoding)
+                name: sources.open_source(source, storage.join_path(scratch, name), csv)
                 for name, source in found.items()
             }
             size_bytes = sum(source.size_bytes for source in found.values())
@@ -221,78 +223,6 @@ def _write(
         "report": report.to_dict(),
     }
     (folder / SUMMARY).write_text(json.dumps(summary))
-
-
-class SplitWriter:
-    """Appends encoded records to the arrays of their splits.
-
-    train_on_valid: those of the validation split are in the training split too.
-    """
-
-    def __init__(self, folder: Path, task: Task, train_on_valid: bool = False) -> None:
-        self._members = {TRAIN: [TRAIN, VALID] if train_on_valid else [TRAIN]}
-        self.counts = dict.fromkeys(NAMES, 0)
-        self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
-        self._files: dict[Path, BinaryIO] = {}
-        self._digests: dict[Path, Any] = {}
-        self._folder = folder
-        self._names = [spec.name for spec in task.features.inputs]
-
-    def __enter__(self) -> "SplitWriter":
-        for name in NAMES:
-            (self._folder / name).mkdir()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        for path, file in self._files.items():
-            file.seek(0)
-            self._write_header(path, self.counts[path.parent.name])
-            file.close()
-
-    @property
-    def digest(self) -> str:
-        """Of all that was written."""
-        return self._digest(sorted(self._digests))
-
-    def digest_of(self, name: str) -> str:
-        """Of what was written of one split."""
-        return self._digest([path for path in sorted(self._digests) if path.parent.name == name])
-
-    def _digest(self, paths: Iterable[Path]) -> str:
-        parts = [self._digests[path].hexdigest() for path in paths]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-    def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
-        """codes_N: the split of each record, or NOWHERE."""
-        for code, name in enumerate(NAMES):
-            chosen_N = np.isin(codes_N, self._members.get(code, [code]))
-            if not chosen_N.any():
-                continue
-            folder = self._folder / name
-            for number, input_name in enumerate(self._names):
-                self._append(folder / f"input-{number}.npy", encoded.inputs[input_name][chosen_N])
-            self._append(folder / "target.npy", encoded.targets_N[chosen_N])
-            self.counts[name] += int(chosen_N.sum())
-
-    def _append(self, path: Path, array: np.ndarray) -> None:
-        if path not in self._files:
-            self._files[path] = path.open("w+b")
-            self._shapes[path] = array.dtype, array.shape[1:]
-            self._digests[path] = hashlib.sha256()
-            self._write_header(path, 0)
-        data = np.ascontiguousarray(array)
-        self._files[path].write(data.data if data.size else b"")
-        self._digests[path].update(data)
-
-    def _write_header(self, path: Path, count: int) -> None:
-        # numpy leaves room in the header for a count that grows, so it keeps its length.
-        dtype, shape = self._shapes[path]
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": (count, *shape),
-        }
-        np.lib.format.write_array_header_1_0(self._files[path], header)
 
 
 def batch_slices(count: int, size: int) -> Iterator[slice]:

@@ -10,7 +10,8 @@ import pyarrow as pa
 from cluster import storage
 from cluster.errors import UserError
 from train.config import Config
-from train.data import preprocess, sources, splits
+from train.data import preprocess, splits
+from train.data.reading import sources
 from train.data.splits import TRAIN, SplitSource
 from train.stats import association_p_value
 from train.tasks import (
@@ -25,7 +26,7 @@ from train.tasks import (
     ValueTarget,
 )
 from train.tasks.plugins import import_object
-from train.tasks.records import is_missing
+from train.values.records import is_missing
 
 # Features are fitted on at most so many training records, drawn at random.
 FIT_RECORDS = 50_000
@@ -52,7 +53,14 @@ def define_task(config: Config) -> Task:
         if not (isinstance(own, type) and issubclass(own, Task)):
             raise UserError(f"task is '{config.task}', which is no subclass of train.tasks.Task.")
         tokenizer = read_text_file(config.text.tokenizer) if config.text.tokenizer else ""
-        return own.of(kinds, config.target, config.task_type, tokenizer=tokenizer, **options)
+        return own.of(
+            kinds,
+            config.target,
+            config.task_type,
+            decimal=config.data.decimal,
+            tokenizer=tokenizer,
+            **options,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -70,7 +78,7 @@ def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, li
     with one on each such column. sample: training records.
     """
     notes = list(notes)
-    targets_N = _numbers_of(task.target, sample[task.target.column])
+    targets_N = target_numbers(task.target, sample[task.target.column])
     encoders = list(task.features.encoders)
     for place, encoder in enumerate(encoders):
         if not isinstance(encoder, Categories) or targets_N is None:
@@ -94,7 +102,7 @@ def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, li
     return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes
 
 
-def _numbers_of(target: Target, values: Any) -> np.ndarray | None:
+def target_numbers(target: Target, values: Any) -> np.ndarray | None:
     """Targets as numbers [N], or as 0 and 1 of the most frequent names [N, K]."""
     if isinstance(target, ValueTarget):
         return target.encode(values)

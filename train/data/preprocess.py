@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from cluster import connect
 from cluster.errors import UserError
-from train.data import sources
-from train.data.sources import RowBlock
+from train.data.reading import sources
+from train.data.reading.sources import RowBlock
 from train.tasks import Arrays, InvalidRecord, Task, plugins
-from train.tasks.records import encode_valid, num_rows
+from train.values.records import encode_valid, num_rows
 
 # Sources larger than this are worth the seconds that Ray Data takes to start.
 LARGE_BYTES = 256 << 20

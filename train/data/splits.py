@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import UserError
-from train import value_hash
 from train.config import Data
-from train.data import batch_sampler, sources
-from train.data.sources import RowBlock
+from train.data import batch_sampler
+from train.data.reading import sources
+from train.data.reading.sources import RowBlock
 from train.tasks import InvalidRecord
-from train.tasks.numeric import Date, Number
+from train.tasks.columns.scalars import Date, Number
+from train.values import value_hash
 
 MIN_TRAINING = 2
 # With a smaller share of distinct records, equal ones are different cases rather than copies.

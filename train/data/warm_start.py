@@ -7,7 +7,7 @@ from typing import Any
 from cluster.errors import UserError
 from train.bundle import Bundle, CorruptBundle, registry
 from train.config import Config, bundle_config, validate_config
-from train.tasks.records import shorten
+from train.values.records import shorten
 
 # What fits a bundle's weights, and is taken over with them.
 OF_THE_TASK = ("target", "task_type", "features", "task", "text")

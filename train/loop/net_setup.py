@@ -11,8 +11,8 @@ from train.data.augment import Augmentation
 from train.loop import parallelism
 from train.loop.parallelism import Worker
 from train.tasks import Arrays, Task
-from train.tasks.records import num_rows
 from train.telemetry import efficiency
+from train.values.records import num_rows
 
 # Samples on which a net fits its normalisation and its whitening stem: fewer where they are large,
 # as each becomes hundreds of times its bytes.

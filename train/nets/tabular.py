@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.tasks import ClassTarget, LabelsTarget, Target
-from train.tasks.categorical import FIRST
+from train.tasks.columns.categorical import FIRST
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0

@@ -19,7 +19,7 @@ from train.tasks import (
     Texts,
     ValueTarget,
 )
-from train.tasks.numeric import Date
+from train.tasks.columns.scalars import Date
 
 # A class with fewer test records has a recall that is mostly chance.
 FEW_RECORDS = 30

@@ -5,17 +5,17 @@ bundle as JSON.
 """
 
 from train.metrics import Metric
-from train.tasks.categorical import Categories
 from train.tasks.classification import ClassTarget
+from train.tasks.columns.categorical import Categories
+from train.tasks.columns.image import Images
+from train.tasks.columns.numeric import Numbers
+from train.tasks.columns.text import Texts
 from train.tasks.features import KINDS, Encoder, Features
-from train.tasks.image import Images
 from train.tasks.multilabel import LabelsTarget
-from train.tasks.numeric import Numbers
-from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
 from train.tasks.regression import ValueTarget
 from train.tasks.targets import NamedTarget, Target
 from train.tasks.task import TARGETS, Task
-from train.tasks.text import Texts
+from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
 
 __all__ = [
     "KINDS",

@@ -10,8 +10,9 @@ import numpy as np
 
 from train import metrics
 from train.metrics import Metric
-from train.tasks.records import Arrays, InvalidRecord, is_missing, with_row
 from train.tasks.targets import NamedTarget, label_name
+from train.values.names import NameForm, find_form, to_name
+from train.values.records import Arrays, InvalidRecord, is_missing, with_row
 
 # What several labels of a record are written with between them.
 SEPARATOR = "|"
@@ -66,7 +67,11 @@ class ClassTarget(NamedTarget):
 
         Raises InvalidRecord when fewer than two classes occur.
         """
-        counts = Counter(self._labels(values))
+        written = Counter(self._labels(values, "text"))
+        form = find_form(written)
+        counts: Counter[str] = Counter()
+        for label, count in written.items():
+            counts[to_name(label, form)] += count
         # Classes named 0…9, 10… keep their order, so that class 10 does not come before class 2.
         by_number = all(re.fullmatch(r"-?[0-9]+", label) for label in counts)
         classes = tuple(sorted(counts, key=int if by_number else None))
@@ -81,7 +86,7 @@ class ClassTarget(NamedTarget):
         """Return the index of each class, int64 [N]. Raises InvalidRecord for an unknown one."""
         codes = {label: index for index, label in enumerate(self.classes)}
         indices = np.zeros(len(values), np.int64)
-        for row, label in enumerate(self._labels(values)):
+        for row, label in enumerate(self._labels(values, find_form(self.classes))):
             if label not in codes:
                 raise InvalidRecord(
                     f"column '{self.column}' is '{label}', a class that is not among the training "
@@ -152,14 +157,21 @@ class ClassTarget(NamedTarget):
                 return float(np.mean(np.array(self.costs)[targets, chosen_N]))
         raise ValueError(f"there is no metric '{name}'")
 
-    def _labels(self, values: Iterable[Any]) -> Iterable[str]:
+    def _labels(self, values: Iterable[Any], form: NameForm) -> Iterable[str]:
+        known: dict[str, str] = {}
         for row, value in enumerate(values):
+            if type(value) is str and value in known:  # most labels are written alike
+                yield known[value]
+                continue
             if is_missing(value):
                 raise InvalidRecord(
                     f"column '{self.column}' is missing; expected a class label.", row
                 )
             with with_row(row):
-                yield label_name(self.column, value)
+                label = label_name(self.column, value, form)
+            if type(value) is str:
+                known[value] = label
+            yield label
 
 
 def _mean(values: Iterable[float]) -> float:

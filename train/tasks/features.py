@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, Self
 
-from train.tasks.categorical import Categories
-from train.tasks.image import Images
-from train.tasks.numeric import COLUMNS, Date, Numbers
+from train.tasks.columns.categorical import Categories
+from train.tasks.columns.image import Images
+from train.tasks.columns.numeric import COLUMNS, Numbers
+from train.tasks.columns.scalars import Number
+from train.tasks.columns.text import Texts
 from train.tasks.plugins import import_object
-from train.tasks.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, to_columns
-from train.tasks.text import Texts
+from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, to_columns
 
 
 class Encoder(Protocol):
@@ -64,14 +65,15 @@ class Features:
         cls,
         kinds: Mapping[str, Mapping[str, Any]],
         *,
+        decimal: str | None = None,
         max_tokens: int = 256,
         vocabulary: int = 20_000,
         tokenizer: str = "",
     ) -> Self:
         """Group columns by their kinds.
 
-        kinds: for each column {"kind": one of KINDS or package.module:Class}, with "format" for a
-        date, and "size", "channels" and "crop" for an image.
+        kinds: for each column {"kind": one of KINDS or package.module:Class}, with the options of
+        that kind: fields of its class. decimal: of numbers without one of their own.
         """
         numbers, categories, texts = [], [], []
         others: list[Encoder] = []
@@ -84,11 +86,9 @@ class Features:
                     "rename it"
                 )
             if kind in COLUMNS:
-                numbers.append(
-                    Date(column, options.get("format"))
-                    if kind == Date.kind
-                    else COLUMNS[kind](column)
-                )
+                if kind == Number.kind:
+                    options.setdefault("decimal", decimal)
+                numbers.append(COLUMNS[kind](column, **options))
             elif kind == "category":
                 categories.append(column)
             elif kind == "text":

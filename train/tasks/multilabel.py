@@ -1,6 +1,5 @@
 """Targets that are any number of labels. Shapes: N records, K labels."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +9,9 @@ import numpy as np
 
 from train import metrics
 from train.metrics import Metric
-from train.tasks.records import Arrays, InvalidRecord, is_missing, with_row
-from train.tasks.targets import NamedTarget, label_name
-
-# What several labels of a record are written with between them.
-SEPARATOR = "|"
+from train.tasks.targets import NamedTarget
+from train.values.label_lists import SEPARATOR, find_separator, split_labels
+from train.values.records import Arrays, InvalidRecord, shorten, with_row
 
 
 def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
@@ -24,12 +21,14 @@ def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LabelsTarget(NamedTarget):
-    """Any number of K labels at once: a list of names, or a text with | between them.
+    """Any number of K labels at once: a list of names, or a text with a separator between them.
 
-    counts: how many of the `num_records` training records each label has.
+    counts: how many of the `num_records` training records each label has. separator: besides |,
+    what stands between labels in the training records; found out by `fit`.
     """
 
     num_records: int = field(default=0, compare=False)
+    separator: str = field(default=SEPARATOR, kw_only=True)
 
     kind: ClassVar[str] = "multilabel"
     loss: ClassVar[str] = "binary_cross_entropy"
@@ -46,17 +45,18 @@ class LabelsTarget(NamedTarget):
         )
 
     def fit(self, values: Iterable[Any]) -> Self:
+        """Take the labels, and what stands between them, from training values."""
+        values = list(values)
+        fitted = replace(self, separator=find_separator(values) or SEPARATOR)
         counts: Counter[str] = Counter()
-        count = 0
         for row, value in enumerate(values):
             with with_row(row):
-                counts.update(set(self._split(value)))
-            count += 1
+                counts.update(set(fitted._split(value)))
         if not counts:
             raise InvalidRecord(f"column '{self.column}' has no label in any record.")
         classes = tuple(sorted(counts))
         label_counts = tuple(counts[name] for name in classes)
-        return replace(self, classes=classes, counts=label_counts, num_records=count)
+        return replace(fitted, classes=classes, counts=label_counts, num_records=len(values))
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Return uint8 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
@@ -111,14 +111,9 @@ class LabelsTarget(NamedTarget):
 
     def _split(self, value: Any) -> list[str]:
         """The labels of one record; none where the value is missing."""
-        if isinstance(value, list | tuple | np.ndarray):
-            return [label_name(self.column, item) for item in value]
-        if is_missing(value):
-            return []
-        words = label_name(self.column, value)
-        if words.startswith("["):
-            try:
-                return [label_name(self.column, item) for item in json.loads(words)]
-            except json.JSONDecodeError:
-                pass
-        return [word.strip() for word in words.split(SEPARATOR) if word.strip()]
+        try:
+            return split_labels(value, self.separator)
+        except ValueError as error:
+            raise InvalidRecord(
+                f"column '{self.column}' is {shorten(value)}, which {error}."
+            ) from None

@@ -3,15 +3,19 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from train.metrics import Metric, quantile_loss
-from train.tasks.records import Arrays, InvalidRecord, TensorSpec, is_missing, shorten
+from train.tasks.columns.scalars import Number
+from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 
 # In deviations: errors beyond count no longer by their square.
 HUBER = 0.5
+# Values that are read at once.
+PART = 50_000
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,16 @@ class ValueTarget:
     The loss is Huber's, squared up to half a deviation: a few far values would else rule the net.
     quantile: what is predicted in place of the middle, such as 0.9 for a value that nine records of
     ten stay below; the loss is then the quantile's.
+    decimal, unit: how the numbers are written as text, see NumberFormat; `fit` finds out those that
+    are None.
     """
 
     column: str
     mean: float = 0.0
     scale: float = 0.0
     quantile: float | None = None
+    decimal: str | None = None
+    unit: str | None = None
 
     kind: ClassVar[str] = "regression"
     outputs: ClassVar[tuple[TensorSpec, ...]] = (TensorSpec("value", "FP32", ()),)
@@ -46,19 +54,26 @@ class ValueTarget:
         return tuple(found)
 
     def fit(self, values: Iterable[Any]) -> Self:
-        """Take mean and deviation. Raises InvalidRecord when all values are the same."""
-        numbers_N = np.fromiter(self._numbers(values), np.float64)
+        """Find out how numbers are written; take mean and deviation.
+
+        Raises InvalidRecord when all values are the same.
+        """
+        rest = iter(values)
+        first = list(islice(rest, PART))
+        number = Number(self.column, self.decimal, self.unit, missing=()).fit(first)
+        fitted = replace(self, decimal=number.decimal, unit=number.unit)
+        numbers_N = fitted._numbers(chain(first, rest))
         scale = float(numbers_N.std()) if len(numbers_N) else 0.0
         if scale == 0 or not math.isfinite(scale):
             raise InvalidRecord(
                 f"column '{self.column}' has only the value {numbers_N[:1].tolist()}; "
                 "expected at least two values."
             )
-        return replace(self, mean=float(numbers_N.mean()), scale=scale)
+        return replace(fitted, mean=float(numbers_N.mean()), scale=scale)
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Return float32 [N], scaled. Raises InvalidRecord for what is no finite number."""
-        numbers_N = np.fromiter(self._numbers(values), np.float64, len(values))
+        numbers_N = self._numbers(values)
         return ((numbers_N - self.mean) / self.scale).astype(np.float32)
 
     def decode(self, outputs: Arrays) -> Arrays:
@@ -84,21 +99,33 @@ class ValueTarget:
             "loss": huber if self.quantile is None else of_quantile,
         }
 
-    def _numbers(self, values: Iterable[Any]) -> Iterable[float]:
-        for row, value in enumerate(values):
-            try:
-                number = math.nan if is_missing(value) else float(value)
-            except (ValueError, TypeError, OverflowError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise InvalidRecord(
-                    f"column '{self.column}' is {shorten(value)}; expected a finite number.", row
-                )
-            yield number
+    def _numbers(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
+        """Return the values, float64 [N]. Raises InvalidRecord for what is no finite number."""
+        number = Number(self.column, self.decimal, self.unit, missing=())
+        if isinstance(values, np.ndarray):
+            return self._finite(number, values, 0)
+        parts, start, rest = [np.empty(0)], 0, iter(values)
+        while part := list(islice(rest, PART)):
+            parts.append(self._finite(number, part, start))
+            start += len(part)
+        return np.concatenate(parts)
+
+    def _finite(self, number: Number, values: Sequence[Any] | np.ndarray, start: int) -> np.ndarray:
+        try:
+            numbers_N = number.read(values)
+            row = int(np.argmax(np.isnan(numbers_N))) if np.isnan(numbers_N).any() else None
+        except InvalidRecord as error:
+            row = error.row
+        if row is not None:
+            raise InvalidRecord(
+                f"column '{self.column}' is {shorten(values[row])}; expected a finite number.",
+                start + row,
+            ) from None
+        return numbers_N
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **vars(self)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
-        return cls(state["column"], state["mean"], state["scale"], state.get("quantile"))
+        return cls(**{name: value for name, value in state.items() if name != "kind"})

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from train.metrics import Metric
-from train.tasks.records import Arrays, InvalidRecord, TensorSpec, category_name, shorten
+from train.values.names import NameForm, to_name
+from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 
 
 class Target(Protocol):
@@ -102,9 +103,9 @@ class NamedTarget:
         return cls(**{**given, **tuples, "costs": costs})
 
 
-def label_name(column: str, value: Any) -> str:
+def label_name(column: str, value: Any, form: NameForm = "text") -> str:
     """Return a class or label as text. Raises InvalidRecord for a value that cannot be a name."""
     try:
-        return category_name(value)
+        return to_name(value, form)
     except ValueError as error:
         raise InvalidRecord(f"column '{column}' is {shorten(value)}, which {error}.") from None

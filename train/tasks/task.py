@@ -10,9 +10,9 @@ from train.metrics import LAST, LAST_EPOCH, Metric
 from train.tasks.classification import ClassTarget
 from train.tasks.features import Features, encoder_class
 from train.tasks.multilabel import LabelsTarget
-from train.tasks.records import Arrays, Columns, shorten
 from train.tasks.regression import ValueTarget
 from train.tasks.targets import NamedTarget, Target
+from train.values.records import Arrays, Columns, shorten
 
 TARGETS: dict[str, type[Target]] = {
     target.kind: target for target in (ClassTarget, LabelsTarget, ValueTarget)
@@ -37,7 +37,11 @@ class Task:
 
         task_type: "classification", "multilabel" or "regression". options: of `Features.of`.
         """
-        return cls(Features.of(kinds, **options), TARGETS[task_type](column))  # type: ignore[call-arg]
+        of_target = {}
+        if task_type == ValueTarget.kind:
+            of_target["decimal"] = options.get("decimal")
+        target = TARGETS[task_type](column, **of_target)  # type: ignore[call-arg]
+        return cls(Features.of(kinds, **options), target)
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:

@@ -17,7 +17,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 import optuna
 import torch
 
-from train.data import dataset, schema_inference
+from train.data import dataset
+from train.data.schema import inference
 from train.loop.loop import Loop
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
@@ -28,7 +29,7 @@ from tune.cli import parse, training_config
 def main(root: str, seed: int, num_trials: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = parse(["--storage.path", root, "--seed", str(seed)])
-    base = schema_inference.complete_config(training_config(config)).config
+    base = inference.complete_config(training_config(config)).config
     data = dataset.prepare_dataset(base, root)
     dimensions = config.tune.space
     distributions = {name: each.distribution() for name, each in dimensions.items()}

@@ -21,7 +21,8 @@ from tests.server import REPOSITORY
 from tests.serving import make_rest
 from train.bundle import Bundle, Predictor
 from train.config import validate_config
-from train.data import dataset, preprocess, sources, splits
+from train.data import dataset, preprocess, splits
+from train.data.reading import sources
 from train.training import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -11,8 +11,9 @@ from cluster.errors import UserError
 from tests.conftest import make_config
 from tests.train.tasks.test_tasks import image_bytes
 from train.config import Augment, Stage
-from train.data import batch_sampler, dataset, sources, splits
+from train.data import batch_sampler, dataset, splits
 from train.data.augment import WHOLE, Augmentation
+from train.data.reading import sources
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 64), (63, 64), (1000, 64), (97, 10)])

@@ -7,7 +7,7 @@ import pytest
 from train.config import validate_config
 from train.data import dataset
 from train.tasks import Categories, Task
-from train.tasks.categorical import FIRST, MISSING, UNSEEN
+from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 
 COUNT = 6000
 

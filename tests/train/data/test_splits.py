@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from train import value_hash
 from train.config import Data
-from train.data import sources, splits
+from train.data import splits
+from train.data.reading import sources
 from train.data.splits import TEST, TRAIN, VALID
+from train.values import value_hash
 
 COLUMNS = ["x", "name", "label"]
 

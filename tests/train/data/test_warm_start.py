@@ -15,8 +15,9 @@ from train import cli, training
 from train.bundle import Bundle, registry
 from train.bundle.bundle import WEIGHTS
 from train.config import validate_config
-from train.data import dataset, schema_inference
+from train.data import dataset
 from train.data.preprocess import record_digests
+from train.data.schema import inference
 from train.loop.net_setup import build_net
 
 
@@ -133,11 +134,11 @@ def begun(bundle, storage_path, **options):
 
 
 def test_a_run_takes_over_the_task_and_the_net_of_its_bundle(bundle, trained, storage_path):
-    completed = schema_inference.complete_config(
+    completed = inference.complete_config(
         begun(bundle, storage_path, init="models:/digits@production")
     )
     config = completed.config
-    own = schema_inference.complete_config(begun(bundle, storage_path)).config
+    own = inference.complete_config(begun(bundle, storage_path)).config
     # Other tests promote versions of their own.
     location, version = registry.resolve_model("models:/digits@production", str(storage_path))
     assert config.init == f"models:/digits/{version}"
@@ -146,7 +147,7 @@ def test_a_run_takes_over_the_task_and_the_net_of_its_bundle(bundle, trained, st
         assert each.net.model_dump(mode="json") == began_from.manifest.config["net"]
         assert (each.task_type, list(each.features)) == ("classification", ["image"])
     assert completed.init_bundle.location == location
-    assert schema_inference.complete_config(config).config == config
+    assert inference.complete_config(config).config == config
     wanted = build_net(own, bundle.task).state_dict()
     assert wanted.keys() == safetensors.torch.load_file(bundle.path / WEIGHTS).keys()
 
@@ -160,14 +161,14 @@ def test_the_bundle_that_a_run_begins_from_is_loaded_once(bundle, storage_path, 
         return load(cls, location)
 
     monkeypatch.setattr(Bundle, "load", classmethod(counted))
-    completed = schema_inference.complete_config(begun(bundle, storage_path))
+    completed = inference.complete_config(begun(bundle, storage_path))
     training.check_weights(completed.config, completed.init_bundle)
     training.build_lineage(completed.config.init, completed.init_bundle)
     assert loaded == [str(bundle.path)]
 
 
 def check(config):
-    completed = schema_inference.complete_config(config)
+    completed = inference.complete_config(config)
     training.check_weights(completed.config, completed.init_bundle)
 
 
@@ -196,7 +197,7 @@ def test_a_damaged_bundle_is_not_begun_from(bundle, storage_path, tmp_path):
     with (copy / WEIGHTS).open("r+b") as file:
         file.write(b"?")
     with pytest.raises(UserError, match=r"weights\.safetensors' differs from its digest"):
-        schema_inference.complete_config(begun(bundle, storage_path, init=str(copy)))
+        inference.complete_config(begun(bundle, storage_path, init=str(copy)))
 
 
 def test_the_first_of_a_line_says_how_long_it_took(bundle):

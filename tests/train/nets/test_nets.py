@@ -14,7 +14,8 @@ from train.compress import gate
 from train.compress.recipes import export_onnx
 from train.config import Net, Optim
 from train.configs.curves import Curves
-from train.data import dataset, schema_inference
+from train.data import dataset
+from train.data.schema import inference
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
 from train.loop.net_setup import build_net
@@ -23,7 +24,7 @@ from train.nets.losses import distillation_loss, target_loss
 from train.nets.tabular import CategoricalEmbeddings, PiecewiseLinearEncoding, average_members
 from train.nets.text import BagOfWords, TransformerEncoder
 from train.tasks import ClassTarget, LabelsTarget, Task, ValueTarget
-from train.tasks.categorical import FIRST, MISSING, UNSEEN
+from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 from train.tasks.features import Features
 
 
@@ -215,9 +216,7 @@ def test_the_example_of_an_own_task_learns(tmp_path, rng):
     path = tmp_path / "curves.parquet"
     pa.parquet.write_table(pa.table({"curve": curves.tolist(), "value": waves}), path)
     options = ["--config", "train/configs/curves.yaml", "--data.train", str(path)]
-    config = schema_inference.complete_config(
-        cli.parse([*options, "--workers.num", "1"]).config
-    ).config
+    config = inference.complete_config(cli.parse([*options, "--workers.num", "1"]).config).config
     prepared = dataset.prepare_dataset(config, str(tmp_path / "runs"))
     store = CheckpointManager(str(tmp_path / "checkpoints"), keep=1)
     history = []

@@ -10,7 +10,7 @@ import sklearn.metrics
 from PIL import Image
 
 from train.tasks import ClassTarget, Features, Images, InvalidRecord, Task
-from train.tasks import image as images_module
+from train.tasks.columns import image as images_module
 
 
 def image_bytes(pixels: np.ndarray, kind: str = "PNG") -> bytes:

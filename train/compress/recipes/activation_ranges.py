@@ -13,7 +13,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.registry import QDQRegistry
 
 from train.tasks import Arrays
-from train.tasks.records import num_rows
+from train.values.records import num_rows
 
 # The calibrator holds all activations of a batch at once.
 CALIBRATION_BATCH = 32

@@ -1,19 +1,20 @@
 """Features that are one of a set of names. Shapes: N records, C columns."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from train.tasks.records import (
+from train.values.names import NameForm, find_form, to_name
+from train.values.records import (
     Arrays,
     Columns,
     InvalidRecord,
     TensorSpec,
-    category_name,
     is_missing,
     shorten,
 )
@@ -26,7 +27,7 @@ MAX_NAMES = 10_000
 
 @dataclass(frozen=True)
 class Categories:
-    """Columns of names as one array of codes, int32 [N, C]; a number counts as its text.
+    """Columns of names as one array of codes, int32 [N, C]; for numbers see train.values.names.
 
     A name that training never saw has the code 0, a missing value the code 1.
 
@@ -54,7 +55,9 @@ class Categories:
     def fit(self, columns: Columns) -> Self:
         names_C = []
         for column in self.columns:
-            counts = Counter(key for key in _keys(column, columns[column]) if key is not None)
+            values = columns[column]
+            keys = _keys(column, values, find_form(_distinct(values)))
+            counts = Counter(key for key in keys if key is not None)
             ranked = sorted(counts, key=lambda name: (-counts[name], name))
             names_C.append(tuple(ranked[:MAX_NAMES]))
         return replace(self, names_C=tuple(names_C))
@@ -68,8 +71,10 @@ class Categories:
         """Return {"categories": int32 [N, C]}. Raises InvalidRecord for what is no name."""
         assert len(self.names_C) == len(self.columns), "fit first"
         codes = [
-            [codes.get(key, UNSEEN) for key in _keys(column, columns[column])]
-            for column, codes in zip(self.columns, self._code_by_name_C, strict=True)
+            [codes.get(key, UNSEEN) for key in _keys(column, columns[column], form)]
+            for column, codes, form in zip(
+                self.columns, self._code_by_name_C, self._forms_C, strict=True
+            )
         ]
         return {self.kind: np.array(codes, np.int32).T.copy()}
 
@@ -79,6 +84,15 @@ class Categories:
             {None: MISSING, **{name: FIRST + code for code, name in enumerate(names)}}
             for names in self.names_C
         ]
+
+    @cached_property
+    def _forms_C(self) -> list[NameForm]:
+        return [find_form(names) for names in self.names_C]
+
+    def missing(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Whether each value of each column counts as missing, bool [N]. Raises InvalidRecord."""
+        codes_NC = self.encode(columns)[self.kind]
+        return dict(zip(self.columns, (codes_NC == MISSING).T, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -92,25 +106,33 @@ class Categories:
         return cls(tuple(state["columns"]), tuple(tuple(names) for names in state["names"]))
 
 
-def _keys(column: str, values: Sequence[Any] | np.ndarray) -> list[str | None]:
-    return [
-        value if type(value) is str and value and value[-1] != "0" else _key(column, row, value)
-        for row, value in enumerate(values)
-    ]
+def _distinct(values: Sequence[Any] | np.ndarray) -> Iterable[Any]:
+    """The different texts among values, and all others."""
+    texts = {value for value in values if type(value) is str}
+    return chain(texts, (value for value in values if type(value) is not str))
 
 
-def _key(column: str, row: int, value: Any) -> str | None:
+def _keys(column: str, values: Sequence[Any] | np.ndarray, form: NameForm) -> list[str | None]:
+    known: dict[str, str | None] = {}
+    keys: list[str | None] = []
+    for row, value in enumerate(values):
+        if type(value) is not str:
+            keys.append(_key(column, row, value, form))
+            continue
+        if value not in known:  # most columns have few different ones
+            known[value] = _key(column, row, value, form)
+        keys.append(known[value])
+    return keys
+
+
+def _key(column: str, row: int, value: Any, form: NameForm) -> str | None:
     if is_missing(value):
         return None
-    problem = "is no name" if isinstance(value, dict | list | tuple | np.ndarray) else None
     try:
-        name = category_name(value)
+        return to_name(value, form)
     except ValueError as error:
-        problem = str(error)
-    if problem:
         raise InvalidRecord(
-            f"field '{column}' is {shorten(value)}, which {problem}; expected a category. "
+            f"field '{column}' is {shorten(value)}, which {error}; expected a category. "
             "Send a text, a number or null.",
             row,
-        )
-    return name or None
+        ) from None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from train.tasks.records import (
+from train.values.records import (
     Arrays,
     Columns,
     InvalidRecord,

@@ -18,8 +18,9 @@ import pyarrow.parquet
 
 from cluster import storage
 from cluster.errors import UserError
-from train.data import readers
-from train.data.readers import DIGITS, KNOWN, file_format
+from train.data.reading import readers
+from train.data.reading.csv_files import UNKNOWN_CSV, CsvOptions
+from train.data.reading.readers import DIGITS, KNOWN, file_format
 from train.tasks import Columns
 
 # Rows read at once, and rows and bytes of a scratch file's row group.
@@ -119,7 +120,7 @@ def find_source(url: str) -> Source:
         )
 
 
-def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[RowBlock]:
+def open_source(source: Source, scratch: str, options: CsvOptions = UNKNOWN_CSV) -> list[RowBlock]:
     """Return the blocks of a source in order; write it as Parquet into `scratch` if need be.
 
     Raises UserError that names the file, and the line where it is known, of what cannot be read.
@@ -130,9 +131,9 @@ def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[R
         origin = source.url if together else files[0]
         path = files[0]
         with reading_errors(origin):
-            if source.format != "parquet" or _largest_group(path) > MAX_GROUP_ROWS:
+            if source.format != "parquet" or not _is_readable(path):
                 path = storage.join_path(scratch, f"{number:05}.parquet")
-                if not _write(readers.read_tables(source.format, files, encoding), path):
+                if not _write(readers.read_tables(source.format, files, options), path):
                     continue
             blocks += _blocks(path, origin, sum(each.num_rows for each in blocks))
     if not blocks:
@@ -145,12 +146,14 @@ def open_source(source: Source, scratch: str, encoding: str = "utf-8") -> list[R
     return blocks
 
 
-def _largest_group(path: str) -> int:
+def _is_readable(path: str) -> bool:
+    """Whether a Parquet file's rows can be read as they are, in groups that are not too large."""
     fs, inner = storage.filesystem(path)
     with fs.open(inner, "rb") as stream:
-        metadata = pa.parquet.ParquetFile(stream).metadata
-        groups = range(metadata.num_row_groups)
-        return max((metadata.row_group(group).num_rows for group in groups), default=0)
+        file = pa.parquet.ParquetFile(stream)
+        groups = range(file.metadata.num_row_groups)
+        counts = [file.metadata.row_group(group).num_rows for group in groups]
+        return max(counts, default=0) <= MAX_GROUP_ROWS and readers.is_plain(file.schema_arrow)
 
 
 def _blocks(path: str, origin: str, start: int) -> list[RowBlock]:
@@ -186,13 +189,13 @@ def source_schema(blocks: Sequence[RowBlock]) -> pa.Schema:
     return first
 
 
-def source_head(source: Source, count: int, encoding: str = "utf-8") -> Columns:
+def source_head(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV) -> Columns:
     """The first records of a source, every column of them, at most HEAD_BYTES."""
     together = source.format in ("images", "digits")
     parts: list[pa.Table] = []
     for files in [source.files] if together else zip(source.files, strict=True):
         with reading_errors(source.url if together else files[0]):
-            for part in readers.read_tables(source.format, files, encoding):
+            for part in readers.read_tables(source.format, files, options):
                 parts.append(part)
                 rows = sum(each.num_rows for each in parts)
                 if rows >= count or sum(each.nbytes for each in parts) >= HEAD_BYTES:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image, ImageOps
 
-from train.tasks.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
+from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
 
 IMAGE_FORMATS = ("PNG", "JPEG")
 IMAGE_SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff")

@@ -13,7 +13,9 @@ from tests.conftest import run_main
 from tests.train.tasks.test_tasks import image_bytes
 from train import cli
 from train.config import validate_config
-from train.data import schema_inference
+from train.data.schema import inference
+from train.data.schema.columns import infer_column
+from train.data.schema.target_type import infer_task_type
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_columns_are_taken_for_what_they_are(passengers, tmp_path, capsys, kind)
     path = tmp_path / f"data.{kind}"
     passengers.to_csv(path, index=False) if kind == "csv" else passengers.to_parquet(path)
     config = validate_config({"name": "a", "target": "survived", "data": {"train": str(path)}})
-    complete = schema_inference.complete_config(config).config
+    complete = inference.complete_config(config).config
     assert {name: column.kind for name, column in complete.features.items()} == EXPECTED
     assert complete.features["born"].format == "%d.%m.%Y"
     assert complete.task_type == "classification"
@@ -78,29 +80,29 @@ def test_what_is_given_stays(passengers, tmp_path):
         "optim": {"lr": 0.5},
         "precision": "bf16",
     }
-    complete = schema_inference.complete_config(validate_config(given)).config
+    complete = inference.complete_config(validate_config(given)).config
     assert complete.task_type == "regression"
     assert complete.optim.lr == 0.5
     assert complete.precision == "bf16"
     assert not {"survived", "age", "fare"} & set(complete.features)
-    assert schema_inference.complete_config(complete).config == complete
+    assert inference.complete_config(complete).config == complete
 
 
 def test_targets_are_learned_as_they_look():
-    assert schema_inference.infer_task_type(["a", "b", "a"])[0] == "classification"
-    assert schema_inference.infer_task_type([0, 1] * 30)[0] == "classification"
-    assert schema_inference.infer_task_type(["0.5", "1.25", "3"] * 5)[0] == "regression"
-    assert schema_inference.infer_task_type(np.arange(200.0))[0] == "regression"
-    assert schema_inference.infer_task_type([["a"], [], ["b", "a"]])[0] == "multilabel"
+    assert infer_task_type(["a", "b", "a"])[0] == "classification"
+    assert infer_task_type([0, 1] * 30)[0] == "classification"
+    assert infer_task_type(["0.5", "1.25", "3"] * 5)[0] == "regression"
+    assert infer_task_type(np.arange(200.0))[0] == "regression"
+    assert infer_task_type([["a"], [], ["b", "a"]])[0] == "multilabel"
     with pytest.raises(UserError, match="missing in every record"):
-        schema_inference.infer_task_type([None, None])
+        infer_task_type([None, None])
 
 
 def test_images_and_their_structs_are_images(rng):
     data = image_bytes(rng.integers(0, 256, (4, 4), dtype=np.uint8))
-    assert schema_inference.infer_column("a", [data, None]).kind == "image"
-    assert schema_inference.infer_column("a", [{"bytes": data, "path": None}]).kind == "image"
-    assert schema_inference.infer_column("a", [b"other"]).kind is None
+    assert infer_column("a", [data, None]).kind == "image"
+    assert infer_column("a", [{"bytes": data, "path": None}]).kind == "image"
+    assert infer_column("a", [b"other"]).kind is None
 
 
 def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
@@ -108,7 +110,7 @@ def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
     pd.DataFrame({"a": ["x"] * 30, "y": [0, 1] * 15}).to_csv(path, index=False)
     config = validate_config({"name": "a", "target": "y", "data": {"train": str(path)}})
     with pytest.raises(UserError, match="from: a: the same in all of 30 records"):
-        schema_inference.complete_config(config)
+        inference.complete_config(config)
 
 
 def test_a_command_with_a_file_alone_needs_no_config(tmp_path):

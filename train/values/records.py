@@ -1,6 +1,6 @@
 """Records as a user has them, arrays as a net takes them, and what describes the arrays."""
 
-import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +13,6 @@ Record = Mapping[str, Any]
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 Arrays = dict[str, np.ndarray]
 Encoded = TypeVar("Encoded")
-# A whole number as programs write it that know floating-point numbers only.
-WHOLE = re.compile(r"-?[0-9]+\.0+")
 
 # Datatypes of the Open Inference Protocol; BYTES has no fixed item size.
 DTYPES: dict[str, np.dtype] = {
@@ -46,6 +44,25 @@ def with_row(row: int) -> Iterator[None]:
     except InvalidRecord as error:
         error.row = row
         raise
+
+
+def plain_name(name: str) -> str:
+    """Return a column's name without spaces at its ends, in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def flatten_record(record: Record) -> Record:
+    """Return a record with nested ones as fields `outer.inner`; images' structs stay."""
+    if not any(isinstance(value, dict) for value in record.values()):
+        return record
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict) and "bytes" not in value:
+            for inner, part in flatten_record(value).items():
+                flat.setdefault(f"{name}.{inner}", part)
+        else:
+            flat[name] = value
+    return flat
 
 
 def encode_valid(
@@ -126,12 +143,14 @@ def num_rows(arrays: Arrays) -> int:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is not known: None, NaN, NaT, an empty string, a file without bytes."""
+    """Whether a value is not known: None, NaN, NaT, a blank string, a file without bytes."""
     if isinstance(value, dict):
         value = value.get("bytes", value)
     if value is None:
         return True
-    if isinstance(value, str | bytes):
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, bytes):
         return len(value) == 0
     if isinstance(value, float | np.floating):
         return value != value
@@ -153,15 +172,6 @@ def to_text(value: Any) -> str:
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
     return str(value)
-
-
-def category_name(value: Any) -> str:
-    """Return a value as the name of a class or category; 1, 1.0 and "1.0" are the same one.
-
-    Raises ValueError for bytes that are not UTF-8.
-    """
-    name = to_text(value)
-    return name.partition(".")[0] if WHOLE.fullmatch(name) else name
 
 
 def shorten(value: Any) -> str:

@@ -4,16 +4,22 @@ Shapes: N records.
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from train.tasks.records import Columns, category_name, is_missing
+from train.values.names import TRUTHS, to_name
+from train.values.records import Columns, is_missing
 
 # What a missing value is hashed as.
 MISSING = 0x7FF8000000000000
+# Larger whole numbers are not all different as floating-point ones.
+EXACT = 2**53
+WHOLE = re.compile(r"[+-]?[0-9]+", re.ASCII)
 
 
 def hash_columns(columns: Columns, names: Sequence[str], count: int) -> np.ndarray:
@@ -64,8 +70,14 @@ def _hash_bytes(content: bytes) -> np.uint64:
 
 
 def _number_bits(numbers_N: np.ndarray) -> np.ndarray:
+    if numbers_N.dtype.kind == "b":
+        return np.where(numbers_N, hash_text("true"), hash_text("false"))
     values_N = np.asarray(numbers_N, np.float64) + 0.0  # which turns -0.0 into 0.0
-    return np.where(np.isnan(values_N), np.uint64(MISSING), values_N.view(np.uint64))
+    hash_N = np.where(np.isnan(values_N), np.uint64(MISSING), values_N.view(np.uint64))
+    if numbers_N.dtype.kind in "iu":
+        for row in np.flatnonzero(np.abs(values_N) > EXACT):
+            hash_N[row] = _hash_scalar(int(numbers_N[row]))
+    return hash_N
 
 
 def _float_bits(value: float) -> int:
@@ -77,7 +89,7 @@ def _hash_value(value: Any, known: dict[Any, int]) -> int:
         return MISSING
     if isinstance(value, float):
         return _float_bits(value)
-    if isinstance(value, str | int):
+    if isinstance(value, str | int) and not isinstance(value, bool):
         # Most columns have few different ones.
         found = known.get(value)
         if found is None:
@@ -94,8 +106,12 @@ def _hash_value(value: Any, known: dict[Any, int]) -> int:
 
 
 def _hash_scalar(value: Any) -> int:
-    name = category_name(value)
-    try:
-        return _float_bits(float(name))
-    except ValueError:
-        return int(hash_text(name))
+    name = to_name(value, "text")
+    if name.lower() in TRUTHS:
+        name = name.lower()
+    elif WHOLE.fullmatch(name) and abs(int(name)) > EXACT:
+        name = str(int(name))
+    elif "_" not in name:
+        with suppress(ValueError):
+            return _float_bits(float(name))
+    return int(hash_text(name))

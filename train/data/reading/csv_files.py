@@ -1,0 +1,118 @@
+"""CSV files as tables, part by part: every column as text, null where empty."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.csv
+from fsspec.implementations.local import LocalFileSystem
+
+CSV_BLOCK_BYTES = 8 << 20
+DELIMITERS = ",;\t|"
+# What is looked at to find the delimiter.
+SNIFFED_CHARACTERS, SNIFFED_ROWS = 1 << 20, 100
+
+
+@dataclass(frozen=True)
+class CsvOptions:
+    """How CSV files are written. delimiter: found out if None."""
+
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+
+
+UNKNOWN_CSV = CsvOptions()
+
+
+def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
+    """Read a file. Raises ValueError that names the line of what is wrong with it."""
+    with fs.open(path, "rb", compression="infer") as stream:
+        start = stream.read(CSV_BLOCK_BYTES).decode(options.encoding, errors="replace")
+    start = start.removeprefix("\ufeff")
+    if not start.strip():
+        raise ValueError("it is empty; expected a line with the names of the columns")
+    delimiter = options.delimiter or find_delimiter(start)
+    names = next(_rows(start, delimiter))
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column '{twice[0]}' is there twice; rename one of them")
+    # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
+    local = isinstance(fs, LocalFileSystem)
+    try:
+        with (
+            pa.input_stream(path, compression="detect")
+            if local
+            else fs.open(path, "rb", compression="infer")
+        ) as stream:
+            yield from _tables(stream, names, delimiter, options.encoding)
+    except (pa.ArrowInvalid, UnicodeError) as error:
+        with fs.open(path, "rb", compression="infer") as stream:
+            raise _explained(error, stream, names, delimiter, options.encoding) from error
+
+
+def find_delimiter(start: str) -> str:
+    """Return the delimiter that divides header and rows alike, of several the one that divides
+    them into most fields; a comma if none does.
+
+    start: the beginning of a file.
+    """
+    best = (0.0, 1, ",")
+    for delimiter in DELIMITERS:
+        rows = _rows(start[:SNIFFED_CHARACTERS], delimiter)
+        counts = [len(row) for row, _ in zip(rows, range(SNIFFED_ROWS), strict=False) if row]
+        if len(counts) > 2 and len(start) > SNIFFED_CHARACTERS:
+            counts.pop()  # which may be cut
+        if counts[:1] > [1]:
+            alike = sum(count == counts[0] for count in counts) / len(counts)
+            best = max(best, (round(alike, 1), counts[0], delimiter))
+    return best[2]
+
+
+def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
+    """The fields of each row, header first; line breaks may stand in quotes."""
+    csv.field_size_limit(CSV_BLOCK_BYTES)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+
+def _tables(
+    stream: BinaryIO, names: Sequence[str], delimiter: str, encoding: str
+) -> Iterator[pa.Table]:
+    reader = pa.csv.open_csv(
+        stream,
+        read_options=pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES, encoding=encoding),
+        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            strings_can_be_null=True,
+            null_values=[""],
+        ),
+    )
+    with reader:
+        yield from (pa.Table.from_batches([batch]) for batch in reader)
+
+
+def _explained(
+    error: Exception, stream: BinaryIO, names: Sequence[str], delimiter: str, encoding: str
+) -> Exception:
+    """Name the line of a CSV file that is wrong, or return what is known."""
+    if "UTF8" in str(error) or isinstance(error, UnicodeError):
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeError:
+                return ValueError(
+                    f"line {number} is not {encoding} text; give its --data.encoding, such as "
+                    "latin-1, or convert the file"
+                )
+    rows = csv.reader(io.TextIOWrapper(stream, encoding, newline=""), delimiter=delimiter)
+    for fields in rows:
+        if fields and len(fields) != len(names):
+            return ValueError(
+                f"line {rows.line_num} has {len(fields)} fields; expected {len(names)}, as the "
+                "header has. Mend the line, or quote a field that holds the delimiter, which is "
+                f"{delimiter!r}"
+            )
+    return error

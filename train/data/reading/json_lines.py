@@ -1,0 +1,99 @@
+"""JSON lines as tables, part by part, with types and fields that hold for the whole file."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+
+from train.values.records import flatten_record
+
+PART_ROWS = 1024
+INT64, UINT64 = range(-(2**63), 2**63), range(2**64)
+
+
+class _Seen:
+    """What values of a field are: their types, the range of whole numbers, and what lists hold."""
+
+    def __init__(self) -> None:
+        self.types: set[type] = set()
+        self.low = self.high = 0
+        self.items: _Seen | None = None
+
+    def add(self, value: Any) -> None:
+        kind = type(value)
+        self.types.add(kind)
+        if kind is int:
+            self.low, self.high = min(self.low, value), max(self.high, value)
+        elif kind is list:
+            self.items = self.items or _Seen()
+            for item in value:
+                self.items.add(item)
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """What holds all values: text, which is JSON for what is no text, if nothing else does."""
+        types = self.types - {type(None)}
+        if types == {bool}:
+            return pa.bool_()
+        if types == {int}:
+            if self.low in INT64 and self.high in INT64:
+                return pa.int64()
+            return pa.uint64() if self.low >= 0 and self.high in UINT64 else pa.string()
+        if types and types <= {int, float}:
+            return pa.float64()
+        if types == {list} and self.items is not None:
+            items = self.items.types - {type(None)}
+            if not items & {list, dict} and (len(items) < 2 or items == {int, float}):
+                return pa.list_(self.items.arrow_type)
+        return pa.string()
+
+
+def read_json(stream: BinaryIO) -> Iterator[pa.Table]:
+    """Read JSON lines, nested objects as columns `outer.inner`.
+
+    The stream is read twice: no part of it knows the types and fields of the others.
+    Raises ValueError that names the line of what is wrong.
+    """
+    fields: dict[str, _Seen] = {}
+    for record in _records(stream):
+        for name, value in record.items():
+            if name not in fields:
+                fields[name] = _Seen()
+            fields[name].add(value)
+    types = {name: seen.arrow_type for name, seen in fields.items()}
+    stream.seek(0)
+    records = _records(stream)
+    while part := list(islice(records, PART_ROWS)):
+        yield pa.table(
+            {
+                name: pa.array([_as(kind, record.get(name)) for record in part], kind)
+                for name, kind in types.items()
+            }
+        )
+
+
+def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            array = " it may be one array; write an object on each line, as jq -c '.[]' does"
+            hint = array if number == 1 and line.lstrip().startswith(b"[") else f" {error}"
+            raise ValueError(f"line {number} is not JSON:{hint}") from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"line {number} is a JSON {type(record).__name__}; expected an object on each "
+                "line, as jq -c '.[]' makes of an array"
+            )
+        yield flatten_record(record)
+
+
+def _as(kind: pa.DataType, value: Any) -> Any:
+    """A value for an array of that type: what is no text, as JSON, where texts are expected."""
+    if kind != pa.string() or value is None or isinstance(value, str):
+        return value
+    return orjson.dumps(value).decode()

@@ -1,0 +1,1 @@
+"""Schema inference: what each column of a source is, and the options that suit it."""

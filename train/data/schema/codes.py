@@ -1,0 +1,72 @@
+"""Codes: whole numbers that are names, which a net must not take for amounts."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from train.stats import association_p_value, order_p_value
+
+# Of categories, at most this share of the known values is different; else a column names records.
+MAX_DISTINCT_SHARE = 0.5
+# Words of a name, of which the last two are looked at only at its end.
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
+CODE_WORDS = {
+    *("id", "ids", "uid", "uuid", "guid", "code", "zip", "zipcode", "postcode", "postal", "plz"),
+    *("sku", "isbn", "ean", "fips", "phone", "telephone", "ssn", "iban"),
+}
+CODE_ENDS = {"user", "customer", "client", "item", "product", "movie", "store", "shop", "merchant"}
+WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")
+PADDED = re.compile(r"\s*0[0-9]+\s*")
+COUNTER = "counts the records"
+# Larger whole numbers are not all different as floating-point ones.
+EXACT = 2.0**53
+# Fewer different numbers are told apart by a number's pieces.
+MIN_CODES = 20
+# Of the Kolmogorov-Smirnov statistic times the root of the count: above, in 1 % by chance.
+KS_LIMIT = 1.63
+
+
+def why_codes(
+    column: str, known: Sequence[Any], numbers_N: np.ndarray, targets_N: np.ndarray | None
+) -> str | None:
+    """Why whole numbers are names rather than numbers, or None where they are numbers."""
+    if not np.all(numbers_N == np.round(numbers_N)):
+        return None
+    if any(isinstance(value, str) and not WHOLE_TEXT.fullmatch(value) for value in known):
+        return None  # an amount, as it has a unit or separators
+    distinct_D, codes_N = np.unique(numbers_N, return_inverse=True)
+    count, all_differ = len(numbers_N), len(distinct_D) == len(numbers_N) > 20
+    if all_differ and np.all(np.diff(numbers_N) == 1):
+        return COUNTER
+    if np.abs(distinct_D).max() > EXACT:
+        return "whole numbers beyond 2^53, which are ids"
+    if _names_codes(column):
+        return "codes, by the column's name"
+    if all_differ and _is_even(distinct_D):
+        return "whole numbers that all differ and lie evenly, which are ids"
+    if targets_N is None or not MIN_CODES <= len(distinct_D) <= MAX_DISTINCT_SHARE * count:
+        return None
+    with_target_N = ~np.isnan(targets_N.reshape(count, -1)).any(axis=1)
+    codes_N, targets_N = (
+        np.unique(codes_N[with_target_N], return_inverse=True)[1],
+        (targets_N[with_target_N]),
+    )
+    if association_p_value(codes_N, targets_N) < 0.01 and order_p_value(codes_N, targets_N) > 0.05:
+        return f"{len(distinct_D)} codes, as the target does not follow their order"
+    return None
+
+
+def _names_codes(column: str) -> bool:
+    words = [word.lower() for word in WORDS.findall(column)]
+    return bool(words) and (bool(CODE_WORDS & set(words)) or words[-1] in CODE_ENDS)
+
+
+def _is_even(sorted_N: np.ndarray) -> bool:
+    """Whether numbers may be spread evenly over their range, by a Kolmogorov-Smirnov test."""
+    places_N = (sorted_N - sorted_N[0]) / (sorted_N[-1] - sorted_N[0])
+    count = len(places_N)
+    largest = np.abs(places_N - (np.arange(count) + 0.5) / count).max() + 0.5 / count
+    return bool(largest * math.sqrt(count) < KS_LIMIT)

@@ -1,0 +1,158 @@
+"""Inference of columns: what each one is, found by looking at its values."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from train.data.schema.codes import COUNTER, MAX_DISTINCT_SHARE, PADDED, why_codes
+from train.data.schema.styles import (
+    UNKNOWN_STYLE,
+    FileStyle,
+    all_words,
+    fitting_dates,
+    read_all,
+    read_numbers,
+)
+from train.tasks.columns.image import IMAGE_SIGNATURES
+from train.tasks.columns.lists import MAX_LABELS
+from train.tasks.columns.scalars import FALSE, TRUE, Date
+from train.values.label_lists import are_label_lists, find_separator
+from train.values.number_text import NumberFormat
+from train.values.records import is_missing, to_text
+
+# How a column is called that pandas makes of a frame's index.
+INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
+TEXT_WORDS = 3.0
+
+
+@dataclass(frozen=True)
+class InferredColumn:
+    """What a column is, or None where it is left out, and why.
+
+    options: of the column in the config, besides its kind.
+    """
+
+    column: str
+    kind: str | None
+    why: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def infer_column(
+    column: str,
+    values: Sequence[Any] | np.ndarray,
+    *,
+    style: FileStyle = UNKNOWN_STYLE,
+    targets_N: np.ndarray | None = None,
+) -> InferredColumn:
+    """Say what a column is by its values.
+
+    targets_N: the target as numbers [N] or [N, K], by which codes are told from numbers.
+    """
+    known_N = np.array([not is_missing(value) for value in values], bool)
+    known = [value for value, is_known in zip(values, known_N, strict=True) if is_known]
+    if INDEX_NAMES.fullmatch(column):
+        return InferredColumn(column, None, "an index of pandas")
+    if not known:
+        return InferredColumn(column, None, f"missing in all of {len(values)} records")
+    first = known[0]
+    if isinstance(first, dict) and "bytes" in first:
+        return InferredColumn(column, "image", "image files")
+    if isinstance(first, bytes) and first.startswith(IMAGE_SIGNATURES):
+        return InferredColumn(column, "image", "image files")
+    if isinstance(first, list | tuple | np.ndarray):
+        return _lists(column, known)
+    if isinstance(first, dict | bytes):
+        return InferredColumn(column, None, f"{type(first).__name__} values are of no known kind")
+    distinct = len({to_text(value).strip() for value in known})
+    if distinct == 1:
+        return InferredColumn(column, None, f"the same in all of {len(values)} records")
+    if isinstance(first, bool | np.bool_) or all_words(known, TRUE | FALSE):
+        return InferredColumn(column, "boolean", "true and false")
+    if _looks_padded(known):
+        return _names(column, known, distinct, "codes that begin with 0")
+    numbers_N, found = read_numbers(column, known, style.decimal)
+    if numbers_N is not None:
+        finite_N = np.isfinite(numbers_N)
+        why = why_codes(
+            column,
+            [value for value, finite in zip(known, finite_N, strict=True) if finite],
+            numbers_N[finite_N],
+            None if targets_N is None else targets_N[known_N][finite_N],
+        )
+        if why == COUNTER:
+            return InferredColumn(column, None, why)
+        if why:
+            return _names(column, known, distinct, why)
+        return _number(column, numbers_N[finite_N], found)
+    date = _date(column, known, style)
+    if date is not None:
+        return date
+    if are_label_lists(known, MAX_LABELS):
+        return InferredColumn(column, "set", f"labels with '{find_separator(known)}' between them")
+    return _names(column, known, distinct)
+
+
+def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
+    items = [item for value in known for item in value if item is not None]
+    if all(isinstance(item, str) for item in items) and items:
+        return InferredColumn(column, "set", f"lists of {len(set(items))} different texts")
+    lengths = {len(value) for value in known}
+    if not all(isinstance(item, int | float | np.number) for item in items):
+        return InferredColumn(column, None, "lists of what is neither numbers nor texts")
+    if len(lengths) > 1:
+        why = f"lists of {min(lengths)} to {max(lengths)} numbers; a vector has one length"
+        return InferredColumn(column, None, why)
+    return InferredColumn(column, "vector", f"lists of {lengths.pop()} numbers")
+
+
+def _number(column: str, numbers: np.ndarray, found: tuple[NumberFormat, bool]) -> InferredColumn:
+    style, ambiguous = found
+    why = f"{numbers.min():g} to {numbers.max():g}"
+    options: dict[str, Any] = {}
+    if style.decimal != ".":
+        options["decimal"], why = style.decimal, f"{why}, with a decimal comma"
+    if style.unit:
+        options["unit"], why = style.unit, f"{why}, in {style.unit}"
+    if ambiguous:
+        why += "; if its commas and points are the other way round, give --data.decimal ,"
+    return InferredColumn(column, "number", why, options)
+
+
+def _date(column: str, known: Sequence[Any], style: FileStyle) -> InferredColumn | None:
+    if read_all(Date(column), known) is not None:
+        return InferredColumn(column, "date", "ISO 8601")
+    fitting = fitting_dates(known)
+    if not fitting:
+        return None
+    days = [each for each in fitting if each.startswith("%d")]
+    months = [each for each in fitting if not each.startswith("%d")]
+    if days and months:
+        chosen = days[0] if style.day_first else months[0]
+        other = months[0] if style.day_first else days[0]
+        why = f"{chosen}; {other} fits as well"
+        return InferredColumn(column, "date", why, {"format": chosen})
+    return InferredColumn(column, "date", fitting[0], {"format": fitting[0]})
+
+
+def _names(
+    column: str, known: Sequence[Any], distinct: int, why: str | None = None
+) -> InferredColumn:
+    """What a column of names is: a category, text, or left out as it names records."""
+    words = float(np.mean([len(to_text(value).split()) for value in known]))
+    if words >= TEXT_WORDS and distinct > 0.1 * len(known):
+        return InferredColumn(column, "text", f"{words:.0f} words on average")
+    if distinct > max(MAX_DISTINCT_SHARE * len(known), 20):
+        if words > 1.5:
+            return InferredColumn(column, "text", f"{distinct} different texts")
+        what = f"{why}; " if why else ""
+        return InferredColumn(column, None, f"{what}{distinct} different names of {len(known)}")
+    return InferredColumn(column, "category", why or f"{distinct} different names")
+
+
+def _looks_padded(known: Sequence[Any]) -> bool:
+    """Whether digits begin with a 0 that a number would lose, as postal codes do."""
+    return any(isinstance(value, str) and PADDED.fullmatch(value) for value in known)

@@ -1,0 +1,172 @@
+"""Inference of the task: what each column is, and what of a run suits it, found by looking.
+
+Only what the config leaves open is filled in.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import UserError
+from train.config import LAST, Config, validate_config
+from train.data import fitting, warm_start
+from train.data.reading import sources
+from train.data.reading.csv_files import CsvOptions
+from train.data.schema.columns import InferredColumn, infer_column
+from train.data.schema.styles import FileStyle, infer_style
+from train.data.schema.target_type import infer_task_type
+from train.data.warm_start import CompletedConfig, fill_missing
+from train.tasks import TARGETS, InvalidRecord, ValueTarget
+from train.values.records import is_missing
+
+LOOKED_AT = 10_000
+SMALL = 2_000
+# A table of more bytes has some hundred thousand records.
+LARGE_BYTES = 32 << 20
+LOSS = "valid_loss"
+# Parts for cross-validation where records are few.
+FOLDS = 5
+
+
+def complete_config(config: Config) -> CompletedConfig:
+    """Fill in what is left open: the features, the task type, and defaults that suit them.
+
+    A run that begins from a bundle takes these from the bundle. Raises UserError if the records or
+    the bundle do not allow it.
+    """
+    if config.init is None:
+        return CompletedConfig(_inferred(config))
+    config, bundle = warm_start.inherit_options(config)
+    return CompletedConfig(_inferred(config), bundle)
+
+
+def _inferred(config: Config) -> Config:
+    """Infer from the records what is left open."""
+    if config.task is not None and not config.features:
+        raise UserError(
+            f"task is '{config.task}', and features are not listed; a task of your own needs them."
+        )
+    if config.features and config.task_type is not None and _is_settled(config):
+        return config
+    source = sources.find_source(config.data.train)
+    csv = CsvOptions(config.data.encoding, config.data.delimiter)
+    looked_at = sources.source_head(source, LOOKED_AT, csv)
+    wanted = [config.target, *config.data.drop, *config.features]
+    sources.check_columns(config.data.train, wanted, list(looked_at))
+    found: dict[str, Any] = {}
+    decisions = []
+    style = FileStyle(config.data.decimal) if config.data.decimal else infer_style(looked_at)
+    task_type: str | None = config.task_type
+    if task_type is None:
+        task_type, why = infer_task_type(looked_at[config.target], style.decimal)
+        found["task_type"] = task_type
+        decisions.append(InferredColumn(config.target, f"target: {task_type}", why))
+    if not config.features:
+        columns = {name: values for name, values in looked_at.items() if name != config.target}
+        targets_N = _target_numbers(config.target, looked_at[config.target], task_type, style)
+        chosen = [
+            InferredColumn(name, None, "data.drop")
+            if name in config.data.drop
+            else InferredColumn(name, None, "data.split_key")
+            if name == config.data.split_key
+            else infer_column(name, values, style=style, targets_N=targets_N)
+            for name, values in columns.items()
+        ]
+        found["features"] = {
+            each.column: {"kind": each.kind, **each.options} for each in chosen if each.kind
+        }
+        decisions += chosen
+        if not found["features"]:
+            raise UserError(
+                f"'{config.data.train}' has no column to predict '{config.target}' from: "
+                + "; ".join(f"{each.column}: {each.why}" for each in chosen)
+            )
+    if decisions:
+        _show(decisions)
+    kinds = {
+        each["kind"] if isinstance(each, dict) else each.kind
+        for each in (found.get("features") or config.features).values()
+    }
+    num_known = len(looked_at[config.target])
+    given = config.model_dump(mode="json", exclude_unset=True)
+    suited = suited_defaults(
+        kinds,
+        num_known,
+        is_large=source.size_bytes > LARGE_BYTES,
+        train_on_valid=config.data.train_on_valid,
+    )
+    if config.checkpoint.metric is not None:  # which chooses an epoch of one run
+        suited.get("stop", {}).pop("folds", None)
+    return validate_config(fill_missing(given, {**suited, **found}))
+
+
+def _is_settled(config: Config) -> bool:
+    """Whether nothing that `suited` would say is left open."""
+    kinds = {feature.kind for feature in config.features.values()}
+    given = config.model_dump(mode="json", exclude_unset=True)
+    suited = suited_defaults(kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid)
+    return fill_missing(given, suited) == given
+
+
+def suited_defaults(
+    kinds: set[str], num_looked_at: int, *, is_large: bool = False, train_on_valid: bool = False
+) -> dict[str, Any]:
+    """What of a run suits columns of these kinds; the defaults are for images.
+
+    The epoch is chosen by the validation loss, where records are few by that of folds, and training
+    ends when it no longer falls.
+    """
+    if "image" in kinds or any(":" in kind for kind in kinds):
+        return {}
+    small = num_looked_at < SMALL
+    optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
+    net: dict[str, Any] = {}
+    if "text" in kinds:
+        optim |= {"lr": 0.005, "epochs": 40 if small else 6}
+        patience = 16 if small else 3
+    else:
+        optim |= {"lr": 0.002, "weight_decay": 0.1, "schedule": "constant", "epochs": 200}
+        net = {"members": 8, "dropout": 0.2}
+        if not small:
+            optim |= {"batch_size": 256, "epochs": 100}
+        patience = 16
+        if is_large:  # an epoch has steps enough for several of a small table's
+            optim |= {"batch_size": 1024, "epochs": 50}
+            patience = 4
+    chosen: dict[str, Any] = {
+        "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0}
+    }
+    if train_on_valid:  # which leaves no records to choose by
+        optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}
+        chosen = {"checkpoint": {"metric": LAST}}
+    # In bf16 a number would lose its last digits.
+    return {"optim": optim, "net": net, "precision": "fp32", **chosen}
+
+
+def _target_numbers(
+    column: str, values: Sequence[Any] | np.ndarray, task_type: str, style: FileStyle
+) -> np.ndarray | None:
+    """The target as numbers [N] or as 0 and 1 of its names [N, K], NaN where it is missing."""
+    known_N = np.array([not is_missing(value) for value in values], bool)
+    known = [value for value, is_known in zip(values, known_N, strict=True) if is_known]
+    options = {"decimal": style.decimal} if task_type == ValueTarget.kind else {}
+    try:
+        target = TARGETS[task_type](column, **options).fit(known)  # type: ignore[call-arg]
+        numbers_N = fitting.target_numbers(target, known)
+    except InvalidRecord:  # which is said when the target is fitted to all records
+        return None
+    if numbers_N is None:
+        return None
+    found_N = np.full((len(values), *numbers_N.shape[1:]), np.nan)
+    found_N[known_N] = numbers_N
+    return found_N
+
+
+def _show(decisions: Sequence[InferredColumn]) -> None:
+    table = Table("column", "taken as", "because", box=None, header_style="bold")
+    for each in decisions:
+        table.add_row(each.column, each.kind or "left out", each.why)
+    Console(stderr=True).print(table)

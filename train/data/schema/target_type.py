@@ -1,0 +1,49 @@
+"""Inference of the task type: what a target is, by its values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import UserError
+from train.data.schema.styles import all_words, read_numbers
+from train.tasks.columns.scalars import FALSE, TRUE
+from train.values.label_lists import are_label_lists, find_separator
+from train.values.records import is_missing, shorten, to_text
+
+MAX_CLASSES, MAX_NAMED_CLASSES = 100, 1000
+
+
+def infer_task_type(
+    values: Sequence[Any] | np.ndarray, decimal: str | None = None
+) -> tuple[str, str]:
+    """Return the task type of a target, and why."""
+    known = [value for value in values if not is_missing(value)]
+    if not known:
+        raise UserError("the target is missing in every record that was looked at.")
+    if isinstance(known[0], list | tuple | np.ndarray):
+        return "multilabel", "a list in each record"
+    if are_label_lists(known, MAX_CLASSES):
+        return "multilabel", f"labels with '{find_separator(known)}' between them"
+    names = {to_text(value) if not isinstance(value, bytes) else repr(value) for value in known}
+    numbers = read_numbers("target", known, decimal)[0]
+    if numbers is not None:
+        numbers = numbers[np.isfinite(numbers)]
+    if numbers is None or all_words(known, TRUE | FALSE) or len(names) == 2:
+        if len(names) > MAX_NAMED_CLASSES:
+            raise UserError(
+                f"the target has {len(names)} different values that are no numbers, such as "
+                f"{shorten(known[0])}; give --task_type classification if each is a class, or "
+                "another --target."
+            )
+        return "classification", f"{len(names)} different values"
+    whole = bool(np.all(numbers == np.round(numbers)))
+    if whole and len(names) <= min(MAX_CLASSES, max(2, len(known) // 10)):
+        return (
+            "classification",
+            f"{len(names)} different whole numbers; --task_type regression takes their values",
+        )
+    why = f"numbers from {numbers.min():g} to {numbers.max():g}"
+    if whole and len(names) <= MAX_NAMED_CLASSES:
+        why += "; --task_type classification takes each as a class"
+    return "regression", why

@@ -1,0 +1,84 @@
+"""Arrays of the splits on disk, written block by block."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from train.data.preprocess import EncodedBlock
+from train.data.splits import NAMES, TRAIN, VALID
+from train.tasks import Task
+
+
+class SplitWriter:
+    """Appends encoded records to the arrays of their splits.
+
+    train_on_valid: those of the validation split are in the training split too.
+    """
+
+    def __init__(self, folder: Path, task: Task, train_on_valid: bool = False) -> None:
+        self._members = {TRAIN: [TRAIN, VALID] if train_on_valid else [TRAIN]}
+        self.counts = dict.fromkeys(NAMES, 0)
+        self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._files: dict[Path, BinaryIO] = {}
+        self._digests: dict[Path, Any] = {}
+        self._folder = folder
+        self._names = [spec.name for spec in task.features.inputs]
+
+    def __enter__(self) -> "SplitWriter":
+        for name in NAMES:
+            (self._folder / name).mkdir()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for path, file in self._files.items():
+            file.seek(0)
+            self._write_header(path, self.counts[path.parent.name])
+            file.close()
+
+    @property
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._digest(sorted(self._digests))
+
+    def digest_of(self, name: str) -> str:
+        """Of what was written of one split."""
+        return self._digest([path for path in sorted(self._digests) if path.parent.name == name])
+
+    def _digest(self, paths: Iterable[Path]) -> str:
+        parts = [self._digests[path].hexdigest() for path in paths]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
+        """codes_N: the split of each record, or NOWHERE."""
+        for code, name in enumerate(NAMES):
+            chosen_N = np.isin(codes_N, self._members.get(code, [code]))
+            if not chosen_N.any():
+                continue
+            folder = self._folder / name
+            for number, input_name in enumerate(self._names):
+                self._append(folder / f"input-{number}.npy", encoded.inputs[input_name][chosen_N])
+            self._append(folder / "target.npy", encoded.targets_N[chosen_N])
+            self.counts[name] += int(chosen_N.sum())
+
+    def _append(self, path: Path, array: np.ndarray) -> None:
+        if path not in self._files:
+            self._files[path] = path.open("w+b")
+            self._shapes[path] = array.dtype, array.shape[1:]
+            self._digests[path] = hashlib.sha256()
+            self._write_header(path, 0)
+        data = np.ascontiguousarray(array)
+        self._files[path].write(data.data if data.size else b"")
+        self._digests[path].update(data)
+
+    def _write_header(self, path: Path, count: int) -> None:
+        # numpy leaves room in the header for a count that grows, so it keeps its length.
+        dtype, shape = self._shapes[path]
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (count, *shape),
+        }
+        np.lib.format.write_array_header_1_0(self._files[path], header)

@@ -1,0 +1,149 @@
+"""Features that become numbers, as one array.
+
+It is float32 [N, F], in which NaN stands for what is missing: a net learns from that too.
+Shapes: N records, F places of the array.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from train.tasks.columns.lists import LabelSet, Vector
+from train.tasks.columns.scalars import Boolean, Date, Number
+from train.values.records import Arrays, Columns, TensorSpec
+from train.values.sentinels import robust_mean_scale
+
+DAY_S = 86_400.0
+YEAR_S = 365.2425 * DAY_S
+# In deviations; a number that is scaled to more counts as this much.
+FARTHEST = 1e6
+
+Column = Number | Boolean | Date | Vector | LabelSet
+COLUMNS: dict[str, type[Column]] = {
+    kind.kind: kind for kind in (Number, Boolean, Date, Vector, LabelSet)
+}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Columns of a record that are numbers in the end, as one array, scaled by training records.
+
+    A number or boolean takes one place; a date seven, and each date after the first one more, the
+    time since the first; a vector one for each of its numbers, a set one for each label.
+    """
+
+    columns: tuple[Column, ...]
+    mean_F: tuple[float, ...] = ()
+    scale_F: tuple[float, ...] = ()
+
+    kind: ClassVar[str] = "numbers"
+
+    @property
+    def fields(self) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(each.column, each.datatype, getattr(each, "shape", ()))
+            for each in self.columns
+        )
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.kind, "FP32", (len(self.names),)),)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each place of the array is."""
+        return tuple(name for _, name in self._places)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The column that each place of the array is of."""
+        return tuple(column for column, _ in self._places)
+
+    @property
+    def _places(self) -> list[tuple[str, str]]:
+        """Column and name of each place."""
+        places: list[tuple[str, str]] = []
+        first = None
+        parts = ("trend", "day_sin", "day_cos", "week_sin", "week_cos", "year_sin", "year_cos")
+        for each in self.columns:
+            column = each.column
+            if isinstance(each, Vector | LabelSet):
+                places += [(column, place) for place in each.places]
+                continue
+            if not isinstance(each, Date):
+                places.append((column, column))
+                continue
+            places += [(column, f"{column}.{part}") for part in parts]
+            if first is not None:
+                places.append((column, f"{column} - {first}"))
+            first = first or column
+        return places
+
+    def fit(self, columns: Columns) -> Self:
+        """Find out how numbers are written; take mean and deviation of every place."""
+        fitted = replace(
+            self,
+            columns=tuple(
+                each if isinstance(each, Boolean | Date) else each.fit(columns[each.column])
+                for each in self.columns
+            ),
+        )
+        raw_FN = fitted._raw(columns).T
+        found = [robust_mean_scale(values_N[np.isfinite(values_N)]) for values_N in raw_FN]
+        mean_F, scale_F = zip(*found, strict=True)
+        return replace(fitted, mean_F=mean_F, scale_F=scale_F)
+
+    def missing(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Whether each value of each column counts as missing, bool [N]. Raises InvalidRecord."""
+        read = {each.column: each.read(columns[each.column]) for each in self.columns}
+        return {
+            column: np.isnan(values.reshape(len(values), -1)).all(axis=1)
+            for column, values in read.items()
+        }
+
+    def encode(self, columns: Columns) -> Arrays:
+        """Return {"numbers": float32 [N, F]}. Raises InvalidRecord."""
+        assert self.mean_F, "fit first"
+        # In float64, so that large numbers keep their differences.
+        scaled_NF = (self._raw(columns) - np.array(self.mean_F)) / np.array(self.scale_F)
+        return {self.kind: np.clip(scaled_NF, -FARTHEST, FARTHEST).astype(np.float32)}
+
+    def _raw(self, columns: Columns) -> np.ndarray:
+        parts: list[np.ndarray] = []
+        first_N = None
+        for each in self.columns:
+            values_N = each.read(columns[each.column])
+            if values_N.ndim == 2:
+                parts += list(values_N.T)
+                continue
+            if not isinstance(each, Date):
+                parts.append(values_N)
+                continue
+            parts.append(values_N)
+            for period_s in (DAY_S, 7 * DAY_S, YEAR_S):
+                angle_N = 2 * np.pi * (values_N / period_s)
+                parts += [np.sin(angle_N), np.cos(angle_N)]
+            if first_N is not None:
+                parts.append(values_N - first_N)
+            first_N = values_N if first_N is None else first_N
+        return np.stack(parts, axis=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "columns": [{"kind": each.kind, **vars(each)} for each in self.columns],
+            "mean": list(self.mean_F),
+            "scale": list(self.scale_F),
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        columns = [dict(each) for each in state["columns"]]
+        for each in columns:
+            each |= {name: tuple(part) for name, part in each.items() if isinstance(part, list)}
+        return cls(
+            tuple(COLUMNS[each.pop("kind")](**each) for each in columns),
+            tuple(state["mean"]),
+            tuple(state["scale"]),
+        )

@@ -1,0 +1,169 @@
+"""Numbers as people and programs write them: 1,234.50 or 1.234,50, $7,876.50, 54 %."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+# What programs write for a value that is not known.
+MISSING_WORDS = {"", "na", "n/a", "#n/a", "nan", "null", "none", "nat"}
+DECIMALS = (".", ",")
+# Between groups of three digits, besides the other decimal mark; the last three are spaces.
+SEPARATORS = "'’ \u00a0\u2009\u202f"
+MINUS = "-\u2212\u2013"
+SYMBOLS = "$€£¥₩₹₽₺₫₴₦₱฿₪¢"
+CURRENCIES = (
+    *("USD", "EUR", "GBP", "CHF", "JPY", "CNY", "INR", "KRW", "AUD", "CAD", "NZD", "SEK", "NOK"),
+    *("DKK", "PLN", "CZK", "HUF", "RON", "TRY", "BRL", "MXN", "ZAR", "SGD", "HKD", "ILS", "THB"),
+    *("US$", "A$", "C$", "R$", "Fr.", "kr", "zł", "Kč", "Ft", "Rs.", "Rs"),
+)
+PERCENT = "%"
+_UNIT = "|".join(
+    [f"[{re.escape(SYMBOLS + PERCENT)}]"]
+    + [re.escape(each) for each in sorted(CURRENCIES, key=len, reverse=True)]
+)
+_PARTS = re.compile(
+    rf"(?P<outer>[+{re.escape(MINUS)}])?\s*(?P<before>{_UNIT})?\s*(?P<inner>[+{re.escape(MINUS)}])?\s*"
+    rf"(?P<digits>[0-9.,{SEPARATORS}]*[0-9][0-9.,]*(?:[eE][+-]?[0-9]+)?)"
+    rf"\s*(?P<after>{_UNIT})?(?P<trailing>-)?"
+)
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How a column writes its numbers.
+
+    decimal: the mark before the fraction, "." or ",". The other one, an apostrophe or a space may
+    stand between groups of three digits.
+    unit: a currency or "%" that values may have on either side; what it says is not applied, so
+    that 54 % is 54.
+    """
+
+    decimal: str = "."
+    unit: str = ""
+
+    def parse(self, text: str) -> float:
+        """Return the number that a text is; infinite where it is too large for one.
+
+        Raises ValueError for other text, also for other units, digits and separators.
+        """
+        if _is_infinite(text):
+            return math.inf
+        unit, number = split_unit(text)
+        if unit and unit != self.unit:
+            raise ValueError(f"the unit is {unit}")
+        return _value(number, self.decimal)
+
+    def parse_all(self, texts: Sequence[str]) -> list[float] | None:
+        """Return the numbers of texts of the plainest form; None where one of them is not."""
+        if self.decimal != ".":
+            return None
+        joined = "".join(texts)
+        # Python's own reading of these is no data format: 1_000, and digits of other scripts.
+        if "_" in joined or not joined.isascii():
+            return None
+        try:
+            return [float(text) for text in texts]
+        except ValueError:
+            return None
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """Return the unit of a number and the rest of it, with a plain minus where it is negative.
+
+    Raises ValueError for text that is no number with at most one unit.
+    """
+    text = text.strip()
+    negative = text.startswith("(") and text.endswith(")")  # as accountants write it
+    found = _PARTS.fullmatch(text[1:-1].strip() if negative else text)
+    if found is None:
+        raise ValueError("no number")
+    signs = [found["outer"], found["inner"], found["trailing"], "-" if negative else None]
+    given = [sign for sign in signs if sign]
+    if len(given) > 1 or (found["before"] and found["after"]):
+        raise ValueError("two signs or units")
+    minus = "-" if given and given[0] != "+" else ""
+    return found["before"] or found["after"] or "", minus + found["digits"]
+
+
+def most_frequent_format(texts: Sequence[str], decimal: str | None = None) -> NumberFormat:
+    """Return the format in which most texts are numbers, as some of them may be wrong."""
+    read = [found for text in texts if (found := _unit_or_none(text))]
+    units = Counter(unit for unit, _ in read if unit)
+    unit = max(units, key=lambda each: units[each], default="")
+
+    def count(mark: str) -> int:
+        return sum(_read([number], mark) is not None for _, number in read)
+
+    return NumberFormat(decimal or max(DECIMALS, key=count), unit)
+
+
+def find_format(
+    texts: Iterable[str], decimal: str | None = None
+) -> tuple[NumberFormat | None, bool]:
+    """Return the format in which all texts are numbers, and whether another one fits as well.
+
+    decimal: the only mark to try. Where two marks fit and give other numbers, as of 1,234 alone,
+    it is the point. None if no format fits: one text is no number, or two units are used.
+    """
+    units: set[str] = set()
+    numbers: list[str] = []
+    for text in texts:
+        if text.strip().lower() in MISSING_WORDS:
+            continue
+        found = _unit_or_none(text)
+        if found is None:
+            if not _is_infinite(text):
+                return None, False
+            continue
+        units.add(found[0])
+        numbers.append(found[1])
+    units.discard("")
+    if len(units) > 1 or not numbers:
+        return None, False
+    read = {mark: _read(numbers, mark) for mark in ([decimal] if decimal else DECIMALS)}
+    fitting = [mark for mark, values in read.items() if values is not None]
+    if not fitting:
+        return None, False
+    ambiguous = len(fitting) == 2 and read["."] != read[","]
+    return NumberFormat(fitting[0], next(iter(units), "")), ambiguous
+
+
+def _read(numbers: Sequence[str], decimal: str) -> list[float] | None:
+    try:
+        return [_value(number, decimal) for number in numbers]
+    except ValueError:
+        return None
+
+
+def _unit_or_none(text: str) -> tuple[str, str] | None:
+    try:
+        return split_unit(text)
+    except ValueError:
+        return None
+
+
+def _is_infinite(text: str) -> bool:
+    return text.strip().lower().lstrip("+-") in ("inf", "infinity")
+
+
+def _value(number: str, decimal: str) -> float:
+    """Return the number that digits with marks are."""
+    found = _digits(decimal).fullmatch(number)
+    if found is None:
+        raise ValueError("no number")
+    if separator := found["separator"]:
+        number = number.replace(separator, "")
+    return float(number.replace(decimal, "."))
+
+
+@cache
+def _digits(decimal: str) -> re.Pattern[str]:
+    other = "," if decimal == "." else "."
+    groups = rf"[1-9][0-9]{{0,2}}(?P<separator>[{other}{SEPARATORS}])[0-9]{{3}}"
+    groups += r"(?:(?P=separator)[0-9]{3})*"
+    mark = re.escape(decimal)
+    whole = rf"(?:{groups}|[0-9]+)"
+    return re.compile(rf"-?(?:{whole}(?:{mark}[0-9]*)?|{mark}[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)
