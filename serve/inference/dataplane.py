@@ -20,7 +20,7 @@ from serve.telemetry.metrics import Snapshot, VersionMetrics
 from train.bundle import Bundle, Predictor
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns, InvalidRecord, TensorSpec
-from train.tasks.columns.image import num_pixels
+from train.values.pictures import num_pixels
 
 # More than this is left to a thread: it would hold up every other request.
 MAX_INLINE_BYTES = 65_536

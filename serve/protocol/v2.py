@@ -12,7 +12,7 @@ from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
-from train.tasks.columns.image import is_image_file
+from train.values.pictures import is_picture_file
 from train.values.records import DTYPES
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -212,7 +212,7 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int, *, is_image
         raise BadRequest("the body is empty.")
     dtype = DTYPES[tensor.datatype]
     row_bytes = dtype.itemsize * math.prod(tensor.shape[1:])
-    if len(tensor.shape) == 4 and (is_image or is_image_file(raw)):
+    if len(tensor.shape) == 4 and (is_image or is_picture_file(raw)):
         return {tensor.name: [bytes(raw)]}
     if tensor.datatype != "BYTES" and len(raw) % row_bytes == 0:
         check_rows(len(raw) // row_bytes, max_rows)

@@ -20,8 +20,9 @@ import pyarrow as pa
 from PIL import Image
 
 from train.tasks import Arrays, Columns, TensorSpec
-from train.tasks.columns.image import IMAGE_SIGNATURES, MODES
+from train.tasks.columns.image import MODES
 from train.tasks.columns.scalars import Boolean, Number
+from train.values.pictures import has_signature
 from train.values.records import is_missing, to_text
 
 KEY_VARIABLE = "HALYARD_LOG_KEY"
@@ -202,9 +203,9 @@ def _file(value: Any) -> bytes | None:
         return None
     if not isinstance(value, np.ndarray):
         content = bytes(value)
-        if content.startswith(IMAGE_SIGNATURES):
+        if has_signature(content):
             return content
-        raise ValueError("an image is neither pixels nor a PNG or JPEG")
+        raise ValueError("an image is neither pixels nor a file")
     pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value
     stream = io.BytesIO()
     # The table's file is compressed; this alone would take twice as long for as many bytes.

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from train.data.fit_notes import fit_notes, format_share, missing_shares
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TEST, TRAIN, VALID
 from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
-from train.values.records import is_missing
 
 REPORT, PICTURE = "report.txt", "report.png"
 # A column that alone predicts this well is probably known only together with the target.
@@ -29,8 +29,10 @@ class DataReport:
 
         notes: what is to be told besides.
         """
-        self._task, self._notes = task, list(notes)
-        self._columns = {column: _of_column(sample[column]) for column in task.features.columns}
+        self._task, self._notes = task, [*notes, *fit_notes(task, sample)]
+        self._columns = {
+            column: {"missing": share} for column, share in missing_shares(task, sample).items()
+        }
         # Black images, which stand for missing ones where they may be.
         optional = [each for each in task.features.encoders if isinstance(each, Images)]
         self._black = {each.column: 0 for each in optional if each.optional}
@@ -111,7 +113,9 @@ def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     }
     if missing:
         ranked = sorted(missing.items(), key=lambda item: -item[1])
-        lines.append("missing: " + ", ".join(f"{name} {share:.1%}" for name, share in ranked[:12]))
+        lines.append(
+            "missing: " + ", ".join(f"{name} {format_share(share)}" for name, share in ranked[:12])
+        )
     for name, count in facts["duplicates"].items():
         if count:
             lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
@@ -209,8 +213,3 @@ def _counted(target: NamedTarget, targets_N: np.ndarray) -> np.ndarray:
 
 def _usual(targets_N: np.ndarray) -> float:
     return float(np.unique(targets_N, return_counts=True)[1].max() / len(targets_N))
-
-
-def _of_column(values: Any) -> dict[str, Any]:
-    missing = sum(1 for value in values if is_missing(value))
-    return {"missing": missing / max(len(values), 1)}

@@ -125,7 +125,8 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
                 for name, source in found.items()
             }
             size_bytes = sum(source.size_bytes for source in found.values())
-            _write(config, fitted, opened, size_bytes, folder)
+            skipped = [source.note for source in found.values() if source.note]
+            _write(config, fitted, opened, size_bytes, folder, skipped)
     with fs.open(storage.join_path(path, SUMMARY), "r") as file:
         encoded = EncodedDataset(url, json.load(file))
     return encoded.with_task(apply_options(encoded.task, config))
@@ -167,6 +168,7 @@ def _write(
     opened: dict[str, list[sources.RowBlock]],
     size_bytes: int,
     folder: Path,
+    notes: list[str],
 ) -> None:
     task = fitted or define_task(config)
     drop_bad = config.data.bad_records == "drop"
@@ -185,7 +187,7 @@ def _write(
         date_format=getattr(config.features.get(config.data.split_time or ""), "format", None),
     )
     task, sample = (check_fitted_task if fitted else fit_task)(task, parts[0], drop_bad)
-    notes = [f"splits: {part.note}" for part in parts if part.note]
+    notes = notes + [f"splits: {part.note}" for part in parts if part.note]
     if config.data.merge_noise and not fitted:
         task, notes = merge_noise(task, sample, notes)
     report = DataReport(task, sample, notes)

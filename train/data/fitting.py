@@ -12,6 +12,7 @@ from cluster.errors import UserError
 from train.config import Config
 from train.data import preprocess, splits
 from train.data.reading import sources
+from train.data.reading.folders import reading_errors
 from train.data.splits import TRAIN, SplitSource
 from train.stats import association_p_value
 from train.tasks import (
@@ -26,6 +27,7 @@ from train.tasks import (
     ValueTarget,
 )
 from train.tasks.plugins import import_object
+from train.values.pictures import PictureHeader
 from train.values.records import is_missing
 
 # Features are fitted on at most so many training records, drawn at random.
@@ -67,7 +69,7 @@ def define_task(config: Config) -> Task:
 
 def read_text_file(url: str) -> str:
     fs, path = storage.filesystem(url)
-    with sources.reading_errors(url), fs.open(path, "r") as file:
+    with reading_errors(url), fs.open(path, "r") as file:
         return str(file.read())
 
 
@@ -177,20 +179,37 @@ def _values(part: SplitSource, column: str, rows_N: np.ndarray) -> Iterator[tupl
 
 
 def _sample(task: Task, part: SplitSource, rows_N: np.ndarray) -> Columns:
-    """The records of some rows; of images, which are large, only up to the first there is."""
-    images = list(task.features.images)
+    """The records of some rows; of images, which are large, only the headers."""
+    images = {each.column: each for each in task.features.encoders if isinstance(each, Images)}
     names = [name for name in preprocess.source_columns(task) if name not in images]
     collected: dict[str, list[Any]] = {name: [] for name in names}
     for _, columns in _read_rows(part, names, rows_N):
         for name, values in columns.items():
             collected[name].extend(values)
-    for name in images:
-        collected[name] = []
-        for _, value in _values(part, name, rows_N):
-            collected[name].append(value)
-            if not is_missing(value):
-                break
+    for name, encoder in images.items():
+        collected[name] = _headers(encoder, (value for _, value in _values(part, name, rows_N)))
     return collected
+
+
+def _headers(encoder: Images, values: Iterable[Any]) -> list[PictureHeader | None]:
+    """The headers of images, None of what is missing or none, which is said when it is encoded.
+
+    Raises InvalidRecord if no image can be read.
+    """
+    headers: list[PictureHeader | None] = []
+    first_error = None
+    for row, value in enumerate(values):
+        try:
+            headers.append(None if is_missing(value) else encoder.header(value))
+        except InvalidRecord as error:
+            error.row = row
+            first_error = first_error or error
+            headers.append(None)
+        if headers[-1] is not None and encoder.size and encoder.channels:
+            break  # nothing more is to be found out
+    if first_error and not any(headers):
+        raise first_error
+    return headers
 
 
 def _without_bad(

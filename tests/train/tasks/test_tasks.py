@@ -10,7 +10,7 @@ import sklearn.metrics
 from PIL import Image
 
 from train.tasks import ClassTarget, Features, Images, InvalidRecord, Task
-from train.tasks.columns import image as images_module
+from train.values import pictures
 
 
 def image_bytes(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -50,7 +50,7 @@ def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
     [
         (None, "missing"),
         ("text", "str"),
-        (b"not an image", "no PNG or JPEG"),
+        (b"not an image", "no PNG, JPEG"),
         (np.zeros((4, 4, 2), np.uint8), "1 or 3"),
         (np.zeros((4, 4), np.float32), "float32"),
         (np.zeros((0, 4), np.uint8), "[0, 4]"),
@@ -68,16 +68,9 @@ def test_a_truncated_image_is_refused(pixels):
 
 
 def test_an_image_is_refused_by_its_header_before_it_is_decoded(monkeypatch, pixels):
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 29)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 29)
     with pytest.raises(InvalidRecord, match="5×6 pixels; at most 29"):
         Images("photo", (6, 5), 3).encode({"photo": [image_bytes(pixels)]})
-
-
-def test_an_image_of_16_bits_is_refused_rather_than_clipped():
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(InvalidRecord, match="expected 8 bits"):
-        Images("photo", (4, 4), 1).encode({"photo": [buffer.getvalue()]})
 
 
 def test_an_image_of_two_billion_pixels_is_refused_as_too_large():
@@ -86,11 +79,6 @@ def test_an_image_of_two_billion_pixels_is_refused_as_too_large():
     png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
     with pytest.raises(InvalidRecord, match="too many pixels"):
         Images("photo", (4, 4), 1).encode({"photo": [bytes(png)]})
-
-
-def test_another_image_format_is_refused(pixels):
-    with pytest.raises(InvalidRecord, match="no PNG or JPEG"):
-        Images("photo", (6, 5), 3).encode({"photo": [image_bytes(pixels, "TIFF")]})
 
 
 def test_classes_keep_the_order_of_numbers_and_sort_by_name():

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from cluster import storage
 from train.data.reading.csv_files import CsvOptions, read_csv
 from train.data.reading.json_lines import PART_ROWS, read_json
+from train.values.pictures import KNOWN_PICTURES, PICTURE_ENDINGS
 from train.values.records import plain_name
 
 DIGITS = "sklearn:digits"
@@ -25,9 +26,11 @@ ENDINGS = {
     **dict.fromkeys((".csv", ".tsv", ".csv.gz", ".tsv.gz"), "csv"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
     **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
-    **dict.fromkeys((".png", ".jpg", ".jpeg"), "images"),
+    **dict.fromkeys(PICTURE_ENDINGS, "images"),
 }
-KNOWN = "CSV, Parquet, JSON lines, Arrow, or folders of PNG and JPEG images named by their class"
+KNOWN = (
+    f"CSV, Parquet, JSON lines, Arrow, or folders of {KNOWN_PICTURES} images named by their class"
+)
 PART_IMAGES = 64
 
 

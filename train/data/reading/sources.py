@@ -7,7 +7,6 @@ only blocks of Parquet.
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,6 +19,7 @@ from cluster import storage
 from cluster.errors import UserError
 from train.data.reading import readers
 from train.data.reading.csv_files import UNKNOWN_CSV, CsvOptions
+from train.data.reading.folders import is_hidden, reading_errors
 from train.data.reading.readers import DIGITS, KNOWN, file_format
 from train.tasks import Columns
 
@@ -30,6 +30,7 @@ GROUP_ROWS, GROUP_BYTES = 16_384, 64 << 20
 MAX_GROUP_ROWS = 131_072
 # What is looked at to find out what a source holds.
 HEAD_BYTES = 64 << 20
+MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,26 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Source:
-    """The files behind a path or URL. Found without reading them."""
+    """The files behind a path or URL. Found without reading them.
+
+    skipped: names of files beside them that are of no known format.
+    """
 
     url: str
     format: str
     files: tuple[str, ...]
     size_bytes: int
     fingerprint: str
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """A sentence on what is not read, empty if all is."""
+        if not self.skipped:
+            return ""
+        count, shown = len(self.skipped), ", ".join(self.skipped[:MOST_SHOWN])
+        more = f" and {count - MOST_SHOWN:,} more" if count > MOST_SHOWN else ""
+        return f"{count:,} files of '{self.url}' are of no known format and not read: {shown}{more}"
 
 
 def find_source(url: str) -> Source:
@@ -86,7 +100,7 @@ def find_source(url: str) -> Source:
         fs, path = storage.filesystem(url)
         if fs.isdir(path):
             below = path.rstrip("/") + "/"
-            paths = [each for each in fs.find(path) if not _hidden(each.removeprefix(below))]
+            paths = [each for each in fs.find(path) if not is_hidden(each.removeprefix(below))]
         elif storage.exists(url):
             paths = [path]
         else:
@@ -117,6 +131,7 @@ def find_source(url: str) -> Source:
             tuple(fs.unstrip_protocol(each) if storage.is_url(url) else each for each in kept),
             sum(fs.size(each) or 0 for each in kept),
             json.dumps([str(fs.ukey(each)) for each in kept]),
+            tuple(PurePosixPath(each).name for each in files if file_format(each) is None),
         )
 
 
@@ -228,21 +243,6 @@ def batch_columns(batch: pa.RecordBatch) -> Columns:
     return {name: _values(column) for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
-@contextmanager
-def reading_errors(file: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into one line that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"'{file}' cannot be read: {error.strerror or error}; give a file, folder or glob: "
-            f"{KNOWN}."
-        ) from error
-    except (pa.ArrowException, UnicodeError, ValueError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise UserError(f"'{file}' cannot be read: {problem}") from error
-
-
 def _values(column: pa.Array) -> Sequence[Any] | np.ndarray:
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -286,8 +286,3 @@ def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
             parts = []
     if parts:
         yield pa.concat_tables(parts, promote_options="default")
-
-
-def _hidden(path: str) -> bool:
-    """Whether a file is one that a program keeps for itself: .name or _name."""
-    return any(part.startswith((".", "_")) for part in PurePosixPath(path).parts if part != "/")

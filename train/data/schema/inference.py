@@ -3,6 +3,7 @@
 Only what the config leaves open is filled in.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.config import LAST, Config, validate_config
 from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
+from train.data.reading.folders import split_folders
 from train.data.schema.columns import InferredColumn, infer_column
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
@@ -49,6 +51,7 @@ def _inferred(config: Config) -> Config:
         raise UserError(
             f"task is '{config.task}', and features are not listed; a task of your own needs them."
         )
+    config = _with_split_folders(config)
     if config.features and config.task_type is not None and _is_settled(config):
         return config
     source = sources.find_source(config.data.train)
@@ -101,6 +104,21 @@ def _inferred(config: Config) -> Config:
     if config.checkpoint.metric is not None:  # which chooses an epoch of one run
         suited.get("stop", {}).pop("folds", None)
     return validate_config(fill_missing(given, {**suited, **found}))
+
+
+def _with_split_folders(config: Config) -> Config:
+    """Take the folders train, val and test of a folder of images for splits, not for classes."""
+    found = split_folders(config.data.train)
+    given = {name: getattr(config.data, name) for name in ("valid", "test")}
+    if "train" not in found or any(given.values()):
+        return config
+    print(
+        f"'{config.data.train}' has a folder for each split: " + ", ".join(found.values()),
+        file=sys.stderr,
+    )
+    data = config.model_dump(mode="json", exclude_unset=True)
+    data["data"] |= found
+    return validate_config(data)
 
 
 def _is_settled(config: Config) -> bool:

@@ -1,46 +1,28 @@
 """Features that are images. Shapes: N records, H height, W width, C channels."""
 
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from train.values.pictures import KNOWN_PICTURES, PictureHeader, read_header, read_pixels
 from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
 
-IMAGE_FORMATS = ("PNG", "JPEG")
-IMAGE_SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff")
-# Larger images are refused from their header, before any pixel is decoded.
-MAX_PIXELS = 4096 * 4096
-# Each scan of a progressive JPEG file goes over all of its pixels; encoders write about ten.
-SCAN, MAX_SCANS = b"\xff\xda", 64
 MODES = {1: "L", 3: "RGB"}
-
-
-def is_image_file(content: bytes | memoryview) -> bool:
-    """Whether bytes are an image file, by their signature and header."""
-    return bytes(content[:8]).startswith(IMAGE_SIGNATURES) and num_pixels(bytes(content)) > 0
-
-
-def num_pixels(value: Any) -> int:
-    """Return how many pixels an image file has by its header; 0 for what is none."""
-    if not isinstance(value, bytes):
-        return 0
-    try:
-        image = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
-    except Exception:  # Pillow raises many kinds; what is wrong is said when it is decoded
-        return 0
-    return image.width * image.height
+# No side of a net's images is longer unless a size is given.
+MAX_SIDE = 224
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images in one column: PNG or JPEG bytes, or a uint8 array [H, W] or [H, W, C].
+    """Images in one column: files, see train.values.pictures, or uint8 arrays [H, W] or [H, W, C].
 
     column: the record's field, and the tensor's name.
-    size: (height, width) that every image is brought to; the first training image's when None.
-    channels: 1 (grey) or 3 (RGB); as the first training image when None.
+    size: (height, width) that every image is brought to; if None, the median of the training images
+    within MAX_SIDE.
+    channels: 1 (grey) or 3 (RGB); if None, 3 where any training image has colours.
     crop: keep the shape of what is seen, and cut off what is too much on two sides.
     optional: a missing image counts as a black one; an error otherwise.
     """
@@ -70,18 +52,39 @@ class Images:
         return (TensorSpec(self.column, "UINT8", self.shape_HWC),)
 
     def fit(self, columns: Columns) -> Self:
-        """Take size and channels, where not given, from the first image there is."""
+        """Take size and channels, where not given, from all images; a value may be a header.
+
+        Raises InvalidRecord where there is no image.
+        """
         if self.size is not None and self.channels is not None:
             return self
+        headers = []
         for row, value in enumerate(columns[self.column]):
-            if not is_missing(value):
+            if isinstance(value, PictureHeader):
+                headers.append(value)
+            elif not is_missing(value):
                 with with_row(row):
-                    first = self._pixels(value)
-                channels = 1 if first.ndim == 2 or first.shape[2] == 1 else 3
-                height, width = first.shape[:2]
-                size = self.size or (height, width)
-                return replace(self, size=size, channels=self.channels or channels)
-        raise InvalidRecord(f"field '{self.column}' is missing in every record; expected an image.")
+                    headers.append(self.header(value))
+        if not headers:
+            raise InvalidRecord(
+                f"field '{self.column}' is missing in every record; expected an image."
+            )
+        channels = 3 if any(header.has_colour for header in headers) else 1
+        return replace(
+            self, size=self.size or _median_size(headers), channels=self.channels or channels
+        )
+
+    def header(self, value: Any) -> PictureHeader:
+        """Return size and kind of an image without decoding it. Raises InvalidRecord."""
+        if isinstance(value, np.ndarray):
+            pixels = self._checked_array(value)
+            height, width = pixels.shape[:2]
+            return PictureHeader(height, width, pixels.ndim == 3 and pixels.shape[2] == 3)
+        content = self._content(value)
+        try:
+            return read_header(content)
+        except ValueError as error:
+            raise self._refused(error) from error
 
     def encode(self, columns: Columns) -> Arrays:
         """Return {column: uint8 [N, H, W, C]}, RGB or grey, 0..255.
@@ -117,49 +120,27 @@ class Images:
         """Return an image as uint8 [H, W] (grey) or [H, W, 3] (RGB)."""
         if isinstance(value, np.ndarray):
             return self._checked_array(value)
+        content = self._content(value)
+        try:
+            return read_pixels(content, grey=None if self.channels is None else self.channels == 1)
+        except ValueError as error:
+            raise self._refused(error) from error
+
+    def _content(self, value: Any) -> bytes:
         if isinstance(value, dict):  # a data set's image struct: {"bytes", "path"}
             value = value.get("bytes")
         if not isinstance(value, bytes | bytearray | memoryview):
             came = "missing" if value is None else f"a {type(value).__name__}"
             raise InvalidRecord(
                 f"field '{self.column}' is {came}; expected an image. "
-                "Send the bytes of a PNG or JPEG file."
+                f"Send the bytes of a {KNOWN_PICTURES} file."
             )
-        try:
-            image = Image.open(io.BytesIO(value), formats=IMAGE_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of too many pixels ({error}); "
-                f"at most {MAX_PIXELS} are accepted. Send a smaller one."
-            ) from error
-        except Exception as error:
-            raise InvalidRecord(
-                f"field '{self.column}' holds {len(value)} bytes that are no PNG or JPEG image. "
-                "Send the bytes of such a file."
-            ) from error
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of {image.width}×{image.height} pixels; "
-                f"at most {MAX_PIXELS} are accepted. Send a smaller one."
-            )
-        if image.format == "JPEG" and bytes(value).count(SCAN) > MAX_SCANS:
-            raise InvalidRecord(
-                f"field '{self.column}' is a JPEG image of more than {MAX_SCANS} scans, which take "
-                "too long to read. Write it again with fewer."
-            )
-        if image.mode.startswith(("I", "F")):
-            raise InvalidRecord(
-                f"field '{self.column}' is an image of {image.mode} pixels; expected 8 bits a "
-                "channel. Convert it first, as its range is not known."
-            )
-        grey = self.channels == 1 or (self.channels is None and image.mode in ("1", "L"))
-        try:
-            return np.asarray(image.convert("L" if grey else "RGB"))
-        except Exception as error:  # Pillow raises many kinds on a damaged file
-            raise InvalidRecord(
-                f"field '{self.column}' holds a damaged {image.format} image ({error}). "
-                "Send the whole file."
-            ) from error
+        return bytes(value)
+
+    def _refused(self, error: ValueError) -> InvalidRecord:
+        return InvalidRecord(
+            f"field '{self.column}' {error}. Send a whole {KNOWN_PICTURES} file of 8 or 16 bits."
+        )
 
     def _checked_array(self, value: np.ndarray) -> np.ndarray:
         grey_or_colour = value.ndim == 2 or (value.ndim == 3 and value.shape[2] in MODES)
@@ -200,3 +181,11 @@ class Images:
             state["crop"],
             state["optional"],
         )
+
+
+def _median_size(headers: Sequence[PictureHeader]) -> tuple[int, int]:
+    """The median height and width, made smaller alike where one is more than MAX_SIDE."""
+    height = float(np.median([header.height for header in headers]))
+    width = float(np.median([header.width for header in headers]))
+    shrink = min(1.0, MAX_SIDE / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))

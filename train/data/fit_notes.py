@@ -1,0 +1,118 @@
+"""Notes on what fitting took for something else than what is written, for the data report."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from train.tasks import Categories, Columns, NamedTarget, Numbers, Task
+from train.tasks.columns.categorical import MAX_NAMES
+from train.tasks.columns.lists import MAX_LABELS, LabelSet
+from train.tasks.columns.scalars import Date, Number
+from train.values.label_lists import split_labels
+from train.values.names import find_form, to_name
+from train.values.records import is_missing, shorten
+
+# Of the different values of a column, at least this share is different when it is encoded.
+MIN_DISTINCT_KEPT = 0.5
+MOST_SHOWN = 3
+
+
+def fit_notes(task: Task, sample: Columns) -> list[str]:
+    """Return a sentence on each thing that a user of the records may not expect.
+
+    sample: training records, those that the features were fitted on.
+    """
+    notes: list[str] = []
+    for encoder in task.features.encoders:
+        if isinstance(encoder, Numbers):
+            notes += _on_numbers(encoder, sample)
+        elif isinstance(encoder, Categories):
+            for column in encoder.columns:
+                notes += _on_names(column, sample[column])
+    if isinstance(task.target, NamedTarget):
+        labels = (
+            split_labels(value, task.target.separator)
+            if hasattr(task.target, "separator")
+            else [value]
+            for value in sample[task.target.column]
+        )
+        notes += _on_names(task.target.column, [label for each in labels for label in each])
+    return notes
+
+
+def missing_shares(task: Task, sample: Columns) -> dict[str, float]:
+    """Return the share of values of each column that count as missing."""
+    found: dict[str, np.ndarray] = {}
+    for encoder in task.features.encoders:
+        if isinstance(encoder, Numbers | Categories):
+            found |= encoder.missing(sample)
+    shares = {}
+    for column in task.features.columns:
+        values_N = found.get(column, [is_missing(value) for value in sample[column]])
+        shares[column] = float(np.mean(values_N)) if len(values_N) else 0.0
+    return shares
+
+
+def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
+    for each in encoder.columns:
+        values = sample[each.column]
+        if isinstance(each, Number) and each.missing:
+            raw_N = Number(each.column, each.decimal, each.unit, missing=()).read(values)
+            for sentinel in each.missing:
+                count = int(np.sum(raw_N == sentinel))
+                yield (
+                    f"'{each.column}': {count:,} values ({format_share(count / len(raw_N))}) are "
+                    f"{sentinel:g} and count as missing, as they are far from all others; "
+                    f"features.{each.column}.missing: [] keeps them as numbers"
+                )
+        if isinstance(each, LabelSet) and len(each.labels) == MAX_LABELS:
+            yield f"'{each.column}': only its {MAX_LABELS} most frequent labels are read"
+    scaled_NF = encoder.encode(sample)[encoder.kind]
+    places = {column: place for place, column in enumerate(encoder.names)}
+    for each in encoder.columns:
+        if isinstance(each, Number | Date) and each.column in places:
+            given = _num_distinct(each.read(sample[each.column]))
+            kept = _num_distinct(scaled_NF[:, places[each.column]])
+            if kept < MIN_DISTINCT_KEPT * given:
+                yield (
+                    f"'{each.column}': its {given:,} different values are {kept:,} once they are "
+                    "scaled, as some are too far from the others; name those in "
+                    f"features.{each.column}.missing"
+                )
+
+
+def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
+    known = {value for value in values if isinstance(value, str) and not is_missing(value)}
+    form = find_form(known)
+    written: Mapping[str, list[str]] = defaultdict(list)
+    for value in sorted(known):
+        written[to_name(value, form)].append(value)
+    merged = [each for each in written.values() if len(each) > 1]
+    if merged:
+        shown = _listed(" and ".join(map(shorten, each[:2])) for each in merged)
+        yield (
+            f"'{column}': {len(merged):,} names are written in several ways that differ in spaces, "
+            f"Unicode form or zeros alone, and are one each: {shown}"
+        )
+    if len(written) > MAX_NAMES:
+        yield (
+            f"'{column}': of its {len(written):,} names only the {MAX_NAMES:,} most frequent are "
+            "told apart; the others count as never seen"
+        )
+
+
+def _listed(words: Iterable[str]) -> str:
+    found = list(words)
+    more = f" and {len(found) - MOST_SHOWN:,} more" if len(found) > MOST_SHOWN else ""
+    return ", ".join(found[:MOST_SHOWN]) + more
+
+
+def _num_distinct(values_N: np.ndarray) -> int:
+    return len(np.unique(values_N[~np.isnan(values_N)]))
+
+
+def format_share(share: float) -> str:
+    """A share as a percentage; small ones keep their digits."""
+    return f"{share:.1%}" if share == 0 or share >= 0.001 else f"{100 * share:.2g}%"

@@ -1,0 +1,59 @@
+"""Folders of a source, and what goes wrong with files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+
+from cluster import storage
+from cluster.errors import UserError
+from train.data.reading.readers import DIGITS, KNOWN
+
+# What folders of the splits are called.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def split_folders(url: str) -> dict[str, str]:
+    """Return the folders of a folder of images that are named as splits, by "train", "valid" and
+    "test"; none unless all folders are, and have images in folders of their own."""
+    if url == DIGITS or any(character in url for character in "*?["):
+        return {}
+    with reading_errors(url):
+        fs, path = storage.filesystem(url)
+        if not fs.isdir(path):
+            return {}
+        found = {}
+        for each in fs.ls(path, detail=True):
+            name = PurePosixPath(each["name"]).name
+            if each["type"] != "directory" or is_hidden(name):
+                continue
+            has_classes = any(part["type"] == "directory" for part in fs.ls(each["name"]))
+            if name.lower() not in SPLIT_NAMES or not has_classes:
+                return {}
+            found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
+    return found if "train" in found else {}
+
+
+@contextmanager
+def reading_errors(file: str) -> Iterator[None]:
+    """Turn what goes wrong with a file into one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"'{file}' cannot be read: {error.strerror or error}; give a file, folder or glob: "
+            f"{KNOWN}."
+        ) from error
+    except (pa.ArrowException, UnicodeError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"'{file}' cannot be read: {problem}") from error
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is one that a program keeps for itself: .name or _name."""
+    return any(part.startswith((".", "_")) for part in PurePosixPath(path).parts if part != "/")
