@@ -7,6 +7,7 @@ RequestError
 ├── MethodNotAllowed 405
 ├── RequestTimeout 408
 ├── PayloadTooLarge 413
+├── UnsupportedMediaType 415
 ├── ClientDisconnected 499           nobody is there to be answered
 └── RetryableError                 says when to come again
     ├── RateLimited 429
@@ -69,6 +70,10 @@ class RequestTimeout(RequestError):
 
 class PayloadTooLarge(RequestError):
     status, reason = 413, "too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    status, reason = 415, "unsupported_media_type"
 
 
 class ClientDisconnected(RequestError):

@@ -291,9 +291,9 @@ def _write(
         training_seconds=round(time.perf_counter() - started, 3),
         lineage=lineage,
         simple_models=[
-            SimpleModelFigures(name=each.name, metrics=each.metrics, seconds=each.seconds)
-            for each in simple
+            SimpleModelFigures(name=e.name, metrics=e.metrics, seconds=e.seconds) for e in simple
         ],
+        nullable=data.nullable,
         comparison=comparison,
         **made.fields,
     )

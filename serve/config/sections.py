@@ -1,6 +1,6 @@
 """Sections of a server's options: `section.option` on a command line, nested in a config file."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -79,6 +79,9 @@ class LimitOptions(BodyLimits):
     )
     max_pixels: int = Field(
         2**26, ge=1, le=2**40, description="Most pixels in the images of a request; more get 413."
+    )
+    unknown_fields: Literal["ignore", "refuse"] = Field(
+        "ignore", description="Fields of a record that the model does not take."
     )
     max_queue_rows: int = Field(
         1024, ge=1, le=1_000_000, description="Most rows waiting per replica; more get 503."

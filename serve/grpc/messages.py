@@ -10,6 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from serve.errors import BadRequest
 from serve.protocol import tensors, v2
+from serve.protocol.fields import UnknownFields
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays
 from train.values.records import DTYPES
@@ -35,7 +36,9 @@ CONTENTS = {
 WIDE = {"int_contents": np.dtype(np.int32), "uint_contents": np.dtype(np.uint32)}
 
 
-def decode(request: Any, manifest: Manifest, max_rows: int) -> v2.InferRequest:
+def decode(
+    request: Any, manifest: Manifest, max_rows: int, unknown_fields: UnknownFields = "ignore"
+) -> v2.InferRequest:
     """Read a ModelInferRequest. The answer is to be raw bytes where the request's tensors were.
 
     Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge.
@@ -60,7 +63,7 @@ def decode(request: Any, manifest: Manifest, max_rows: int) -> v2.InferRequest:
     names = [{"name": output.name} for output in request.outputs] or None
     return v2.InferRequest(
         id=request.id or None,
-        columns=v2.tensor_columns(arrays, manifest, max_rows),
+        columns=v2.tensor_columns(arrays, manifest, max_rows, unknown_fields),
         outputs=dict.fromkeys(v2.requested_outputs(names, manifest), bool(raws)),
         binary=bool(raws),
         parameters=_values(request.parameters),

@@ -158,11 +158,11 @@ class InferenceService:
     @_method(Access.MODEL)
     async def ModelInfer(self, request: Any, call: GrpcCall) -> Any:
         endpoint = self._find(request.model_name, request.model_version, call)
-        manifest, max_rows = endpoint.plane.manifest, self._config.limits.max_rows
+        manifest, limits = endpoint.plane.manifest, self._config.limits
         return await self._handler.infer(
             call,
             endpoint,
-            lambda: messages.decode(request, manifest, max_rows),
+            lambda: messages.decode(request, manifest, limits.max_rows, limits.unknown_fields),
             lambda inference, predictions, plane: messages.encode(
                 inference, predictions, plane.manifest, plane.version
             ),

@@ -45,6 +45,10 @@ class Request(RequestContext):
         return None if value is None else value.decode("latin-1")
 
     @property
+    def content_type(self) -> str:
+        return self.header(b"content-type") or ""
+
+    @property
     def headers(self) -> dict[str, str]:
         return {name.decode("latin-1"): self.header(name) or "" for name in self._headers}
 

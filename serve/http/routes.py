@@ -6,15 +6,18 @@ from serve.access import Access
 from serve.errors import Forbidden
 from serve.http import console, openapi
 from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
+from serve.http.content import check_charset, decompress, form_fields, is_form, is_picture
 from serve.http.request import Request
 from serve.inference.dataplane import DataPlane
 from serve.protocol import feedback, repository, v1, v2
+from serve.protocol.fields import match_fields
 from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
 from serve.protocol.v2 import InferRequest
 from serve.replica.handler import InferenceHandler
 from serve.replica.pipeline import Endpoint
 from serve.telemetry.metrics import CONTENT_TYPE, Snapshot, exposition, filter_models, merge_samples
 from serve.telemetry.recorder import RequestRecorder, owned_id
+from train.bundle.manifest import Manifest
 from train.tasks import Arrays
 
 MODEL = r"/v2/models/(?P<name>[^/]+)"
@@ -41,10 +44,21 @@ class ModelAPI(HTTPApp):
     async def infer_v2(self, request: Request) -> Response:
         request.protocol = "v2"
         endpoint, body = await self._begin(request)
-        manifest = endpoint.plane.manifest
-        limits = self.config.limits.max_rows, self.config.limits.max_json_bytes
         header_length = request.header(HEADER_LENGTH)
-        content_type = request.header(b"content-type") or ""
+
+        def decode() -> InferRequest:
+            limits, manifest = self.config.limits, endpoint.plane.manifest
+            if is_form(request.content_type):
+                return self._of_form(request, body, manifest)
+            return v2.decode(
+                body,
+                header_length,
+                manifest,
+                limits.max_rows,
+                limits.max_json_bytes,
+                is_image=is_picture(request.content_type),
+                unknown_fields=limits.unknown_fields,
+            )
 
         def encode(inference: InferRequest, predictions: Arrays, plane: DataPlane) -> Response:
             encoded = v2.encode(inference, predictions, plane.manifest, plane.version)
@@ -57,21 +71,38 @@ class ModelAPI(HTTPApp):
         return await self._handler.infer(
             request,
             endpoint,
-            lambda: v2.decode(body, header_length, manifest, *limits, content_type=content_type),
+            decode,
             encode,
         )
 
     async def predict_v1(self, request: Request) -> Response:
         request.protocol = "v1"
         endpoint, body = await self._begin(request)
-        manifest = endpoint.plane.manifest
-        limits = self.config.limits.max_rows, self.config.limits.max_json_bytes
-        return await self._handler.infer(
-            request,
-            endpoint,
-            lambda: InferRequest(None, v1.decode(body, manifest, *limits)),
-            lambda _inference, predictions, _plane: Response(v1.encode(predictions)),
-        )
+
+        def decode() -> InferRequest:
+            limits, manifest = self.config.limits, endpoint.plane.manifest
+            if is_form(request.content_type):
+                return self._of_form(request, body, manifest)
+            if is_picture(request.content_type):
+                return v2.decode(body, "0", manifest, limits.max_rows, is_image=True)
+            return v1.decode(
+                body, manifest, limits.max_rows, limits.max_json_bytes, limits.unknown_fields
+            )
+
+        def encode(inference: InferRequest, predictions: Arrays, plane: DataPlane) -> Response:
+            named = v2.boolean_parameter(inference.parameters, "named", default=False)
+            return Response(v1.encode(predictions, plane.classes if named else None))
+
+        return await self._handler.infer(request, endpoint, decode, encode)
+
+    def _of_form(self, request: Request, body: bytes, manifest: Manifest) -> InferRequest:
+        """One record, whose fields are the parts of a form."""
+        given = form_fields(body, request.content_type)
+        names = [tensor.name for tensor in manifest.inputs]
+        if len(names) == 1 and len(given) == 1:  # a picture, by whatever name
+            given = {names[0]: next(iter(given.values()))}
+        match_fields(given, manifest, self.config.limits.unknown_fields, "the form")
+        return InferRequest(None, {name: [given.get(name)] for name in names})
 
     async def server(self, request: Request) -> Response:
         return json_response(server_metadata())
@@ -172,7 +203,9 @@ class ModelAPI(HTTPApp):
     async def _begin(self, request: Request) -> tuple[Endpoint, bytes]:
         endpoint = self._find(request)
         limits = self.config.limits
-        return endpoint, await self.body(request, limits.max_body_bytes, limits.body_timeout_s)
+        check_charset(request.content_type)
+        body = await self.body(request, limits.max_body_bytes, limits.body_timeout_s)
+        return endpoint, await decompress(request, body, limits.max_body_bytes)
 
 
 def _routes(rest: ModelAPI) -> Routes:

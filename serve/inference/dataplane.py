@@ -75,6 +75,11 @@ class DataPlane:
         return self._predictor.task.features.fields
 
     @property
+    def classes(self) -> Sequence[str] | None:
+        """The names of the probabilities, None where there are none."""
+        return getattr(self._predictor.task.target, "classes", None)
+
+    @property
     def variant(self) -> str:
         return self._predictor.variant
 

@@ -1,25 +1,36 @@
 """KServe V1: {"instances": […]} → {"predictions": […]}; bytes travel as {"b64": "…"}."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import orjson
 
 from serve.errors import BadRequest
+from serve.protocol.fields import UnknownFields, match_fields
 from serve.protocol.tensors import flatten, from_base64
-from serve.protocol.v2 import check_rows, parse_json
+from serve.protocol.v2 import InferRequest, boolean_parameter, check_rows, parameters_of, parse_json
 from train.bundle.manifest import Manifest, TensorMetadata
-from train.tasks import Arrays, Columns
+from train.tasks import Arrays
+from train.values.records import flatten_record
 
 
-def decode(body: bytes, manifest: Manifest, max_rows: int, max_json_bytes: int = 2**31) -> Columns:
-    """Return the fields of the instances side by side.
+def decode(
+    body: bytes,
+    manifest: Manifest,
+    max_rows: int,
+    max_json_bytes: int = 2**31,
+    unknown_fields: UnknownFields = "ignore",
+) -> InferRequest:
+    """Return the fields of the instances side by side, and the request's parameters.
 
     An instance is an object of fields, or for a model with one input just that field's value: an
-    image is {"b64": …} or nested lists of 0..255 with channels, which one of the model's own size
-    with one channel may lack; a value that is not known is null. Raises BadRequest.
+    image is {"b64": …}, a data URI or nested lists of 0..255 with channels, which one of the
+    model's own size with one channel may lack; a value that is not known is null, and may be left
+    out where training had missing ones. Raises BadRequest, PayloadTooLarge.
     """
-    instances = parse_json(body, max_json_bytes).get("instances")
+    request = parse_json(body, max_json_bytes)
+    instances = request.get("instances")
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is missing or is not a list with at least one instance.")
     check_rows(len(instances), max_rows)
@@ -27,29 +38,40 @@ def decode(body: bytes, manifest: Manifest, max_rows: int, max_json_bytes: int =
     single = next(iter(fields)) if len(fields) == 1 else None
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     for index, instance in enumerate(instances):
+        if isinstance(instance, dict):
+            instance = _flat(instance, fields)
         if single and not (isinstance(instance, dict) and single in instance):
             instance = {single: instance}
-        if not isinstance(instance, dict) or instance.keys() != fields.keys():
-            raise BadRequest(f"instance {index} {_difference(instance, list(fields))}.")
+        if not isinstance(instance, dict):
+            raise BadRequest(f"instance {index} must be an object of {', '.join(fields)}.")
+        if instance.keys() != fields.keys():
+            match_fields(instance, manifest, unknown_fields, f"instance {index}")
         for name, tensor in fields.items():
-            columns[name].append(_value(instance[name], tensor, f"instance {index}"))
-    return columns
+            columns[name].append(_value(instance.get(name), tensor, f"instance {index}"))
+    parameters = parameters_of(request)
+    boolean_parameter(parameters, "named", default=False)
+    return InferRequest(None, columns, parameters=parameters)
 
 
-def _difference(instance: Any, names: list[str]) -> str:
-    """Say what is wrong with the fields of an instance."""
-    fields = f"must have the fields {', '.join(names)}"
-    if not isinstance(instance, dict):
-        return fields
-    if missing := [name for name in names if name not in instance]:
-        return f"has no '{missing[0]}'; it {fields}, null where a value is not known"
-    other = next(name for name in instance if name not in names)
-    return f"has '{other[:100]}'; it {fields} and no others"
+def _flat(instance: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An instance with what is nested as fields `outer.inner`, as files are read."""
+    nested = [name for name, value in instance.items() if isinstance(value, dict)]
+    inner = {name: instance[name] for name in nested if name not in fields}
+    if not inner or "b64" in instance:
+        return instance
+    rest = {name: value for name, value in instance.items() if name not in inner}
+    return {**flatten_record(inner), **rest}
 
 
-def encode(predictions: Arrays) -> bytes:
-    """Return {"predictions": [{output: value, …}, …]}."""
-    columns = {name: array.tolist() for name, array in predictions.items()}
+def encode(predictions: Arrays, classes: Sequence[str] | None = None) -> bytes:
+    """Return {"predictions": [{output: value, …}, …]}.
+
+    classes: where given, probabilities are an object with the name of each class.
+    """
+    columns: dict[str, list[Any]] = {name: array.tolist() for name, array in predictions.items()}
+    if classes is not None and "probabilities" in columns:
+        rows = columns["probabilities"]
+        columns["probabilities"] = [dict(zip(classes, row, strict=True)) for row in rows]
     rows = [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]

@@ -10,6 +10,7 @@ import orjson
 
 from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
+from serve.protocol.fields import UnknownFields, match_fields
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
 from train.values.pictures import is_picture_file
@@ -48,9 +49,10 @@ def decode(
     max_rows: int,
     max_json_bytes: int = 2**31,
     *,
-    content_type: str = "",
+    is_image: bool = False,
+    unknown_fields: UnknownFields = "ignore",
 ) -> InferRequest:
-    """content_type: of the body; image/… says that a body without JSON is an image file.
+    """is_image: whether the body is an image file, by its content type.
 
     Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge.
     """
@@ -64,8 +66,9 @@ def decode(
             )
         split = int(header_length)
         if split == 0:
-            is_image = content_type.lower().startswith("image/")
             return InferRequest(None, _raw_columns(view, manifest, max_rows, is_image=is_image))
+    elif is_image:
+        return InferRequest(None, _raw_columns(view, manifest, max_rows, is_image=True))
     request = parse_json(view[:split], max_json_bytes)
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
@@ -74,17 +77,17 @@ def decode(
     for tensor in inputs:
         raw, rest = _take_raw(tensor, rest)
         name, array = tensors.decode(tensor, raw)
-        check_supported(_parameters(tensor), f"input '{name[:100]}'")
+        check_supported(parameters_of(tensor), f"input '{name[:100]}'")
         if name in arrays:
             raise BadRequest(f"input '{name[:100]}' came twice.")
         arrays[name] = array
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
-    parameters = _parameters(request)
-    binary = _boolean(parameters, "binary_data_output", default=False)
+    parameters = parameters_of(request)
+    binary = boolean_parameter(parameters, "binary_data_output", default=False)
     return InferRequest(
         id=_optional(request, "id", str),
-        columns=tensor_columns(arrays, manifest, max_rows),
+        columns=tensor_columns(arrays, manifest, max_rows, unknown_fields),
         outputs=requested_outputs(request.get("outputs"), manifest, binary=binary),
         binary=binary,
         parameters=parameters,
@@ -136,7 +139,7 @@ def parse_json(body: bytes | memoryview, max_bytes: int = 2**31) -> dict[str, An
 
 
 def _take_raw(tensor: Any, rest: memoryview) -> tuple[memoryview | None, memoryview]:
-    size = _parameters(tensor).get("binary_data_size") if isinstance(tensor, dict) else None
+    size = parameters_of(tensor).get("binary_data_size") if isinstance(tensor, dict) else None
     if size is None:
         return None, rest
     if type(size) is not int or not 0 <= size <= len(rest):
@@ -146,7 +149,7 @@ def _take_raw(tensor: Any, rest: memoryview) -> tuple[memoryview | None, memoryv
     return rest[:size], rest[size:]
 
 
-def _parameters(value: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(value: Mapping[str, Any]) -> dict[str, Any]:
     return _optional(value, "parameters", dict) or {}
 
 
@@ -157,7 +160,7 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
     return found
 
 
-def _boolean(parameters: Mapping[str, Any], key: str, *, default: bool) -> bool:
+def boolean_parameter(parameters: Mapping[str, Any], key: str, *, default: bool) -> bool:
     value = parameters.get(key, default)
     if not isinstance(value, bool):
         raise BadRequest(f"parameter '{key}' is {str(value)[:40]!r}; expected true or false.")
@@ -171,19 +174,23 @@ def check_supported(parameters: Any, where: str) -> None:
             raise BadRequest(f"{where}: parameter '{name}' is not supported here.")
 
 
-def tensor_columns(arrays: dict[str, np.ndarray], manifest: Manifest, max_rows: int) -> Columns:
-    """Row i of every tensor makes record i."""
+def tensor_columns(
+    arrays: dict[str, np.ndarray],
+    manifest: Manifest,
+    max_rows: int,
+    unknown_fields: UnknownFields = "ignore",
+) -> Columns:
+    """Row i of every tensor makes record i. Raises BadRequest, PayloadTooLarge."""
     fields = {tensor.name: tensor for tensor in manifest.inputs}
-    if arrays.keys() != fields.keys():
-        raise BadRequest(
-            f"inputs are {', '.join(arrays)[:200]}; '{manifest.name}' takes {', '.join(fields)}."
-        )
+    left_out = match_fields(arrays, manifest, unknown_fields, "the request")
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:
         raise BadRequest("inputs must have the same number of rows, at least one.")
     check_rows(max(counts), max_rows)
-    columns = {}
+    columns: dict[str, Any] = {name: [None] * max(counts) for name in left_out}
     for name, array in arrays.items():
+        if name not in fields:
+            continue
         # Strings are one value a row: of an image the file. Many clients send that as [N, 1].
         expected = [-1] if array.dtype == object else fields[name].shape
         if len(expected) == 1 and array.shape[1:] == (1,):
@@ -236,7 +243,8 @@ def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False)
                 f"output '{str(item.get('name'))[:100]}' is unknown; "
                 f"'{manifest.name}' gives {', '.join(known)}."
             )
-        check_supported(_parameters(item), f"output '{item['name']}'")
+        check_supported(parameters_of(item), f"output '{item['name']}'")
     return {
-        item["name"]: _boolean(_parameters(item), "binary_data", default=binary) for item in outputs
+        item["name"]: boolean_parameter(parameters_of(item), "binary_data", default=binary)
+        for item in outputs
     }

@@ -10,7 +10,7 @@ import io
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 from train.tasks import Arrays, Columns, TensorSpec
 from train.tasks.columns.image import MODES
 from train.tasks.columns.scalars import Boolean, Number
-from train.values.pictures import has_signature
+from train.values.pictures import has_signature, picture_content
 from train.values.records import is_missing, to_text
 
 KEY_VARIABLE = "HALYARD_LOG_KEY"
@@ -197,13 +197,11 @@ def _bytes(value: Any) -> bytes:
 
 def _file(value: Any) -> bytes | None:
     """An image as a file: as it came, or a PNG of its pixels."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes")
     if is_missing(value):
         return None
     if not isinstance(value, np.ndarray):
-        content = bytes(value)
-        if has_signature(content):
+        content = picture_content(value)
+        if content is not None and has_signature(content):
             return content
         raise ValueError("an image is neither pixels nor a file")
     pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value

@@ -134,6 +134,9 @@ class Manifest(StrictModel):
     task: dict[str, Any]
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    nullable: list[str] = Field(
+        [], description="Inputs that training records lacked; requests may leave them out."
+    )
     files: dict[str, BundleFile] = Field(description="Digest and size of every other file.")
     versions: dict[str, str] = Field(description="Of the packages that made it.")
     seed: int

@@ -43,6 +43,12 @@ class EncodedDataset:
     def task(self) -> Task:
         return Task.from_dict(self.summary["task"])
 
+    @property
+    def nullable(self) -> list[str]:
+        """The columns that had missing values."""
+        columns = self.summary["report"]["columns"]
+        return [name for name, facts in columns.items() if facts["missing"]]
+
     def with_task(self, task: Task) -> "EncodedDataset":
         """Return the same records with a task that reads outputs in another way."""
         return replace(self, summary=self.summary | {"task": task.to_dict()})

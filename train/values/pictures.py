@@ -5,6 +5,8 @@ and CMYK become RGB, and grey values of 16 bits the nearest of 8 bits. Of severa
 the first is taken.
 """
 
+import base64
+import binascii
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ SCAN, MAX_SCANS = b"\xff\xda", 64
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"}
 # EXIF's tag of the orientation, whose values from 5 on swap height and width.
 ORIENTATION, SWAPPED = 0x0112, range(5, 9)
+# Of a data URI, what stands before its data.
+MAX_URI_HEAD = 200
 # From 16 bits to 8.
 STEP = 257
 
@@ -34,6 +38,37 @@ class PictureHeader:
     height: int
     width: int
     has_colour: bool
+
+
+def picture_content(value: Any) -> bytes | None:
+    """Return the bytes of a picture file; None for what holds none.
+
+    value: bytes, a data URI with base64, or a data set's struct {"bytes", "path"}. Raises
+    ValueError for a data URI whose base64 is wrong.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, str):
+        if not is_data_uri(value):
+            return None
+        value = value.strip().encode()
+    if not isinstance(value, bytes | bytearray | memoryview):
+        return None
+    head = bytes(value[:MAX_URI_HEAD])
+    if head[:5].lower() != b"data:":
+        return bytes(value)
+    head, comma, _ = head.partition(b",")
+    if not comma or not head.lower().rstrip().endswith(b";base64"):
+        raise ValueError("is a data URI without base64")
+    try:
+        return base64.b64decode(bytes(value[len(head) + 1 :]), validate=True)
+    except binascii.Error as error:
+        raise ValueError("is a data URI whose base64 is wrong") from error
+
+
+def is_data_uri(value: Any) -> bool:
+    """Whether a text is a picture as a data URI."""
+    return isinstance(value, str) and value.lstrip()[:11].lower() == "data:image/"
 
 
 def has_signature(content: bytes) -> bool:
@@ -48,10 +83,11 @@ def is_picture_file(content: bytes | memoryview) -> bool:
 
 def num_pixels(value: Any) -> int:
     """Return how many pixels a picture file has by its header; 0 for what is none."""
-    if not isinstance(value, bytes):
-        return 0
     try:
-        image = Image.open(io.BytesIO(value), formats=PICTURE_FORMATS)
+        content = picture_content(value)
+        if content is None:
+            return 0
+        image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
     except Exception:  # Pillow raises many kinds; what is wrong is said when it is decoded
         return 0
     return image.width * image.height

@@ -20,7 +20,7 @@ from train.tasks.columns.lists import MAX_LABELS
 from train.tasks.columns.scalars import FALSE, TRUE, Date
 from train.values.label_lists import are_label_lists, find_separator
 from train.values.number_text import NumberFormat
-from train.values.pictures import has_signature
+from train.values.pictures import has_signature, is_data_uri
 from train.values.records import is_missing, to_text
 
 # How a column is called that pandas makes of a frame's index.
@@ -61,7 +61,7 @@ def infer_column(
     first = known[0]
     if isinstance(first, dict) and "bytes" in first:
         return InferredColumn(column, "image", "image files")
-    if isinstance(first, bytes) and has_signature(first):
+    if (isinstance(first, bytes) and has_signature(first)) or is_data_uri(first):
         return InferredColumn(column, "image", "image files")
     if isinstance(first, list | tuple | np.ndarray):
         return _lists(column, known)

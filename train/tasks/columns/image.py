@@ -7,7 +7,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from PIL import Image, ImageOps
 
-from train.values.pictures import KNOWN_PICTURES, PictureHeader, read_header, read_pixels
+from train.values.pictures import (
+    KNOWN_PICTURES,
+    PictureHeader,
+    picture_content,
+    read_header,
+    read_pixels,
+)
 from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
 
 MODES = {1: "L", 3: "RGB"}
@@ -127,15 +133,17 @@ class Images:
             raise self._refused(error) from error
 
     def _content(self, value: Any) -> bytes:
-        if isinstance(value, dict):  # a data set's image struct: {"bytes", "path"}
-            value = value.get("bytes")
-        if not isinstance(value, bytes | bytearray | memoryview):
-            came = "missing" if value is None else f"a {type(value).__name__}"
+        try:
+            content = picture_content(value)
+        except ValueError as error:
+            raise self._refused(error) from error
+        if content is None:
+            came = "missing" if is_missing(value) else f"a {type(value).__name__}"
             raise InvalidRecord(
                 f"field '{self.column}' is {came}; expected an image. "
                 f"Send the bytes of a {KNOWN_PICTURES} file."
             )
-        return bytes(value)
+        return content
 
     def _refused(self, error: ValueError) -> InvalidRecord:
         return InvalidRecord(

@@ -1,0 +1,109 @@
+"""What a body is, by its headers: encodings, character sets, and pictures sent as files."""
+
+import asyncio
+import re
+import zlib
+from email import policy
+from email.message import EmailMessage
+from email.parser import BytesParser
+
+from serve.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
+from serve.http.request import Request
+
+# zlib's window bits: with a header of gzip or zlib, and of a raw stream.
+GZIP, ZLIB, RAW = 31, 15, -15
+FORM = "multipart/form-data"
+UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
+MAX_PARTS = 256
+# Smaller bodies are decompressed at once; a thread would take longer.
+INLINE_BYTES = 16_384
+
+
+async def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:
+    """Return a body without its Content-Encoding, at most `max_bytes` of it.
+
+    Raises UnsupportedMediaType for other encodings than gzip and deflate, PayloadTooLarge,
+    BadRequest for a body that is not encoded so.
+    """
+    encoding = (request.header(b"content-encoding") or "identity").strip().lower()
+    if encoding == "identity":
+        return body
+    if encoding in ("gzip", "x-gzip"):
+        bits = GZIP
+    elif encoding == "deflate":
+        # By the standard with zlib's header, which some clients leave out.
+        bits = ZLIB if body[:1] and body[0] & 0x0F == 8 and _is_zlib(body) else RAW
+    else:
+        raise UnsupportedMediaType(
+            f"Content-Encoding is '{encoding[:40]}'; gzip, deflate or none is accepted."
+        )
+    if len(body) <= INLINE_BYTES:
+        return _inflated(body, bits, max_bytes, encoding)
+    return await asyncio.to_thread(_inflated, body, bits, max_bytes, encoding)
+
+
+def check_charset(content_type: str) -> None:
+    """Raises UnsupportedMediaType for text in another character set than UTF-8."""
+    found = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
+    if found and found[1].lower() not in UTF_8:
+        raise UnsupportedMediaType(
+            f"Content-Type has the charset '{found[1][:40]}'; send the body in UTF-8."
+        )
+
+
+def is_picture(content_type: str) -> bool:
+    return content_type.strip().lower().startswith("image/")
+
+
+def is_form(content_type: str) -> bool:
+    return content_type.strip().lower().startswith(FORM)
+
+
+def form_fields(body: bytes, content_type: str) -> dict[str, bytes | str]:
+    """Return the parts of a multipart form by their names: files as bytes, all else as text.
+
+    Raises BadRequest.
+    """
+    head = b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
+    message = BytesParser(_class=EmailMessage, policy=policy.HTTP).parsebytes(head + body)
+    parts = list(message.iter_parts()) if message.is_multipart() else []
+    if not parts or message.defects or len(parts) > MAX_PARTS:
+        raise BadRequest(f"the body is no {FORM} of 1 to {MAX_PARTS} parts.")
+    fields: dict[str, bytes | str] = {}
+    for part in parts:
+        name = part.get_param("name", header="content-disposition")
+        if not isinstance(name, str) or name in fields:
+            raise BadRequest("each part of the form must have a name of its own.")
+        content = part.get_payload(decode=True)
+        if not isinstance(content, bytes):
+            raise BadRequest(f"the part '{name[:100]}' of the form cannot be read.")
+        is_file = part.get_filename() is not None or part.get_content_maintype() == "image"
+        try:
+            fields[name] = content if is_file else content.decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"the part '{name[:100]}' of the form is not UTF-8 text.") from None
+    return fields
+
+
+def _is_zlib(body: bytes) -> bool:
+    return len(body) > 1 and (body[0] << 8 | body[1]) % 31 == 0
+
+
+def _inflated(body: bytes, bits: int, max_bytes: int, encoding: str) -> bytes:
+    parts, left, room = [], body, max_bytes
+    try:
+        while left:  # gzip may have several members
+            stream = zlib.decompressobj(bits)
+            parts.append(stream.decompress(left, room + 1))
+            room -= len(parts[-1])
+            if room < 0:
+                raise PayloadTooLarge(
+                    f"the body has more than {max_bytes} bytes once it is decompressed; that many "
+                    "are accepted."
+                )
+            if not stream.eof:
+                raise BadRequest(f"the body ends before its {encoding} stream does.")
+            left = stream.unused_data
+    except zlib.error as error:
+        raise BadRequest(f"the body is not {encoding}, as Content-Encoding says.") from error
+    return b"".join(parts)

@@ -1,0 +1,79 @@
+"""Fields of requests: what may be left out, what is unknown, nested objects, named classes."""
+
+import numpy as np
+import orjson
+import pytest
+
+from serve.errors import BadRequest
+from serve.protocol import v1, v2
+from train.bundle.manifest import TensorMetadata
+
+NAMES = ("age", "user.city", "price")
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle):
+    inputs = [
+        TensorMetadata(name="age", datatype="FP64", shape=[-1]),
+        TensorMetadata(name="user.city", datatype="BYTES", shape=[-1]),
+        TensorMetadata(name="price", datatype="FP64", shape=[-1]),
+    ]
+    return bundle.manifest.model_copy(update={"inputs": inputs, "nullable": ["age"]})
+
+
+def decoded(manifest, *instances, **options):
+    body = orjson.dumps({"instances": list(instances)})
+    return v1.decode(body, manifest, 64, **options).columns
+
+
+def test_a_field_is_null_where_training_lacked_it(manifest):
+    columns = decoded(
+        manifest, {"user.city": "Rome", "price": 1}, {"user.city": "Oslo", "price": 2, "age": 3}
+    )
+    assert columns == {"age": [None, 3], "user.city": ["Rome", "Oslo"], "price": [1, 2]}
+    with pytest.raises(BadRequest, match=r"instance 0 has no 'price'; .* takes age, user.city"):
+        decoded(manifest, {"age": 1, "user.city": "Rome"})
+
+
+def test_a_misspelt_field_is_not_taken_for_one_left_out(manifest):
+    with pytest.raises(BadRequest, match="has no 'age', but 'Age'"):
+        decoded(manifest, {"Age": 5, "user.city": "Rome", "price": 1})
+
+
+def test_unknown_fields_are_ignored_unless_they_are_to_be_refused(manifest):
+    instance = {"age": 1, "user.city": "Rome", "price": 1, "row": 7}
+    assert decoded(manifest, instance)["age"] == [1]
+    with pytest.raises(BadRequest, match="instance 0 has 'row'"):
+        decoded(manifest, instance, unknown_fields="refuse")
+
+
+def test_nested_objects_are_fields_with_a_point(manifest):
+    columns = decoded(manifest, {"age": 1, "user": {"city": "Rome"}, "price": 1})
+    assert columns["user.city"] == ["Rome"]
+
+
+def test_tensors_follow_the_same_rules(manifest):
+    def tensor(name, datatype, value):
+        return {"name": name, "datatype": datatype, "shape": [1], "data": [value]}
+
+    city, price = tensor("user.city", "BYTES", "Rome"), tensor("price", "FP64", 1.0)
+    columns = v2.decode(orjson.dumps({"inputs": [city, price]}), None, manifest, 64).columns
+    assert columns["age"] == [None]
+    assert sorted(columns) == sorted(NAMES)
+    more = orjson.dumps({"inputs": [city, price, tensor("row", "INT64", 7)]})
+    assert "row" not in v2.decode(more, None, manifest, 64).columns
+    with pytest.raises(BadRequest, match="the request has 'row'"):
+        v2.decode(more, None, manifest, 64, unknown_fields="refuse")
+    with pytest.raises(BadRequest, match="the request has no 'price'"):
+        v2.decode(orjson.dumps({"inputs": [city]}), None, manifest, 64)
+
+
+def test_probabilities_have_names_where_they_are_asked_for():
+    predictions = {
+        "label": np.array(["b"], object),
+        "probabilities": np.array([[0.25, 0.75]], np.float32),
+    }
+    (named,) = orjson.loads(v1.encode(predictions, ("a", "b")))["predictions"]
+    assert named == {"label": "b", "probabilities": {"a": 0.25, "b": 0.75}}
+    (plain,) = orjson.loads(v1.encode(predictions))["predictions"]
+    assert plain["probabilities"] == [0.25, 0.75]
