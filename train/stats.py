@@ -21,6 +21,8 @@ Z_95 = 1.959964
 SPREAD = 9.5
 # How many permutations a permutation test draws.
 NUM_PERMUTATIONS = 199
+# Of numbers, those that hold equally many records; and of means, the weight of what they lean to.
+NUM_RANGES, LEANING = 32, 5.0
 # The largest logarithm of evidence; exp() of more overflows.
 MAX_LOG = 700.0
 # Values that the prior of a quantile's rank counts for: most powerful at about ten times as many.
@@ -234,33 +236,41 @@ def association_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
     return (as_large + 1) / (NUM_PERMUTATIONS + 1)
 
 
-def order_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
-    """Return the p-value of a target that does not follow the order of groups of records.
+def codes_beat_ranges(values_N: np.ndarray, targets_N: np.ndarray) -> float:
+    """Return by how many standard errors a target is better predicted by each value's own mean than
+    by the mean of the range that the value is in.
 
-    A permutation test of how much of the differences between the groups' means a polynomial of
-    third degree in their ranks explains. Of numbers such as an age it is small; of codes, whose
-    order says nothing, it is evenly spread.
+    Of codes, whose order says nothing, it is large; of numbers such as an age below zero or small,
+    as means of ranges rest on more records. Means are of one half of the records, errors of the
+    other, in turns; those of values lean to the mean of their range.
 
-    codes_N: the rank of each record's group, from 0. targets_N: numbers [N], or 0 and 1 [N, K].
+    values_N: numbers [N]. targets_N: numbers [N], or 0 and 1 of classes [N, K].
     """
     targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)
-    counts_G = np.maximum(np.bincount(codes_N), 1)
-    means_GK = np.stack([np.bincount(codes_N, column_N) for column_N in targets_NK.T], axis=1)
-    scaled_GK = means_GK / counts_G[:, None]
-    scaled_GK = scaled_GK - scaled_GK.mean(axis=0)
-    spread_K = scaled_GK.std(axis=0)
-    scaled_GK = scaled_GK / np.where(spread_K > 0, spread_K, 1)
-    places_G = np.linspace(-1, 1, len(counts_G))
-    curves_GD, _ = np.linalg.qr(np.vander(places_G, min(4, len(counts_G)), increasing=True))
-    curves_GD = curves_GD[:, 1:]  # the constant explains nothing
+    codes_N = np.unique(values_N, return_inverse=True)[1]
+    edges = np.unique(np.quantile(values_N, np.linspace(0, 1, NUM_RANGES + 1)[1:-1]))
+    ranges_N = np.searchsorted(edges, values_N, side="right")
+    halves_N = np.random.Generator(np.random.Philox(0)).permutation(len(values_N)) % 2
+    gains_N = np.zeros(len(values_N))
+    for half in (0, 1):
+        learned_N, judged_N = halves_N != half, halves_N == half
+        for target_N in targets_NK.T:
+            known_N = target_N[learned_N]
+            middle = np.full(len(edges) + 1, known_N.mean())
+            of_range = _leaning_means(ranges_N[learned_N], known_N, middle)
+            range_of_code = np.zeros(codes_N.max() + 1, int)
+            range_of_code[codes_N] = ranges_N
+            of_code = _leaning_means(codes_N[learned_N], known_N, of_range[range_of_code])
+            truth_N = target_N[judged_N]
+            gains_N[judged_N] += (of_range[ranges_N[judged_N]] - truth_N) ** 2
+            gains_N[judged_N] -= (of_code[codes_N[judged_N]] - truth_N) ** 2
+    spread = float(gains_N.std())
+    return float(gains_N.mean()) / spread * math.sqrt(len(gains_N)) if spread > 0 else 0.0
 
-    def explained(order_G: np.ndarray) -> float:
-        return float(((curves_GD.T @ scaled_GK[order_G]) ** 2).sum())
 
-    found = explained(np.arange(len(counts_G)))
-    rng = np.random.Generator(np.random.Philox(0))
-    as_large = sum(
-        explained(rng.permutation(len(counts_G))) >= found * (1 - 1e-12)
-        for _ in range(NUM_PERMUTATIONS)
-    )
-    return (as_large + 1) / (NUM_PERMUTATIONS + 1)
+def _leaning_means(groups_N: np.ndarray, values_N: np.ndarray, to_G: np.ndarray) -> np.ndarray:
+    """Means of groups, each with the weight of a few more records of another value."""
+    counts_G = np.bincount(groups_N, minlength=len(to_G))
+    sums_G = np.bincount(groups_N, values_N, minlength=len(to_G))
+    means_G: np.ndarray = (sums_G + LEANING * to_G) / (counts_G + LEANING)
+    return means_G

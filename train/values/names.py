@@ -18,7 +18,7 @@ from train.values.records import is_missing
 # and false, all else as it is written.
 NameForm = Literal["number", "boolean", "text"]
 
-PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
+PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")
 TRUTHS = {"true", "false"}
 
 
@@ -65,7 +65,9 @@ def to_name(value: Any, form: NameForm) -> str:
 
 
 def shortest(number: str) -> str:
-    """Return a plain number without zeros that say nothing: 1.50 is 1.5, and 1.0 is 1."""
+    """Return a plain number without zeros that say nothing: 1.50 is 1.5, and 1.0 and 1e0 are 1."""
+    if "e" in number or "E" in number:
+        number = f"{Decimal(number):f}"
     if "." in number:
         number = number.rstrip("0").rstrip(".")
     return "0" if number == "-0" else number
@@ -74,10 +76,7 @@ def shortest(number: str) -> str:
 def _number_name(value: Any) -> str:
     if isinstance(value, Decimal):
         return shortest(f"{value:f}")
-    if isinstance(value, float | np.floating):
-        if float(value).is_integer():
-            return str(int(value))
-        if np.isfinite(value):
-            # Of a float32 the digits that tell it from other ones of 32 bits.
-            return str(np.format_float_positional(value, trim="-"))
+    if isinstance(value, float | np.floating) and np.isfinite(value):
+        # The fewest digits that tell it from other numbers of as many bits.
+        return shortest(str(np.format_float_positional(value, trim="-")))
     return str(value)

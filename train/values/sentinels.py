@@ -16,6 +16,8 @@ MOST_SENTINELS = 4
 USUAL = re.compile(r"-?(9{2,}|1e[0-9]+|10{4,}|2147483647|2147483648|9223372036854775807)")
 # Beyond so many interquartile ranges a value counts as if it lay there.
 BEYOND_QUARTILES = 30.0
+# Larger values count as this one: their squares could not be added up.
+LARGEST = 1e150
 
 
 def find_sentinels(values_N: np.ndarray) -> tuple[float, ...]:
@@ -52,8 +54,8 @@ def robust_mean_scale(values_N: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(values_N, (0.25, 0.75))
     if low == high:  # most are the same: how the others are spread is what counts
         low, high = np.quantile(np.unique(values_N), (0.25, 0.75))
-    if np.isfinite(reach := BEYOND_QUARTILES * (high - low)):
-        values_N = np.clip(values_N, low - reach, high + reach)
+    reach = min(BEYOND_QUARTILES * (high / 2 - low / 2), LARGEST) * 2
+    values_N = np.clip(values_N, max(low - reach, -LARGEST), min(high + reach, LARGEST))
     mean = values_N.mean()
     scale = np.sqrt(np.mean((values_N - mean) ** 2))
     return float(mean), float(scale) if scale > 0 else 1.0

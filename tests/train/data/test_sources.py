@@ -105,7 +105,7 @@ def test_image_folders_are_classes(rng, tmp_path):
     images = [prepared.open(name)[0]["image"] for name in splits.NAMES]
     assert np.concatenate(images).shape == (40, 6, 6, 3)
     (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"dog/3\.png': .*no PNG or JPEG"):
+    with pytest.raises(UserError, match=r"dog/3\.png': .*no PNG, JPEG"):
         dataset.prepare_dataset(config, str(tmp_path / "again"))
 
 

@@ -7,22 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from train.stats import association_p_value, order_p_value
+from train.stats import codes_beat_ranges
 
 # Of categories, at most this share of the known values is different; else a column names records.
 MAX_DISTINCT_SHARE = 0.5
-# Words of a name, of which the last two are looked at only at its end.
+# Words of a name, and those at whose end it names codes.
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
 CODE_WORDS = {
     *("id", "ids", "uid", "uuid", "guid", "code", "zip", "zipcode", "postcode", "postal", "plz"),
-    *("sku", "isbn", "ean", "fips", "phone", "telephone", "ssn", "iban"),
+    *("sku", "isbn", "ean", "fips", "phone", "telephone", "ssn", "iban", "user", "customer"),
+    *("client", "item", "product", "movie", "store", "shop", "merchant"),
 }
-CODE_ENDS = {"user", "customer", "client", "item", "product", "movie", "store", "shop", "merchant"}
 WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")
 PADDED = re.compile(r"\s*0[0-9]+\s*")
 COUNTER = "counts the records"
 # Larger whole numbers are not all different as floating-point ones.
 EXACT = 2.0**53
+# In standard errors: what is predicted better by each number than by the range it is in, is a code.
+MIN_GAIN = 4.0
+# Of numbers from the least to the largest, the share that codes use.
+MIN_DENSITY = 0.8
 # Fewer different numbers are told apart by a number's pieces.
 MIN_CODES = 20
 # Of the Kolmogorov-Smirnov statistic times the root of the count: above, in 1 % by chance.
@@ -37,31 +41,36 @@ def why_codes(
         return None
     if any(isinstance(value, str) and not WHOLE_TEXT.fullmatch(value) for value in known):
         return None  # an amount, as it has a unit or separators
-    distinct_D, codes_N = np.unique(numbers_N, return_inverse=True)
+    distinct_D = np.unique(numbers_N)
     count, all_differ = len(numbers_N), len(distinct_D) == len(numbers_N) > 20
     if all_differ and np.all(np.diff(numbers_N) == 1):
         return COUNTER
     if np.abs(distinct_D).max() > EXACT:
         return "whole numbers beyond 2^53, which are ids"
-    if _names_codes(column):
+    if len(distinct_D) > 2 and _names_codes(column):
         return "codes, by the column's name"
     if all_differ and _is_even(distinct_D):
         return "whole numbers that all differ and lie evenly, which are ids"
+    if not _may_be_codes(distinct_D):
+        return None
     if targets_N is None or not MIN_CODES <= len(distinct_D) <= MAX_DISTINCT_SHARE * count:
         return None
     with_target_N = ~np.isnan(targets_N.reshape(count, -1)).any(axis=1)
-    codes_N, targets_N = (
-        np.unique(codes_N[with_target_N], return_inverse=True)[1],
-        (targets_N[with_target_N]),
-    )
-    if association_p_value(codes_N, targets_N) < 0.01 and order_p_value(codes_N, targets_N) > 0.05:
-        return f"{len(distinct_D)} codes, as the target does not follow their order"
+    if codes_beat_ranges(numbers_N[with_target_N], targets_N[with_target_N]) > MIN_GAIN:
+        return f"{len(distinct_D)} codes, which tell more than their order"
     return None
+
+
+def _may_be_codes(sorted_D: np.ndarray) -> bool:
+    """Whether whole numbers are numbered through, or all have as many digits, as codes do."""
+    low, high = sorted_D[0], sorted_D[-1]
+    dense = len(sorted_D) > MIN_DENSITY * (high - low + 1)
+    return bool(dense or (low >= 1000 and len(f"{low:.0f}") == len(f"{high:.0f}")))
 
 
 def _names_codes(column: str) -> bool:
     words = [word.lower() for word in WORDS.findall(column)]
-    return bool(words) and (bool(CODE_WORDS & set(words)) or words[-1] in CODE_ENDS)
+    return bool(words) and (words[-1] in CODE_WORDS or words[0] == "id")
 
 
 def _is_even(sorted_N: np.ndarray) -> bool:
