@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from train.bundle import Bundle
 from train.tasks import Categories, Images, Numbers, Texts
+from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.text import BETWEEN
 
 MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
@@ -57,7 +58,9 @@ class _Script:
                 brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
                 self._imports.append("from PIL import Image, ImageOps")
                 self._before += [
-                    f'image = Image.open("image.png").convert("{mode}")',
+                    'image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGBA")',
+                    'white = Image.new("RGBA", image.size, "white")',
+                    f'image = Image.alpha_composite(white, image).convert("{mode}")',
                     f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
                     f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
                 ]
@@ -65,6 +68,13 @@ class _Script:
             case Numbers():
                 notes = {"date": "seconds since 1970, UTC", "boolean": "1 or 0", "number": "number"}
                 for each in encoder.columns:
+                    if isinstance(each, Vector | LabelSet):
+                        count = len(each.places)
+                        note = f"  # {count} numbers, or nan"
+                        if isinstance(each, LabelSet):
+                            note = f"  # 1 for each label there is: {', '.join(each.labels)}"
+                        self._inputs.append(f'"{each.column}": np.zeros((1, {count})),{note}')
+                        continue
                     note = f"  # {notes[each.kind]}, or nan"
                     self._inputs.append(f'"{each.column}": np.array([np.nan]),{note}')
             case Categories():

@@ -19,6 +19,7 @@ from train.bundle.manifest import Variant
 from train.compress.edge_readme import MODEL, TOKENIZER, edge_readme
 from train.tasks import Categories, ClassTarget, LabelsTarget, Numbers, Task, Texts
 from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
+from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.numeric import DAY_S, FARTHEST, YEAR_S
 from train.tasks.columns.scalars import Date
 from train.tasks.regression import ValueTarget
@@ -129,10 +130,19 @@ def _column(name: str, kind: int) -> ValueInfoProto:
 
 
 def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
-    """Each column as DOUBLE [N], NaN where missing; a date in seconds since 1970, UTC."""
+    """Each column as DOUBLE [N], NaN where missing; a date in seconds since 1970, UTC.
+
+    A vector is DOUBLE [N, K], and a set 1 for each of its K labels that there is, else 0.
+    """
+    one = graph.constant([1], np.int64)
     places: list[str] = []
     first = None
     for each in encoder.columns:
+        if isinstance(each, Vector | LabelSet):
+            shape = [BATCH, len(each.places)]
+            yield helper.make_tensor_value_info(each.column, TensorProto.DOUBLE, shape)
+            places.append(each.column)
+            continue
         yield _column(each.column, TensorProto.DOUBLE)
         unknown = graph.node("IsInf", graph.node("Cast", each.column, to=TensorProto.FLOAT))
         missing = graph.constant(np.nan, np.float64)
@@ -140,18 +150,18 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
         for sentinel in getattr(each, "missing", None) or ():
             same = graph.node("Equal", values, graph.constant(sentinel, np.float64))
             values = graph.node("Where", same, missing, values)
-        places.append(values)
+        places.append(graph.node("Unsqueeze", values, one))
         if not isinstance(each, Date):
             continue
         for period_s in (DAY_S, 7 * DAY_S, YEAR_S):
             turns = graph.node("Div", values, graph.constant(period_s, np.float64))
             angle = graph.node("Mul", turns, graph.constant(2 * np.pi, np.float64))
-            places += [graph.node("Sin", angle), graph.node("Cos", angle)]
+            parts = graph.node("Sin", angle), graph.node("Cos", angle)
+            places += [graph.node("Unsqueeze", part, one) for part in parts]
         if first is not None:
-            places.append(graph.node("Sub", values, first))
+            places.append(graph.node("Unsqueeze", graph.node("Sub", values, first), one))
         first = first or values
-    one = graph.constant([1], np.int64)
-    raw = graph.node("Concat", *(graph.node("Unsqueeze", each, one) for each in places), axis=1)
+    raw = graph.node("Concat", *places, axis=1)
     centred = graph.node("Sub", raw, graph.constant(encoder.mean_F, np.float64))
     scaled = graph.node("Div", centred, graph.constant(encoder.scale_F, np.float64))
     ends = (graph.constant(end, np.float64) for end in (-FARTHEST, FARTHEST))

@@ -1,6 +1,7 @@
 """Data report: what the records are like, before any training, as text and as a picture."""
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ def plot_report(facts: Mapping[str, Any], column: str, path: Path) -> None:
         if label.get_text() in facts["leakage_suspects"]:
             label.set_color("tab:red")
     right.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # of names in a script that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

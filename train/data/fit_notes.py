@@ -93,8 +93,8 @@ def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
     if merged:
         shown = _listed(" and ".join(map(shorten, each[:2])) for each in merged)
         yield (
-            f"'{column}': {len(merged):,} names are written in several ways that differ in spaces, "
-            f"Unicode form or zeros alone, and are one each: {shown}"
+            f"'{column}': values that differ in spaces at their ends, Unicode form or final zeros "
+            f"alone are one name: {shown}"
         )
     if len(written) > MAX_NAMES:
         yield (

@@ -16,6 +16,8 @@ from train.tasks.columns.scalars import Date, Number
 from train.values import value_hash
 
 MIN_TRAINING = 2
+# Of a source that is divided.
+MIN_RECORDS = 20
 # With a smaller share of distinct records, equal ones are different cases rather than copies.
 MIN_DISTINCT = 0.5
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
@@ -68,6 +70,11 @@ def assign_splits(
         0.0 if config.valid else config.valid_fraction,
         0.0 if config.test else config.test_fraction,
     )
+    if any(shares) and count < MIN_RECORDS:
+        raise UserError(
+            f"'{config.train}' has {count} records; at least {MIN_RECORDS} are needed to train, "
+            "to choose by and to test with, or give --data.valid and --data.test."
+        )
     notes = []
     if config.split_time is not None:
         codes_N = _by_order(_order_in_time(blocks, config.split_time, date_format), shares)

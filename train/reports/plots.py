@@ -1,5 +1,6 @@
 """Pictures of a training run and of its variants."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -243,5 +244,7 @@ def _mark(
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # of names in a script that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, dpi=110)
     plt.close(figure)

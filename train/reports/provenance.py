@@ -12,6 +12,7 @@ from train.bundle.manifest import Manifest
 from train.config import Config, DecisionRule
 from train.metrics import LAST_EPOCH, best_epoch
 from train.tasks import Categories, ClassTarget, NamedTarget, Numbers, Task, Texts, ValueTarget
+from train.tasks.columns.lists import LabelSet, Vector
 
 # Names of a category that are shown.
 MAX_NAMES = 8
@@ -89,6 +90,13 @@ def fields(task: Task) -> Iterator[tuple[str, str, str]]:
                 known = spread.get(each.column, "time of day, week and year")
                 if each.kind == "boolean":
                     known = f"true in {means[each.column]:.1%}"
+                elif isinstance(each, Vector):
+                    known = f"{len(each.places)} numbers"
+                elif isinstance(each, LabelSet):
+                    first = ", ".join(each.labels[:MAX_NAMES])
+                    known = f"{len(each.labels)} labels: {first}" + "…" * (
+                        len(each.labels) > MAX_NAMES
+                    )
                 yield each.column, each.kind, known
         elif isinstance(encoder, Categories):
             for column, names in zip(encoder.columns, encoder.names_C, strict=True):

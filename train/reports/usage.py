@@ -19,6 +19,7 @@ from train.tasks import (
     Texts,
     ValueTarget,
 )
+from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Date
 
 # A class with fewer test records has a recall that is mostly chance.
@@ -99,6 +100,10 @@ def _example(task: Task, field: str) -> Any:
                     return "2026-11-22T18:30:00"
                 if each.column == field and each.kind == "boolean":
                     return True
+                if each.column == field and isinstance(each, Vector):
+                    return [0.0] * len(each.places)
+                if each.column == field and isinstance(each, LabelSet):
+                    return list(each.labels[:2])
                 if each.column == field:
                     return float(f"{encoder.mean_F[encoder.names.index(field)]:.3g}")
     (spec,) = (spec for spec in task.features.fields if spec.name == field)

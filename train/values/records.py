@@ -47,8 +47,9 @@ def with_row(row: int) -> Iterator[None]:
 
 
 def plain_name(name: str) -> str:
-    """Return a column's name without spaces at its ends, in Unicode's composed form (NFC)."""
-    return unicodedata.normalize("NFC", name.strip())
+    """Return a column's name in one line and without spaces at its ends, in Unicode's composed
+    form (NFC)."""
+    return unicodedata.normalize("NFC", " ".join(name.split("\n")).replace("\r", "").strip())
 
 
 def flatten_record(record: Record) -> Record:

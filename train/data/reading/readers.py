@@ -95,6 +95,9 @@ def plain_columns(table: pa.Table) -> pa.Table:
             flat = pa.table({name: column}).flatten()
             columns |= dict(zip(flat.schema.names, flat.columns, strict=True))
         table = pa.table(columns)
+    for place, field in enumerate(table.schema):
+        if (plain := _plain_type(field.type)) is not None:
+            table = table.set_column(place, field.name, table.column(place).cast(plain))
     names = [plain_name(name) for name in table.schema.names]
     if len(set(names)) < len(set(table.schema.names)):
         twice = next(name for name in names if names.count(name) > 1)
@@ -105,8 +108,20 @@ def plain_columns(table: pa.Table) -> pa.Table:
 def is_plain(schema: pa.Schema) -> bool:
     """Whether `plain_columns` leaves tables of a schema as they are."""
     return all(
-        field.name == plain_name(field.name) and not _is_nested(field.type) for field in schema
+        field.name == plain_name(field.name)
+        and not _is_nested(field.type)
+        and _plain_type(field.type) is None
+        for field in schema
     )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType | None:
+    """What a type is read as that Arrow has no functions for, or whose values are no numbers."""
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    return pa.int64() if pa.types.is_duration(kind) else None
 
 
 def _is_nested(kind: pa.DataType) -> bool:

@@ -143,6 +143,8 @@ def _names(
 ) -> InferredColumn:
     """What a column of names is: a category, text, or left out as it names records."""
     words = float(np.mean([len(to_text(value).split()) for value in known]))
+    if not any(character.isalpha() for value in known for character in to_text(value)):
+        words = 1.0  # such as phone numbers
     if words >= TEXT_WORDS and distinct > 0.1 * len(known):
         return InferredColumn(column, "text", f"{words:.0f} words on average")
     if distinct > max(MAX_DISTINCT_SHARE * len(known), 20):

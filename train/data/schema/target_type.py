@@ -9,7 +9,8 @@ from cluster.errors import UserError
 from train.data.schema.styles import all_words, read_numbers
 from train.tasks.columns.scalars import FALSE, TRUE
 from train.values.label_lists import are_label_lists, find_separator
-from train.values.records import is_missing, shorten, to_text
+from train.values.names import to_name
+from train.values.records import is_missing, shorten
 
 MAX_CLASSES, MAX_NAMED_CLASSES = 100, 1000
 
@@ -25,7 +26,7 @@ def infer_task_type(
         return "multilabel", "a list in each record"
     if are_label_lists(known, MAX_CLASSES):
         return "multilabel", f"labels with '{find_separator(known)}' between them"
-    names = {to_text(value) if not isinstance(value, bytes) else repr(value) for value in known}
+    names = {repr(value) if isinstance(value, bytes) else to_name(value, "text") for value in known}
     numbers = read_numbers("target", known, decimal)[0]
     if numbers is not None:
         numbers = numbers[np.isfinite(numbers)]
