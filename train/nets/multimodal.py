@@ -77,9 +77,9 @@ class MultimodalNet(nn.Module):
 def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
     if isinstance(encoder, Numbers):
         (spec,) = encoder.inputs
-        return PiecewiseLinearEncoding(spec.shape[0], config.bins)
+        return PiecewiseLinearEncoding(spec.shape[0], config.bins, encoder.with_missing_F)
     if isinstance(encoder, Categories):
-        return CategoricalEmbeddings(encoder.sizes)
+        return CategoricalEmbeddings(encoder.sizes, encoder.with_missing_C)
     if isinstance(encoder, Texts):
         if config.text == "bag_of_words":
             return BagOfWords(encoder.idf_V, config.text_width, config.text_dropout)

@@ -15,25 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.tasks import ClassTarget, LabelsTarget, Target
-from train.tasks.columns.categorical import FIRST
+from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 
 # In deviations from the mean; a number beyond is no further away.
 BOUND = 10.0
 # Pieces of the encoding hold no fewer values than this where a frequent value leaves few of them.
 LEAST_IN_PIECE = 100
+# Share of the values that count as missing, and as never seen, in training.
+MASKED = 0.01
 # The width of a piece that is never filled.
 ENDLESS = 1e30
 
 
 class PiecewiseLinearEncoding(nn.Module):
     """Numbers [B, F], NaN where missing → [B, F·(T + 2)]: how full each piece is, the number
-    itself within bounds, and whether it is missing."""
+    itself within bounds, and whether it is missing.
+
+    In training a few numbers of the places that never lack one count as missing, so that it is
+    learned what to make of that.
+    """
 
     low_FT: Tensor
     width_FT: Tensor
 
-    def __init__(self, num_numbers: int, num_bins: int) -> None:
+    def __init__(
+        self, num_numbers: int, num_bins: int, with_missing_F: Sequence[bool] = ()
+    ) -> None:
         super().__init__()
+        self._masked = [place for place, missing in enumerate(with_missing_F) if not missing]
         self.register_buffer("low_FT", torch.zeros(num_numbers, num_bins))
         self.register_buffer("width_FT", torch.ones(num_numbers, num_bins))
 
@@ -61,6 +70,9 @@ class PiecewiseLinearEncoding(nn.Module):
 
     def forward(self, numbers_BF: Tensor) -> Tensor:
         missing_BF = torch.isnan(numbers_BF)
+        if self.training and self._masked:
+            masked = torch.rand(len(numbers_BF), len(self._masked), device=numbers_BF.device)
+            missing_BF[:, self._masked] |= masked < MASKED
         values_BF = torch.where(missing_BF, 0.0, numbers_BF)
         above_BFT = values_BF[:, :, None] - self.low_FT
         full_BFT = (above_BFT / self.width_FT.clamp_min(1e-9)).clamp(0, 1)
@@ -88,10 +100,15 @@ def _limit_repeats(values_N: Tensor, num_pieces: int) -> Tensor:
 
 
 class CategoricalEmbeddings(nn.Module):
-    """Codes [B, C] → [B, D], the columns' vectors side by side."""
+    """Codes [B, C] → [B, D], the columns' vectors side by side.
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    In training a few codes are masked, so that the vectors of names that were never seen and of
+    missing ones are learned as those of any record.
+    """
+
+    def __init__(self, sizes: Sequence[int], with_missing_C: Sequence[bool] = ()) -> None:
         super().__init__()
+        self._with_missing_C = tuple(with_missing_C)
         # By fast.ai's rule of thumb, but short of its largest.
         widths = [min(32, round(1.6 * size**0.56)) for size in sizes]
         self.width = sum(widths)
@@ -101,12 +118,22 @@ class CategoricalEmbeddings(nn.Module):
         for table in self.tables:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.3)
-            # What training may never show stays in the middle of all names.
+            # What training shows rarely begins in the middle of all names.
             nn.init.zeros_(table.weight[:FIRST])
 
     def forward(self, codes_BC: Tensor) -> Tensor:
+        if self.training and self._with_missing_C:
+            codes_BC = self._masked(codes_BC)
         vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]
         return torch.cat(vectors, dim=1)
+
+    def _masked(self, codes_BC: Tensor) -> Tensor:
+        """Codes of which a few are that of a name never seen, and of a missing one in columns that
+        never lack one."""
+        draws_BC = torch.rand(codes_BC.shape, device=codes_BC.device)
+        known = torch.tensor(self._with_missing_C, device=codes_BC.device)
+        codes_BC = torch.where(draws_BC < MASKED, UNSEEN, codes_BC)
+        return torch.where((draws_BC > 1 - MASKED) & ~known, MISSING, codes_BC)
 
 
 class MemberSigns(nn.Module):

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cluster.errors import UserError
 from train.config import Data
 from train.data import splits
 from train.data.reading import sources
@@ -104,9 +105,11 @@ def test_a_class_of_few_records_is_trained_on(rng, tmp_path, count):
 
 def test_no_split_of_few_records_is_empty(rng, tmp_path):
     for seed in range(30):
-        frame = pd.DataFrame({"x": rng.normal(size=5), "name": "a", "label": rng.normal(size=5)})
+        frame = pd.DataFrame({"x": rng.normal(size=20), "name": "a", "label": rng.normal(size=20)})
         codes_N = assign(frame, tmp_path, class_column=None, split_seed=seed).codes_N
         assert set(codes_N) == {TRAIN, VALID, TEST}
+    with pytest.raises(UserError, match="has 8 records; at least 20 are needed to train"):
+        assign(frame[:8], tmp_path, class_column=None)
 
 
 def test_keys_stay_together_when_a_class_is_made_up_for(rng, tmp_path):

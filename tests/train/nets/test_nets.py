@@ -276,3 +276,21 @@ def test_an_ensemble_of_a_table_is_one_net_to_its_users(mixed, tmp_path):
     assert net.eval()(*tensors).shape == (40, task.target.num_outputs)
     assert set(net.hidden[0].signs_MD.flatten().tolist()) == {-1.0, 1.0}
     export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, tmp_path / "net.onnx")
+
+
+def test_training_learns_what_a_value_never_seen_or_missing_means():
+    torch.manual_seed(0)
+    embeddings = CategoricalEmbeddings([5, 5], with_missing_C=[True, False])
+    codes_BC = torch.full((2_000, 2), 3)
+    embeddings(codes_BC).sum().backward()
+    with_missing, without = (table.weight.grad.any(dim=1).tolist() for table in embeddings.tables)
+    assert with_missing == [True, False, False, True, False]
+    assert without == [True, True, False, True, False]
+    assert (embeddings.eval()(codes_BC) == embeddings(codes_BC[:1])).all()
+
+    numbers = PiecewiseLinearEncoding(2, 4, with_missing_F=[True, False])
+    numbers.fit_inputs(torch.randn(500, 2))
+    missing_BF = numbers(torch.zeros(2_000, 2))[:, -2:]
+    assert missing_BF[:, 0].sum() == 0
+    assert 5 < missing_BF[:, 1].sum() < 40
+    assert numbers.eval()(torch.zeros(2_000, 2))[:, -2:].sum() == 0

@@ -32,10 +32,12 @@ class Categories:
     A name that training never saw has the code 0, a missing value the code 1.
 
     names_C: for each column its names in the order of their codes, the most frequent first.
+    with_missing_C: whether training records lacked each column's value.
     """
 
     columns: tuple[str, ...]
     names_C: tuple[tuple[str, ...], ...] = ()
+    with_missing_C: tuple[bool, ...] = ()
 
     kind: ClassVar[str] = "categories"
 
@@ -53,14 +55,15 @@ class Categories:
         return tuple(FIRST + len(names) for names in self.names_C)
 
     def fit(self, columns: Columns) -> Self:
-        names_C = []
+        names_C, with_missing_C = [], []
         for column in self.columns:
             values = columns[column]
             keys = _keys(column, values, find_form(_distinct(values)))
+            with_missing_C.append(None in keys)
             counts = Counter(key for key in keys if key is not None)
             ranked = sorted(counts, key=lambda name: (-counts[name], name))
             names_C.append(tuple(ranked[:MAX_NAMES]))
-        return replace(self, names_C=tuple(names_C))
+        return replace(self, names_C=tuple(names_C), with_missing_C=tuple(with_missing_C))
 
     def merge_names(self, columns: Collection[str]) -> Self:
         """Return the encoder with all names of some columns counting as never seen."""
@@ -99,11 +102,16 @@ class Categories:
             "kind": self.kind,
             "columns": list(self.columns),
             "names": [list(names) for names in self.names_C],
+            "with_missing": list(self.with_missing_C),
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
-        return cls(tuple(state["columns"]), tuple(tuple(names) for names in state["names"]))
+        return cls(
+            tuple(state["columns"]),
+            tuple(tuple(names) for names in state["names"]),
+            tuple(state.get("with_missing", ())),
+        )
 
 
 def _distinct(values: Sequence[Any] | np.ndarray) -> Iterable[Any]:

@@ -31,11 +31,14 @@ class Numbers:
 
     A number or boolean takes one place; a date seven, and each date after the first one more, the
     time since the first; a vector one for each of its numbers, a set one for each label.
+
+    with_missing_F: whether training records lacked the value of each place.
     """
 
     columns: tuple[Column, ...]
     mean_F: tuple[float, ...] = ()
     scale_F: tuple[float, ...] = ()
+    with_missing_F: tuple[bool, ...] = ()
 
     kind: ClassVar[str] = "numbers"
 
@@ -92,7 +95,8 @@ class Numbers:
         raw_FN = fitted._raw(columns).T
         found = [robust_mean_scale(values_N[np.isfinite(values_N)]) for values_N in raw_FN]
         mean_F, scale_F = zip(*found, strict=True)
-        return replace(fitted, mean_F=mean_F, scale_F=scale_F)
+        with_missing_F = tuple(np.isnan(raw_FN).any(axis=1).tolist())
+        return replace(fitted, mean_F=mean_F, scale_F=scale_F, with_missing_F=with_missing_F)
 
     def missing(self, columns: Columns) -> dict[str, np.ndarray]:
         """Whether each value of each column counts as missing, bool [N]. Raises InvalidRecord."""
@@ -135,6 +139,7 @@ class Numbers:
             "columns": [{"kind": each.kind, **vars(each)} for each in self.columns],
             "mean": list(self.mean_F),
             "scale": list(self.scale_F),
+            "with_missing": list(self.with_missing_F),
         }
 
     @classmethod
@@ -146,4 +151,5 @@ class Numbers:
             tuple(COLUMNS[each.pop("kind")](**each) for each in columns),
             tuple(state["mean"]),
             tuple(state["scale"]),
+            tuple(state.get("with_missing", ())),
         )
