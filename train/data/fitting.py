@@ -14,9 +14,7 @@ from train.data import preprocess, splits
 from train.data.reading import sources
 from train.data.reading.folders import reading_errors
 from train.data.splits import TRAIN, SplitSource
-from train.stats import association_p_value
 from train.tasks import (
-    Categories,
     Columns,
     Images,
     InvalidRecord,
@@ -33,9 +31,6 @@ from train.values.records import is_missing
 # Features are fitted on at most so many training records, drawn at random.
 FIT_RECORDS = 50_000
 
-# Columns with fewer names keep them: what is learned of them by chance is little.
-MANY_NAMES = 20
-MAX_P = 0.05
 # If a target has more classes, only the most frequent ones are tested.
 MOST_CLASSES = 16
 
@@ -71,37 +66,6 @@ def read_text_file(url: str) -> str:
     fs, path = storage.filesystem(url)
     with reading_errors(url), fs.open(path, "r") as file:
         return str(file.read())
-
-
-def merge_noise(task: Task, sample: Columns, notes: list[str]) -> tuple[Task, list[str]]:
-    """Merge the names of columns with many of them where they say nothing about the target.
-
-    A net would learn the chance differences between them by heart. Returns the task, and the notes
-    with one on each such column. sample: training records.
-    """
-    notes = list(notes)
-    targets_N = target_numbers(task.target, sample[task.target.column])
-    encoders = list(task.features.encoders)
-    for place, encoder in enumerate(encoders):
-        if not isinstance(encoder, Categories) or targets_N is None:
-            continue
-        codes_NC = encoder.encode(sample)[encoder.kind]
-        merged = []
-        for column, names, codes_N in zip(
-            encoder.columns, encoder.names_C, codes_NC.T, strict=True
-        ):
-            if len(names) < MANY_NAMES:
-                continue
-            p = association_p_value(codes_N, targets_N)
-            if p > MAX_P:
-                merged.append(column)
-                notes.append(
-                    f"the {len(names):,} names of '{column}' are merged, as the target does not "
-                    f"differ between them by more than chance (p = {p:.2g}); "
-                    "--data.merge_noise false keeps them"
-                )
-        encoders[place] = encoder.merge_names(merged)
-    return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes
 
 
 def target_numbers(target: Target, values: Any) -> np.ndarray | None:

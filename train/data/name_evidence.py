@@ -1,0 +1,141 @@
+"""Whether columns of names say something about the target, alone or two together.
+
+Shapes: N records, R factors.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from train.data.fitting import target_numbers
+from train.stats import association_p_value
+from train.tasks import Categories, Columns, Task
+
+# Columns with fewer names keep them: what is learned of them by chance is little.
+MANY_NAMES = 20
+MAX_P = 0.05
+# Of that many columns, those with the most names, pairs are tried, each for so many targets.
+MOST_COLUMNS, MOST_TARGETS = 5, 3
+# In standard errors: names that say more than that together with others are no noise.
+MIN_GAIN = 4.0
+NUM_FACTORS, NUM_ROUNDS = 4, 12
+# What factors and means lean to zero by, in records.
+RIDGE = 3.0
+
+
+def weigh_names(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task, list[str]]:
+    """Merge the names of columns with many of them where they say nothing about the target, and
+    note which columns say more together.
+
+    A net would learn the chance differences between names by heart. Returns the task, and the notes
+    with those on such columns. sample: training records.
+    """
+    notes = list(notes)
+    targets_N = target_numbers(task.target, sample[task.target.column])
+    encoders = list(task.features.encoders)
+    for place, encoder in enumerate(encoders):
+        if not isinstance(encoder, Categories) or targets_N is None:
+            continue
+        codes_NC = encoder.encode(sample)[encoder.kind]
+        many = {
+            column: codes_N
+            for column, names, codes_N in zip(
+                encoder.columns, encoder.names_C, codes_NC.T, strict=True
+            )
+            if len(names) >= MANY_NAMES
+        }
+        p_values = {
+            column: association_p_value(codes_N, targets_N) for column, codes_N in many.items()
+        }
+        together = _say_more_together(many, targets_N)
+        if together:
+            notes.append(
+                f"{' and '.join(map(repr, together))} say more together than each alone; the net "
+                "gets products of factors of their names"
+            )
+        merged = [column for column, p in p_values.items() if p > MAX_P and column not in together]
+        notes += [
+            f"the {int(many[column].max()) - 1:,} names of '{column}' are merged, as the target "
+            f"does not differ between them by more than chance (p = {p_values[column]:.2g}); "
+            "--data.merge_noise false keeps them"
+            for column in merged
+        ]
+        encoders[place] = replace(encoder.merge_names(merged), interacting=tuple(together))
+    return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes
+
+
+def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> list[str]:
+    """The columns whose names say more together with those of another one."""
+    columns = sorted(codes, key=lambda column: -int(codes[column].max()))[:MOST_COLUMNS]
+    targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)[:, :MOST_TARGETS]
+    found: set[str] = set()
+    for place, first in enumerate(columns):
+        for second in columns[place + 1 :]:
+            pair = codes[first], codes[second]
+            if any(interaction_gain(*pair, column_N) > MIN_GAIN for column_N in targets_NK.T):
+                found |= {first, second}
+    return sorted(found)
+
+
+def interaction_gain(first_N: np.ndarray, second_N: np.ndarray, targets_N: np.ndarray) -> float:
+    """Return by how many standard errors a target is better predicted by products of factors of two
+    columns' names than by the sum of a value for each.
+
+    Factors are fitted to one half of the records by alternating least squares, see Koren, Bell and
+    Volinsky, Matrix Factorization Techniques for Recommender Systems, 2009, and judged on the
+    other, in turns. first_N, second_N: codes from 0. targets_N: numbers.
+    """
+    halves_N = np.random.Generator(np.random.Philox(0)).permutation(len(targets_N)) % 2
+    gains_N = np.zeros(len(targets_N))
+    sizes = int(first_N.max()) + 1, int(second_N.max()) + 1
+    for half in (0, 1):
+        learned, judged = np.flatnonzero(halves_N != half), np.flatnonzero(halves_N == half)
+        base, rest_N = _additive(first_N, second_N, targets_N, learned, sizes)
+        left_NR, right_NR = _factors(first_N[learned], second_N[learned], rest_N, sizes)
+        products = (left_NR[first_N[judged]] * right_NR[second_N[judged]]).sum(axis=1)
+        errors = targets_N[judged] - base[judged]
+        gains_N[judged] = errors**2 - (errors - products) ** 2
+    spread = float(gains_N.std())
+    return float(gains_N.mean()) / spread * math.sqrt(len(gains_N)) if spread > 0 else 0.0
+
+
+def _additive(
+    first_N: np.ndarray,
+    second_N: np.ndarray,
+    targets_N: np.ndarray,
+    learned: np.ndarray,
+    sizes: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prediction of each record by a value for each name, and what it leaves of the learned."""
+    mean = targets_N[learned].mean()
+    parts = [np.zeros(size) for size in sizes]
+    codes = first_N, second_N
+    for _ in range(NUM_ROUNDS):
+        for place, other in ((0, 1), (1, 0)):
+            rest = targets_N[learned] - mean - parts[other][codes[other][learned]]
+            own = codes[place][learned]
+            counts = np.bincount(own, minlength=sizes[place])
+            parts[place] = np.bincount(own, rest, minlength=sizes[place]) / (counts + RIDGE)
+    base = mean + parts[0][first_N] + parts[1][second_N]
+    return base, targets_N[learned] - base[learned]
+
+
+def _factors(
+    first_N: np.ndarray, second_N: np.ndarray, rest_N: np.ndarray, sizes: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of the names of two columns whose products are near what is to be explained."""
+    rng = np.random.Generator(np.random.Philox(1))
+    factors: list[np.ndarray] = [rng.normal(0, 0.3, (size, NUM_FACTORS)) for size in sizes]
+    codes = first_N, second_N
+    ridge_RR = RIDGE * max(float(rest_N.var()), 1e-12) * np.eye(NUM_FACTORS)
+    for _ in range(NUM_ROUNDS):
+        for place, other in ((0, 1), (1, 0)):
+            given_NR = factors[other][codes[other]]
+            squares = np.zeros((sizes[place], NUM_FACTORS, NUM_FACTORS))
+            np.add.at(squares, codes[place], given_NR[:, :, None] * given_NR[:, None, :])
+            sums = np.zeros((sizes[place], NUM_FACTORS, 1))
+            np.add.at(sums[:, :, 0], codes[place], given_NR * rest_N[:, None])
+            factors[place] = np.linalg.solve(squares + ridge_RR, sums)[:, :, 0]
+    return factors[0], factors[1]
