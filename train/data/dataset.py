@@ -19,7 +19,7 @@ from train.config import Config
 from train.data import preprocess, splits
 from train.data.data_report import DataReport
 from train.data.fitting import check_fitted_task, define_task, fit_task, read_text_file
-from train.data.name_evidence import weigh_names
+from train.data.name_evidence import merge_noise
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.split_writer import SplitWriter
@@ -196,7 +196,7 @@ def _write(
     task, sample = (check_fitted_task if fitted else fit_task)(task, parts[0], drop_bad)
     notes = notes + [f"splits: {part.note}" for part in parts if part.note]
     if config.data.merge_noise and not fitted:
-        task, notes = weigh_names(task, sample, notes)
+        task, notes = merge_noise(task, sample, notes)
     report = DataReport(task, sample, notes)
     with SplitWriter(folder, task, config.data.train_on_valid) as writer:
         for part in parts:

@@ -25,12 +25,12 @@ NUM_FACTORS, NUM_ROUNDS = 4, 12
 RIDGE = 3.0
 
 
-def weigh_names(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task, list[str]]:
-    """Merge the names of columns with many of them where they say nothing about the target, and
-    note which columns say more together.
+def merge_noise(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task, list[str]]:
+    """Merge the names of columns with many of them where they say nothing about the target, neither
+    alone nor together with those of another column, as those of users and items do.
 
     A net would learn the chance differences between names by heart. Returns the task, and the notes
-    with those on such columns. sample: training records.
+    with one on each such column. sample: training records.
     """
     notes = list(notes)
     targets_N = target_numbers(task.target, sample[task.target.column])
@@ -49,24 +49,21 @@ def weigh_names(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task
         p_values = {
             column: association_p_value(codes_N, targets_N) for column, codes_N in many.items()
         }
-        together = _say_more_together(many, targets_N)
-        if together:
-            notes.append(
-                f"{' and '.join(map(repr, together))} say more together than each alone; the net "
-                "gets products of factors of their names"
-            )
-        merged = [column for column, p in p_values.items() if p > MAX_P and column not in together]
+        merged = [column for column, p in p_values.items() if p > MAX_P]
+        if merged and len(many) > 1:
+            together = _say_more_together(many, targets_N)
+            merged = [column for column in merged if column not in together]
         notes += [
             f"the {int(many[column].max()) - 1:,} names of '{column}' are merged, as the target "
             f"does not differ between them by more than chance (p = {p_values[column]:.2g}); "
             "--data.merge_noise false keeps them"
             for column in merged
         ]
-        encoders[place] = replace(encoder.merge_names(merged), interacting=tuple(together))
+        encoders[place] = encoder.merge_names(merged)
     return replace(task, features=replace(task.features, encoders=tuple(encoders))), notes
 
 
-def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> list[str]:
+def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> set[str]:
     """The columns whose names say more together with those of another one."""
     columns = sorted(codes, key=lambda column: -int(codes[column].max()))[:MOST_COLUMNS]
     targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)[:, :MOST_TARGETS]
@@ -76,7 +73,7 @@ def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> l
             pair = codes[first], codes[second]
             if any(interaction_gain(*pair, column_N) > MIN_GAIN for column_N in targets_NK.T):
                 found |= {first, second}
-    return sorted(found)
+    return found
 
 
 def interaction_gain(first_N: np.ndarray, second_N: np.ndarray, targets_N: np.ndarray) -> float:

@@ -79,8 +79,7 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
         (spec,) = encoder.inputs
         return PiecewiseLinearEncoding(spec.shape[0], config.bins, encoder.with_missing_F)
     if isinstance(encoder, Categories):
-        interacting = [encoder.columns.index(column) for column in encoder.interacting]
-        return CategoricalEmbeddings(encoder.sizes, encoder.with_missing_C, interacting)
+        return CategoricalEmbeddings(encoder.sizes, encoder.with_missing_C)
     if isinstance(encoder, Texts):
         if config.text == "bag_of_words":
             return BagOfWords(encoder.idf_V, config.text_width, config.text_dropout)

@@ -23,8 +23,6 @@ BOUND = 10.0
 LEAST_IN_PIECE = 100
 # Share of the values that count as missing, and as never seen, in training.
 MASKED = 0.01
-# Of a name, where names of two columns interact.
-NUM_FACTORS = 16
 # The width of a piece that is never filled.
 ENDLESS = 1e30
 
@@ -102,35 +100,22 @@ def _limit_repeats(values_N: Tensor, num_pieces: int) -> Tensor:
 
 
 class CategoricalEmbeddings(nn.Module):
-    """Codes [B, C] → [B, D]: the columns' vectors side by side, and products of factors.
-
-    interacting: columns whose factors are multiplied, each with each, and added up: the pooling of
-    He and Chua, Neural Factorization Machines, https://arxiv.org/abs/1708.05027. Of a user and an
-    item it is what matrix factorization learns.
+    """Codes [B, C] → [B, D], the columns' vectors side by side.
 
     In training a few codes are masked, so that the vectors of names that were never seen and of
     missing ones are learned as those of any record.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        with_missing_C: Sequence[bool] = (),
-        interacting: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], with_missing_C: Sequence[bool] = ()) -> None:
         super().__init__()
-        self._with_missing_C, self._interacting = tuple(with_missing_C), tuple(interacting)
+        self._with_missing_C = tuple(with_missing_C)
         # By fast.ai's rule of thumb, but short of its largest.
         widths = [min(32, round(1.6 * size**0.56)) for size in sizes]
         self.width = sum(widths)
         self.tables = nn.ModuleList(
             nn.Embedding(size, width) for size, width in zip(sizes, widths, strict=True)
         )
-        self.factors = nn.ModuleList(
-            nn.Embedding(sizes[column], NUM_FACTORS) for column in self._interacting
-        )
-        self.width += NUM_FACTORS * bool(self._interacting)
-        for table in (*self.tables, *self.factors):
+        for table in self.tables:
             assert isinstance(table, nn.Embedding)
             nn.init.normal_(table.weight, std=0.3)
             # What training shows rarely begins in the middle of all names.
@@ -140,14 +125,6 @@ class CategoricalEmbeddings(nn.Module):
         if self.training and self._with_missing_C:
             codes_BC = self._masked(codes_BC)
         vectors = [table(codes_BC[:, column]) for column, table in enumerate(self.tables)]
-        if self._interacting:
-            parts = [
-                table(codes_BC[:, column])
-                for column, table in zip(self._interacting, self.factors, strict=True)
-            ]
-            total = sum(parts[1:], parts[0])
-            squares = sum((part * part for part in parts[1:]), parts[0] * parts[0])
-            vectors.append((total * total - squares) / 2)
         return torch.cat(vectors, dim=1)
 
     def _masked(self, codes_BC: Tensor) -> Tensor:

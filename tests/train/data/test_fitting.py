@@ -1,11 +1,14 @@
 """Columns with many names: which of them say something of the target."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from train.config import validate_config
 from train.data import dataset
+from train.data.name_evidence import interaction_gain, merge_noise
 from train.tasks import Categories, Task
 from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 
@@ -76,3 +79,24 @@ def test_all_names_are_kept_where_that_is_asked_for(prepare, frame):
     (categories,) = data.task.features.encoders
     assert [len(names) for names in categories.names_C] == [150, 150, 2]
     assert data.summary["report"]["notes"] == []
+
+
+def test_names_that_say_something_together_alone_are_kept(rng):
+    """Of users and items whose factors' products are rated, neither says anything by itself."""
+    users, items = rng.integers(0, 100, 6_000), rng.integers(0, 80, 6_000)
+    taste, kind = rng.normal(size=(100, 2)), rng.normal(size=(80, 2))
+    taste, kind = taste - taste.mean(axis=0), kind - kind.mean(axis=0)
+    ratings = (taste[users] * kind[items]).sum(axis=1) + rng.normal(size=6_000)
+    assert interaction_gain(users, items, ratings) > 10
+    assert interaction_gain(users, items, rng.permutation(ratings)) < 0
+    alone = rng.normal(size=100)[users] + rng.normal(size=80)[items] + rng.normal(size=6_000)
+    assert interaction_gain(users, items, alone) < 0
+    noise = rng.integers(0, 50, 6_000)
+    sample = {"user": users, "item": items, "noise": noise, "y": ratings}
+    task = Task.of({name: {"kind": "category"} for name in list(sample)[:3]}, "y", "regression")
+    task = replace(task, features=task.features.fit(sample), target=task.target.fit(ratings))
+    merged, notes = merge_noise(task, sample, [])
+    (encoder,) = merged.features.encoders
+    kept = {name for name, each in zip(encoder.columns, encoder.names_C, strict=True) if each}
+    assert kept == {"user", "item"}
+    assert len(notes) == 1

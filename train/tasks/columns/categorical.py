@@ -32,14 +32,12 @@ class Categories:
     A name that training never saw has the code 0, a missing value the code 1.
 
     names_C: for each column its names in the order of their codes, the most frequent first.
-    with_missing_C: whether training records lacked each column's value. interacting: columns whose
-    names say more together than each alone.
+    with_missing_C: whether training records lacked each column's value.
     """
 
     columns: tuple[str, ...]
     names_C: tuple[tuple[str, ...], ...] = ()
     with_missing_C: tuple[bool, ...] = ()
-    interacting: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "categories"
 
@@ -105,7 +103,6 @@ class Categories:
             "columns": list(self.columns),
             "names": [list(names) for names in self.names_C],
             "with_missing": list(self.with_missing_C),
-            "interacting": list(self.interacting),
         }
 
     @classmethod
@@ -114,7 +111,6 @@ class Categories:
             tuple(state["columns"]),
             tuple(tuple(names) for names in state["names"]),
             tuple(state.get("with_missing", ())),
-            tuple(state.get("interacting", ())),
         )
 
 
