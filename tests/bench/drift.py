@@ -31,6 +31,7 @@ from serve.drift.windows import DriftMonitor
 from train.bundle import Bundle, Predictor, feature_statistics, registry
 from train.bundle.feature_statistics import Quantity, QuantityValues
 from train.data.reading import sources
+from train.data.reading.samples import sample_source
 from train.tasks import ClassTarget, Columns
 
 RESAMPLED = 200
@@ -49,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     location, _ = registry.resolve_model(given.model, storage.resolve_path(given.storage))
     predictor = Predictor.load(Bundle.load(location), num_threads=2)
-    columns = sources.source_head(sources.find_source(given.data), MAX_RECORDS)
+    columns = sample_source(sources.find_source(given.data), MAX_RECORDS)
     watched = predictor.bundle.quantities
     count = _count(columns)
     result: dict[str, Any] = {"records": count, "window": given.window}

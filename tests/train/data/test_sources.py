@@ -19,6 +19,7 @@ from tests.train.tasks.test_tasks import image_bytes
 from train.data import dataset, fitting, preprocess, splits
 from train.data.reading import readers, sources
 from train.data.reading.csv_files import CsvOptions
+from train.data.reading.samples import sample_source
 
 TABLE = {
     "n": [1.5, 2.0, None, 4.25, -1.0, 0.0] * 20,
@@ -231,7 +232,7 @@ def test_empty_files_beside_others_are_passed_over(frame, tmp_path):
     frame.head(0).to_parquet(folder / "0.parquet")
     frame.to_parquet(folder / "1.parquet")
     assert list(read_all(str(folder), tmp_path / "scratch")["y"]) == TABLE["y"]
-    assert list(sources.source_head(sources.find_source(str(folder)), 5)["y"]) == [0, 1, 2, 3, 4]
+    assert list(sample_source(sources.find_source(str(folder)), 5)["y"]) == [0, 1, 2, 3, 4]
     frame.to_csv(folder / "2.csv")
     with pytest.raises(UserError, match=r"several formats \(csv, parquet\)"):
         sources.find_source(str(folder))
@@ -383,7 +384,7 @@ def test_pickles_of_ray_data_in_a_file_are_refused_unread(tmp_path, kind, nested
                     writer.write_table(table)
     source = sources.find_source(str(path))
     with pytest.raises(UserError, match="'x' has the extension type"):
-        sources.source_head(source, 10)
+        sample_source(source, 10)
     with pytest.raises(UserError, match="extension type"):  # noqa: PT012
         blocks = sources.open_source(source, str(tmp_path / "scratch"))
         for block in blocks:

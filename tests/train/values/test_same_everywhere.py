@@ -18,6 +18,7 @@ from serve.grpc import messages
 from serve.protocol import v1, v2
 from train.bundle.manifest import TensorMetadata
 from train.data.reading import sources
+from train.data.reading.samples import sample_source
 from train.tasks import Categories, Columns, Numbers
 from train.tasks.columns.categorical import FIRST
 from train.tasks.columns.scalars import Boolean, Number
@@ -49,7 +50,7 @@ def from_file(values: list, kind: str, folder: Path) -> Columns:
         pa.parquet.write_table(pa.table({"c": values}), path)
     else:
         path.write_text("\n".join(json.dumps({"c": value}) for value in values))
-    found = sources.source_head(sources.find_source(str(path)), len(values))
+    found = sample_source(sources.find_source(str(path)), len(values))
     path.unlink()
     return found
 

@@ -28,8 +28,6 @@ BATCH_ROWS, BATCH_BYTES = 1024, 16 << 20
 GROUP_ROWS, GROUP_BYTES = 16_384, 64 << 20
 # Larger row groups of a Parquet file are read once and written as smaller ones.
 MAX_GROUP_ROWS = 131_072
-# What is looked at to find out what a source holds.
-HEAD_BYTES = 64 << 20
 MOST_SHOWN = 3
 
 
@@ -202,26 +200,6 @@ def source_schema(blocks: Sequence[RowBlock]) -> pa.Schema:
                 "a source's files must have the same."
             )
     return first
-
-
-def source_head(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV) -> Columns:
-    """The first records of a source, every column of them, at most HEAD_BYTES."""
-    together = source.format in ("images", "digits")
-    parts: list[pa.Table] = []
-    for files in [source.files] if together else zip(source.files, strict=True):
-        with reading_errors(source.url if together else files[0]):
-            for part in readers.read_tables(source.format, files, options):
-                parts.append(part)
-                rows = sum(each.num_rows for each in parts)
-                if rows >= count or sum(each.nbytes for each in parts) >= HEAD_BYTES:
-                    break
-        if parts and parts[0].num_rows:
-            break
-    if not any(part.num_rows for part in parts):
-        raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
-    table = pa.concat_tables(parts, promote_options="default").slice(0, count).combine_chunks()
-    check_columns(source.url, table.schema.names, table.schema.names)
-    return batch_columns(table.to_batches()[0])
 
 
 def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.reading.folders import split_folders
+from train.data.reading.samples import sample_source
 from train.data.schema.columns import InferredColumn, infer_column
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
@@ -56,7 +57,7 @@ def _inferred(config: Config) -> Config:
         return config
     source = sources.find_source(config.data.train)
     csv = CsvOptions(config.data.encoding, config.data.delimiter)
-    looked_at = sources.source_head(source, LOOKED_AT, csv)
+    looked_at = sample_source(source, LOOKED_AT, csv)
     wanted = [config.target, *config.data.drop, *config.features]
     sources.check_columns(config.data.train, wanted, list(looked_at))
     found: dict[str, Any] = {}

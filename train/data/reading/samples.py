@@ -1,0 +1,107 @@
+"""Samples of a source: its first records, and those further on that show what these do not."""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.compute
+
+from cluster.errors import UserError
+from train.data.reading import readers, sources
+from train.data.reading.csv_files import UNKNOWN_CSV, CsvOptions
+from train.data.reading.folders import reading_errors
+from train.data.reading.sources import Source
+from train.tasks import Columns
+
+# What is looked at to find out what a source holds.
+HEAD_BYTES = 64 << 20
+# Larger sources are known by their first records alone.
+MAX_SCANNED_BYTES = 4 << 30
+# Records that are added for each column.
+MOST_SURPRISES = 50
+# Text that is a number, or stands for a missing one.
+NUMBER = (
+    r"(?i)^\s*([^\pL\d]{0,4}[0-9.,' ]*[0-9][0-9.,]*(e[+-]?[0-9]+)?[^\pL\d]{0,4}|"
+    r"n/?a|nan|null|none)\s*$"
+)
+
+
+def sample_source(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV) -> Columns:
+    """Return the first records of a source, at most HEAD_BYTES, every column of them.
+
+    Further records follow, in which a column has other text than numbers where it had only these,
+    or any value where it had none or one alone. Raises UserError.
+    """
+    parts = _parts(source, options)
+    first: list[pa.Table] = []
+    rows = size = 0
+    for part in parts:
+        first.append(part)
+        rows, size = rows + part.num_rows, size + part.nbytes
+        if rows >= count or size >= HEAD_BYTES:
+            break
+    if not rows:
+        raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
+    with reading_errors(source.url):
+        head = pa.concat_tables(first, promote_options="default")
+        sources.check_columns(source.url, head.schema.names, head.schema.names)
+        head, rest = head.slice(0, count), head.slice(count)
+        found = [head]
+        if source.format not in ("images", "digits") and source.size_bytes <= MAX_SCANNED_BYTES:
+            found += _surprises(head, rest, parts)
+        table = pa.concat_tables(found, promote_options="permissive").combine_chunks()
+    return sources.batch_columns(table.to_batches()[0])
+
+
+def _parts(source: Source, options: CsvOptions) -> Iterator[pa.Table]:
+    together = source.format in ("images", "digits")
+    for files in [source.files] if together else zip(source.files, strict=True):
+        with reading_errors(source.url if together else files[0]):
+            yield from readers.read_tables(source.format, files, options)
+
+
+def _surprises(head: pa.Table, rest: pa.Table, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Records that show of a column what the head does not."""
+    numbers = {name for name in head.schema.names if _all_numbers(head[name])}
+    constant = {name: _only_value(head[name]) for name in head.schema.names}
+    left = dict.fromkeys(head.schema.names, MOST_SURPRISES)
+    for part in chain([rest], parts):
+        yield from _new_in(part, numbers, constant, left)
+
+
+def _new_in(
+    part: pa.Table, numbers: set[str], constant: dict[str, pa.Scalar | None], left: dict[str, int]
+) -> Iterator[pa.Table]:
+    for name in part.schema.names:
+        if left.get(name, 0) <= 0:
+            continue
+        column = part[name]
+        if name in numbers and pa.types.is_string(column.type):
+            new = pa.compute.invert(pa.compute.match_substring_regex(column, NUMBER))
+        elif (value := constant.get(name)) is not None:
+            new = pa.compute.is_valid(column)
+            if value.is_valid:
+                new = pa.compute.and_(new, pa.compute.not_equal(column, value))
+        else:
+            continue
+        rows = part.filter(new.fill_null(False)).slice(0, left[name])
+        if rows.num_rows:
+            left[name] -= rows.num_rows
+            yield rows
+
+
+def _all_numbers(column: pa.ChunkedArray) -> bool:
+    if not pa.types.is_string(column.type) or column.null_count == len(column):
+        return False
+    return bool(pa.compute.all(pa.compute.match_substring_regex(column, NUMBER)).as_py())
+
+
+def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:
+    """The one value that a column has, a null where it has none; None where it has several."""
+    kind = column.type
+    if pa.types.is_nested(kind) or pa.types.is_dictionary(kind) or pa.types.is_null(kind):
+        return None
+    values = pa.compute.unique(column.drop_null())
+    if len(values) > 1:
+        return None
+    return values[0] if len(values) else pa.scalar(None, kind)
