@@ -17,6 +17,9 @@ from train.values.records import Arrays, InvalidRecord, is_missing, with_row
 # What several labels of a record are written with between them.
 SEPARATOR = "|"
 
+# Types of labels whose names are remembered.
+HASHED = (str, int, bool, np.int64, np.int32)
+
 
 def softmax(logits_NK: np.ndarray) -> np.ndarray:
     """Return float32 probabilities [N, K]; rows sum to 1."""
@@ -158,10 +161,12 @@ class ClassTarget(NamedTarget):
         raise ValueError(f"there is no metric '{name}'")
 
     def _labels(self, values: Iterable[Any], form: NameForm) -> Iterable[str]:
-        known: dict[str, str] = {}
+        # Most labels came before: by type, as 1 and true are equal keys.
+        known: dict[type, dict[Any, str]] = {kind: {} for kind in HASHED}
         for row, value in enumerate(values):
-            if type(value) is str and value in known:  # most labels are written alike
-                yield known[value]
+            of_kind = known.get(type(value))
+            if of_kind is not None and value in of_kind:
+                yield of_kind[value]
                 continue
             if is_missing(value):
                 raise InvalidRecord(
@@ -169,8 +174,8 @@ class ClassTarget(NamedTarget):
                 )
             with with_row(row):
                 label = label_name(self.column, value, form)
-            if type(value) is str:
-                known[value] = label
+            if of_kind is not None:
+                of_kind[value] = label
             yield label
 
 

@@ -71,7 +71,7 @@ def _hash_bytes(content: bytes) -> np.uint64:
 
 def _number_bits(numbers_N: np.ndarray) -> np.ndarray:
     if numbers_N.dtype.kind == "b":
-        return np.where(numbers_N, hash_text("true"), hash_text("false"))
+        return np.where(numbers_N, np.uint64(TRUE), np.uint64(FALSE))
     values_N = np.asarray(numbers_N, np.float64) + 0.0  # which turns -0.0 into 0.0
     hash_N = np.where(np.isnan(values_N), np.uint64(MISSING), values_N.view(np.uint64))
     if numbers_N.dtype.kind in "iu":
@@ -85,11 +85,13 @@ def _float_bits(value: float) -> int:
 
 
 def _hash_value(value: Any, known: dict[Any, int]) -> int:
+    if value is True or value is False:
+        return TRUE if value else FALSE
     if is_missing(value):
         return MISSING
     if isinstance(value, float):
         return _float_bits(value)
-    if isinstance(value, str | int) and not isinstance(value, bool):
+    if isinstance(value, str | int):
         # Most columns have few different ones.
         found = known.get(value)
         if found is None:
@@ -115,3 +117,6 @@ def _hash_scalar(value: Any) -> int:
         with suppress(ValueError):
             return _float_bits(float(name))
     return int(hash_text(name))
+
+
+TRUE, FALSE = int(hash_text("true")), int(hash_text("false"))

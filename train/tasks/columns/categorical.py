@@ -121,6 +121,10 @@ def _distinct(values: Sequence[Any] | np.ndarray) -> Iterable[Any]:
 
 
 def _keys(column: str, values: Sequence[Any] | np.ndarray, form: NameForm) -> list[str | None]:
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+        distinct, codes_N = np.unique(values, return_inverse=True)
+        names = [_key(column, 0, value, form) for value in distinct]
+        return [names[code] for code in codes_N.tolist()]
     known: dict[str, str | None] = {}
     keys: list[str | None] = []
     for row, value in enumerate(values):

@@ -1,7 +1,7 @@
 """Columns whose values are one number each: numbers, booleans, dates. Shapes: N records."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, ClassVar, Self
@@ -111,7 +111,7 @@ class Boolean:
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Return float64 [N] of 0, 1 and NaN. Raises InvalidRecord."""
-        return np.array([_truth(self.column, *item) for item in enumerate(values)], np.float64)
+        return _read_each(values, lambda row, value: _truth(self.column, row, value))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Date:
         if isinstance(values, np.ndarray) and values.dtype.kind == "M":
             micros_N = values.astype("datetime64[us]")
             return np.where(np.isnat(micros_N), np.nan, micros_N.astype(np.int64) / 1e6)
-        return np.array([self._seconds(*item) for item in enumerate(values)], np.float64)
+        return _read_each(values, self._seconds)
 
     def _seconds(self, row: int, value: Any) -> float:
         if is_missing(value):
@@ -162,7 +162,23 @@ class Date:
         )
 
 
+def _read_each(values: Sequence[Any] | np.ndarray, read: Callable[[int, Any], float]) -> np.ndarray:
+    """Return what `read` makes of each row and value, float64 [N]; of equal texts once."""
+    known: dict[str, float] = {}
+    found_N = np.empty(len(values))
+    for row, value in enumerate(values):
+        if type(value) is not str:
+            found_N[row] = read(row, value)
+            continue
+        if value not in known:
+            known[value] = read(row, value)
+        found_N[row] = known[value]
+    return found_N
+
+
 def _truth(column: str, row: int, value: Any) -> float:
+    if value is True or value is False:
+        return float(value)
     if is_missing(value):
         return math.nan
     try:
