@@ -278,7 +278,7 @@ def test_an_ensemble_of_a_table_is_one_net_to_its_users(mixed, tmp_path):
     export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, tmp_path / "net.onnx")
 
 
-def test_training_learns_what_a_value_never_seen_or_missing_means():
+def test_training_learns_what_unseen_and_missing_values_mean():
     torch.manual_seed(0)
     embeddings = CategoricalEmbeddings([5, 5], with_missing_C=[True, False])
     codes_BC = torch.full((2_000, 2), 3)

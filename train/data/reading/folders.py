@@ -32,7 +32,9 @@ def split_folders(url: str) -> dict[str, str]:
             name = PurePosixPath(each["name"]).name
             if each["type"] != "directory" or is_hidden(name):
                 continue
-            has_classes = any(part["type"] == "directory" for part in fs.ls(each["name"]))
+            has_classes = any(
+                part["type"] == "directory" for part in fs.ls(each["name"], detail=True)
+            )
             if name.lower() not in SPLIT_NAMES or not has_classes:
                 return {}
             found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
