@@ -153,10 +153,10 @@ function tensor(input) {
 
 function imageField(input) {
   const [, height, width, channels] = input.shape;
-  const control = element("input", { type: "file", accept: "image/png,image/jpeg" });
+  const control = element("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/bmp,image/tiff" });
   const preview = element("img", { alt: "", hidden: true });
-  const help = channels ? `PNG or JPEG of any size; becomes ${width} × ${height}, ` +
-    (channels === 1 ? "grey" : "colour") : "PNG or JPEG";
+  const help = channels ? `An image of any size; becomes ${width} × ${height}, ` +
+    (channels === 1 ? "grey" : "colour") : "An image file";
   const node = labelled(input, control, help);
   node.append(element("p", { class: "note" }, "Choose a file, or drop one here."), preview);
   let file = null;

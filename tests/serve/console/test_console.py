@@ -361,7 +361,7 @@ def test_errors_of_an_input_are_shown_as_the_server_words_them(visit):
     alert = page.get_by_role("alert")
     alert.wait_for()
     assert "'image'" in alert.inner_text()
-    assert "PNG or JPEG" in alert.inner_text()
+    assert "PNG, JPEG" in alert.inner_text()
     assert page.get_by_label("image").get_attribute("aria-invalid") == "true"
 
 
