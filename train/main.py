@@ -21,10 +21,15 @@ import ray  # noqa: F401 - before the threads of `main`, which would both import
 
 from cluster.cli import run_command
 from train import cli
+from train.data.reading import samples
+from train.data.reading.csv_files import CsvOptions
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config, save_to = cli.parse(argv)
+    data = config.data
+    wanted = [config.target, *config.features, *data.drop] if config.init is None else []
+    samples.check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter))
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "train.training")

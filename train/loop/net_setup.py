@@ -16,7 +16,7 @@ from train.values.records import num_rows
 
 # Samples on which a net fits its normalisation and its whitening stem: fewer where they are large,
 # as each becomes hundreds of times its bytes.
-FIT_SAMPLES, FIT_LEAST_SAMPLES, FIT_BYTES = 5000, 32, 5000 * 32 * 32 * 3
+FIT_SAMPLES, FIT_LEAST_SAMPLES, FIT_BYTES = 50_000, 32, 5000 * 32 * 32 * 3
 
 
 def build_net(config: Config, task: Task) -> nn.Module:

@@ -28,8 +28,8 @@ class CsvOptions:
 UNKNOWN_CSV = CsvOptions()
 
 
-def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
-    """Read a file. Raises ValueError that names the line of what is wrong with it."""
+def read_header(fs: Any, path: str, options: CsvOptions) -> tuple[list[str], str]:
+    """Return the names of the columns, and the delimiter. Raises ValueError."""
     with fs.open(path, "rb", compression="infer") as stream:
         start = stream.read(CSV_BLOCK_BYTES).decode(options.encoding, errors="replace")
     start = start.removeprefix("\ufeff")
@@ -39,6 +39,12 @@ def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
     names = next(_rows(start, delimiter))
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"the column '{twice[0]}' is there twice; rename one of them")
+    return names, delimiter
+
+
+def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
+    """Read a file. Raises ValueError that names the line of what is wrong with it."""
+    names, delimiter = read_header(fs, path, options)
     # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
     local = isinstance(fs, LocalFileSystem)
     try:

@@ -1,6 +1,6 @@
 """Samples of a source: its first records, and those further on that show what these do not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from train.data.reading import readers, sources
 from train.data.reading.csv_files import UNKNOWN_CSV, CsvOptions
 from train.data.reading.folders import reading_errors
 from train.data.reading.sources import Source
-from train.tasks import Columns
+from train.values.records import Columns, plain_name
 
 # What is looked at to find out what a source holds.
 HEAD_BYTES = 64 << 20
@@ -105,3 +105,15 @@ def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:
     if len(values) > 1:
         return None
     return values[0] if len(values) else pa.scalar(None, kind)
+
+
+def check_names(url: str, wanted: Sequence[str], options: CsvOptions = UNKNOWN_CSV) -> None:
+    """See whether a source is there and has columns, as far as that is known without reading it.
+
+    Raises UserError that names what is not there.
+    """
+    source = sources.find_source(url)
+    with reading_errors(source.files[0]):
+        names = readers.column_names(source.format, source.files[0], options)
+    if names is not None:
+        sources.check_columns(url, wanted, [plain_name(name) for name in names])

@@ -8,6 +8,7 @@ only blocks of Parquet.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -207,9 +208,10 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
     for column in wanted:
         if column not in names:
             alike = [name for name in names if name.lower() == column.lower()]
+            alike = alike or get_close_matches(column, names, 1)
             hint = f" Did you mean '{alike[0]}'?" if alike else ""
             raise UserError(
-                f"'{url}' has no column '{column}'; it has {', '.join(names)}.{hint} "
+                f"'{url}' has no column '{column}'; it has {', '.join(map(repr, names))}.{hint} "
                 "Set target or features to what is there."
             )
         if list(names).count(column) > 1:
