@@ -65,7 +65,7 @@ def test_codes_are_told_from_numbers_by_what_predicts_the_target(rng):
     assert kind_of("x", codes, noise).kind == "number"
 
 
-def test_how_a_file_writes_numbers_and_dates_settles_what_is_in_doubt():
+def test_other_columns_settle_what_is_in_doubt():
     prices, sizes = ["1.234", "2.500"] * 20, ["3,5", "4,25"] * 20
     assert kind_of("price", prices).options == {}
     german = kind_of("price", prices, size=sizes)

@@ -28,7 +28,7 @@ class CsvOptions:
 UNKNOWN_CSV = CsvOptions()
 
 
-def read_header(fs: Any, path: str, options: CsvOptions) -> tuple[list[str], str]:
+def read_column_names(fs: Any, path: str, options: CsvOptions) -> tuple[list[str], str]:
     """Return the names of the columns, and the delimiter. Raises ValueError."""
     with fs.open(path, "rb", compression="infer") as stream:
         start = stream.read(CSV_BLOCK_BYTES).decode(options.encoding, errors="replace")
@@ -44,7 +44,7 @@ def read_header(fs: Any, path: str, options: CsvOptions) -> tuple[list[str], str
 
 def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
     """Read a file. Raises ValueError that names the line of what is wrong with it."""
-    names, delimiter = read_header(fs, path, options)
+    names, delimiter = read_column_names(fs, path, options)
     # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
     local = isinstance(fs, LocalFileSystem)
     try:

@@ -15,7 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from cluster import storage
-from train.data.reading.csv_files import CsvOptions, read_csv, read_header
+from train.data.reading.csv_files import CsvOptions, read_column_names, read_csv
 from train.data.reading.json_lines import PART_ROWS, read_json
 from train.values.pictures import KNOWN_PICTURES, PICTURE_ENDINGS
 from train.values.records import plain_name
@@ -75,7 +75,7 @@ def column_names(kind: str, file: str, options: CsvOptions) -> list[str] | None:
     """Return the columns of a file, None where that takes reading all of it or some are nested."""
     fs, path = storage.filesystem(file)
     if kind == "csv":
-        return read_header(fs, path, options)[0]
+        return read_column_names(fs, path, options)[0]
     if kind != "parquet":
         return None
     with fs.open(path, "rb") as stream:
