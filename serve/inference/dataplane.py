@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from serve.inference.latency_model import LatencyModel
 from serve.telemetry.metrics import Snapshot, VersionMetrics
 from train.bundle import Bundle, Predictor
 from train.bundle.manifest import Manifest
-from train.tasks import Arrays, Columns, InvalidRecord, TensorSpec
+from train.tasks import Arrays, Columns, InvalidRecord, Numbers, TensorSpec
+from train.tasks.columns.lists import LabelSet, Vector
+from train.tasks.columns.scalars import Number
 from train.values.pictures import num_pixels
 
 # More than this is left to a thread: it would hold up every other request.
@@ -73,6 +76,19 @@ class DataPlane:
     def fields(self) -> Sequence[TensorSpec]:
         """What a record holds."""
         return self._predictor.task.features.fields
+
+    @cached_property
+    def readers(self) -> Mapping[str, Number | Vector | LabelSet]:
+        """How numbers, vectors and sets of a record are read, by the names of their fields."""
+        numbers = [
+            each for each in self._predictor.task.features.encoders if isinstance(each, Numbers)
+        ]
+        return {
+            column.column: column
+            for each in numbers
+            for column in each.columns
+            if isinstance(column, Number | Vector | LabelSet)
+        }
 
     @property
     def classes(self) -> Sequence[str] | None:

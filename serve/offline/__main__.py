@@ -24,8 +24,10 @@ from cluster import connect, storage
 from cluster.cli import CommandOptions, parse_options, run_command
 from cluster.errors import UserError
 from serve.config import Names, StoragePath, allow_plugin_modules
+from serve.errors import BadRequest
 from serve.offline.output import INPUT, PLAN, SUMMARY, count_rows, part_exists, write_json
 from serve.offline.predictor import OfflinePredictor
+from serve.protocol.fields import UnknownFields, match_fields
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
@@ -55,6 +57,9 @@ class OfflineOptions(CommandOptions):
         min_length=1,
         max_length=1,
         description="Between the fields of CSV files; found out by default.",
+    )
+    unknown_fields: UnknownFields = Field(
+        "ignore", description="ignore or refuse columns that the model does not take; but --keep."
     )
     workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
 
@@ -136,12 +141,18 @@ def _plan(
             f"--keep has '{taken[0]}', as a column of the predictions is called; leave it out, or "
             "rename it in the input."
         )
+    features = bundle.task.features.columns
     # A name of its own, as another run may have begun at the same time.
     place = f"{INPUT}-{secrets.token_hex(6)}"
     written = CsvOptions(options.encoding, options.delimiter)
     blocks = sources.open_source(source, storage.join_path(output, place), written)
-    wanted = [*bundle.task.features.columns, *options.keep]
-    sources.check_columns(options.input, wanted, sources.source_schema(blocks).names)
+    names = sources.source_schema(blocks).names
+    sources.check_columns(options.input, options.keep, names)
+    given = [name for name in names if name not in options.keep or name in features]
+    try:
+        match_fields(given, bundle.manifest, options.unknown_fields, f"'{options.input}'")
+    except BadRequest as error:
+        raise UserError(str(error)) from error
     plan = {"of": of, "input": place, "blocks": [asdict(block) for block in blocks]}
     # Last: what it names is there.
     write_json(storage.join_path(output, PLAN), plan)

@@ -64,7 +64,8 @@ class OfflinePredictor:
             columns = sources.batch_columns(batch)
             inputs, kept_N, wrong = encode_valid(
                 self._predictor.encode,
-                {name: columns[name] for name in features.columns},
+                # What the input lacks is missing in every record.
+                {name: columns.get(name, [None] * batch.num_rows) for name in features.columns},
                 batch.num_rows,
             )
             for row, reason in wrong:

@@ -103,6 +103,7 @@ class PredictionPipeline:
                     columns,
                     predictions,
                     plane.fields,
+                    plane.readers,
                 )
             )
             return plane, predictions

@@ -4,28 +4,22 @@ Fields are kept as a user sends them, whatever form they came in: a number as fl
 bool, all that is text as string, an image as the bytes of its file.
 """
 
-import hashlib
-import hmac
-import io
-import os
-import secrets
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
+from serve.requestlog.values import field_values
 from train.tasks import Arrays, Columns, TensorSpec
-from train.tasks.columns.image import MODES
-from train.tasks.columns.scalars import Boolean, Number
-from train.values.pictures import has_signature, picture_content
+from train.tasks.columns.lists import LabelSet, Vector
+from train.tasks.columns.scalars import Number
+from train.values.label_lists import SEPARATOR, split_labels
 from train.values.records import is_missing, to_text
 
-KEY_VARIABLE = "HALYARD_LOG_KEY"
 # Rows that are kept of one request.
 MAX_ROWS = 64
 TIME = pa.timestamp("us", tz="UTC")
@@ -37,7 +31,7 @@ class LogEntry:
 
     time_s: when it arrived, seconds since 1970. columns: for each field a value for each record.
     predictions: "label" [N] and "probabilities" [N, K], or "value" [N]. fields: of the model's
-    features, what the columns are.
+    features, what the columns are. readers: how those of numbers, vectors and sets are read.
     """
 
     request_id: str
@@ -48,6 +42,7 @@ class LogEntry:
     columns: Columns
     predictions: Arrays
     fields: Sequence[TensorSpec]
+    readers: Mapping[str, Number | Vector | LabelSet] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +127,33 @@ def _table(
     }
     if fields:  # Parquet knows no struct of nothing
         parts = [
-            _field(
+            field_values(
                 spec,
-                [value for each in group for value in each.columns[spec.name]],
+                [value for each in group for value in _plain(each, spec.name)],
                 hashed=spec.name in hashed,
             )
             for spec in fields
         ]
         columns["record"] = pa.StructArray.from_arrays(parts, [spec.name for spec in fields])
     return pa.table(columns)
+
+
+def _plain(kept: BufferedEntry, name: str) -> Iterable[Any]:
+    """The values of a field; those of a column of numbers as numbers, however they were sent."""
+    reader, values = kept.entry.readers.get(name), kept.columns[name]
+    if isinstance(reader, LabelSet):
+        return (
+            None if is_missing(value) else SEPARATOR.join(split_labels(value, reader.separator))
+            for value in values
+        )
+    if reader is None:
+        return values
+    read_N = (
+        replace(reader, missing=()).read(values)
+        if isinstance(reader, Number)
+        else (reader.read(values))
+    )
+    return [None if np.isnan(value).all() else value for value in read_N]
 
 
 def _predictions(group: Sequence[BufferedEntry]) -> tuple[pa.Array, pa.Array]:
@@ -151,83 +164,6 @@ def _predictions(group: Sequence[BufferedEntry]) -> tuple[pa.Array, pa.Array]:
     labels = [to_text(label) for each in group for label in each.predictions["label"]]
     largest_N = np.concatenate([each.predictions["probabilities"].max(axis=1) for each in group])
     return pa.array(labels, pa.string()), pa.array(largest_N, pa.float32())
-
-
-def _field(spec: TensorSpec, values: list[Any], *, hashed: bool) -> pa.Array:
-    """The values of one field of the records."""
-    if not spec.shape and spec.datatype != "BYTES":
-        values = _known(spec, values)
-    if hashed:
-        return pa.array([_digest(spec, value) for value in values], pa.string())
-    if _is_image(spec):
-        return pa.array([_file(value) for value in values], pa.binary())
-    if spec.datatype == "BYTES":
-        return _texts(values)
-    if spec.shape:
-        return pa.array([np.asarray(value).tolist() for value in values])
-    return pa.array(values, pa.bool_() if spec.datatype == "BOOL" else pa.float64())
-
-
-def _known(spec: TensorSpec, values: list[Any]) -> list[bool | float | None]:
-    """Numbers or truths, in whatever form they came; None where missing."""
-    if spec.datatype == "BOOL":
-        truths_N = Boolean(spec.name).read(values)
-        return [None if np.isnan(truth) else truth == 1 for truth in truths_N.tolist()]
-    numbers_N = Number(spec.name).read(values)
-    return [None if np.isnan(number) else number for number in numbers_N.tolist()]
-
-
-def _is_image(spec: TensorSpec) -> bool:
-    return spec.datatype == "UINT8" and len(spec.shape) == 3 and spec.shape[2] in MODES
-
-
-def _texts(values: list[Any]) -> pa.Array:
-    """Strings; bytes where they are no text, as an encoder of one's own may take."""
-    try:
-        return pa.array(
-            [None if is_missing(each) else to_text(each) for each in values], pa.string()
-        )
-    except ValueError:
-        return pa.array([None if is_missing(each) else _bytes(each) for each in values])
-
-
-def _bytes(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else to_text(value).encode()
-
-
-def _file(value: Any) -> bytes | None:
-    """An image as a file: as it came, or a PNG of its pixels."""
-    if is_missing(value):
-        return None
-    if not isinstance(value, np.ndarray):
-        content = picture_content(value)
-        if content is not None and has_signature(content):
-            return content
-        raise ValueError("an image is neither pixels nor a file")
-    pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value
-    stream = io.BytesIO()
-    # The table's file is compressed; this alone would take twice as long for as many bytes.
-    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
-    return stream.getvalue()
-
-
-def _digest(spec: TensorSpec, value: Any) -> str | None:
-    """HMAC-SHA256 of a value, in hexadecimal; equal values of a field have equal digests."""
-    if is_missing(value):
-        return None
-    if isinstance(value, np.ndarray):
-        content = f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    elif isinstance(value, bytes):
-        content = value
-    else:
-        content = to_text(value).encode(errors="surrogatepass")
-    return hmac.new(_key(), spec.name.encode() + b"\0" + content, hashlib.sha256).hexdigest()
-
-
-@cache
-def _key() -> bytes:
-    """The key of the environment, or one that ends with this process."""
-    return os.environ.get(KEY_VARIABLE, "").encode() or secrets.token_bytes(32)
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:

@@ -21,11 +21,14 @@ from cluster.errors import UserError
 from serve.config import LogOptions
 from serve.requestlog import reader, writer
 from serve.requestlog.files import YOUNG_S, list_files, log_folder
-from serve.requestlog.schema import KEY_VARIABLE, MAX_ROWS, _key, buffer_entry
+from serve.requestlog.schema import MAX_ROWS, buffer_entry, to_table
+from serve.requestlog.values import KEY_VARIABLE, _key
 from serve.requestlog.writer import FeedbackLog, LogEntry, RequestLog
 from serve.telemetry.metrics import exposition, merge_samples
 from tests.train.tasks.test_tasks import image_bytes
 from train.tasks import TensorSpec
+from train.tasks.columns.lists import LabelSet, Vector
+from train.tasks.columns.scalars import Number
 
 NOW_S = 1_800_000_000.0
 AGE = TensorSpec("age", "FP64", ())
@@ -532,3 +535,23 @@ def test_versions_with_different_fields_are_read_together(tmp_path):
     assert found["b", 0]["record"] == {"age": None, "name": "z"}
     assert found["c", 0]["prediction"] == "2.5"
     assert len(found["d", 0]["record"]["age"]) == 64
+
+
+def test_values_are_logged_as_the_model_read_them():
+    fields = (AGE, TensorSpec("tags", "BYTES", ()), TensorSpec("place", "FP64", (2,)))
+    readers = {
+        "age": Number("age", ",", "€", (-1.0,)),
+        "tags": LabelSet("tags", ("a", "b"), ";"),
+        "place": Vector("place", 2),
+    }
+    columns = {
+        "age": ["1.234,5 €", "-1"],
+        "tags": [["a", "b"], "b;a"],
+        "place": ["[1, 2.5]", None],
+    }
+    kept = buffer_entry(entry(fields=fields, columns=columns, readers=readers), frozenset())
+    records = to_table([kept], frozenset())["record"].to_pylist()
+    assert records == [
+        {"age": 1234.5, "tags": "a|b", "place": [1.0, 2.5]},
+        {"age": -1.0, "tags": "b|a", "place": None},
+    ]

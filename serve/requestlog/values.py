@@ -1,0 +1,98 @@
+"""Values of a logged field as Arrow arrays, plain or as keyed digests."""
+
+import hashlib
+import hmac
+import io
+import os
+import secrets
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from train.tasks import TensorSpec
+from train.tasks.columns.image import MODES
+from train.tasks.columns.scalars import Boolean, Number
+from train.values.pictures import has_signature, picture_content
+from train.values.records import is_missing, to_text
+
+KEY_VARIABLE = "HALYARD_LOG_KEY"
+
+
+def field_values(spec: TensorSpec, values: list[Any], *, hashed: bool) -> pa.Array:
+    """The values of one field of the records."""
+    if not spec.shape and spec.datatype != "BYTES":
+        values = _known(spec, values)
+    if hashed:
+        return pa.array([_digest(spec, value) for value in values], pa.string())
+    if _is_image(spec):
+        return pa.array([_file(value) for value in values], pa.binary())
+    if spec.datatype == "BYTES":
+        return _texts(values)
+    if spec.shape:
+        return pa.array([np.asarray(value).tolist() for value in values])
+    return pa.array(values, pa.bool_() if spec.datatype == "BOOL" else pa.float64())
+
+
+def _known(spec: TensorSpec, values: list[Any]) -> list[bool | float | None]:
+    """Numbers or truths, in whatever form they came; None where missing."""
+    if spec.datatype == "BOOL":
+        truths_N = Boolean(spec.name).read(values)
+        return [None if np.isnan(truth) else truth == 1 for truth in truths_N.tolist()]
+    numbers_N = Number(spec.name).read(values)
+    return [None if np.isnan(number) else number for number in numbers_N.tolist()]
+
+
+def _is_image(spec: TensorSpec) -> bool:
+    return spec.datatype == "UINT8" and len(spec.shape) == 3 and spec.shape[2] in MODES
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    """Strings; bytes where they are no text, as an encoder of one's own may take."""
+    try:
+        return pa.array(
+            [None if is_missing(each) else to_text(each) for each in values], pa.string()
+        )
+    except ValueError:
+        return pa.array([None if is_missing(each) else _bytes(each) for each in values])
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else to_text(value).encode()
+
+
+def _file(value: Any) -> bytes | None:
+    """An image as a file: as it came, or a PNG of its pixels."""
+    if is_missing(value):
+        return None
+    if not isinstance(value, np.ndarray):
+        content = picture_content(value)
+        if content is not None and has_signature(content):
+            return content
+        raise ValueError("an image is neither pixels nor a file")
+    pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value
+    stream = io.BytesIO()
+    # The table's file is compressed; this alone would take twice as long for as many bytes.
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
+    return stream.getvalue()
+
+
+def _digest(spec: TensorSpec, value: Any) -> str | None:
+    """HMAC-SHA256 of a value, in hexadecimal; equal values of a field have equal digests."""
+    if is_missing(value):
+        return None
+    if isinstance(value, np.ndarray):
+        content = f"{value.dtype}{value.shape}".encode() + value.tobytes()
+    elif isinstance(value, bytes):
+        content = value
+    else:
+        content = to_text(value).encode(errors="surrogatepass")
+    return hmac.new(_key(), spec.name.encode() + b"\0" + content, hashlib.sha256).hexdigest()
+
+
+@cache
+def _key() -> bytes:
+    """The key of the environment, or one that ends with this process."""
+    return os.environ.get(KEY_VARIABLE, "").encode() or secrets.token_bytes(32)
