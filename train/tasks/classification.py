@@ -10,7 +10,7 @@ import numpy as np
 
 from train import metrics
 from train.metrics import Metric
-from train.tasks.targets import NamedTarget, label_name
+from train.tasks.targets import GO_ON, NamedTarget, label_name
 from train.values.names import NameForm, find_form, to_name
 from train.values.records import Arrays, InvalidRecord, is_missing, with_row
 
@@ -94,7 +94,7 @@ class ClassTarget(NamedTarget):
                 raise InvalidRecord(
                     f"column '{self.column}' is '{label}', a class that is not among the training "
                     "records (or too rare to be in every split); known are "
-                    f"{', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}.",
+                    f"{', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}; {GO_ON}.",
                     row,
                 )
             indices[row] = codes[label]
@@ -170,7 +170,7 @@ class ClassTarget(NamedTarget):
                 continue
             if is_missing(value):
                 raise InvalidRecord(
-                    f"column '{self.column}' is missing; expected a class label.", row
+                    f"column '{self.column}' is missing; expected a class label. {GO_ON}.", row
                 )
             with with_row(row):
                 label = label_name(self.column, value, form)

@@ -9,7 +9,7 @@ import numpy as np
 
 from train import metrics
 from train.metrics import Metric
-from train.tasks.targets import NamedTarget
+from train.tasks.targets import GO_ON, NamedTarget
 from train.values.label_lists import SEPARATOR, find_separator, split_labels
 from train.values.records import Arrays, InvalidRecord, shorten, with_row
 
@@ -68,7 +68,7 @@ class LabelsTarget(NamedTarget):
                     if label not in codes:
                         raise InvalidRecord(
                             f"column '{self.column}' has '{label}', which is not among the "
-                            f"training records; known are {', '.join(self.classes[:20])}."
+                            f"training records; known are {', '.join(self.classes[:20])}; {GO_ON}."
                         )
                     chosen_NK[row, codes[label]] = 1
         return chosen_NK

@@ -10,6 +10,7 @@ import numpy as np
 
 from train.metrics import Metric, quantile_loss
 from train.tasks.columns.scalars import Number
+from train.tasks.targets import GO_ON
 from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 
 # In deviations: errors beyond count no longer by their square.
@@ -118,7 +119,8 @@ class ValueTarget:
             row = error.row
         if row is not None:
             raise InvalidRecord(
-                f"column '{self.column}' is {shorten(values[row])}; expected a finite number.",
+                f"column '{self.column}' is {shorten(values[row])}; expected a finite number. "
+                f"{GO_ON}.",
                 start + row,
             ) from None
         return numbers_N

@@ -13,6 +13,9 @@ from train.metrics import Metric
 from train.values.names import NameForm, to_name
 from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 
+# What a user may do about a record whose target cannot be learned.
+GO_ON = "--data.bad_records drop leaves such records out"
+
 
 class Target(Protocol):
     """How the column to predict is learned and how outputs are read back."""
