@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from train.tasks import Categories, Columns, NamedTarget, Numbers, Task
+from train.tasks import Categories, Columns, Images, NamedTarget, Numbers, Task
 from train.tasks.columns.categorical import MAX_NAMES
 from train.tasks.columns.lists import MAX_LABELS, LabelSet
 from train.tasks.columns.scalars import Date, Number
 from train.values.label_lists import split_labels
 from train.values.names import find_form, to_name
+from train.values.pictures import PictureHeader
 from train.values.records import is_missing, shorten
 
 # Of the different values of a column, at least this share is different when it is encoded.
 MIN_DISTINCT_KEPT = 0.5
 MOST_SHOWN = 3
+# A column with more different texts is one of amounts.
+MOST_SPELLINGS = 100
 
 
 def fit_notes(task: Task, sample: Columns) -> list[str]:
@@ -28,6 +31,8 @@ def fit_notes(task: Task, sample: Columns) -> list[str]:
     for encoder in task.features.encoders:
         if isinstance(encoder, Numbers):
             notes += _on_numbers(encoder, sample)
+        elif isinstance(encoder, Images):
+            notes += _on_images(encoder, sample[encoder.column])
         elif isinstance(encoder, Categories):
             for column in encoder.columns:
                 notes += _on_names(column, sample[column])
@@ -67,6 +72,8 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                     f"{sentinel:g} and count as missing, as they are far from all others; "
                     f"features.{each.column}.missing: [] keeps them as numbers"
                 )
+        if isinstance(each, Number):
+            yield from _on_spellings(each, values)
         if isinstance(each, LabelSet) and len(each.labels) == MAX_LABELS:
             yield f"'{each.column}': only its {MAX_LABELS} most frequent labels are read"
     scaled_NF = encoder.encode(sample)[encoder.kind]
@@ -81,6 +88,38 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                     "scaled, as some are too far from the others; name those in "
                     f"features.{each.column}.missing"
                 )
+
+
+def _on_images(encoder: Images, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
+    headers = [value for value in values if isinstance(value, PictureHeader)]
+    if len(headers) < 2:  # where size and kind are given, one is looked at
+        return
+    heights, widths = ([getattr(each, side) for each in headers] for side in ("height", "width"))
+    seen = f"{min(heights)}×{min(widths)} to {max(heights)}×{max(widths)} pixels"
+    colours = sum(header.has_colour for header in headers)
+    height, width, channels = encoder.shape_HWC
+    yield (
+        f"images '{encoder.column}': {seen}, {colours:,} of {len(headers):,} in colour; all become "
+        f"{height}×{width} (height × width), {'grey' if channels == 1 else 'colour'}; "
+        f"features.{encoder.column}.size and .channels change that"
+    )
+
+
+def _on_spellings(column: Number, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
+    """Of few different numbers, those that are written in several ways, as 1.1 and 1.10 are."""
+    texts = {value.strip() for value in values if isinstance(value, str) and not is_missing(value)}
+    if not texts or len(texts) > MOST_SPELLINGS:
+        return
+    written: Mapping[float, list[str]] = defaultdict(list)
+    for text in sorted(texts):
+        written[float(column.read([text])[0])].append(text)
+    several = [each for number, each in written.items() if len(each) > 1 and number == number]
+    if several:
+        yield (
+            f"'{column.column}': texts that are one number count as one: "
+            + _listed(" and ".join(map(shorten, each[:2])) for each in several)
+            + "; if they are names, such as versions, write them so that they are no numbers"
+        )
 
 
 def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:

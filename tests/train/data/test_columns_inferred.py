@@ -185,7 +185,9 @@ def test_folders_of_splits_are_no_classes(tmp_path, rng):
     assert data.task.target.classes == ("cat", "dog")
     counts = {name: split["num_records"] for name, split in data.summary["splits"].items()}
     assert counts == {"train": 24, "valid": 8, "test": 8}
-    assert any("notes.md" in note for note in data.summary["report"]["notes"])
+    notes = " ".join(data.summary["report"]["notes"])
+    assert "notes.md" in notes
+    assert "images 'image': 8×8 to 8×8 pixels, 24 of 24 in colour; all become 8×8" in notes
 
 
 def test_a_table_of_eight_rows_is_refused_with_what_is_needed(tmp_path):
@@ -195,3 +197,23 @@ def test_a_table_of_eight_rows_is_refused_with_what_is_needed(tmp_path):
     config = inference.complete_config(config).config
     with pytest.raises(UserError, match="has 8 records; at least 20 are needed"):
         dataset.prepare_dataset(config, str(tmp_path / "runs"))
+
+
+def test_a_line_that_names_the_separator_is_no_header(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("\ufeffsep=;\n\na;y\n" + "1,5;x\n2,5;z\n" * 20, encoding="utf-8")
+    found = sample_source(sources.find_source(str(path)), 100)
+    assert found["a"][:2] == ["1,5", "2,5"]
+    path.write_text("sep=;\na;y\n1;2\n1;2;3\n")
+    with pytest.raises(UserError, match="line 4 has 3 fields"):
+        sample_source(sources.find_source(str(path)), 100)
+
+
+def test_numbers_in_several_spellings_are_named(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("version,y\n" + "1.1,a\n1.10,b\n2.0,a\n" * 40)
+    given = {"name": "x", "target": "y", "data": {"train": str(path)}}
+    config = inference.complete_config(validate_config(given)).config
+    data = dataset.prepare_dataset(config, str(tmp_path / "runs"))
+    (note,) = (note for note in data.summary["report"]["notes"] if "version" in note)
+    assert "'1.1' and '1.10'" in note

@@ -257,7 +257,7 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
     ("records", "words"),
     [
         ([], ["no records"]),
-        ([{"image": b"", "other": 1}], ["no column 'label'", "image, other"]),
+        ([{"image": b"", "other": 1}], ["no column 'label'", "'image', 'other'"]),
         ([{"image": b"", "label": 1}], ["1 records", "at least 2"]),
         ("one class", ["only the value ['0']"]),
         ("damaged", ["row 17", "no PNG, JPEG"]),

@@ -2,8 +2,9 @@
 
 import csv
 import io
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 CSV_BLOCK_BYTES = 8 << 20
 DELIMITERS = ",;\t|"
+SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 # What is looked at to find the delimiter.
 SNIFFED_CHARACTERS, SNIFFED_ROWS = 1 << 20, 100
 
@@ -28,23 +30,34 @@ class CsvOptions:
 UNKNOWN_CSV = CsvOptions()
 
 
-def read_column_names(fs: Any, path: str, options: CsvOptions) -> tuple[list[str], str]:
-    """Return the names of the columns, and the delimiter. Raises ValueError."""
+@dataclass(frozen=True)
+class CsvHeader:
+    """What stands at the beginning of a file. skipped: lines before that with the names."""
+
+    names: list[str]
+    delimiter: str
+    skipped: int = 0
+
+
+def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
+    """Raises ValueError for a file without names of columns, or with one name twice."""
     with fs.open(path, "rb", compression="infer") as stream:
         start = stream.read(CSV_BLOCK_BYTES).decode(options.encoding, errors="replace")
-    start = start.removeprefix("\ufeff")
+    start, skipped, delimiter = start.removeprefix("\ufeff"), 0, options.delimiter
+    if found := SEPARATOR_LINE.match(start):  # as spreadsheets write it
+        start, skipped, delimiter = start[found.end() :], 1, delimiter or found[1]
     if not start.strip():
         raise ValueError("it is empty; expected a line with the names of the columns")
-    delimiter = options.delimiter or find_delimiter(start)
-    names = next(_rows(start, delimiter))
+    delimiter = delimiter or find_delimiter(start)
+    names = next(row for row in _rows(start, delimiter) if row)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"the column '{twice[0]}' is there twice; rename one of them")
-    return names, delimiter
+    return CsvHeader(names, delimiter, skipped)
 
 
 def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
     """Read a file. Raises ValueError that names the line of what is wrong with it."""
-    names, delimiter = read_column_names(fs, path, options)
+    header = read_column_names(fs, path, options)
     # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
     local = isinstance(fs, LocalFileSystem)
     try:
@@ -53,10 +66,10 @@ def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
             if local
             else fs.open(path, "rb", compression="infer")
         ) as stream:
-            yield from _tables(stream, names, delimiter, options.encoding)
+            yield from _tables(stream, header, options.encoding)
     except (pa.ArrowInvalid, UnicodeError) as error:
         with fs.open(path, "rb", compression="infer") as stream:
-            raise _explained(error, stream, names, delimiter, options.encoding) from error
+            raise _explained(error, stream, header, options.encoding) from error
 
 
 def find_delimiter(start: str) -> str:
@@ -83,15 +96,15 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
 
-def _tables(
-    stream: BinaryIO, names: Sequence[str], delimiter: str, encoding: str
-) -> Iterator[pa.Table]:
+def _tables(stream: BinaryIO, header: CsvHeader, encoding: str) -> Iterator[pa.Table]:
     reader = pa.csv.open_csv(
         stream,
-        read_options=pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES, encoding=encoding),
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        read_options=pa.csv.ReadOptions(
+            block_size=CSV_BLOCK_BYTES, encoding=encoding, skip_rows=header.skipped
+        ),
+        parse_options=pa.csv.ParseOptions(delimiter=header.delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
+            column_types=dict.fromkeys(header.names, pa.string()),
             strings_can_be_null=True,
             null_values=[""],
         ),
@@ -100,9 +113,7 @@ def _tables(
         yield from (pa.Table.from_batches([batch]) for batch in reader)
 
 
-def _explained(
-    error: Exception, stream: BinaryIO, names: Sequence[str], delimiter: str, encoding: str
-) -> Exception:
+def _explained(error: Exception, stream: BinaryIO, header: CsvHeader, encoding: str) -> Exception:
     """Name the line of a CSV file that is wrong, or return what is known."""
     if "UTF8" in str(error) or isinstance(error, UnicodeError):
         for number, line in enumerate(stream, 1):
@@ -113,12 +124,16 @@ def _explained(
                     f"line {number} is not {encoding} text; give its --data.encoding, such as "
                     "latin-1, or convert the file"
                 )
-    rows = csv.reader(io.TextIOWrapper(stream, encoding, newline=""), delimiter=delimiter)
+    text = io.TextIOWrapper(stream, encoding, newline="")
+    for _ in range(header.skipped):
+        text.readline()
+    rows, count = csv.reader(text, delimiter=header.delimiter), len(header.names)
     for fields in rows:
-        if fields and len(fields) != len(names):
+        if fields and len(fields) != count:
+            number = rows.line_num + header.skipped
             return ValueError(
-                f"line {rows.line_num} has {len(fields)} fields; expected {len(names)}, as the "
+                f"line {number} has {len(fields)} fields; expected {count}, as the "
                 "header has. Mend the line, or quote a field that holds the delimiter, which is "
-                f"{delimiter!r}"
+                f"{header.delimiter!r}"
             )
     return error

@@ -75,7 +75,7 @@ def column_names(kind: str, file: str, options: CsvOptions) -> list[str] | None:
     """Return the columns of a file, None where that takes reading all of it or some are nested."""
     fs, path = storage.filesystem(file)
     if kind == "csv":
-        return read_column_names(fs, path, options)[0]
+        return read_column_names(fs, path, options).names
     if kind != "parquet":
         return None
     with fs.open(path, "rb") as stream:
