@@ -1,6 +1,7 @@
 """HTTP, on the ASGI application with a real bundle behind it."""
 
 import base64
+import gzip
 import json
 from hashlib import sha256
 
@@ -58,6 +59,53 @@ def test_v1_png_and_v2_tensor_answer_what_the_predictor_says(client, bundle, tes
     ]
     answer = client.post("/v1/models/digits:predict", json={"instances": instances}).json()
     assert [row["label"] for row in answer["predictions"]] == label["data"]
+
+
+def test_a_picture_has_one_answer_however_it_is_sent(client, test_split):
+    """As a body of its type, in a form, as a data URI, compressed, in other formats."""
+    image = test_split[0][3].squeeze()
+    png, tiff = image_bytes(image), image_bytes(image, "TIFF")
+    infer, predict = "/v2/models/digits/infer", "/v1/models/digits:predict"
+    uri = "data:image/png;base64," + base64.b64encode(png).decode()
+    as_uri = json.dumps({"instances": [{"image": uri}]}).encode()
+    typed = {"Content-Type": "image/png"}
+    (answer,) = client.post(predict, content=as_uri).json()["predictions"]
+    same = [
+        client.post(predict, content=png, headers=typed),
+        client.post(predict, content=tiff, headers={"Content-Type": "image/tiff"}),
+        client.post(predict, files={"photo": ("a.png", png, "image/png")}),
+        client.post(predict, content=gzip.compress(as_uri), headers={"Content-Encoding": "gzip"}),
+    ]
+    assert [each.json() for each in same] == [{"predictions": [answer]}] * 4
+    tensors = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [uri]}
+    for response in (
+        client.post(infer, content=png, headers=typed),
+        client.post(infer, files={"image": ("a.tif", tiff, "image/tiff")}),
+        client.post(infer, json={"inputs": [tensors]}),
+    ):
+        label, probabilities = response.json()["outputs"]
+        assert label["data"] == [answer["label"]]
+        np.testing.assert_allclose(probabilities["data"], answer["probabilities"], rtol=1e-6)
+    named = {"instances": [uri], "parameters": {"named": True}}
+    (with_names,) = client.post(predict, json=named).json()["predictions"]
+    assert list(with_names["probabilities"]) == [str(digit) for digit in range(10)]
+    assert list(with_names["probabilities"].values()) == answer["probabilities"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Encoding": "br"}, 415),
+        ({"Content-Type": "application/json; charset=latin-1"}, 415),
+        ({"Content-Encoding": "gzip"}, 400),
+        ({"Content-Type": "multipart/form-data; boundary=b"}, 400),
+    ],
+)
+def test_bodies_in_other_forms_are_refused(client, headers, status):
+    for path in ("/v2/models/digits/infer", "/v1/models/digits:predict"):
+        response = client.post(path, content=b'{"instances": []}', headers=headers)
+        assert response.status_code == status
+        assert response.json()["error"]
 
 
 def test_metadata_describes_the_model(client):
