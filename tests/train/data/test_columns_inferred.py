@@ -48,6 +48,9 @@ def test_ids_are_left_out_and_amounts_are_not(rng):
     assert kind_of("x", [2**60 + 3 * int(each) for each in ids]).kind is None
     repeated = [2**60 + int(each) for each in rng.integers(0, 50, COUNT)]
     assert kind_of("x", repeated).kind == "category"
+    areas = rng.permutation(3_000)[:60] + 600
+    assert kind_of("x", areas).kind == "number"
+    assert kind_of("x", rng.permutation(100)[:60]).kind is None
     incomes = np.unique(rng.lognormal(10, 1, 4 * COUNT).astype(int))
     assert kind_of("x", rng.permutation(incomes)[:COUNT]).kind == "number"
 

@@ -31,6 +31,10 @@ MIN_DENSITY = 0.8
 MIN_CODES = 20
 # Of the Kolmogorov-Smirnov statistic times the root of the count: above, in 1 % by chance.
 KS_LIMIT = 1.63
+# Of ids, on average from one to the next.
+MAX_GAP = 3
+# Of fewer numbers the test finds next to nothing uneven.
+MIN_EVEN = 200
 
 
 def why_codes(
@@ -49,7 +53,7 @@ def why_codes(
         return "whole numbers beyond 2^53, which are ids"
     if len(distinct_D) > 2 and _names_codes(column):
         return "codes, by the column's name"
-    if all_differ and _is_even(distinct_D):
+    if all_differ and _may_number_records(distinct_D):
         return "whole numbers that all differ and lie evenly, which are ids"
     if not _may_be_codes(distinct_D):
         return None
@@ -71,6 +75,17 @@ def _may_be_codes(sorted_D: np.ndarray) -> bool:
 def _names_codes(column: str) -> bool:
     words = [word.lower() for word in WORDS.findall(column)]
     return bool(words) and (words[-1] in CODE_WORDS or words[0] == "id")
+
+
+def _may_number_records(sorted_N: np.ndarray) -> bool:
+    """Whether whole numbers that all differ are more likely ids than amounts.
+
+    Amounts of many records are rarely spread evenly. Of few records that cannot be told; ids then
+    have gaps of a few numbers only.
+    """
+    if sorted_N[-1] - sorted_N[0] < MAX_GAP * len(sorted_N):
+        return True
+    return len(sorted_N) >= MIN_EVEN and _is_even(sorted_N)
 
 
 def _is_even(sorted_N: np.ndarray) -> bool:
