@@ -82,8 +82,9 @@ def test_a_diverging_net_ends_the_choice_in_one_line(table):
 
 def test_fewer_records_than_folds_make_fewer_folds(tmp_path):
     path = tmp_path / "tiny.csv"
-    path.write_text("n,y\n" + "".join(f"{n},{n % 2}\n" for n in range(6)))
-    config = completed(path, optim={"epochs": 2})
+    path.write_text("n,y\n" + "".join(f"{n},{n % 2}\n" for n in range(4)))
+    data = {"train": str(path), "valid": str(path), "test": str(path)}
+    config = completed(path, optim={"epochs": 2}, data=data)
     data = dataset.prepare_dataset(config, config.storage.root)
     assert data.summary["splits"]["train"]["num_records"] < 5
     epochs, rows = choose_epochs(config, data)
