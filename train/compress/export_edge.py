@@ -144,7 +144,7 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
             places.append(each.column)
             continue
         yield _column(each.column, TensorProto.DOUBLE)
-        unknown = graph.node("IsInf", graph.node("Cast", each.column, to=TensorProto.FLOAT))
+        unknown = graph.node("IsInf", each.column)
         missing = graph.constant(np.nan, np.float64)
         values = graph.node("Where", unknown, missing, each.column)
         for sentinel in getattr(each, "missing", None) or ():

@@ -50,6 +50,7 @@ def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
 )
 def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, changes):
     kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
+    kinds |= {"v": "vector", "s": "set", "m": "number"}
     moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")
     records = {
         "n": [1e9 + 1, -2.5, None, 3.0, float("inf"), 0.0],
@@ -57,9 +58,14 @@ def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, ch
         "c": ["x", "y", None, "x", "never seen", "x"],
         "d": [str(m) if not np.isnat(m) else None for m in np.resize(moments, 6)],
         "e": [str(m) if not np.isnat(m) else None for m in np.resize(moments[::-1], 6)],
+        "v": [[1, 2], [3, 4.5], None, [5, 6], [7, 8], [-1, 0]],
+        "s": [["k"], ["l", "k"], [], ["l"], ["never seen"], None],
+        "m": [1, -999, 2, -999, 3, 1e300],
     }
     seen = {name: values[:4] + values[5:] for name, values in records.items()}
-    task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "classification")
+    columns = {name: {"kind": kind} for name, kind in kinds.items()}
+    columns["m"]["missing"] = (-999.0,)
+    task = Task.of(columns, "y", "classification")
     # The first class has one record more than the second.
     values = [*(classes * 2)[: 5 - len(classes) % 2], classes[0]][:5]
     task = fitted(task, seen, values).with_target(**changes)
@@ -91,6 +97,14 @@ def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, ch
         "n": np.array([np.nan if value is None else value for value in records["n"]]),
         "b": np.array([np.nan if value is None else float(value) for value in records["b"]]),
         "c": np.array([value or "" for value in records["c"]], object),
+        "v": np.array([[np.nan] * 2 if value is None else value for value in records["v"]]),
+        "s": np.array(
+            [
+                [np.nan] * 2 if value is None else [float(label in value) for label in "kl"]
+                for value in records["s"]
+            ]
+        ),
+        "m": np.array(records["m"], np.float64),
         **seconds,
     }
     result = OnnxRuntimeEngine.load(tmp_path / "edge.onnx", num_threads=1).run(given)
