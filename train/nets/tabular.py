@@ -21,8 +21,9 @@ from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 BOUND = 10.0
 # Pieces of the encoding hold no fewer values than this where a frequent value leaves few of them.
 LEAST_IN_PIECE = 100
-# Share of the values that count as missing, and as never seen, in training.
-MASKED = 0.01
+# Share of a column's values that count as missing, and as never seen, in training; and of records
+# that have one such value. More costs what is learned of the others.
+MASKED, MASKED_RECORDS = 0.01, 0.05
 # The width of a piece that is never filled.
 ENDLESS = 1e30
 
@@ -72,7 +73,7 @@ class PiecewiseLinearEncoding(nn.Module):
         missing_BF = torch.isnan(numbers_BF)
         if self.training and self._masked:
             masked = torch.rand(len(numbers_BF), len(self._masked), device=numbers_BF.device)
-            missing_BF[:, self._masked] |= masked < MASKED
+            missing_BF[:, self._masked] |= masked < masked_share(len(self._masked))
         values_BF = torch.where(missing_BF, 0.0, numbers_BF)
         above_BFT = values_BF[:, :, None] - self.low_FT
         full_BFT = (above_BFT / self.width_FT.clamp_min(1e-9)).clamp(0, 1)
@@ -81,6 +82,11 @@ class PiecewiseLinearEncoding(nn.Module):
         full_BFT = full_BFT * (~missing_BF)[:, :, None]
         within_BF = values_BF.clamp(-BOUND, BOUND)
         return torch.cat([full_BFT.flatten(1), within_BF, missing_BF.float()], dim=1)
+
+
+def masked_share(num_columns: int) -> float:
+    """The share of the values of each column that are masked in training."""
+    return min(MASKED, MASKED_RECORDS / num_columns)
 
 
 def _limit_repeats(values_N: Tensor, num_pieces: int) -> Tensor:
@@ -132,8 +138,9 @@ class CategoricalEmbeddings(nn.Module):
         never lack one."""
         draws_BC = torch.rand(codes_BC.shape, device=codes_BC.device)
         known = torch.tensor(self._with_missing_C, device=codes_BC.device)
-        codes_BC = torch.where(draws_BC < MASKED, UNSEEN, codes_BC)
-        return torch.where((draws_BC > 1 - MASKED) & ~known, MISSING, codes_BC)
+        share = masked_share(len(self.tables))
+        codes_BC = torch.where(draws_BC < share, UNSEEN, codes_BC)
+        return torch.where((draws_BC > 1 - share) & ~known, MISSING, codes_BC)
 
 
 class MemberSigns(nn.Module):
