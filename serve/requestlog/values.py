@@ -50,7 +50,7 @@ def _is_image(spec: TensorSpec) -> bool:
 
 
 def _texts(values: list[Any]) -> pa.Array:
-    """Strings; bytes where they are no text, as an encoder of one's own may take."""
+    """Strings, or bytes where a custom encoder takes values that are not text."""
     try:
         return pa.array(
             [None if is_missing(each) else to_text(each) for each in values], pa.string()

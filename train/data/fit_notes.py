@@ -15,7 +15,7 @@ from train.values.names import find_form, to_name
 from train.values.pictures import PictureHeader
 from train.values.records import is_missing, shorten
 
-# Of the different values of a column, at least this share is different when it is encoded.
+# Least share of a column's different values that stay different when encoded.
 MIN_DISTINCT_KEPT = 0.5
 MOST_SHOWN = 3
 # A column with more different texts is one of amounts.

@@ -16,7 +16,7 @@ from train.tasks import Categories, Columns, Task
 # Columns with fewer names keep them: what is learned of them by chance is little.
 MANY_NAMES = 20
 MAX_P = 0.05
-# Of that many columns, those with the most names, pairs are tried, each for so many targets.
+# How many columns, those with the most names, are tried in pairs, for how many targets.
 MOST_COLUMNS, MOST_TARGETS = 5, 3
 # In standard errors: names that say more than that together with others are no noise.
 MIN_GAIN = 4.0

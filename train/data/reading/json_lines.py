@@ -33,7 +33,7 @@ class _Seen:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """What holds all values: text, which is JSON for what is no text, if nothing else does."""
+        """The type that holds all values; if none does, text with the others as JSON."""
         types = self.types - {type(None)}
         if types == {bool}:
             return pa.bool_()
@@ -93,7 +93,7 @@ def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
 
 
 def _as(kind: pa.DataType, value: Any) -> Any:
-    """A value for an array of that type: what is no text, as JSON, where texts are expected."""
+    """Return a value for an array of that type; other values as JSON where it is text."""
     if kind != pa.string() or value is None or isinstance(value, str):
         return value
     return orjson.dumps(value).decode()

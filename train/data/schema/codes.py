@@ -9,7 +9,7 @@ import numpy as np
 
 from train.stats import codes_beat_ranges
 
-# Of categories, at most this share of the known values is different; else a column names records.
+# Largest share of different values in a category; with more, a column identifies records.
 MAX_DISTINCT_SHARE = 0.5
 # Words of a name, and those at whose end it names codes.
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
@@ -25,11 +25,11 @@ COUNTER = "counts the records"
 EXACT = 2.0**53
 # In standard errors: what is predicted better by each number than by the range it is in, is a code.
 MIN_GAIN = 4.0
-# Of numbers from the least to the largest, the share that codes use.
+# Least share of the numbers between the smallest and the largest that codes use.
 MIN_DENSITY = 0.8
 # Fewer different numbers are told apart by a number's pieces.
 MIN_CODES = 20
-# Of the Kolmogorov-Smirnov statistic times the root of the count: above, in 1 % by chance.
+# Critical value at 1 % of the Kolmogorov-Smirnov statistic times the root of the count.
 KS_LIMIT = 1.63
 # Of ids, on average from one to the next.
 MAX_GAP = 3
