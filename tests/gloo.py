@@ -1,5 +1,7 @@
 """Run a function in several processes that reach each other by torch.distributed."""
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +37,9 @@ def _start(
         function(Worker(rank, world_size, torch.device("cpu")), *arguments)
     finally:
         dist.destroy_process_group()
+    # Without the interpreter's own end: DistributedDataParallel keeps the group in a reference
+    # cycle, so its threads may still release tensors. That needs the GIL, and while the interpreter
+    # finalizes it aborts the process ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
