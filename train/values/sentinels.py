@@ -17,7 +17,7 @@ USUAL = re.compile(r"-?(9{2,}|1e[0-9]+|10{4,}|2147483647|2147483648|922337203685
 # Beyond so many interquartile ranges a value counts as if it lay there.
 BEYOND_QUARTILES = 30.0
 # Larger values count as this one: their squares could not be added up.
-LARGEST = 1e150
+LARGEST = 1e140
 
 
 def find_sentinels(values_N: np.ndarray) -> tuple[float, ...]:
@@ -51,11 +51,12 @@ def robust_mean_scale(values_N: np.ndarray) -> tuple[float, float]:
     """
     if not len(values_N):
         return 0.0, 1.0
+    values_N = np.clip(values_N, -LARGEST, LARGEST)
     low, high = np.quantile(values_N, (0.25, 0.75))
     if low == high:  # most are the same: how the others are spread is what counts
         low, high = np.quantile(np.unique(values_N), (0.25, 0.75))
-    reach = min(BEYOND_QUARTILES * (high / 2 - low / 2), LARGEST) * 2
-    values_N = np.clip(values_N, max(low - reach, -LARGEST), min(high + reach, LARGEST))
+    reach = BEYOND_QUARTILES * (high - low)
+    values_N = np.clip(values_N, low - reach, high + reach)
     mean = values_N.mean()
     scale = np.sqrt(np.mean((values_N - mean) ** 2))
     return float(mean), float(scale) if scale > 0 else 1.0

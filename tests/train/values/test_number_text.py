@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train.tasks import InvalidRecord, Numbers
+from train.tasks.columns.numeric import FARTHEST
 from train.tasks.columns.scalars import Number
 from train.tasks.regression import ValueTarget
 from train.values.number_text import NumberFormat, find_format
@@ -106,6 +107,7 @@ def test_a_few_absurd_values_do_not_move_the_scale(rng):
     assert scale < 80
     assert robust_mean_scale(usual) == pytest.approx((usual.mean(), usual.std()))
     assert robust_mean_scale(np.full(5, 3.0)) == (3.0, 1.0)
+
     encoder = Numbers((Number("x"),)).fit({"x": far})
     encoded_N = encoder.encode({"x": far})["numbers"][:, 0]
     assert np.isfinite(encoded_N).all()
@@ -117,3 +119,23 @@ def test_given_sentinels_count_and_an_empty_list_keeps_all(rng):
     assert np.isnan(Number("x").fit(values).read(values)).sum() == 10
     assert not np.isnan(Number("x", missing=()).fit(values).read(values)).any()
     assert np.isnan(Number("x", missing=(values[0],)).fit(values).read(values)).sum() == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.filterwarnings("error")
+def test_numbers_near_the_largest_double_have_finite_statistics(sign):
+    column = {"a": list(sign * np.array([1e300, 1.5e308, 1.7e308, 0.0]))}
+    encoder = Numbers((Number("a", missing=()),)).fit(column)
+    assert np.isfinite([*encoder.mean_F, *encoder.scale_F]).all()
+    encoded_N = encoder.encode(column)["numbers"][:, 0]
+    assert np.isfinite(encoded_N).all()
+    assert sign * encoded_N[0] > sign * encoded_N[3]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_number_far_beyond_tiny_ones_is_encoded_as_the_farthest():
+    encoder = Numbers((Number("a", missing=()),)).fit({"a": [0.0, 1e-300, 2e-300]})
+    assert encoder.encode({"a": [-1.7e308, 1.7e308]})["numbers"].tolist() == [
+        [-FARTHEST],
+        [FARTHEST],
+    ]

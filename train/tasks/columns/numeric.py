@@ -110,7 +110,8 @@ class Numbers:
         """Return {"numbers": float32 [N, F]}. Raises InvalidRecord."""
         assert self.mean_F, "fit first"
         # In float64, so that large numbers keep their differences.
-        scaled_NF = (self._raw(columns) - np.array(self.mean_F)) / np.array(self.scale_F)
+        with np.errstate(over="ignore"):
+            scaled_NF = (self._raw(columns) - np.array(self.mean_F)) / np.array(self.scale_F)
         return {self.kind: np.clip(scaled_NF, -FARTHEST, FARTHEST).astype(np.float32)}
 
     def _raw(self, columns: Columns) -> np.ndarray:
