@@ -21,15 +21,12 @@ import ray  # noqa: F401 - before the threads of `main`, which would both import
 
 from cluster.cli import run_command
 from train import cli
-from train.data.reading import samples
-from train.data.reading.csv_files import CsvOptions
+from train.data.schema import inference
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config, save_to = cli.parse(argv)
-    data = config.data
-    wanted = [config.target, *config.features, *data.drop] if config.init is None else []
-    samples.check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter))
+    inference.check_source(config)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "train.training")
@@ -37,7 +34,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         imported.result()
     from train.bundle import publishing
     from train.compress.scoring import validation_score
-    from train.data.schema import inference
     from train.training import fit
 
     completed = inference.complete_config(config)

@@ -19,11 +19,13 @@ connect.set_ray_environment()
 import ray  # noqa: F401 - before the threads of `main`, which would both import it
 
 from cluster.cli import run_command
+from train.data.schema import inference
 from tune import cli
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     config = cli.parse(argv)
+    inference.check_source(config)
     with ThreadPoolExecutor(1) as pool:
         # Ray starts in processes of its own; meanwhile the rest is imported.
         imported = pool.submit(importlib.import_module, "tune.tuner")

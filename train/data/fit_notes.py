@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.tasks import Categories, Columns, Images, NamedTarget, Numbers, Task
+from train.tasks import Categories, Columns, Images, NamedTarget, Numbers, Task, ValueTarget
 from train.tasks.columns.categorical import MAX_NAMES
 from train.tasks.columns.lists import MAX_LABELS, LabelSet
 from train.tasks.columns.scalars import Date, Number
@@ -14,6 +14,7 @@ from train.values.label_lists import split_labels
 from train.values.names import find_form, to_name
 from train.values.pictures import PictureHeader
 from train.values.records import is_missing, shorten
+from train.values.sentinels import find_sentinels
 
 # Least share of a column's different values that stay different when encoded.
 MIN_DISTINCT_KEPT = 0.5
@@ -44,6 +45,8 @@ def fit_notes(task: Task, sample: Columns) -> list[str]:
             for value in sample[task.target.column]
         )
         notes += _on_names(task.target.column, [label for each in labels for label in each])
+    if isinstance(task.target, ValueTarget):
+        notes += _on_target(task.target, sample[task.target.column])
     return notes
 
 
@@ -88,6 +91,18 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                     "scaled, as some are too far from the others; name those in "
                     f"features.{each.column}.missing"
                 )
+
+
+def _on_target(target: ValueTarget, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
+    number = Number(target.column, target.decimal, target.unit, missing=())
+    numbers_N = number.read(values)
+    for sentinel in find_sentinels(numbers_N):
+        count = int(np.sum(numbers_N == sentinel))
+        yield (
+            f"target '{target.column}': {count:,} values ({format_share(count / len(numbers_N))}) "
+            f"are {sentinel:g}, far from all others, and are learned as numbers; if they stand "
+            "for missing values, remove those records"
+        )
 
 
 def _on_images(encoder: Images, values: Sequence[Any] | np.ndarray) -> Iterator[str]:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from train.metrics import Metric, quantile_loss
+from train.tasks.columns.numeric import FARTHEST
 from train.tasks.columns.scalars import Number
 from train.tasks.targets import GO_ON
 from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
+from train.values.sentinels import robust_mean_scale
 
 # In deviations: errors beyond count no longer by their square.
 HUBER = 0.5
@@ -22,6 +24,8 @@ PART = 50_000
 @dataclass(frozen=True)
 class ValueTarget:
     """A number. It is learned scaled by the training records, and given in its own unit.
+
+    Mean and scale are of the usual values: a few that are absurdly far do not move them.
 
     The loss is Huber's, squared up to half a deviation: a few far values would else rule the net.
     quantile: what is predicted in place of the middle, such as 0.9 for a value that nine records of
@@ -64,18 +68,22 @@ class ValueTarget:
         number = Number(self.column, self.decimal, self.unit, missing=()).fit(first)
         fitted = replace(self, decimal=number.decimal, unit=number.unit)
         numbers_N = fitted._numbers(chain(first, rest))
-        scale = float(numbers_N.std()) if len(numbers_N) else 0.0
-        if scale == 0 or not math.isfinite(scale):
+        if not len(numbers_N) or numbers_N.min() == numbers_N.max():
             raise InvalidRecord(
                 f"column '{self.column}' has only the value {numbers_N[:1].tolist()}; "
                 "expected at least two values."
             )
-        return replace(fitted, mean=float(numbers_N.mean()), scale=scale)
+        mean, scale = robust_mean_scale(numbers_N)
+        return replace(fitted, mean=mean, scale=scale)
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float32 [N], scaled. Raises InvalidRecord for what is no finite number."""
-        numbers_N = self._numbers(values)
-        return ((numbers_N - self.mean) / self.scale).astype(np.float32)
+        """Return float32 [N], scaled, at most FARTHEST deviations from the mean.
+
+        Raises InvalidRecord for what is no finite number.
+        """
+        with np.errstate(over="ignore"):
+            scaled_N = (self._numbers(values) - self.mean) / self.scale
+        return np.clip(scaled_N, -FARTHEST, FARTHEST).astype(np.float32)
 
     def decode(self, outputs: Arrays) -> Arrays:
         """{"logits": [N, 1]} → {"value": float32 [N]} in the column's own unit."""

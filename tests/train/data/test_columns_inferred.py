@@ -1,12 +1,16 @@
 """What columns are taken for: numbers, ids, codes, dates, sets; and what the whole file shows."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 
 from cluster.errors import UserError
+from tests.server import REPOSITORY
 from tests.train.tasks.test_pictures import saved
 from train.config import validate_config
 from train.data import dataset
@@ -220,3 +224,26 @@ def test_numbers_in_several_spellings_are_named(tmp_path):
     data = dataset.prepare_dataset(config, str(tmp_path / "runs"))
     (note,) = (note for note in data.summary["report"]["notes"] if "version" in note)
     assert "'1.1' and '1.10'" in note
+
+
+@pytest.mark.parametrize("script", ["train/main.py", "tune/main.py"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target", "prize"], ["prize", "Did you mean 'price'"]),
+        (["--target", "price", "--data.drop", "[sise]"], ["sise", "Did you mean 'size'"]),
+        (["--target", "price", "--data.train", "{folder}/home.csv"], ["home.csv"]),
+    ],
+)
+def test_a_misspelt_name_is_found_before_ray_starts(script, options, words, tmp_path, monkeypatch):
+    path = tmp_path / "homes.csv"
+    path.write_text("size,price\n" + "1,2\n" * 30)
+    options = [each.format(folder=tmp_path) for each in ("--data.train", str(path), *options)]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main = runpy.run_path(str(REPOSITORY / script))["main"]
+    with pytest.raises(UserError) as error:
+        main([*options, "--storage.path", str(tmp_path)])
+    assert not ray.is_initialized()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)

@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 
 from cluster.errors import UserError
 from tests.conftest import make_config
+from train.data.fit_notes import fit_notes
 from train.data.fitting import define_task
 from train.tasks import (
     Categories,
@@ -187,6 +188,20 @@ def test_a_value_that_is_no_finite_number_is_refused(value):
     with pytest.raises(InvalidRecord, match="expected a finite number") as caught:
         ValueTarget("y").fit([1, 2, value])
     assert caught.value.row == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_few_absurd_targets_do_not_move_the_scale(rng):
+    values = rng.normal(50, 20, 500)
+    absurd = np.concatenate([values, [-3.4e38] * 5])
+    target = ValueTarget("y").fit(absurd)
+    assert target.scale < 100
+    assert abs(target.mean - 50) < 20
+    assert np.isfinite(target.encode([*absurd, 1.7e308])).all()
+    task = Task(Features.of({"x": {"kind": "number"}}).fit({"x": values}), target)
+    assert fit_notes(task, {"x": values, "y": values}) == []
+    *_, note = fit_notes(task, {"x": absurd, "y": absurd})
+    assert note.startswith("target 'y': 5 values (1.0%) are -3.4e+38, far from all others")
 
 
 def test_one_value_only_is_refused():

@@ -212,7 +212,7 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
             hint = f" Did you mean '{alike[0]}'?" if alike else ""
             raise UserError(
                 f"'{url}' has no column '{column}'; it has {', '.join(map(repr, names))}.{hint} "
-                "Set target or features to what is there."
+                "Set target, features or data.drop to what is there."
             )
         if list(names).count(column) > 1:
             raise UserError(f"'{url}' has the column '{column}' twice; rename one of them.")

@@ -17,7 +17,7 @@ from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.reading.folders import split_folders
-from train.data.reading.samples import sample_source
+from train.data.reading.samples import check_names, sample_source
 from train.data.schema.columns import InferredColumn, infer_column
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
@@ -32,6 +32,17 @@ LARGE_BYTES = 32 << 20
 LOSS = "valid_loss"
 # Parts for cross-validation where records are few.
 FOLDS = 5
+
+
+def check_source(config: Config) -> None:
+    """See whether the data is there, with the columns that the config names, before Ray starts.
+
+    Raises UserError that names what is missing.
+    """
+    data = config.data
+    # A run that begins from a bundle takes the columns from there.
+    wanted = [config.target, *config.features, *data.drop] if config.init is None else []
+    check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter))
 
 
 def complete_config(config: Config) -> CompletedConfig:
