@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
@@ -109,7 +110,10 @@ def plain_columns(table: pa.Table) -> pa.Table:
         table = pa.table(columns)
     for place, field in enumerate(table.schema):
         if (plain := _plain_type(field.type)) is not None:
-            table = table.set_column(place, field.name, table.column(place).cast(plain))
+            column = table.column(place)
+            if pa.types.is_run_end_encoded(field.type):
+                column = pa.compute.run_end_decode(column)
+            table = table.set_column(place, field.name, column.cast(plain))
     names = [plain_name(name) for name in table.schema.names]
     if len(set(names)) < len(set(table.schema.names)):
         twice = next(name for name in names if names.count(name) > 1)
@@ -133,6 +137,8 @@ def _plain_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.string()
     if pa.types.is_binary_view(kind):
         return pa.binary()
+    if pa.types.is_run_end_encoded(kind):
+        return _plain_type(kind.value_type) or kind.value_type
     return pa.int64() if pa.types.is_duration(kind) else None
 
 

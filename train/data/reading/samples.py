@@ -80,7 +80,7 @@ def _new_in(
             new = pa.compute.invert(pa.compute.match_substring_regex(column, NUMBER))
         elif (value := constant.get(name)) is not None:
             new = pa.compute.is_valid(column)
-            if value.is_valid:
+            if value.is_valid and value.type == column.type:
                 new = pa.compute.and_(new, pa.compute.not_equal(column, value))
         else:
             continue
@@ -97,14 +97,16 @@ def _all_numbers(column: pa.ChunkedArray) -> bool:
 
 
 def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:
-    """The one value that a column has, a null where it has none; None where it has several."""
-    kind = column.type
-    if pa.types.is_nested(kind) or pa.types.is_dictionary(kind) or pa.types.is_null(kind):
+    """The one value that a column has, a null where it has none; None where it has several, or
+    where Arrow cannot compare values of its type."""
+    if column.null_count == len(column):
+        return pa.scalar(None, column.type)
+    try:
+        values = pa.compute.unique(column.drop_null())
+        pa.compute.not_equal(values, values[0])
+    except pa.ArrowNotImplementedError:
         return None
-    values = pa.compute.unique(column.drop_null())
-    if len(values) > 1:
-        return None
-    return values[0] if len(values) else pa.scalar(None, kind)
+    return values[0] if len(values) == 1 else None
 
 
 def check_names(url: str, wanted: Sequence[str], options: CsvOptions = UNKNOWN_CSV) -> None:
