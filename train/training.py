@@ -218,7 +218,7 @@ def _with_epochs(config: Config, data: EncodedDataset, runs: str) -> tuple[Confi
     else:
         print(f"choosing the number of epochs over {config.stop.folds} folds", file=sys.stderr)
         after, found = choose_epochs(config, data)
-        print(f"training for {after} epochs", file=sys.stderr)
+        print(f"training for {after} epoch{'s' * (after != 1)}", file=sys.stderr)
     changes = {
         "stop": config.stop.model_copy(update={"after": after}),
         "checkpoint": config.checkpoint.model_copy(update={"metric": LAST}),
