@@ -28,7 +28,7 @@ from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
 
 # Part of every digest: raise it when encoding changes.
-ENCODING_VERSION = 4
+ENCODING_VERSION = 5
 
 SUMMARY = "summary.json"
 

@@ -50,7 +50,10 @@ def are_label_lists(values: Sequence[Any], most_labels: int) -> bool:
     separator = find_separator(values)
     if separator is None:
         return False
-    lists = [split_labels(value, separator) for value in set(values)]
+    try:
+        lists = [split_labels(value, separator) for value in set(values)]
+    except ValueError:  # JSON lists of what is no name
+        return False
     labels = {label for each in lists for label in each}
     alone = {each[0] for each in lists if len(each) == 1}
     return bool(

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 
 # What programs write for a value that is not known.
-MISSING_WORDS = {"", "na", "n/a", "#n/a", "nan", "null", "none", "nat"}
+MISSING_WORDS = {
+    *("", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "nat", "<na>", "(null)"),
+    *("?", ".", "-", "--", r"\n"),
+    *("#div/0!", "#value!", "#ref!", "#num!", "#name?"),
+}
 DECIMALS = (".", ",")
 # Between groups of three digits, besides the other decimal mark; the last three are spaces.
 SEPARATORS = "'’ \u00a0\u2009\u202f"
@@ -20,6 +24,8 @@ CURRENCIES = (
     *("US$", "A$", "C$", "R$", "Fr.", "kr", "zł", "Kč", "Ft", "Rs.", "Rs"),
 )
 PERCENT = "%"
+# A decimal mark and a dash in place of the fraction, as in 49,- and CHF 5.–
+NO_CENTS = re.compile(r"(?<=[0-9])([.,])[-–—]{1,2}(?![0-9])")
 _UNIT = "|".join(
     [f"[{re.escape(SYMBOLS + PERCENT)}]"]
     + [re.escape(each) for each in sorted(CURRENCIES, key=len, reverse=True)]
@@ -75,7 +81,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
     Raises ValueError for text that is no number with at most one unit.
     """
-    text = text.strip()
+    text = NO_CENTS.sub(r"\g<1>0", text.strip())
     negative = text.startswith("(") and text.endswith(")")  # as accountants write it
     found = _PARTS.fullmatch(text[1:-1].strip() if negative else text)
     if found is None:
@@ -154,7 +160,7 @@ def _value(number: str, decimal: str) -> float:
     found = _digits(decimal).fullmatch(number)
     if found is None:
         raise ValueError("no number")
-    if separator := found["separator"]:
+    if separator := found["separator"] or found.groupdict().get("comma"):
         number = number.replace(separator, "")
     return float(number.replace(decimal, "."))
 
@@ -164,6 +170,8 @@ def _digits(decimal: str) -> re.Pattern[str]:
     other = "," if decimal == "." else "."
     groups = rf"[1-9][0-9]{{0,2}}(?P<separator>[{other}{SEPARATORS}])[0-9]{{3}}"
     groups += r"(?:(?P=separator)[0-9]{3})*"
+    if decimal == ".":  # lakhs and crores: 12,34,567.50
+        groups = rf"(?:{groups}|[1-9][0-9]?(?P<comma>,)(?:[0-9]{{2}},)+[0-9]{{3}})"
     mark = re.escape(decimal)
     whole = rf"(?:{groups}|[0-9]+)"
     return re.compile(rf"-?(?:{whole}(?:{mark}[0-9]*)?|{mark}[0-9]+)(?:[eE][+-]?[0-9]+)?", re.ASCII)

@@ -97,7 +97,11 @@ def read_header(content: bytes) -> PictureHeader:
     """Raises ValueError that says what is wrong with a file."""
     image = _open(content)
     height, width = image.height, image.width
-    if image.getexif().get(ORIENTATION) in SWAPPED:
+    try:  # of a PNG this reads all of the file
+        turned = image.getexif().get(ORIENTATION) in SWAPPED
+    except Exception as error:  # Pillow raises many kinds on a damaged file
+        raise _damaged(image, error) from error
+    if turned:
         height, width = width, height
     return PictureHeader(height, width, _has_colour(image))
 
@@ -123,7 +127,11 @@ def read_pixels(content: bytes, *, grey: bool | None = None) -> np.ndarray:
     except Exception as error:  # Pillow raises many kinds on a damaged file
         if isinstance(error, _OutOfRange):
             raise
-        raise ValueError(f"holds a damaged {image.format or 'picture'} file ({error})") from error
+        raise _damaged(image, error) from error
+
+
+def _damaged(image: Image.Image, error: Exception) -> ValueError:
+    return ValueError(f"holds a damaged {image.format or 'picture'} file ({error})")
 
 
 class _OutOfRange(ValueError):

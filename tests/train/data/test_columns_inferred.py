@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import ray
 
@@ -247,3 +249,54 @@ def test_a_misspelt_name_is_found_before_ray_starts(script, options, words, tmp_
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["X", None] * 50, "category"),
+        (["1", ""] * 50, "category"),
+        ([True, None] * 50, "boolean"),
+        (["X"] * 99 + [None] * 200, "category"),
+        (["X", *[None] * 299], None),
+        (["F", "N"] * 50, "category"),
+        (["Y", "N"] * 50, "boolean"),
+        (['[{"a": 1}]', '[{"a": 2}, {"b": 1}]'] * 50, "category"),
+        (["[1, [2, 3]]", "plain, b"] * 50, "category"),
+    ],
+)
+def test_flags_and_words_of_one_meaning_keep_their_values(values, kind):
+    assert infer_column("c", values).kind == kind
+
+
+def test_a_constant_says_in_how_many_records_it_is():
+    assert infer_column("c", ["a", "a"]).why == "the same in all of 2 records"
+    why = infer_column("c", ["a"] * 299 + [None]).why
+    assert why == "the same in all of 299 records; missing in 1"
+
+
+@pytest.mark.parametrize("name", ["visits_per_user", "salesPerStore", "num_client", "avg item"])
+def test_amounts_per_user_or_store_are_numbers(name, rng):
+    values = rng.integers(0, 60, 400).tolist()
+    assert infer_column(name, values).kind == "number"
+    assert infer_column(name.split("_")[-1] if "_" in name else "user", values).kind != "number"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["1", "1,3", "1,7", "2", "2,3", "2,7", "3"],
+        ["500", "1,500", "2,000", "10,500"],
+        ["12,5", "13", "-1,5", "8"],
+    ],
+)
+def test_numbers_with_commas_are_no_label_lists(texts):
+    assert infer_task_type(texts * 40)[0] in ("regression", "classification")
+
+
+def test_texts_in_other_arrow_types_show_what_comes_later(tmp_path):
+    texts = ["1"] * 90 + ["many"]
+    for number, kind in enumerate((pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pa.table({"c": pa.array(texts).cast(kind)}), path)
+        assert "many" in sample_source(sources.find_source(str(path)), 50)["c"]

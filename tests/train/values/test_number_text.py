@@ -28,6 +28,12 @@ from train.values.sentinels import find_sentinels, robust_mean_scale
         ("(1,234)", ".", -1234),
         ("5-", ".", -5),
         ("1e-3", ".", 0.001),
+        ("1,23,456", ".", 123456),
+        ("12,34,567.50", ".", 1234567.5),
+        ("49,-", ",", 49),
+        ("1.234,--", ",", 1234),
+        ("5.\u2013", ".", 5),
+        ("-5.-", ".", -5),
         (".5", ".", 0.5),
         ("inf", ".", math.inf),
     ],
@@ -45,7 +51,19 @@ def test_a_currency_may_stand_on_either_side(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["1_000", "1_11", "٣", "12,34", "1,23,456", "0,123", "+49 957 12", "0x1F", "1.2.3", "--5"],
+    [
+        "1_000",
+        "1_11",
+        "٣",
+        "12,34",
+        "1,2,345",
+        "0,12,345",
+        "0,123",
+        "+49 957 12",
+        "0x1F",
+        "1.2.3",
+        "--5",
+    ],
 )
 def test_what_only_looks_like_a_number_is_none(text):
     with pytest.raises(ValueError):  # noqa: PT011, whose words differ
@@ -139,3 +157,10 @@ def test_a_number_far_beyond_tiny_ones_is_the_farthest():
         [-FARTHEST],
         [FARTHEST],
     ]
+
+
+@pytest.mark.parametrize("word", ["?", ".", "-", "<NA>", r"\N", "#DIV/0!", "N.A.", "(null)"])
+def test_marks_of_other_programs_for_missing_values(word):
+    found, _ = find_format(["1.5", word, "2.5"])
+    assert found == NumberFormat()
+    np.testing.assert_array_equal(Number("x", missing=()).read(["1.5", word]), [1.5, np.nan])

@@ -18,16 +18,20 @@ SPLIT_NAMES = {
 }
 
 
-def split_folders(url: str) -> dict[str, str]:
-    """Return the folders of a folder of images that are named as splits, by "train", "valid" and
-    "test"; none unless all folders are, and have images in folders of their own."""
+def split_folders(url: str) -> tuple[dict[str, str], list[str]]:
+    """Return the folders of a folder of images that are splits, by "train", "valid" and "test", and
+    those beside them that are none.
+
+    A split has its name and a folder for each class. There are none without a folder for training.
+    """
     if url == DIGITS or any(character in url for character in "*?["):
-        return {}
+        return {}, []
     with reading_errors(url):
         fs, path = storage.filesystem(url)
         if not fs.isdir(path):
-            return {}
-        found = {}
+            return {}, []
+        found: dict[str, str] = {}
+        others: list[str] = []
         for each in fs.ls(path, detail=True):
             name = PurePosixPath(each["name"]).name
             if each["type"] != "directory" or is_hidden(name):
@@ -35,10 +39,11 @@ def split_folders(url: str) -> dict[str, str]:
             has_classes = any(
                 part["type"] == "directory" for part in fs.ls(each["name"], detail=True)
             )
-            if name.lower() not in SPLIT_NAMES or not has_classes:
-                return {}
-            found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
-    return found if "train" in found else {}
+            if name.lower() in SPLIT_NAMES and has_classes:
+                found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
+            else:
+                others.append(name)
+    return (found, sorted(others)) if "train" in found else ({}, [])
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Samples of a source: its first records, and those further on that show what these do not."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -11,6 +12,7 @@ from train.data.reading import readers, sources
 from train.data.reading.csv_files import UNKNOWN_CSV, CsvOptions
 from train.data.reading.folders import reading_errors
 from train.data.reading.sources import Source
+from train.values.number_text import MISSING_WORDS
 from train.values.records import Columns, plain_name
 
 # What is looked at to find out what a source holds.
@@ -22,7 +24,8 @@ MOST_SURPRISES = 50
 # Text that is a number, or stands for a missing one.
 NUMBER = (
     r"(?i)^\s*([^\pL\d]{0,4}[0-9.,' ]*[0-9][0-9.,]*(e[+-]?[0-9]+)?[^\pL\d]{0,4}|"
-    r"n/?a|nan|null|none)\s*$"
+    + "|".join(map(re.escape, sorted(MISSING_WORDS)))
+    + r")\s*$"
 )
 
 
@@ -62,8 +65,8 @@ def _parts(source: Source, options: CsvOptions) -> Iterator[pa.Table]:
 
 def _surprises(head: pa.Table, rest: pa.Table, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Records that show of a column what the head does not."""
-    numbers = {name for name in head.schema.names if _all_numbers(head[name])}
-    constant = {name: _only_value(head[name]) for name in head.schema.names}
+    numbers = {name for name in head.schema.names if _all_numbers(_decoded(head[name]))}
+    constant = {name: _only_value(_decoded(head[name])) for name in head.schema.names}
     left = dict.fromkeys(head.schema.names, MOST_SURPRISES)
     for part in chain([rest], parts):
         yield from _new_in(part, numbers, constant, left)
@@ -75,8 +78,8 @@ def _new_in(
     for name in part.schema.names:
         if left.get(name, 0) <= 0:
             continue
-        column = part[name]
-        if name in numbers and pa.types.is_string(column.type):
+        column = _decoded(part[name])
+        if name in numbers and _is_text(column.type):
             new = pa.compute.invert(pa.compute.match_substring_regex(column, NUMBER))
         elif (value := constant.get(name)) is not None:
             new = pa.compute.is_valid(column)
@@ -91,9 +94,18 @@ def _new_in(
 
 
 def _all_numbers(column: pa.ChunkedArray) -> bool:
-    if not pa.types.is_string(column.type) or column.null_count == len(column):
+    if not _is_text(column.type) or column.null_count == len(column):
         return False
     return bool(pa.compute.all(pa.compute.match_substring_regex(column, NUMBER)).as_py())
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column's values, where it has them as places in a dictionary."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:

@@ -18,6 +18,8 @@ CODE_WORDS = {
     *("sku", "isbn", "ean", "fips", "phone", "telephone", "ssn", "iban", "user", "customer"),
     *("client", "item", "product", "movie", "store", "shop", "merchant"),
 }
+# Before one of them they name an amount, as in visits_per_user.
+AMOUNT_WORDS = {"per", "by", "each", "num", "avg", "mean", "total", "count"}
 WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")
 PADDED = re.compile(r"\s*0[0-9]+\s*")
 COUNTER = "counts the records"
@@ -74,6 +76,8 @@ def _may_be_codes(sorted_D: np.ndarray) -> bool:
 
 def _names_codes(column: str) -> bool:
     words = [word.lower() for word in WORDS.findall(column)]
+    if len(words) > 1 and words[-2] in AMOUNT_WORDS:
+        return False
     return bool(words) and (words[-1] in CODE_WORDS or words[0] == "id")
 
 

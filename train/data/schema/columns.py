@@ -26,6 +26,8 @@ from train.values.records import is_missing, to_text
 # How a column is called that pandas makes of a frame's index.
 INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 TEXT_WORDS = 3.0
+# Least share of records in which a flag is set, and not set, where the other value is missing.
+MIN_FLAGGED = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,16 @@ def infer_column(
     if isinstance(first, dict | bytes):
         return InferredColumn(column, None, f"{type(first).__name__} values are of no known kind")
     distinct = len({to_text(value).strip() for value in known})
+    is_boolean = isinstance(first, bool | np.bool_)
     if distinct == 1:
-        return InferredColumn(column, None, f"the same in all of {len(values)} records")
-    if isinstance(first, bool | np.bool_) or all_words(known, TRUE | FALSE):
+        share = known_N.mean()
+        if MIN_FLAGGED <= share <= 1 - MIN_FLAGGED:
+            flag = f"'{to_text(first).strip()}' or missing ({1 - share:.0%} of the records)"
+            return InferredColumn(column, "boolean" if is_boolean else "category", flag)
+        missing = f"; missing in {len(values) - len(known)}" if len(known) < len(values) else ""
+        what = f"the same in all of {len(known)} records{missing}"
+        return InferredColumn(column, None, what)
+    if is_boolean or (all_words(known, TRUE | FALSE) and _has_both(known)):
         return InferredColumn(column, "boolean", "true and false")
     if _looks_padded(known):
         return _names(column, known, distinct, "codes that begin with 0")
@@ -94,6 +103,12 @@ def infer_column(
     if are_label_lists(known, MAX_LABELS):
         return InferredColumn(column, "set", f"labels with '{find_separator(known)}' between them")
     return _names(column, known, distinct)
+
+
+def _has_both(known: Sequence[Any]) -> bool:
+    """Whether some words mean true and some false, unlike F and N of another meaning."""
+    words = {to_text(value).strip().lower() for value in set(known)}
+    return bool(words & TRUE) and bool(words & FALSE)
 
 
 def _lists(column: str, known: Sequence[Any]) -> InferredColumn:

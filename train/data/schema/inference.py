@@ -120,7 +120,7 @@ def _inferred(config: Config) -> Config:
 
 def _with_split_folders(config: Config) -> Config:
     """Take the folders train, val and test of a folder of images for splits, not for classes."""
-    found = split_folders(config.data.train)
+    found, others = split_folders(config.data.train)
     given = {name: getattr(config.data, name) for name in ("valid", "test")}
     if "train" not in found or any(given.values()):
         return config
@@ -128,6 +128,11 @@ def _with_split_folders(config: Config) -> Config:
         f"'{config.data.train}' has a folder for each split: " + ", ".join(found.values()),
         file=sys.stderr,
     )
+    if others:
+        print(
+            f"not read, as they are no splits with a folder for each class: {', '.join(others)}",
+            file=sys.stderr,
+        )
     data = config.model_dump(mode="json", exclude_unset=True)
     data["data"] |= found
     return validate_config(data)

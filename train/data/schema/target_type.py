@@ -24,12 +24,12 @@ def infer_task_type(
         raise UserError("the target is missing in every record that was looked at.")
     if isinstance(known[0], list | tuple | np.ndarray):
         return "multilabel", "a list in each record"
-    if are_label_lists(known, MAX_CLASSES):
-        return "multilabel", f"labels with '{find_separator(known)}' between them"
     names = {repr(value) if isinstance(value, bytes) else to_name(value, "text") for value in known}
     numbers = read_numbers("target", known, decimal)[0]
     if numbers is not None:
         numbers = numbers[np.isfinite(numbers)]
+    elif are_label_lists(known, MAX_CLASSES):
+        return "multilabel", f"labels with '{find_separator(known)}' between them"
     if numbers is None or all_words(known, TRUE | FALSE) or len(names) == 2:
         if len(names) > MAX_NAMED_CLASSES:
             raise UserError(
