@@ -58,6 +58,7 @@ class OfflineOptions(CommandOptions):
         max_length=1,
         description="Between the fields of CSV files; found out by default.",
     )
+    quotes: bool | None = Field(None, description="Whether quotes hold fields of CSV together.")
     unknown_fields: UnknownFields = Field(
         "ignore", description="ignore or refuse columns that the model does not take; but --keep."
     )
@@ -144,7 +145,7 @@ def _plan(
     features = bundle.task.features.columns
     # A name of its own, as another run may have begun at the same time.
     place = f"{INPUT}-{secrets.token_hex(6)}"
-    written = CsvOptions(options.encoding, options.delimiter)
+    written = CsvOptions(options.encoding, options.delimiter, options.quotes)
     blocks = sources.open_source(source, storage.join_path(output, place), written)
     names = sources.source_schema(blocks).names
     sources.check_columns(options.input, options.keep, names)

@@ -62,11 +62,17 @@ class Data(Section):
     delimiter: Annotated[str | None, Field(min_length=1, max_length=1)] = Field(
         None, description="Between the fields of CSV files; found out by default."
     )
+    quotes: bool | None = Field(
+        None,
+        description="Whether quotes hold the fields of CSV files together; by default they do, and "
+        "fields that seem to be many records end the run.",
+    )
     decimal: Literal[".", ","] | None = Field(
         None, description="Mark before the fraction of numbers in text; found out by default."
     )
     bad_records: Literal["refuse", "drop"] = Field(
-        "refuse", description="A record that cannot be encoded ends the run, or is left out, told."
+        "refuse",
+        description="A record that cannot be encoded ends the run, or is left out and counted.",
     )
 
     merge_noise: bool = Field(

@@ -126,7 +126,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
             commit.atomic_folder(url) as folder,
             storage.scratch_folder(storage.join_path(root, "data")) as scratch,
         ):
-            csv = CsvOptions(data.encoding, data.delimiter)
+            csv = CsvOptions(data.encoding, data.delimiter, data.quotes)
             opened = {
                 name: sources.open_source(source, storage.join_path(scratch, name), csv)
                 for name, source in found.items()

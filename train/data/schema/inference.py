@@ -42,7 +42,7 @@ def check_source(config: Config) -> None:
     data = config.data
     # A run that begins from a bundle takes the columns from there.
     wanted = [config.target, *config.features, *data.drop] if config.init is None else []
-    check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter))
+    check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter, data.quotes))
 
 
 def complete_config(config: Config) -> CompletedConfig:
@@ -67,7 +67,7 @@ def _inferred(config: Config) -> Config:
     if config.features and config.task_type is not None and _is_settled(config):
         return config
     source = sources.find_source(config.data.train)
-    csv = CsvOptions(config.data.encoding, config.data.delimiter)
+    csv = CsvOptions(config.data.encoding, config.data.delimiter, config.data.quotes)
     looked_at = sample_source(source, LOOKED_AT, csv)
     wanted = [config.target, *config.data.drop, *config.features]
     sources.check_columns(config.data.train, wanted, list(looked_at))
