@@ -58,7 +58,7 @@ class Data(Section):
     drop: tuple[ColumnName, ...] = Field(
         (), description="Columns to leave out where features are not listed, as they leak."
     )
-    encoding: str = Field("utf-8", description="Of CSV files.")
+    encoding: str = Field("utf-8", description="Of CSV files, unless their mark says utf-16.")
     delimiter: Annotated[str | None, Field(min_length=1, max_length=1)] = Field(
         None, description="Between the fields of CSV files; found out by default."
     )
@@ -111,16 +111,16 @@ class Column(Section):
         None, description="Mark before the fraction of a number in text; found out by default."
     )
     unit: str | None = Field(
-        None, description="Currency or % of a number in text; found out by default."
+        None, description="Of a number in text: a currency, % or such as kg; found out by default."
     )
     missing: tuple[float, ...] | None = Field(
         None, description="Numbers that stand for a missing one; found out by default."
     )
     size: tuple[Count, Count] | None = Field(
-        None, description="Height and width to bring images to; the first image's by default."
+        None, description="Height and width to bring images to; the training images' median by default."
     )
     channels: Literal[1, 3] | None = Field(
-        None, description="1 for grey, 3 for colour images; as the first image by default."
+        None, description="1 for grey, 3 for colour; 3 by default if a training image has colour."
     )
     crop: bool | None = Field(
         None, description="Cut images to the size's shape before resizing, not squeeze them."

@@ -28,7 +28,7 @@ from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
 
 # Part of every digest: raise it when encoding changes.
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 
 SUMMARY = "summary.json"
 
@@ -132,8 +132,8 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
                 for name, source in found.items()
             }
             size_bytes = sum(source.size_bytes for source in found.values())
-            skipped = [source.note for source in found.values() if source.note]
-            _write(config, fitted, opened, size_bytes, folder, skipped)
+            notes = [note for source in found.values() for note in source.notes]
+            _write(config, fitted, opened, size_bytes, folder, notes)
     with fs.open(storage.join_path(path, SUMMARY), "r") as file:
         encoded = EncodedDataset(url, json.load(file))
     return encoded.with_task(apply_options(encoded.task, config))

@@ -9,6 +9,7 @@ import numpy as np
 from train.tasks import Categories, Columns, Images, NamedTarget, Numbers, Task, ValueTarget
 from train.tasks.columns.categorical import MAX_NAMES
 from train.tasks.columns.lists import MAX_LABELS, LabelSet
+from train.tasks.columns.numeric import YEAR_S
 from train.tasks.columns.scalars import Date, Number
 from train.values.label_lists import split_labels
 from train.values.names import find_form, to_name
@@ -19,6 +20,8 @@ from train.values.sentinels import find_sentinels
 # Least share of a column's different values that stay different when encoded.
 MIN_DISTINCT_KEPT = 0.5
 MOST_SHOWN = 3
+# Years of two digits that span more are probably of another century than they are read as.
+LONGEST_YEARS = 50
 # A column with more different texts is one of amounts.
 MOST_SPELLINGS = 100
 
@@ -77,6 +80,8 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                 )
         if isinstance(each, Number):
             yield from _on_spellings(each, values)
+        if isinstance(each, Date) and "%y" in (each.format or ""):
+            yield from _on_short_years(each, values)
         if isinstance(each, LabelSet) and len(each.labels) == MAX_LABELS:
             yield f"'{each.column}': only its {MAX_LABELS} most frequent labels are read"
     scaled_NF = encoder.encode(sample)[encoder.kind]
@@ -91,6 +96,17 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                     "scaled, as some are too far from the others; name those in "
                     f"features.{each.column}.missing"
                 )
+
+
+def _on_short_years(column: Date, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
+    """Years of two digits that may be of two centuries."""
+    seconds_N = column.read(values)
+    years_N = 1970 + seconds_N[~np.isnan(seconds_N)] / YEAR_S
+    if len(years_N) and years_N.max() - years_N.min() > LONGEST_YEARS:
+        yield (
+            f"'{column.column}': its years of two digits are read as {int(years_N.min())} to "
+            f"{int(years_N.max())}; write four digits if some of them are earlier"
+        )
 
 
 def _on_target(target: ValueTarget, values: Sequence[Any] | np.ndarray) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Several labels in one value: a list of names, or a text with a separator between them."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from train.values.records import is_missing
 SEPARATOR = "|"
 # What else may stand between labels in a text, and in what share of the texts at least.
 SEPARATORS, MIN_SHARE = "|;,", 0.05
+# Names in quotes of either kind, as pandas writes a column of lists: ['red', 'blue'].
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+QUOTED_LIST = re.compile(rf"\[\s*(?:(?:{_QUOTED})\s*(?:,\s*|(?=\])))*\]")
+QUOTED_NAME = re.compile(_QUOTED)
 
 
 def find_separator(values: Sequence[Any] | np.ndarray) -> str | None:
@@ -38,7 +43,9 @@ def split_labels(value: Any, separator: str) -> list[str]:
         try:
             return [to_name(item, "text") for item in json.loads(words)]
         except json.JSONDecodeError:
-            pass
+            if QUOTED_LIST.fullmatch(words):
+                names = (name[1:-1] for name in QUOTED_NAME.findall(words))
+                return [re.sub(r"\\(.)", r"\1", name) for name in names]
     parts = words.replace(separator, SEPARATOR).split(SEPARATOR)
     return [part.strip() for part in parts if part.strip()]
 

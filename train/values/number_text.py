@@ -30,10 +30,12 @@ _UNIT = "|".join(
     [f"[{re.escape(SYMBOLS + PERCENT)}]"]
     + [re.escape(each) for each in sorted(CURRENCIES, key=len, reverse=True)]
 )
+# After a number alone, as letters before it are those of a code: 70 kg, 5.5 km/h, 36 months, 21 °C.
+_MEASURE = r"°?[^\W\d_]{1,8}[²³]?(?:/[^\W\d_]{1,4}[²³]?)?|°"
 _PARTS = re.compile(
     rf"(?P<outer>[+{re.escape(MINUS)}])?\s*(?P<before>{_UNIT})?\s*(?P<inner>[+{re.escape(MINUS)}])?\s*"
     rf"(?P<digits>[0-9.,{SEPARATORS}]*[0-9][0-9.,]*(?:[eE][+-]?[0-9]+)?)"
-    rf"\s*(?P<after>{_UNIT})?(?P<trailing>-)?"
+    rf"\s*(?P<after>{_UNIT}|{_MEASURE})?(?P<trailing>-)?"
 )
 
 
@@ -43,8 +45,8 @@ class NumberFormat:
 
     decimal: the mark before the fraction, "." or ",". The other one, an apostrophe or a space may
     stand between groups of three digits.
-    unit: a currency or "%" that values may have on either side; what it says is not applied, so
-    that 54 % is 54.
+    unit: a currency or "%" that values may have on either side, or letters that may follow them,
+    such as kg; what it says is not applied, so that 54 % is 54.
     """
 
     decimal: str = "."
@@ -104,6 +106,22 @@ def most_frequent_format(texts: Sequence[str], decimal: str | None = None) -> Nu
         return sum(_read([number], mark) is not None for _, number in read)
 
     return NumberFormat(decimal or max(DECIMALS, key=count), unit)
+
+
+def share_of_numbers(texts: Sequence[str]) -> tuple[float, str]:
+    """Return in what share of texts the most frequent format reads numbers, and the first text in
+    which it does not, "" if there is none."""
+    form = most_frequent_format(texts)
+    others = [text for text in texts if not _is_number(form, text)]
+    return 1 - len(others) / len(texts), others[0] if others else ""
+
+
+def _is_number(form: NumberFormat, text: str) -> bool:
+    try:
+        form.parse(text)
+    except ValueError:
+        return text.strip().lower() in MISSING_WORDS
+    return True
 
 
 def find_format(

@@ -1,5 +1,6 @@
 """CSV files as tables, part by part: every column as text, null where empty."""
 
+import codecs
 import csv
 import io
 import re
@@ -47,6 +48,7 @@ class CsvHeader:
     """What stands at the beginning of a file. skipped: lines before that with the names."""
 
     names: list[str]
+    encoding: str
     delimiter: str
     skipped: int = 0
 
@@ -54,7 +56,11 @@ class CsvHeader:
 def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
     """Raises ValueError for a file without names of columns, or with one name twice."""
     with fs.open(path, "rb", compression="infer") as stream:
-        start = stream.read(CSV_BLOCK_BYTES).decode(options.encoding, errors="replace")
+        content = stream.read(CSV_BLOCK_BYTES)
+    # Its mark leaves no doubt; spreadsheets write it as "Unicode text".
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else options.encoding
+    start = content.decode(encoding, errors="replace")
     start, skipped, delimiter = start.removeprefix("\ufeff"), 0, options.delimiter
     if found := SEPARATOR_LINE.match(start):  # as spreadsheets write it
         start, skipped, delimiter = start[found.end() :], 1, delimiter or found[1]
@@ -63,8 +69,13 @@ def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
     delimiter = delimiter or find_delimiter(start, options)
     names = next(row for row in _rows(start, delimiter, options) if row)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
+        if not twice[0].strip():
+            places = [str(place) for place, name in enumerate(names, 1) if not name.strip()]
+            raise ValueError(
+                f"columns {', '.join(places)} have no name in the header; name them or remove them"
+            )
         raise ValueError(f"the column '{twice[0]}' is there twice; rename one of them")
-    return CsvHeader(names, delimiter, skipped)
+    return CsvHeader(names, encoding, delimiter, skipped)
 
 
 def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
@@ -113,7 +124,7 @@ def _tables(stream: BinaryIO, header: CsvHeader, options: CsvOptions) -> Iterato
     reader = pa.csv.open_csv(
         stream,
         read_options=pa.csv.ReadOptions(
-            block_size=CSV_BLOCK_BYTES, encoding=options.encoding, skip_rows=header.skipped
+            block_size=CSV_BLOCK_BYTES, encoding=header.encoding, skip_rows=header.skipped
         ),
         parse_options=pa.csv.ParseOptions(
             delimiter=header.delimiter,
@@ -154,15 +165,17 @@ def _explained(
     error: Exception, stream: BinaryIO, header: CsvHeader, options: CsvOptions
 ) -> Exception:
     """Name the line of a CSV file that is wrong, or return what is known."""
-    encoding = options.encoding
+    encoding = header.encoding
     if "UTF8" in str(error) or isinstance(error, UnicodeError):
         for number, line in enumerate(stream, 1):
             try:
                 line.decode(encoding)
             except UnicodeError:
+                # Control characters in latin-1, the euro among others in cp1252.
+                likely = "cp1252" if any(0x80 <= byte < 0xA0 for byte in line) else "latin-1"
                 return ValueError(
                     f"line {number} is not {encoding} text; give its --data.encoding, such as "
-                    "latin-1, or convert the file"
+                    f"{likely}, or convert the file"
                 )
     text = io.TextIOWrapper(stream, encoding, newline="")
     for _ in range(header.skipped):
@@ -172,6 +185,12 @@ def _explained(
     for fields in rows:
         if fields and len(fields) != count:
             number = rows.line_num + header.skipped
+            if count == 1:
+                return ValueError(
+                    f"line {number} has {len(fields)} fields, and the header has one, "
+                    f"{shorten(header.names[0])}. Remove the lines before the header, if there "
+                    "are any"
+                )
             return ValueError(
                 f"line {number} has {len(fields)} fields; expected {count}, as the "
                 "header has. Mend the line, or quote a field that holds the delimiter, which is "

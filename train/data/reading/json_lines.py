@@ -1,5 +1,7 @@
 """JSON lines as tables, part by part, with types and fields that hold for the whole file."""
 
+import codecs
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, BinaryIO
@@ -76,11 +78,13 @@ def read_json(stream: BinaryIO) -> Iterator[pa.Table]:
 
 def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
+            record = _loaded(line)
+        except ValueError as error:
             array = " it may be one array; write an object on each line, as jq -c '.[]' does"
             hint = array if number == 1 and line.lstrip().startswith(b"[") else f" {error}"
             raise ValueError(f"line {number} is not JSON:{hint}") from error
@@ -90,6 +94,17 @@ def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
                 "line, as jq -c '.[]' makes of an array"
             )
         yield flatten_record(record)
+
+
+def _loaded(line: bytes) -> Any:
+    """Parse JSON, also with NaN and Infinity, which are no JSON but written by many programs; they
+    count as missing. Raises ValueError."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        if b"NaN" not in line and b"Infinity" not in line:
+            raise
+        return json.loads(line, parse_constant=lambda _: None)
 
 
 def _as(kind: pa.DataType, value: Any) -> Any:

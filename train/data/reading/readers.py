@@ -100,14 +100,14 @@ def plain_columns(table: pa.Table) -> pa.Table:
     A struct of an image file, {"bytes", "path"}, stays one. Raises ValueError if names are alike.
     """
     while nested := [field.name for field in table.schema if _is_nested(field.type)]:
-        columns: dict[str, pa.ChunkedArray] = {}
+        names: list[str] = []
+        columns: list[pa.ChunkedArray] = []
         for name, column in zip(table.schema.names, table.columns, strict=True):
-            if name not in nested:
-                columns[name] = column
-                continue
-            flat = pa.table({name: column}).flatten()
-            columns |= dict(zip(flat.schema.names, flat.columns, strict=True))
-        table = pa.table(columns)
+            part = pa.table({name: column})
+            part = part.flatten() if name in nested else part
+            names += part.schema.names
+            columns += part.columns
+        table = pa.table(columns, names=names)
     for place, field in enumerate(table.schema):
         if (plain := _plain_type(field.type)) is not None:
             column = table.column(place)
@@ -115,9 +115,9 @@ def plain_columns(table: pa.Table) -> pa.Table:
                 column = pa.compute.run_end_decode(column)
             table = table.set_column(place, field.name, column.cast(plain))
     names = [plain_name(name) for name in table.schema.names]
-    if len(set(names)) < len(set(table.schema.names)):
+    if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two columns are called '{twice}' but for spaces; rename one of them")
+        raise ValueError(f"two columns are called '{twice}', but for spaces; rename one of them")
     return table if names == table.schema.names else table.rename_columns(names)
 
 
@@ -139,6 +139,8 @@ def _plain_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.binary()
     if pa.types.is_run_end_encoded(kind):
         return _plain_type(kind.value_type) or kind.value_type
+    if pa.types.is_time(kind):
+        return pa.string()
     return pa.int64() if pa.types.is_duration(kind) else None
 
 

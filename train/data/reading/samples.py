@@ -1,9 +1,10 @@
 """Samples of a source: its first records, and those further on that show what these do not."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
@@ -21,6 +22,8 @@ HEAD_BYTES = 64 << 20
 MAX_SCANNED_BYTES = 4 << 30
 # Records that are added for each column.
 MOST_SURPRISES = 50
+# One of so many of the records that follow is looked at too.
+SPREAD = 500
 # Text that is a number, or stands for a missing one.
 NUMBER = (
     r"(?i)^\s*([^\pL\d]{0,4}[0-9.,' ]*[0-9][0-9.,]*(e[+-]?[0-9]+)?[^\pL\d]{0,4}|"
@@ -33,7 +36,7 @@ def sample_source(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV)
     """Return the first records of a source, at most HEAD_BYTES, every column of them.
 
     Further records follow, in which a column has other text than numbers where it had only these,
-    or any value where it had none or one alone. Raises UserError.
+    or any value where it had none or one alone, and a few others from the rest. Raises UserError.
     """
     parts = _parts(source, options)
     first: list[pa.Table] = []
@@ -46,14 +49,52 @@ def sample_source(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV)
     if not rows:
         raise UserError(f"'{source.url}' holds no records; give a source with at least one row.")
     with reading_errors(source.url):
-        head = pa.concat_tables(first, promote_options="default")
+        head = _together(first)
         sources.check_columns(source.url, head.schema.names, head.schema.names)
         head, rest = head.slice(0, count), head.slice(count)
         found = [head]
         if source.format not in ("images", "digits") and source.size_bytes <= MAX_SCANNED_BYTES:
             found += _surprises(head, rest, parts)
-        table = pa.concat_tables(found, promote_options="permissive").combine_chunks()
+        table = _together(found).combine_chunks()
     return sources.batch_columns(table.to_batches()[0])
+
+
+def _together(tables: Sequence[pa.Table]) -> pa.Table:
+    """Put tables of several files together, a column as text where they have it in types that do
+    not go together, such as whole numbers and text. Raises ValueError where that cannot be."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        for name in dict.fromkeys(name for table in tables for name in table.schema.names):
+            types = {
+                table.schema.field(name).type for table in tables if name in table.schema.names
+            }
+            if len(types) > 1 and not _go_together(types):
+                tables = [_as_text(table, name) for table in tables]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _go_together(types: Collection[pa.DataType]) -> bool:
+    try:
+        pa.unify_schemas(
+            [pa.schema([("column", kind)]) for kind in types], promote_options="permissive"
+        )
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return False
+    return True
+
+
+def _as_text(table: pa.Table, name: str) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    if place < 0:
+        return table
+    column = table.column(place)
+    try:
+        return table.set_column(place, name, column.cast(pa.string()))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(
+            f"the column '{name}' is {column.type} in one file and of another type in others"
+        ) from None
 
 
 def _parts(source: Source, options: CsvOptions) -> Iterator[pa.Table]:
@@ -64,12 +105,16 @@ def _parts(source: Source, options: CsvOptions) -> Iterator[pa.Table]:
 
 
 def _surprises(head: pa.Table, rest: pa.Table, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Records that show of a column what the head does not."""
+    """Records that show of a column what the head does not, and a few from everywhere else, as
+    files are often sorted."""
     numbers = {name for name in head.schema.names if _all_numbers(_decoded(head[name]))}
     constant = {name: _only_value(_decoded(head[name])) for name in head.schema.names}
     left = dict.fromkeys(head.schema.names, MOST_SURPRISES)
+    until_next = SPREAD - 1
     for part in chain([rest], parts):
         yield from _new_in(part, numbers, constant, left)
+        yield part.take(np.arange(until_next, part.num_rows, SPREAD))
+        until_next = (until_next - part.num_rows) % SPREAD
 
 
 def _new_in(

@@ -68,7 +68,7 @@ class RowBlock:
 class Source:
     """The files behind a path or URL. Found without reading them.
 
-    skipped: names of files beside them that are of no known format.
+    notes: what is read otherwise than may be expected, or not read.
     """
 
     url: str
@@ -76,16 +76,7 @@ class Source:
     files: tuple[str, ...]
     size_bytes: int
     fingerprint: str
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def note(self) -> str:
-        """A sentence on what is not read, empty if all is."""
-        if not self.skipped:
-            return ""
-        count, shown = len(self.skipped), ", ".join(self.skipped[:MOST_SHOWN])
-        more = f" and {count - MOST_SHOWN:,} more" if count > MOST_SHOWN else ""
-        return f"{count:,} files of '{self.url}' are of no known format and not read: {shown}{more}"
+    notes: tuple[str, ...] = ()
 
 
 def find_source(url: str) -> Source:
@@ -124,14 +115,38 @@ def find_source(url: str) -> Source:
                 f"'{url}' is one image; give the folder that has a folder for each class."
             )
         assert kind is not None
+        notes = []
+        if skipped := [PurePosixPath(each).name for each in files if file_format(each) is None]:
+            notes.append(
+                f"{len(skipped):,} files of '{url}' are of no known format and not read: "
+                + _listed(skipped)
+            )
+        inside = kind == "images" and fs.isdir(path)
+        if inside and (outer := _outer_folders(kept, path)):
+            notes.append(
+                "the class of an image is the folder that holds it; these folders above are not "
+                f"read as classes: {_listed(outer)}"
+            )
         return Source(
             url,
             kind,
             tuple(fs.unstrip_protocol(each) if storage.is_url(url) else each for each in kept),
             sum(fs.size(each) or 0 for each in kept),
             json.dumps([str(fs.ukey(each)) for each in kept]),
-            tuple(PurePosixPath(each).name for each in files if file_format(each) is None),
+            tuple(notes),
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more
+
+
+def _outer_folders(files: Sequence[str], root: str) -> list[str]:
+    """The folders below a root that hold folders of images."""
+    root = root.rstrip("/") + "/"
+    parents = {PurePosixPath(file.removeprefix(root)).parent for file in files}
+    return sorted({str(each.parent) for each in parents if len(each.parts) > 1})
 
 
 def open_source(source: Source, scratch: str, options: CsvOptions = UNKNOWN_CSV) -> list[RowBlock]:
@@ -210,6 +225,8 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
             alike = [name for name in names if name.lower() == column.lower()]
             alike = alike or get_close_matches(column, names, 1)
             hint = f" Did you mean '{alike[0]}'?" if alike else ""
+            if len(names) == 1 and column in names[0]:
+                hint = " Give --data.delimiter, as that looks like a line of several names."
             raise UserError(
                 f"'{url}' has no column '{column}'; it has {', '.join(map(repr, names))}.{hint} "
                 "Set target, features or data.drop to what is there."

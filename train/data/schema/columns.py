@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import orjson
 
 from train.data.schema.codes import COUNTER, MAX_DISTINCT_SHARE, PADDED, why_codes
 from train.data.schema.styles import (
+    DIGITS_FORMAT,
     UNKNOWN_STYLE,
     FileStyle,
     all_words,
+    are_written_dates,
     fitting_dates,
     read_all,
     read_numbers,
@@ -19,15 +22,17 @@ from train.data.schema.styles import (
 from train.tasks.columns.lists import MAX_LABELS
 from train.tasks.columns.scalars import FALSE, TRUE, Date
 from train.values.label_lists import are_label_lists, find_separator
-from train.values.number_text import NumberFormat
+from train.values.number_text import NumberFormat, share_of_numbers
 from train.values.pictures import has_signature, is_data_uri
-from train.values.records import is_missing, to_text
+from train.values.records import is_missing, shorten, to_text
 
 # How a column is called that pandas makes of a frame's index.
 INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 TEXT_WORDS = 3.0
 # Least share of records in which a flag is set, and not set, where the other value is missing.
 MIN_FLAGGED = 0.01
+# From this share on, what is no number in a column of names is named.
+MOSTLY_NUMBERS = 0.8
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def infer_column(
         return InferredColumn(column, "image", "image files")
     if isinstance(first, list | tuple | np.ndarray):
         return _lists(column, known)
+    if (vectors := _read_vectors(known)) is not None:
+        return _lists(column, vectors)
     if isinstance(first, dict | bytes):
         return InferredColumn(column, None, f"{type(first).__name__} values are of no known kind")
     distinct = len({to_text(value).strip() for value in known})
@@ -86,6 +93,8 @@ def infer_column(
     numbers_N, found = read_numbers(column, known, style.decimal)
     if numbers_N is not None:
         finite_N = np.isfinite(numbers_N)
+        if are_written_dates(known, numbers_N[finite_N]):
+            return InferredColumn(column, "date", DIGITS_FORMAT, {"format": DIGITS_FORMAT})
         why = why_codes(
             column,
             [value for value, finite in zip(known, finite_N, strict=True) if finite],
@@ -96,13 +105,19 @@ def infer_column(
             return InferredColumn(column, None, why)
         if why:
             return _names(column, known, distinct, why)
-        return _number(column, numbers_N[finite_N], found)
+        return _number(column, numbers_N[finite_N], found, style)
     date = _date(column, known, style)
     if date is not None:
         return date
     if are_label_lists(known, MAX_LABELS):
         return InferredColumn(column, "set", f"labels with '{find_separator(known)}' between them")
-    return _names(column, known, distinct)
+    names = _names(column, known, distinct)
+    texts = [value for value in known if isinstance(value, str)]
+    share, other = share_of_numbers(texts) if texts else (0.0, "")
+    if share >= MOSTLY_NUMBERS:
+        why = f"{names.why}; {share:.1%} are numbers, {shorten(other)} is none"
+        return replace(names, why=why)
+    return names
 
 
 def _has_both(known: Sequence[Any]) -> bool:
@@ -124,15 +139,31 @@ def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
     return InferredColumn(column, "vector", f"lists of {lengths.pop()} numbers")
 
 
-def _number(column: str, numbers: np.ndarray, found: tuple[NumberFormat, bool]) -> InferredColumn:
-    style, ambiguous = found
+def _read_vectors(known: Sequence[Any]) -> list[Any] | None:
+    """Return lists of numbers that are all written as JSON text, None where one is not."""
+    if not all(isinstance(value, str) and value.strip().startswith("[") for value in known):
+        return None
+    try:
+        lists = [orjson.loads(value) for value in known]
+    except orjson.JSONDecodeError:
+        return None
+    items = [item for value in lists for item in value if item is not None]
+    return lists if items and all(isinstance(item, int | float) for item in items) else None
+
+
+def _number(
+    column: str, numbers: np.ndarray, found: tuple[NumberFormat, bool], file_style: FileStyle
+) -> InferredColumn:
+    style, in_doubt = found
     why = f"{numbers.min():g} to {numbers.max():g}"
     options: dict[str, Any] = {}
     if style.decimal != ".":
         options["decimal"], why = style.decimal, f"{why}, with a decimal comma"
     if style.unit:
         options["unit"], why = style.unit, f"{why}, in {style.unit}"
-    if ambiguous:
+    if in_doubt and file_style.decimal == ",":
+        why += f"; features: {{{column}: {{kind: number, decimal: .}}}} reads points as decimal"
+    elif in_doubt and not file_style.decimal:
         why += "; if its commas and points are the other way round, give --data.decimal ,"
     return InferredColumn(column, "number", why, options)
 

@@ -1,5 +1,6 @@
 """How a file writes its values: what reads all of a column's, and what is in doubt."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ DATE_FORMATS = (
     *("%m/%d/%y", "%d/%m/%y", "%m-%d-%Y", "%d-%m-%Y", "%d %b %Y", "%d-%b-%Y", "%d %B %Y"),
     *("%b %d, %Y", "%B %d, %Y", "%m/%d/%Y %I:%M %p", "%Y/%m/%d %H:%M", "%d-%b-%y", "%Y.%m.%d"),
 )
+# Times of day. Unlike a ratio such as 4:3 they have two digits of minutes.
+TIME = re.compile(r"\s*\d{1,2}:\d\d(:\d\d(\.\d+)?)?\s*([AaPp][Mm])?\s*")
+TIME_FORMATS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M%p", "%I:%M:%S %p")
+# Written as one number.
+DIGITS_FORMAT, FIRST_DAY, LAST_DAY = "%Y%m%d", 19000101, 20991231
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,22 @@ def read_numbers(
         numbers_N = number.read(known)
     except InvalidRecord:
         return None, (found, False)
-    return numbers_N if np.isfinite(numbers_N).any() else None, (found, ambiguous and not decimal)
+    return numbers_N if np.isfinite(numbers_N).any() else None, (found, ambiguous)
 
 
 def fitting_dates(known: Sequence[Any]) -> list[str]:
-    return [form for form in DATE_FORMATS if read_all(Date("date", form), known) is not None]
+    """Return the formats in which all of a column's values are dates, or all are times of day."""
+    are_times = all(isinstance(value, str) and TIME.fullmatch(value) for value in known)
+    formats = TIME_FORMATS if are_times else DATE_FORMATS
+    return [form for form in formats if read_all(Date("date", form), known) is not None]
+
+
+def are_written_dates(known: Sequence[Any], numbers_N: np.ndarray) -> bool:
+    """Whether whole numbers are dates such as 20241231."""
+    if not (len(numbers_N) and numbers_N.min() >= FIRST_DAY and numbers_N.max() <= LAST_DAY):
+        return False
+    days_N = read_all(Date("date", DIGITS_FORMAT), known)
+    return days_N is not None and len(np.unique(days_N)) > 2
 
 
 def read_all(kind: Number | Boolean | Date, known: Sequence[Any]) -> np.ndarray | None:

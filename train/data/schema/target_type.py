@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import UserError
+from train.data.schema.codes import MAX_DISTINCT_SHARE
 from train.data.schema.styles import all_words, read_numbers
 from train.tasks.columns.scalars import FALSE, TRUE
 from train.values.label_lists import are_label_lists, find_separator
@@ -31,7 +32,7 @@ def infer_task_type(
     elif are_label_lists(known, MAX_CLASSES):
         return "multilabel", f"labels with '{find_separator(known)}' between them"
     if numbers is None or all_words(known, TRUE | FALSE) or len(names) == 2:
-        if len(names) > MAX_NAMED_CLASSES:
+        if len(names) > min(MAX_NAMED_CLASSES, max(MAX_CLASSES, MAX_DISTINCT_SHARE * len(known))):
             raise UserError(
                 f"the target has {len(names)} different values that are no numbers, such as "
                 f"{shorten(known[0])}; give --task_type classification if each is a class, or "

@@ -154,6 +154,8 @@ class Date:
             return datetime(value.year, value.month, value.day)
         if isinstance(value, np.datetime64):
             return value.astype("datetime64[us]").item()
+        if isinstance(value, int | np.integer) and self.format and not isinstance(value, bool):
+            value = str(value)
         if not isinstance(value, str | bytes):
             raise TypeError("neither a date nor text")
         words = to_text(value).strip()

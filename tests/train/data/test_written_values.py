@@ -1,0 +1,218 @@
+"""Values as people and programs write them: units, times of day, lists as text; and files that are
+sorted, mixed, or have something before their header."""
+
+import datetime
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from cluster.errors import UserError
+from tests.train.tasks.test_pictures import saved
+from train.config import validate_config
+from train.data import dataset
+from train.data.reading import sources
+from train.data.reading.samples import sample_source
+from train.data.schema import inference
+from train.data.schema.columns import infer_column
+from train.data.schema.styles import UNKNOWN_STYLE, FileStyle
+from train.data.schema.target_type import infer_task_type
+from train.tasks import Numbers
+from train.tasks.columns.lists import LabelSet
+from train.tasks.columns.scalars import Date, Number
+
+COUNT = 400
+DAY_S = 86_400
+
+
+def inferred(values, style=UNKNOWN_STYLE):
+    return infer_column("x", values, style=style)
+
+
+def sampled(path):
+    return sample_source(sources.find_source(str(path)), 10_000)
+
+
+@pytest.mark.parametrize("form", ["{} kg", "{}km/h", "{} °C", "{} months", "{} m²", "{}ml", "{}°"])
+def test_one_unit_after_all_numbers_is_read(form, rng):
+    numbers = rng.integers(20, 200, COUNT) / 2
+    values = [form.format(number) for number in numbers]
+    found = inferred(values)
+    assert (found.kind, found.options["unit"]) == ("number", form[2:].strip())
+    np.testing.assert_array_equal(Number("x").fit(values).read(values), numbers)
+    assert infer_task_type(values)[0] == "regression"
+
+
+@pytest.mark.parametrize("form", ["A{}", "room {}", "{}a{}"])
+def test_letters_before_numbers_are_those_of_codes(form, rng):
+    values = [form.format(*pair) for pair in rng.integers(1, 9, (COUNT, 2))]
+    assert inferred(values).kind == "category"
+
+
+def test_two_units_are_not_one_column_of_numbers(rng):
+    values = [f"{number} {unit}" for number in range(1, 9) for unit in ("kg", "lb")] * 10
+    assert inferred(values).kind == "category"
+
+
+@pytest.mark.parametrize("form", ["%H:%M", "%H:%M:%S", "%I:%M %p"])
+def test_times_of_day_are_read(form, rng):
+    midnight = datetime.datetime(1900, 1, 1)
+    times = [midnight + datetime.timedelta(minutes=int(each)) for each in rng.integers(0, 1440, 99)]
+    values = [each.strftime(form) for each in times]
+    assert inferred(values).options == {"format": form}
+    seconds_N = Date("x", form).read(values) % DAY_S
+    np.testing.assert_array_equal(
+        seconds_N, [each.hour * 3600 + each.minute * 60 for each in times]
+    )
+
+
+def test_ratios_are_no_times_of_day():
+    assert inferred(["16:9", "4:3", "1:1"] * 20).kind == "category"
+
+
+def test_times_of_parquet_are_read(tmp_path):
+    times = [datetime.time(hour, 30) for hour in range(24)] * 5
+    pa.parquet.write_table(pa.table({"at": times, "y": [0, 1] * 60}), tmp_path / "t.parquet")
+    found = infer_column("at", sampled(tmp_path / "t.parquet")["at"])
+    assert found.kind == "date"
+
+
+@pytest.mark.parametrize("as_type", [str, int, np.int64])
+def test_whole_numbers_that_are_dates_are_read(as_type, rng):
+    first = datetime.date(2023, 11, 1)
+    days = [first + datetime.timedelta(days=int(each)) for each in rng.integers(0, 500, COUNT)]
+    values = [as_type(each.strftime("%Y%m%d")) for each in days]
+    assert inferred(values).options == {"format": "%Y%m%d"}
+    expected = [(each - datetime.date(1970, 1, 1)).days * DAY_S for each in days]
+    np.testing.assert_array_equal(Date("x", "%Y%m%d").read(values), expected)
+
+
+def test_whole_numbers_that_are_not_all_dates_stay_numbers(rng):
+    amounts = np.round(rng.lognormal(17, 0.02, COUNT)).astype(int)
+    assert inferred(amounts).kind == "number"
+    assert inferred(20_000_000 + rng.integers(0, 99, COUNT) ** 2 * 100).kind == "number"
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps])
+def test_lists_written_as_text_are_sets(write):
+    lists = [["red", "it's"], ["red"], [], ["dark blue"], ["red", "dark blue"]]
+    values = [write(each) for each in lists] * 20
+    assert inferred(values).kind == "set"
+    task_type, _ = infer_task_type([value for value in values if value != "[]"])
+    assert task_type == "multilabel"
+    encoder = Numbers((LabelSet("x"),)).fit({"x": values})
+    assert encoder.columns[0].labels == ("red", "dark blue", "it's")
+    first_NK = encoder.columns[0].read(values[:4])
+    np.testing.assert_array_equal(first_NK, [[1, 0, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0]])
+
+
+def test_vectors_written_as_text_are_vectors(rng):
+    values = [json.dumps(each.tolist()) for each in rng.normal(size=(50, 3))]
+    assert inferred(values).kind == "vector"
+    assert inferred([*values, "[1.0]"]).kind is None
+    assert inferred([*values, "[oops"]).kind == "text"
+
+
+def test_what_is_no_number_among_numbers_is_named():
+    found = inferred([str(number) for number in range(10)] * 9 + ["<5"])
+    assert found.kind == "category"
+    assert "98.9% are numbers, '<5' is none" in found.why
+
+
+def test_points_that_divide_thousands_name_the_option():
+    latitudes = ["52.102", "51.987"] * 20
+    assert "decimal: ." in inferred(latitudes, FileStyle(",")).why
+    assert "decimal" not in inferred(latitudes, FileStyle(".")).why
+
+
+def test_years_of_two_digits_of_two_centuries_are_named(tmp_path, rng):
+    births = [f"15.03.{year:02}" for year in rng.integers(40, 100, COUNT)]
+    assert inferred(births).options == {"format": "%d.%m.%y"}
+    frame = pd.DataFrame({"born": births, "y": rng.integers(0, 2, COUNT)})
+    frame.to_csv(tmp_path / "births.csv", index=False)
+    config = validate_config(
+        {"name": "x", "target": "y", "data": {"train": str(tmp_path / "births.csv")}}
+    )
+    data = dataset.prepare_dataset(inference.complete_config(config).config, str(tmp_path))
+    (note,) = [each for each in data.summary["report"]["notes"] if "two digits" in each]
+    assert note.startswith("'born': its years of two digits are read as 1969 to 2068")
+
+
+def test_a_sorted_file_shows_its_later_dates(tmp_path):
+    """Of the first 10,000 records of this log all days could be months."""
+    days = [f"{day:02}/01/2024" for day in range(1, 32) for _ in range(1_000)]
+    pd.DataFrame({"day": days, "y": [0, 1] * 15_500}).to_csv(tmp_path / "log.csv", index=False)
+    found = infer_column("day", sampled(tmp_path / "log.csv")["day"])
+    assert found.options == {"format": "%d/%m/%Y"}
+
+
+def test_a_target_that_names_records_is_refused():
+    with pytest.raises(UserError, match="300 different values that are no numbers"):
+        infer_task_type([f"order-{number}" for number in range(300)])
+
+
+def test_files_with_other_types_of_a_column_go_together(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": 1, "y": 0}\n' * 30)
+    (tmp_path / "b.jsonl").write_text('{"x": "one", "y": 1}\n' * 30)
+    assert set(sampled(tmp_path)["x"]) == {"1", "one"}
+    (tmp_path / "c.jsonl").write_text('{"x": [1, 2], "y": 1}\n' * 30)
+    with pytest.raises(UserError, match="'x' is list<item: int64> in one file and of another type"):
+        sampled(tmp_path)
+
+
+def test_json_lines_may_have_a_mark_and_nan(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"x": 1.5}\n{"x": NaN}\n{"x": -Infinity}\n')
+    x_N = np.array(sampled(path)["x"], float)
+    np.testing.assert_array_equal(x_N, [1.5, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_a_byte_order_mark_tells_the_encoding(encoding, tmp_path):
+    (tmp_path / "data.csv").write_bytes("größe;y\n5 €;1\n".encode(encoding))
+    assert sampled(tmp_path / "data.csv") == {"größe": ["5 €"], "y": ["1"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x,y\n5 €,2\n".encode("cp1252"), "such as cp1252"),
+        ("x,y\né,2\n".encode("latin-1"), "such as latin-1"),
+        (b"# made on Monday\nx,y\n1,2\n", "Remove the lines before the header"),
+        (b",,y\n0,0,2\n", "columns 1, 2 have no name in the header"),
+    ],
+)
+def test_what_a_file_has_instead_of_a_header_is_said(content, message, tmp_path):
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        sampled(tmp_path / "data.csv")
+
+
+def test_another_delimiter_is_asked_for(tmp_path):
+    (tmp_path / "data.csv").write_text("x y\n1 2\n" * 3)
+    config = validate_config(
+        {"name": "x", "target": "y", "data": {"train": str(tmp_path / "data.csv")}}
+    )
+    with pytest.raises(UserError, match=r"Give --data\.delimiter"):
+        inference.check_source(config)
+
+
+def test_columns_of_one_name_beside_a_struct_are_refused(tmp_path):
+    columns = [pa.array([1, 2]), pa.array([3, 4]), pa.array([{"a": 1}, {"a": 2}])]
+    pa.parquet.write_table(pa.table(columns, names=["x", "x", "s"]), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="'x'"):
+        sampled(tmp_path / "t.parquet")
+
+
+def test_folders_above_classes_are_named(tmp_path, rng):
+    for folder in ("a/left", "b/right"):
+        (tmp_path / folder).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / folder / "0.png").write_bytes(saved(Image.fromarray(pixels)))
+    (note,) = sources.find_source(str(tmp_path)).notes
+    assert note.endswith("not read as classes: a, b")
+    assert not sources.find_source(str(tmp_path / "a")).notes
