@@ -5,12 +5,14 @@ more to its client than one later, and the engine computes only what somebody wi
 estimate was wrong, the batcher refuses it when it is taken from the line.
 """
 
-import heapq
+import bisect
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
+
+from sortedcontainers import SortedDict, SortedList
 
 from serve.errors import BadRequest, Overloaded
 from serve.inference.latency_model import LatencyModel
@@ -21,8 +23,6 @@ MARGIN, LINE_MARGIN = 1.1, 1.4
 # What a client calls itself is kept no longer than this; nor are more clients that have nothing
 # waiting remembered.
 MAX_CLIENT, MAX_CLIENTS = 64, 1024
-# Entries of the line that are gone, before it is made anew without them.
-MAX_GONE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,62 +93,69 @@ class QueueItem(Protocol):
 
 Job = TypeVar("Job", bound=QueueItem)
 
+# A job's level, tag and number in order of arrival, by which the line is sorted.
+Place = tuple[int, float, int]
+
 
 class FairQueue(Generic[Job]):
     """By priority, then fair between clients by rows, then in order of arrival.
 
     Start-time fair queueing (Goyal et al. 1996): each job is tagged with the row at which it would
-    start if its client had its equal share; the smallest tag goes first.
+    start if its client had its equal share; the smallest tag goes first. What a job costs here
+    grows with the logarithm of how many wait, whatever their clients are called.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, float, int, Job]] = []
+        # Places in the line (level, tag, order), each with its job.
+        self._line: SortedDict[Place, Job] = SortedDict()
+        self._place_of: dict[int, Place] = {}
+        # Those of each client, sorted as well.
+        self._places_of_client: dict[str, list[Place]] = {}
         self._order = itertools.count()
-        self._num_gone = 0
         self._clock: dict[int, float] = defaultdict(float)
         self._next: dict[tuple[int, str], float] = {}
+        self._most_remembered = MAX_CLIENTS
         self._rows_of_client: dict[str, int] = {}
+        # (rows, client), so that the client with the most is the last.
+        self._shares: SortedList[tuple[int, str]] = SortedList()
         self._rows_of_level: dict[int, int] = defaultdict(int)
         self.rows = 0
 
     def __len__(self) -> int:
-        """Entries, those that are gone included."""
-        return len(self._heap)
+        return len(self._line)
 
     def push(self, job: Job) -> None:
         level, client, count = job.terms.priority, job.terms.client, job.rows_left
         tag = max(self._clock[level], self._next.get((level, client), 0.0))
-        if len(self._next) >= MAX_CLIENTS:
+        if len(self._next) >= self._most_remembered:
             # Who is behind the clock starts at the clock anyway.
             clock = self._clock
             self._next = {who: tag for who, tag in self._next.items() if tag > clock[who[0]]}
+            self._most_remembered = max(MAX_CLIENTS, 2 * len(self._next))
         self._next[level, client] = tag + count
-        heapq.heappush(self._heap, (level, tag, next(self._order), job))
+        self._enter(job, (level, tag, next(self._order)))
         self._count(job, count)
 
     def first(self) -> Job | None:
         """The job whose turn it is; those that are gone leave."""
-        while self._heap:
-            job = self._heap[0][3]
+        while self._line:
+            _, job = self._line.peekitem(0)
             if not job.gone:
                 return job
-            heapq.heappop(self._heap)
-            self._num_gone -= 1
+            self._exit(job)
         self._clock.clear()
         self._next.clear()
-        self._num_gone = 0
         return None
 
     def took(self, rows: int) -> None:
         """Take `rows` of the first job's rows; with its last ones it leaves the line."""
-        level, tag, order, job = self._heap[0]
+        (level, tag, order), job = self._line.peekitem(0)
         self._clock[level] = tag
         self._count(job, -rows)
-        if job.rows_left == rows:
-            heapq.heappop(self._heap)
-        else:
+        self._exit(job)
+        if job.rows_left > rows:
             # What is left of it takes its turn after others that are as far.
-            heapq.heapreplace(self._heap, (level, tag + rows, order, job))
+            self._enter(job, (level, tag + rows, order))
 
     def leave(self, job: Job) -> None:
         """A job has gone before its turn: its rows count no more. May be told more than once."""
@@ -159,11 +166,7 @@ class FairQueue(Generic[Job]):
         who = job.terms.priority, job.terms.client
         if who in self._next:
             self._next[who] -= rows
-        self._num_gone += 1
-        if self._num_gone > max(MAX_GONE, len(self._heap) // 2):
-            self._heap = [entry for entry in self._heap if not entry[3].gone]
-            heapq.heapify(self._heap)
-            self._num_gone = 0
+        self._exit(job)
 
     def ahead(self, terms: RequestOptions, count: int) -> int:
         """About how many rows are answered before those of a job that came now."""
@@ -180,38 +183,61 @@ class FairQueue(Generic[Job]):
         The greediest client is the one with the most waiting; its latest jobs go where it has,
         with them gone, still no less than the newcomer. Empty where there are not enough.
         """
-        waiting = [entry for entry in self._heap if not entry[3].gone]
-        less_urgent = [entry for entry in waiting if entry[0] > terms.priority]
-        if chosen := _latest(less_urgent, count):
+        less_urgent = itertools.takewhile(lambda at: at[0] > terms.priority, reversed(self._line))
+        if chosen := self._latest(less_urgent, count):
             return chosen
-        held = self._rows_of_client
-        greediest = max(held, key=lambda name: held[name], default=terms.client)
-        if greediest == terms.client or (held[greediest] - held.get(terms.client, 0) < 2 * count):
+        most, greediest = self._shares[-1] if self._shares else (0, terms.client)
+        if (
+            greediest == terms.client
+            or most - self._rows_of_client.get(terms.client, 0) < 2 * count
+        ):
             return []
-        theirs = [entry for entry in waiting if entry[3].terms.client == greediest]
-        return _latest([entry for entry in theirs if entry[0] >= terms.priority], count)
+        theirs = reversed(self._places_of_client.get(greediest, ()))
+        return self._latest((at for at in theirs if at[0] >= terms.priority), count)
+
+    def _latest(self, places: Iterable[Place], count: int) -> list[Job]:
+        """Jobs at the first of some places that have `count` rows together; none if there are not
+        so many."""
+        chosen: list[Job] = []
+        rows = 0
+        for place in places:
+            if rows >= count:
+                break
+            job = self._line[place]
+            if not job.gone:
+                chosen.append(job)
+                rows += job.rows_left
+        return chosen if rows >= count else []
+
+    def _enter(self, job: Job, place: Place) -> None:
+        self._line[place] = job
+        self._place_of[id(job)] = place
+        bisect.insort(self._places_of_client.setdefault(job.terms.client, []), place)
+
+    def _exit(self, job: Job) -> None:
+        """Take a job out of the line, if it is still there."""
+        place = self._place_of.pop(id(job), None)
+        if place is None:
+            return
+        del self._line[place]
+        places = self._places_of_client[job.terms.client]
+        places.pop(bisect.bisect_left(places, place))
+        if not places:
+            del self._places_of_client[job.terms.client]
 
     def _count(self, job: Job, change: int) -> None:
         self.rows += change
         self._rows_of_level[job.terms.priority] += change
         client = job.terms.client
-        rows = self._rows_of_client.get(client, 0) + change
+        before = self._rows_of_client.get(client, 0)
+        rows = before + change
+        if before:
+            self._shares.remove((before, client))
         if rows:
             self._rows_of_client[client] = rows
+            self._shares.add((rows, client))
         else:
             del self._rows_of_client[client]
-
-
-def _latest(entries: list[tuple[int, float, int, Job]], count: int) -> list[Job]:
-    """The last of the line that have `count` rows together; none if there are not so many."""
-    chosen: list[Job] = []
-    rows = 0
-    for entry in sorted(entries, key=lambda entry: entry[:3], reverse=True):
-        if rows >= count:
-            break
-        chosen.append(entry[3])
-        rows += entry[3].rows_left
-    return chosen if rows >= count else []
 
 
 class AdmissionController:

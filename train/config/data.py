@@ -117,7 +117,8 @@ class Column(Section):
         None, description="Numbers that stand for a missing one; found out by default."
     )
     size: tuple[Count, Count] | None = Field(
-        None, description="Height and width to bring images to; the training images' median by default."
+        None,
+        description="Height and width to bring images to; the training images' median by default.",
     )
     channels: Literal[1, 3] | None = Field(
         None, description="1 for grey, 3 for colour; 3 by default if a training image has colour."
