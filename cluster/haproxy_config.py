@@ -38,8 +38,15 @@ NOT_LISTED = (
 # proof tells it from one that was sent to the replica itself.
 PEER = '    http-request set-header x-halyard-peer "{proof} %[src]"'
 PURPOSE = "address of a client"
-# A client that does not finish a request's headers keeps others from a connection.
+# A client that does not finish a request's headers keeps others from a connection, as does one with
+# very many: in IPv6 everything below a /64 counts as one. Loopback is this machine itself.
 HEADERS_TIMEOUT = "    timeout http-request 10s"
+CONNECTIONS, MOST_CONNECTIONS = "HALYARD_CONNECTIONS_PER_ADDRESS", 512
+PER_ADDRESS = (
+    "    stick-table type ipv6 size 64k expire 1m store conn_cur",
+    "    tcp-request connection track-sc0 src,ipmask(32,64)",
+    "    tcp-request connection reject if {{ sc0_conn_cur gt {most} }} !{{ src 127.0.0.0/8 ::1 }}",
+)
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
@@ -48,12 +55,13 @@ ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
 def restrict(config: str) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
-    Reads the environment for the address to listen on and for where to log.
-    Raises ValueError where the configuration is not as Ray 2.60 writes it: it might open what is
-    not known here.
+    Reads the environment for the address to listen on, where to log, and how many connections an
+    address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
+    might open what is not known here, or that number is none.
     """
     lines, section, sockets = [], "", 0
     peer = PEER.format(proof=proof_prefix())
+    per_address = _limit_per_address()
     for line in config.splitlines():
         if SECTION.match(line):
             section = line.strip()
@@ -72,10 +80,18 @@ def restrict(config: str) -> str:
             if host := os.environ.get(HOST):
                 place = f"[{host}]" if ":" in host else host
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
-            lines += [HEADERS_TIMEOUT, peer]
+            lines += [HEADERS_TIMEOUT, *per_address, peer]
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
     return "\n".join(lines) + "\n"
+
+
+def _limit_per_address() -> list[str]:
+    """Return the lines that limit an address's connections, none for 0. Raises ValueError."""
+    given = os.environ.get(CONNECTIONS, str(MOST_CONNECTIONS))
+    if not given.isdecimal():
+        raise ValueError(f"{CONNECTIONS} is '{given}'; expected a whole number, 0 for no limit")
+    return [line.format(most=int(given)) for line in PER_ADDRESS] if int(given) else []
 
 
 def proof_prefix() -> str:

@@ -2,14 +2,19 @@
 
 import os
 import re
+import select
+import socket
 import stat
 import subprocess
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from ray.serve._private import haproxy_templates
 
 from cluster import haproxy_config, serve_environment
+from tests.serve.test_listeners import another_address
 
 TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
 ENVIRONMENT = {**os.environ, **serve_environment.local_paths()}
@@ -17,7 +22,7 @@ ENVIRONMENT = {**os.environ, **serve_environment.local_paths()}
 
 @pytest.fixture(autouse=True)
 def _of_no_server(monkeypatch):
-    for name in (haproxy_config.HOST, haproxy_config.LOG_TARGET):
+    for name in (haproxy_config.HOST, haproxy_config.LOG_TARGET, haproxy_config.CONNECTIONS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -128,26 +133,114 @@ def test_rays_template_has_the_sections_that_are_known():
 def test_haproxy_has_a_private_socket_that_ray_finds(tmp_path):
     config = tmp_path / "node" / "haproxy.cfg"
     config.parent.mkdir(mode=0o755)
-    socket = config.with_name("admin.sock")
+    admin = config.with_name("admin.sock")
     config.write_text(
-        RAYS.replace("/tmp/x/admin.sock", str(socket))
+        RAYS.replace("/tmp/x/admin.sock", str(admin))
         .replace("127.0.0.1:8000", f"unix@{tmp_path}/http")
         .replace("127.0.0.1:9000", f"unix@{tmp_path}/grpc")
     )
-    arguments = [str(serve_environment.WRAPPER), "-db", "-f", str(config)]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE)
-    try:
-        while not socket.exists():
-            assert process.poll() is None, process.stderr.read()
-        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+    with running(config) as process:
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
         assert stat.S_IMODE(config.parent.stat().st_mode) == 0o700
         # As Ray looks for it.
         command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         assert os.fsencode(config) in command
         assert b"haproxy" in command[0]
-    finally:
-        process.kill()
-        process.wait()
+
+
+def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
+    monkeypatch.setenv(haproxy_config.CONNECTIONS, "8")
+    config = tmp_path / "node" / "haproxy.cfg"
+    config.parent.mkdir()
+    port = free_port()
+    config.write_text(
+        RAYS.replace("/tmp/x/admin.sock", str(config.with_name("admin.sock")))
+        .replace("127.0.0.1:8000", f"0.0.0.0:{port}")
+        .replace("127.0.0.1:9000", f"unix@{tmp_path}/grpc")
+        .replace("defaults\n", "defaults\n timeout connect 5s\n timeout client 60s\n")
+    )
+    with another_address() as address, running(config), ExitStack() as opened:
+        theirs = [opened.enter_context(unfinished(address, port)) for _ in range(20)]
+        await_closed(theirs, 12)
+        # Of this machine itself any number.
+        own = [opened.enter_context(unfinished("127.0.0.1", port)) for _ in range(20)]
+        assert answers("127.0.0.1", port)
+        assert not answers(address, port)
+        assert len(closed(own)) == 0
+        assert len(closed(theirs)) == 12
+        for each in theirs:
+            each.close()
+        while not answers(address, port):
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("given", ["", "-1", "many"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch, given):
+    monkeypatch.setenv(haproxy_config.CONNECTIONS, given)
+    with pytest.raises(ValueError, match="expected a whole number, 0 for no limit"):
+        haproxy_config.restrict(RAYS)
+
+
+def test_no_limit_of_connections_may_be_asked_for(monkeypatch):
+    assert "sc0_conn_cur gt 512" in haproxy_config.restrict(RAYS)
+    monkeypatch.setenv(haproxy_config.CONNECTIONS, "0")
+    assert "conn_cur" not in haproxy_config.restrict(RAYS)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running(config):
+    """HAProxy with a configuration as Ray writes it."""
+    admin = config.with_name("admin.sock")
+    arguments = [str(serve_environment.WRAPPER), "-db", "-f", str(config)]
+    environment = {**os.environ, **serve_environment.local_paths()}
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE) as process:
+        try:
+            while not admin.exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
+
+
+def unfinished(address, port):
+    """A connection with a request that lacks its end."""
+    made = socket.create_connection((address, port), timeout=10)
+    with suppress(ConnectionError):
+        made.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
+    return made
+
+
+def closed(connections):
+    """Those that HAProxy has ended."""
+    ended = []
+    for each in select.select(connections, [], [], 0)[0]:
+        try:
+            if not each.recv(1, socket.MSG_PEEK):
+                ended.append(each)
+        except ConnectionError:
+            ended.append(each)
+    return ended
+
+
+def await_closed(connections, count):
+    deadline = time.monotonic() + 10
+    while len(closed(connections)) < count:
+        assert time.monotonic() < deadline, len(closed(connections))
+        time.sleep(0.01)
+
+
+def answers(address, port):
+    with suppress(ConnectionError), unfinished(address, port) as made:
+        made.sendall(b"\r\n")
+        return made.recv(12).startswith(b"HTTP/1.1 503")
+    return False
 
 
 def test_a_configuration_that_is_refused_starts_nothing(tmp_path):

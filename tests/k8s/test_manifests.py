@@ -28,7 +28,7 @@ import serve.offline.__main__
 import serve.retrain.__main__
 import train.cli
 import tune.cli
-from cluster import connect, private, serve_environment
+from cluster import connect, haproxy_config, private, serve_environment
 from serve import config as serve_config
 from serve.access import AllowedHosts
 from serve.deployment import DRAIN_S
@@ -318,6 +318,7 @@ def test_the_environment_is_what_the_code_expects_of_a_cluster(name):
         if item["metadata"]["name"] == "halyard-environment"
     )
     code = connect.ENVIRONMENT | serve_environment.ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
+    code[haproxy_config.CONNECTIONS] = "0"
     assert settings["data"] == {key: value for key, value in code.items() if key != THREADS}
 
 
