@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 
 from train.values.names import to_name
+from train.values.number_text import share_of_numbers
 from train.values.records import is_missing
 
 # What predictions have between labels. It is read in every text.
 SEPARATOR = "|"
 # What else may stand between labels in a text, and in what share of the texts at least.
 SEPARATORS, MIN_SHARE = "|;,", 0.05
-# Names in quotes of either kind, as pandas writes a column of lists: ['red', 'blue'].
-_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-QUOTED_LIST = re.compile(rf"\[\s*(?:(?:{_QUOTED})\s*(?:,\s*|(?=\])))*\]")
-QUOTED_NAME = re.compile(_QUOTED)
+# Names in quotes of either kind, as pandas writes a column of lists: ['red', 'blue', None].
+_ITEM = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None|nan"
+ITEMS = re.compile(_ITEM)
+LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*|(?=\])))*\]")
+ESCAPED = re.compile(r"\\(.)")
+SPACES = {"n": "\n", "t": "\t", "r": "\r"}
+# Texts of which more are numbers are no lists of labels: 1,5 and 2 beside n/a.
+MOST_NUMBERS = 0.5
 
 
 def find_separator(values: Sequence[Any] | np.ndarray) -> str | None:
@@ -43,11 +48,36 @@ def split_labels(value: Any, separator: str) -> list[str]:
         try:
             return [to_name(item, "text") for item in json.loads(words)]
         except json.JSONDecodeError:
-            if QUOTED_LIST.fullmatch(words):
-                names = (name[1:-1] for name in QUOTED_NAME.findall(words))
-                return [re.sub(r"\\(.)", r"\1", name) for name in names]
+            if (names := read_name_list(words)) is not None:
+                return [to_name(name, "text") for name in names]
     parts = words.replace(separator, SEPARATOR).split(SEPARATOR)
     return [part.strip() for part in parts if part.strip()]
+
+
+def read_name_list(text: str) -> list[str] | None:
+    """Return the names of a list as Python writes it, without those that are not known; None of
+    other text."""
+    if LIST.fullmatch(text.strip()) is None:
+        return None
+    return [
+        ESCAPED.sub(lambda found: SPACES.get(found[1], found[1]), item[1:-1])
+        for item in ITEMS.findall(text)
+        if item[0] in "'\""
+    ]
+
+
+def read_lists(values: Sequence[Any]) -> list[list[Any]] | None:
+    """Return lists of numbers or of names that are all written as text, None where one is not."""
+    if not all(isinstance(value, str) and value.strip().startswith("[") for value in values):
+        return None
+    try:
+        lists = [json.loads(value) for value in values]
+    except json.JSONDecodeError:
+        lists = [read_name_list(value) for value in values]
+        if None in lists:
+            return None
+    kinds = {type(item) for each in lists for item in each} - {type(None)}
+    return lists if kinds and (kinds <= {int, float} or kinds == {str}) else None
 
 
 def are_label_lists(values: Sequence[Any], most_labels: int) -> bool:
@@ -55,7 +85,7 @@ def are_label_lists(values: Sequence[Any], most_labels: int) -> bool:
     if not all(isinstance(value, str) for value in values):
         return False
     separator = find_separator(values)
-    if separator is None:
+    if separator is None or (separator == "," and share_of_numbers(values)[0] > MOST_NUMBERS):
         return False
     try:
         lists = [split_labels(value, separator) for value in set(values)]

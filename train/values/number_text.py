@@ -10,6 +10,7 @@ from functools import cache
 # What programs write for a value that is not known.
 MISSING_WORDS = {
     *("", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "nat", "<na>", "(null)"),
+    *("0000-00-00", "0000-00-00 00:00:00"),
     *("?", ".", "-", "--", r"\n"),
     *("#div/0!", "#value!", "#ref!", "#num!", "#name?"),
 }
@@ -30,8 +31,9 @@ _UNIT = "|".join(
     [f"[{re.escape(SYMBOLS + PERCENT)}]"]
     + [re.escape(each) for each in sorted(CURRENCIES, key=len, reverse=True)]
 )
-# After a number alone, as letters before it are those of a code: 70 kg, 5.5 km/h, 36 months, 21 °C.
+# After each number alone, as letters before it are those of a code: 70 kg, 5.5 km/h, 21 °C.
 _MEASURE = r"°?[^\W\d_]{1,8}[²³]?(?:/[^\W\d_]{1,4}[²³]?)?|°"
+SHORT_UNIT = 3
 _PARTS = re.compile(
     rf"(?P<outer>[+{re.escape(MINUS)}])?\s*(?P<before>{_UNIT})?\s*(?P<inner>[+{re.escape(MINUS)}])?\s*"
     rf"(?P<digits>[0-9.,{SEPARATORS}]*[0-9][0-9.,]*(?:[eE][+-]?[0-9]+)?)"
@@ -46,7 +48,7 @@ class NumberFormat:
     decimal: the mark before the fraction, "." or ",". The other one, an apostrophe or a space may
     stand between groups of three digits.
     unit: a currency or "%" that values may have on either side, or letters that may follow them,
-    such as kg; what it says is not applied, so that 54 % is 54.
+    such as kg, without the s of a plural; what it says is not applied, so that 54 % is 54.
     """
 
     decimal: str = "."
@@ -93,7 +95,15 @@ def split_unit(text: str) -> tuple[str, str]:
     if len(given) > 1 or (found["before"] and found["after"]):
         raise ValueError("two signs or units")
     minus = "-" if given and given[0] != "+" else ""
-    return found["before"] or found["after"] or "", minus + found["digits"]
+    unit = found["before"] or found["after"] or ""
+    # 1 year, 2 years
+    singular = unit.removesuffix("s") if len(unit) > SHORT_UNIT else unit
+    return singular, minus + found["digits"]
+
+
+def is_measure(unit: str) -> bool:
+    """Whether a unit is neither a currency nor "%", which may stand beside some numbers alone."""
+    return bool(unit) and unit not in {*SYMBOLS, PERCENT, *CURRENCIES}
 
 
 def most_frequent_format(texts: Sequence[str], decimal: str | None = None) -> NumberFormat:
@@ -144,6 +154,8 @@ def find_format(
             continue
         units.add(found[0])
         numbers.append(found[1])
+    if "" in units and any(map(is_measure, units)):
+        return None, False  # 879 and 7.2K, or the houses 17 and 17a
     units.discard("")
     if len(units) > 1 or not numbers:
         return None, False

@@ -58,12 +58,17 @@ def flatten_record(record: Record) -> Record:
         return record
     flat: dict[str, Any] = {}
     for name, value in record.items():
-        if isinstance(value, dict) and "bytes" not in value:
+        if isinstance(value, dict) and not is_file(value):
             for inner, part in flatten_record(value).items():
                 flat.setdefault(f"{name}.{inner}", part)
         else:
             flat[name] = value
     return flat
+
+
+def is_file(value: Any) -> bool:
+    """Whether a value is a file as datasets have it: {"bytes": …, "path": …}."""
+    return isinstance(value, dict) and isinstance(value.get("bytes", ""), bytes | None)
 
 
 def encode_valid(
@@ -145,8 +150,8 @@ def num_rows(arrays: Arrays) -> int:
 
 def is_missing(value: Any) -> bool:
     """Whether a value is not known: None, NaN, NaT, a blank string, a file without bytes."""
-    if isinstance(value, dict):
-        value = value.get("bytes", value)
+    if is_file(value):
+        value = value["bytes"]
     if value is None:
         return True
     if isinstance(value, str):

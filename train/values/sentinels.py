@@ -14,6 +14,9 @@ MIN_REPEATS, MIN_SHARE = 3, 0.001
 FAR, VERY_FAR = 1.0, 10.0
 MOST_SENTINELS = 4
 USUAL = re.compile(r"-?(9{2,}|1e[0-9]+|10{4,}|2147483647|2147483648|9223372036854775807)")
+# Of fewer different values, such as doses of 5, 10 and 100, it must be one of these.
+FEW = 10
+NINES = re.compile(r"-?9{2,}")
 # Beyond so many interquartile ranges a value counts as if it lay there.
 BEYOND_QUARTILES = 30.0
 # Larger values count as this one: their squares could not be added up.
@@ -34,7 +37,9 @@ def find_sentinels(values_N: np.ndarray) -> tuple[float, ...]:
             low, high = np.quantile(repeated_N, (0.01, 0.99))
             width = (high - low) or (others_D[-1] - others_D[0])
             gap = abs(value - distinct_D[beside])
-            if counts_D[end] >= least and gap > width * (FAR if _is_usual(value) else VERY_FAR):
+            usual = _is_usual(value, few=len(distinct_D) < FEW)
+            may_be = usual or len(distinct_D) >= FEW
+            if may_be and counts_D[end] >= least and gap > width * (FAR if usual else VERY_FAR):
                 found.append(float(value))
                 distinct_D, counts_D = others_D, np.delete(counts_D, end)
                 break
@@ -62,8 +67,9 @@ def robust_mean_scale(values_N: np.ndarray) -> tuple[float, float]:
     return float(mean), float(scale) if scale > 0 else 1.0
 
 
-def _is_usual(value: float) -> bool:
+def _is_usual(value: float, *, few: bool) -> bool:
     """Whether a number is one that programs and people write for a missing one."""
     if abs(value) > 1e30:
         return True
-    return value == round(value) and USUAL.fullmatch(f"{value:.0f}") is not None
+    known = NINES if few else USUAL
+    return value == round(value) and known.fullmatch(f"{value:.0f}") is not None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.values.names import TRUTHS, to_name
-from train.values.records import Columns, is_missing
+from train.values.records import Columns, is_file, is_missing
 
 # What a missing value is hashed as.
 MISSING = 0x7FF8000000000000
@@ -97,7 +97,7 @@ def _hash_value(value: Any, known: dict[Any, int]) -> int:
         if found is None:
             found = known[value] = _hash_scalar(value)
         return found
-    if isinstance(value, dict) and "bytes" in value:
+    if is_file(value):
         value = value["bytes"]
     if isinstance(value, bytes):
         return int(_hash_bytes(value))

@@ -42,7 +42,7 @@ def test_one_unit_after_all_numbers_is_read(form, rng):
     numbers = rng.integers(20, 200, COUNT) / 2
     values = [form.format(number) for number in numbers]
     found = inferred(values)
-    assert (found.kind, found.options["unit"]) == ("number", form[2:].strip())
+    assert (found.kind, found.options["unit"]) == ("number", form[2:].strip().removesuffix("s"))
     np.testing.assert_array_equal(Number("x").fit(values).read(values), numbers)
     assert infer_task_type(values)[0] == "regression"
 
@@ -216,3 +216,215 @@ def test_folders_above_classes_are_named(tmp_path, rng):
     (note,) = sources.find_source(str(tmp_path)).notes
     assert note.endswith("not read as classes: a, b")
     assert not sources.find_source(str(tmp_path / "a")).notes
+
+
+def described(path, **columns):
+    """What each column of a file with a target `y` is taken for."""
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return completed(path)
+
+
+def completed(path):
+    config = validate_config({"name": "x", "target": "y", "data": {"train": str(path)}})
+    return inference.complete_config(config).config
+
+
+def test_a_target_is_read_as_the_file_writes_numbers(tmp_path):
+    prices = [f"{number / 100:.2f}".replace(".", ",") for number in range(1000, 1400)]
+    values = [885 + 7 * number for number in range(400)]
+    target = [f"{each:,}".replace(",", ".") for each in values]
+    path = tmp_path / "data.csv"
+    config = described(path, preis=prices, y=target)
+    data = dataset.prepare_dataset(config, str(tmp_path / "runs"))
+    assert data.task.target.decimal == ","
+    assert data.task.target.fit(target).mean == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["967", "7.2K", "879"], ["46", "17a", "9"], ["76 kg", "0.48", "3"], ["5 kg", "5 lb", "6 kg"]],
+)
+def test_a_unit_stands_after_every_number_or_none_is_read(values):
+    found = inferred(values * 30)
+    assert found.kind == "category"
+    assert "numbers" in found.why or "lb" in values[1]
+
+
+def test_the_plural_is_the_same_unit():
+    values = ["1 year", "2 years", "15 years", "1 year"]
+    np.testing.assert_array_equal(Number("x").fit(values).read(values), [1, 2, 15, 1])
+
+
+@pytest.mark.parametrize(
+    ("column", "form"),
+    [("sku", "{}EU"), ("id", "{}A"), ("zip", "{} AB"), ("postal_code", "{} 034")],
+)
+def test_codes_by_name_are_none_the_less_codes_with_letters(column, form, rng):
+    values = [form.format(number) for number in rng.integers(100, 160, COUNT)]
+    assert infer_column(column, values).why == "codes, by the column's name"
+
+
+def test_ip_addresses_are_no_numbers():
+    values = [f"192.168.100.{last}" for last in range(118, 128)] * 20
+    found = inferred(values)
+    assert (found.kind, found.why) == ("category", "IP addresses")
+
+
+def test_codes_with_points_say_nothing_of_other_columns(tmp_path):
+    codes = [f"16.{middle}.148" for middle in range(100, 180)] * 5
+    amounts = [f"{number:,}" for number in range(4000, 4400)]
+    config = described(tmp_path / "data.csv", firmware=codes, amount=amounts, y=[0, 1] * 200)
+    assert config.features["amount"].decimal in (None, ".")
+
+
+@pytest.mark.parametrize("other", [["08:30"] * COUNT, ["NULL", *["27/10/2024"] * (COUNT - 1)]])
+def test_what_is_no_date_leaves_the_evidence_of_others(other, tmp_path):
+    in_doubt = [f"{number % 12 + 1:02}/05/2024" for number in range(COUNT)]
+    sure = [f"{number % 28 + 1:02}/10/2024" for number in range(COUNT)]
+    times = [f"{number % 24:02}:30" for number in range(COUNT)]
+    columns = {"ordered": in_doubt, "delivered": [other[0], *sure[1:]], "at": times}
+    if ":" in other[0]:
+        columns["delivered"] = sure
+    config = described(tmp_path / "data.csv", **columns, y=[0, 1] * (COUNT // 2))
+    assert config.features["ordered"].format == "%d/%m/%Y"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["1", "1,5", "2", "2,5", "k.A."],
+        ["<0,5", "3,8", "8", "1,5"],
+        ["500", "1,000", "2,500", "TBD"],
+    ],
+)
+def test_decimal_commas_make_no_labels(values):
+    values = values * 3 + [str(number) for number in range(10)]
+    assert inferred(values * 10).kind == "category"
+    assert infer_task_type(values * 10)[0] == "classification"
+
+
+@pytest.mark.parametrize("kind", [float, str])
+def test_dates_in_digits_with_gaps_are_read(kind):
+    days = pd.date_range("2022-07-01", periods=60)
+    values = [kind(float(day.strftime("%Y%m%d"))) for day in days] + [None]
+    assert inferred(values).options == {"format": "%Y%m%d"}
+    read_N = Date("x", "%Y%m%d").read(values)
+    np.testing.assert_array_equal(read_N[:-1], days.astype("datetime64[s]").astype(int))
+
+
+def test_dates_and_times_in_digits_are_read():
+    moments = pd.date_range("1890-03-13 06:22:31", periods=50, freq="997D")
+    values = [moment.strftime("%Y%m%d%H%M%S") for moment in moments]
+    assert inferred(values).options == {"format": "%Y%m%d%H%M%S"}
+    assert infer_column("case_id", values).kind != "date"
+
+
+def test_every_order_that_fits_is_named():
+    found = inferred(["23/04/06", "23/05/07", "22/06/08"] * 20)
+    assert "%y/%m/%d" in found.why
+    assert "fits as well" in found.why
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_times_of_day_of_any_unit_are_read(unit, tmp_path):
+    seconds_N = np.arange(0, 86_400, 3_601)
+    kind = pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    column = pa.array(seconds_N * per_second).cast(
+        pa.int32() if unit in ("s", "ms") else pa.int64()
+    )
+    pa.parquet.write_table(pa.table({"at": column.cast(kind)}), tmp_path / "t.parquet")
+    values = sampled(tmp_path / "t.parquet")["at"]
+    form = infer_column("at", values).options["format"]
+    np.testing.assert_array_equal(Date("at", form).read(values) % DAY_S, seconds_N)
+    assert Date("at", form).read(["08:53:53"])[0] % DAY_S == 8 * 3600 + 53 * 60 + 53
+
+
+@pytest.mark.parametrize("values", [["5:16", "23:13"], ["N", "T"], ["t", "n"]])
+def test_look_alikes_are_categories(values):
+    assert inferred(values * 50).kind == "category"
+
+
+@pytest.mark.parametrize("doses", [[5, 10, 100], [1, 2, 50], [0.002, 5, 100_000]])
+def test_few_different_numbers_have_no_sentinels(doses):
+    assert Number("x").fit(np.array(doses * 30)).missing == ()
+    marked = Number("x").fit(np.array([1, 2, 3, 4, 5, -999] * 30))
+    assert marked.missing == (-999,)
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps])
+def test_lists_as_text_need_no_list_of_one(write):
+    values = [write(pair) for pair in (["red", "blue"], ["blue", "green"], ["red", "green"])] * 20
+    assert inferred(values).kind == "set"
+    assert infer_task_type(values)[0] == "multilabel"
+
+
+def test_lists_as_python_writes_them_keep_their_characters():
+    column = LabelSet("x").fit([r"['a\n', None, nan, 'it\'s']", "[None]"])
+    assert set(column.labels) == {"a", "it's"}
+
+
+def test_seconds_since_1970_are_numbers():
+    values = np.arange(1_700_000_000, 1_700_060_000, 60)
+    assert infer_column("created_at", values).kind == "number"
+    assert infer_column("x", values).kind is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y-%m-%d %H:%M:%S UTC", "%d/%b/%Y:%H:%M:%S +0000", "%d/%m/%Y %I:%M %p"),
+        *("%b %d %Y %I:%M%p", "%m/%d/%y %H:%M", "%d-%m-%Y %H:%M", "%d.%m.%y %H:%M"),
+    ],
+)
+def test_dates_as_databases_and_servers_write_them(form):
+    moments = pd.date_range("2023-01-14 07:35", periods=60, freq="31h").floor("min")
+    values = [moment.strftime(form) for moment in moments] + ["0000-00-00"]
+    found = inferred(values)
+    assert found.kind == "date"
+    seconds_N = Date("x", found.options["format"]).read(values)
+    np.testing.assert_array_equal(seconds_N[:-1], moments.astype("datetime64[s]").astype(int))
+
+
+def test_a_struct_with_a_number_of_bytes_is_no_file(tmp_path):
+    response = {"status": 200, "bytes": 512}
+    pd.DataFrame({"response": [response] * 30}).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text((json.dumps({"response": response}) + "\n") * 30)
+    for name in ("t.parquet", "t.jsonl"):
+        assert set(sampled(tmp_path / name)) == {"response.status", "response.bytes"}
+
+
+def test_one_padded_number_makes_no_codes():
+    assert inferred([*map(str, range(1, 300)), "007"]).kind != "category"
+    assert inferred([*map(str, range(1, 300)), "007"] * 2).kind == "number"
+    assert inferred([f"{number:05}" for number in range(500, 900, 7)] * 20).kind == "category"
+
+
+def test_a_column_without_a_name_is_what_it_holds():
+    assert infer_column("", ["low", "mid", "high"] * 20).kind == "category"
+    assert infer_column("Unnamed: 0", list(range(60))).kind is None
+
+
+def test_utf16_without_a_mark_is_named(tmp_path):
+    (tmp_path / "data.csv").write_bytes("x;y\n1;2\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"give --data\.encoding utf-16-le"):
+        sampled(tmp_path / "data.csv")
+
+
+def test_folders_that_are_no_columns_are_named(tmp_path):
+    for region in ("region=eu", "region=us"):
+        (tmp_path / region).mkdir()
+        pd.DataFrame({"x": [1], "y": [2]}).to_csv(tmp_path / region / "x.csv", index=False)
+    (note,) = sources.find_source(str(tmp_path)).notes
+    assert note == "names of folders are not read as columns: region=eu, region=us"
+
+
+def test_images_beside_the_folders_of_classes_are_named(tmp_path, rng):
+    (tmp_path / "cat").mkdir()
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for place in ("cat/0.png", "1.png"):
+        (tmp_path / place).write_bytes(saved(Image.fromarray(pixels)))
+    (note,) = sources.find_source(str(tmp_path)).notes
+    assert (
+        note == f"1 images are beside the folders of the classes; their class is '{tmp_path.name}'"
+    )

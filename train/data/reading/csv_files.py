@@ -23,6 +23,7 @@ SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 SWALLOWED_LINES = 3
 # What is looked at to find the delimiter.
 SNIFFED_CHARACTERS, SNIFFED_ROWS = 1 << 20, 100
+SNIFFED_ZEROS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
     # Its mark leaves no doubt; spreadsheets write it as "Unicode text".
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else options.encoding
+    if b"\0" in content[:SNIFFED_ZEROS] and encoding == "utf-8":
+        raise ValueError(
+            "it has bytes of zero, as text in UTF-16 does; give --data.encoding utf-16-le, or "
+            "convert the file"
+        )
     start = content.decode(encoding, errors="replace")
     start, skipped, delimiter = start.removeprefix("\ufeff"), 0, options.delimiter
     if found := SEPARATOR_LINE.match(start):  # as spreadsheets write it

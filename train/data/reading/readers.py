@@ -113,6 +113,8 @@ def plain_columns(table: pa.Table) -> pa.Table:
             column = table.column(place)
             if pa.types.is_run_end_encoded(field.type):
                 column = pa.compute.run_end_decode(column)
+            if field.type == pa.time64("ns"):
+                column = column.cast(pa.time64("us"), safe=False)
             table = table.set_column(place, field.name, column.cast(plain))
     names = [plain_name(name) for name in table.schema.names]
     if len(set(names)) < len(names):
@@ -145,7 +147,14 @@ def _plain_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _is_nested(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and "bytes" not in {field.name for field in kind}
+    """Whether a type is a struct other than a file's, {"bytes", "path"}."""
+    if not pa.types.is_struct(kind):
+        return False
+    place = kind.get_field_index("bytes")
+    return place < 0 or not (
+        pa.types.is_binary(kind.field(place).type)
+        or pa.types.is_large_binary(kind.field(place).type)
+    )
 
 
 def check_types(schema: pa.Schema) -> None:

@@ -121,12 +121,8 @@ def find_source(url: str) -> Source:
                 f"{len(skipped):,} files of '{url}' are of no known format and not read: "
                 + _listed(skipped)
             )
-        inside = kind == "images" and fs.isdir(path)
-        if inside and (outer := _outer_folders(kept, path)):
-            notes.append(
-                "the class of an image is the folder that holds it; these folders above are not "
-                f"read as classes: {_listed(outer)}"
-            )
+        if fs.isdir(path):
+            notes += _notes_on_folders(kept, path, kind)
         return Source(
             url,
             kind,
@@ -142,11 +138,28 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_SHOWN]) + more
 
 
-def _outer_folders(files: Sequence[str], root: str) -> list[str]:
-    """The folders below a root that hold folders of images."""
-    root = root.rstrip("/") + "/"
-    parents = {PurePosixPath(file.removeprefix(root)).parent for file in files}
-    return sorted({str(each.parent) for each in parents if len(each.parts) > 1})
+def _notes_on_folders(files: Sequence[str], root: str, kind: str) -> list[str]:
+    """What of the folders below a root is not read as some programs do."""
+    below = root.rstrip("/") + "/"
+    parents = [PurePosixPath(file.removeprefix(below)).parent for file in files]
+    if kind != "images":
+        partitions = sorted({part for each in parents for part in each.parts if "=" in part})
+        text = "names of folders are not read as columns"
+        return [f"{text}: {_listed(partitions)}"] if partitions else []
+    notes = []
+    outer = sorted({str(each.parent) for each in parents if len(each.parts) > 1})
+    beside = sum(not each.parts for each in parents)
+    if outer:
+        notes.append(
+            "the class of an image is the folder that holds it; these folders above are not "
+            f"read as classes: {_listed(outer)}"
+        )
+    if beside and beside < len(parents):
+        notes.append(
+            f"{beside:,} images are beside the folders of the classes; their class is "
+            f"'{PurePosixPath(root).name}'"
+        )
+    return notes
 
 
 def open_source(source: Source, scratch: str, options: CsvOptions = UNKNOWN_CSV) -> list[RowBlock]:

@@ -20,6 +20,8 @@ CODE_WORDS = {
 }
 # Before one of them they name an amount, as in visits_per_user.
 AMOUNT_WORDS = {"per", "by", "each", "num", "avg", "mean", "total", "count"}
+# Of seconds since 1970 and the like, which lie evenly where something is measured.
+TIME_WORDS = {"time", "timestamp", "ts", "epoch", "date", "created", "updated", "at", "duration"}
 WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")
 PADDED = re.compile(r"\s*0[0-9]+\s*")
 COUNTER = "counts the records"
@@ -45,17 +47,18 @@ def why_codes(
     """Why whole numbers are names rather than numbers, or None where they are numbers."""
     if not np.all(numbers_N == np.round(numbers_N)):
         return None
-    if any(isinstance(value, str) and not WHOLE_TEXT.fullmatch(value) for value in known):
-        return None  # an amount, as it has a unit or separators
+    is_amount = any(isinstance(value, str) and not WHOLE_TEXT.fullmatch(value) for value in known)
     distinct_D = np.unique(numbers_N)
+    if len(distinct_D) > 2 and names_codes(column):
+        return "codes, by the column's name"
+    if is_amount:  # as it has a unit or separators
+        return None
     count, all_differ = len(numbers_N), len(distinct_D) == len(numbers_N) > 20
     if all_differ and np.all(np.diff(numbers_N) == 1):
         return COUNTER
     if np.abs(distinct_D).max() > EXACT:
         return "whole numbers beyond 2^53, which are ids"
-    if len(distinct_D) > 2 and _names_codes(column):
-        return "codes, by the column's name"
-    if all_differ and _may_number_records(distinct_D):
+    if all_differ and not _names_times(column) and _may_number_records(distinct_D):
         return "whole numbers that all differ and lie evenly, which are ids"
     if not _may_be_codes(distinct_D):
         return None
@@ -74,7 +77,12 @@ def _may_be_codes(sorted_D: np.ndarray) -> bool:
     return bool(dense or (low >= 1000 and len(f"{low:.0f}") == len(f"{high:.0f}")))
 
 
-def _names_codes(column: str) -> bool:
+def _names_times(column: str) -> bool:
+    return not TIME_WORDS.isdisjoint(word.lower() for word in WORDS.findall(column))
+
+
+def names_codes(column: str) -> bool:
+    """Whether a column's name says that its values are ids or codes."""
     words = [word.lower() for word in WORDS.findall(column)]
     if len(words) > 1 and words[-2] in AMOUNT_WORDS:
         return False

@@ -6,33 +6,42 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import orjson
 
-from train.data.schema.codes import COUNTER, MAX_DISTINCT_SHARE, PADDED, why_codes
+from train.data.schema.codes import (
+    COUNTER,
+    MAX_DISTINCT_SHARE,
+    PADDED,
+    names_codes,
+    why_codes,
+)
 from train.data.schema.styles import (
-    DIGITS_FORMAT,
     UNKNOWN_STYLE,
     FileStyle,
-    all_words,
-    are_written_dates,
+    are_booleans,
+    digits_format,
     fitting_dates,
+    other_orders,
     read_all,
     read_numbers,
 )
 from train.tasks.columns.lists import MAX_LABELS
-from train.tasks.columns.scalars import FALSE, TRUE, Date
-from train.values.label_lists import are_label_lists, find_separator
+from train.tasks.columns.scalars import Date
+from train.values.label_lists import are_label_lists, find_separator, read_lists
 from train.values.number_text import NumberFormat, share_of_numbers
 from train.values.pictures import has_signature, is_data_uri
-from train.values.records import is_missing, shorten, to_text
+from train.values.records import is_file, is_missing, shorten, to_text
 
 # How a column is called that pandas makes of a frame's index.
 INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
+IP_ADDRESS = re.compile(r"\s*\d{1,3}(\.\d{1,3}){3}\s*")
 TEXT_WORDS = 3.0
 # Least share of records in which a flag is set, and not set, where the other value is missing.
 MIN_FLAGGED = 0.01
+# Least share of numbers with a 0 before them where they are of several lengths.
+MIN_PADDED = 0.02
 # From this share on, what is no number in a column of names is named.
 MOSTLY_NUMBERS = 0.8
+MIXED_UNITS = "all are numbers, some with a unit or letter and some without"
 
 
 @dataclass(frozen=True)
@@ -61,22 +70,22 @@ def infer_column(
     """
     known_N = np.array([not is_missing(value) for value in values], bool)
     known = [value for value, is_known in zip(values, known_N, strict=True) if is_known]
-    if INDEX_NAMES.fullmatch(column):
-        return InferredColumn(column, None, "an index of pandas")
     if not known:
         return InferredColumn(column, None, f"missing in all of {len(values)} records")
     first = known[0]
-    if isinstance(first, dict) and "bytes" in first:
+    if is_file(first):
         return InferredColumn(column, "image", "image files")
     if (isinstance(first, bytes) and has_signature(first)) or is_data_uri(first):
         return InferredColumn(column, "image", "image files")
     if isinstance(first, list | tuple | np.ndarray):
         return _lists(column, known)
-    if (vectors := _read_vectors(known)) is not None:
-        return _lists(column, vectors)
+    if (lists := read_lists(known)) is not None:
+        return _lists(column, lists)
     if isinstance(first, dict | bytes):
         return InferredColumn(column, None, f"{type(first).__name__} values are of no known kind")
     distinct = len({to_text(value).strip() for value in known})
+    if INDEX_NAMES.fullmatch(column) and distinct == len(known):
+        return InferredColumn(column, None, "an index of pandas")
     is_boolean = isinstance(first, bool | np.bool_)
     if distinct == 1:
         share = known_N.mean()
@@ -86,18 +95,22 @@ def infer_column(
         missing = f"; missing in {len(values) - len(known)}" if len(known) < len(values) else ""
         what = f"the same in all of {len(known)} records{missing}"
         return InferredColumn(column, None, what)
-    if is_boolean or (all_words(known, TRUE | FALSE) and _has_both(known)):
+    if is_boolean or are_booleans(known):
         return InferredColumn(column, "boolean", "true and false")
     if _looks_padded(known):
         return _names(column, known, distinct, "codes that begin with 0")
+    if all(isinstance(value, str) and IP_ADDRESS.fullmatch(value) for value in known):
+        return _names(column, known, distinct, "IP addresses")
     numbers_N, found = read_numbers(column, known, style.decimal)
     if numbers_N is not None:
         finite_N = np.isfinite(numbers_N)
-        if are_written_dates(known, numbers_N[finite_N]):
-            return InferredColumn(column, "date", DIGITS_FORMAT, {"format": DIGITS_FORMAT})
+        finite = [value for value, is_finite in zip(known, finite_N, strict=True) if is_finite]
+        form = digits_format(finite, numbers_N[finite_N])
+        if form and not names_codes(column):
+            return InferredColumn(column, "date", form, {"format": form})
         why = why_codes(
             column,
-            [value for value, finite in zip(known, finite_N, strict=True) if finite],
+            finite,
             numbers_N[finite_N],
             None if targets_N is None else targets_N[known_N][finite_N],
         )
@@ -115,15 +128,9 @@ def infer_column(
     texts = [value for value in known if isinstance(value, str)]
     share, other = share_of_numbers(texts) if texts else (0.0, "")
     if share >= MOSTLY_NUMBERS:
-        why = f"{names.why}; {share:.1%} are numbers, {shorten(other)} is none"
-        return replace(names, why=why)
+        what = f"{share:.1%} are numbers, {shorten(other)} is none" if other else MIXED_UNITS
+        return replace(names, why=f"{names.why}; {what}")
     return names
-
-
-def _has_both(known: Sequence[Any]) -> bool:
-    """Whether some words mean true and some false, unlike F and N of another meaning."""
-    words = {to_text(value).strip().lower() for value in set(known)}
-    return bool(words & TRUE) and bool(words & FALSE)
 
 
 def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
@@ -137,18 +144,6 @@ def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
         why = f"lists of {min(lengths)} to {max(lengths)} numbers; a vector has one length"
         return InferredColumn(column, None, why)
     return InferredColumn(column, "vector", f"lists of {lengths.pop()} numbers")
-
-
-def _read_vectors(known: Sequence[Any]) -> list[Any] | None:
-    """Return lists of numbers that are all written as JSON text, None where one is not."""
-    if not all(isinstance(value, str) and value.strip().startswith("[") for value in known):
-        return None
-    try:
-        lists = [orjson.loads(value) for value in known]
-    except orjson.JSONDecodeError:
-        return None
-    items = [item for value in lists for item in value if item is not None]
-    return lists if items and all(isinstance(item, int | float) for item in items) else None
 
 
 def _number(
@@ -174,14 +169,11 @@ def _date(column: str, known: Sequence[Any], style: FileStyle) -> InferredColumn
     fitting = fitting_dates(known)
     if not fitting:
         return None
-    days = [each for each in fitting if each.startswith("%d")]
-    months = [each for each in fitting if not each.startswith("%d")]
-    if days and months:
-        chosen = days[0] if style.day_first else months[0]
-        other = months[0] if style.day_first else days[0]
-        why = f"{chosen}; {other} fits as well"
-        return InferredColumn(column, "date", why, {"format": chosen})
-    return InferredColumn(column, "date", fitting[0], {"format": fitting[0]})
+    if style.day_first:
+        fitting.sort(key=lambda each: not each.startswith("%d"))
+    chosen, others = fitting[0], other_orders(fitting)
+    why = f"{chosen}; {' and '.join(others)} fits as well" if others else chosen
+    return InferredColumn(column, "date", why, {"format": chosen})
 
 
 def _names(
@@ -202,5 +194,9 @@ def _names(
 
 
 def _looks_padded(known: Sequence[Any]) -> bool:
-    """Whether digits begin with a 0 that a number would lose, as postal codes do."""
-    return any(isinstance(value, str) and PADDED.fullmatch(value) for value in known)
+    """Whether digits begin with a 0 that a number would lose, as postal codes do; not a single one
+    among numbers of all lengths."""
+    texts = [value.strip() for value in known if isinstance(value, str)]
+    num_padded = sum(PADDED.fullmatch(text) is not None for text in texts)
+    alike = len({len(text) for text in texts}) == 1
+    return num_padded > (0 if alike else MIN_PADDED * len(texts))

@@ -78,6 +78,8 @@ def _inferred(config: Config) -> Config:
     if task_type is None:
         task_type, why = infer_task_type(looked_at[config.target], style.decimal)
         found["task_type"] = task_type
+        if task_type == ValueTarget.kind and style.decimal:
+            found["data"] = {"decimal": style.decimal}
         decisions.append(InferredColumn(config.target, f"target: {task_type}", why))
     if not config.features:
         columns = {name: values for name, values in looked_at.items() if name != config.target}

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from train.tasks import InvalidRecord
-from train.tasks.columns.scalars import Boolean, Date, Number
-from train.values.number_text import NumberFormat, find_format
-from train.values.records import Columns, is_missing, to_text
+from train.tasks.columns.scalars import BOOLEAN_PAIRS, DIGITS_FORMATS, Boolean, Date, Number
+from train.values.number_text import MISSING_WORDS, NumberFormat, find_format
+from train.values.records import Columns, to_text
 
 # Other than ISO 8601. The first in which all dates of a column can be read is taken.
 DATE_FORMATS = (
@@ -19,12 +19,16 @@ DATE_FORMATS = (
     *("%d/%m/%Y", "%d/%m/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%Y/%m/%d", "%Y/%m/%d %H:%M:%S"),
     *("%m/%d/%y", "%d/%m/%y", "%m-%d-%Y", "%d-%m-%Y", "%d %b %Y", "%d-%b-%Y", "%d %B %Y"),
     *("%b %d, %Y", "%B %d, %Y", "%m/%d/%Y %I:%M %p", "%Y/%m/%d %H:%M", "%d-%b-%y", "%Y.%m.%d"),
+    *("%d/%m/%Y %I:%M %p", "%d/%m/%Y %I:%M:%S %p", "%m/%d/%y %H:%M", "%d/%m/%y %H:%M"),
+    *("%m-%d-%Y %H:%M", "%d-%m-%Y %H:%M", "%d.%m.%y %H:%M", "%b %d %Y %I:%M%p", "%y/%m/%d"),
+    *("%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%d %H:%M:%S.%f UTC", "%Y-%m-%d %H:%M:%S GMT"),
+    *("%d/%b/%Y:%H:%M:%S %z", "%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"),
 )
-# Times of day. Unlike a ratio such as 4:3 they have two digits of minutes.
-TIME = re.compile(r"\s*\d{1,2}:\d\d(:\d\d(\.\d+)?)?\s*([AaPp][Mm])?\s*")
+# Times of day. Unlike the ratio 4:3 or the score 5:16 they have two digits everywhere.
+TIME = re.compile(r"\s*(\d\d:\d\d(:\d\d(\.\d+)?)?|\d{1,2}:\d\d(:\d\d)?\s*[AaPp][Mm])\s*")
 TIME_FORMATS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M%p", "%I:%M:%S %p")
-# Written as one number.
-DIGITS_FORMAT, FIRST_DAY, LAST_DAY = "%Y%m%d", 19000101, 20991231
+# Of dates written as one number.
+FIRST_YEAR, LAST_YEAR = 1800, 2099
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,37 @@ def infer_style(columns: Columns) -> FileStyle:
     """Say how a file writes numbers and dates by those of its columns that leave no doubt."""
     marks, first = set(), set()
     for values in columns.values():
-        texts = [value for value in values if isinstance(value, str) and not is_missing(value)]
+        texts = [value for value in values if isinstance(value, str) and is_word(value)]
         if not texts or not any(character.isdigit() for character in texts[0]):
             continue
         found, ambiguous = find_format(texts)
-        if found and not ambiguous and any("," in text or "." in text for text in texts):
+        # Codes such as 16.125.148 have points, and no fraction.
+        if found and not ambiguous and any(found.decimal in text for text in texts):
             marks.add(found.decimal)
-        fitting = {each[:2] for each in fitting_dates(texts)} if found is None else set()
-        if len(fitting) == 1:
-            first |= {each == "%d" for each in fitting if each != "%Y"}
+        dates = [each for each in fitting_dates(texts) if each in DATE_FORMATS]
+        orders = {_order(each) for each in dates} if found is None else set()
+        if len(orders) == 1:
+            first |= {each == "%d" for each in orders if each in ("%d", "%m")}
     decimal = marks.pop() if len(marks) == 1 else None
     return FileStyle(decimal, first.pop() if len(first) == 1 else None)
+
+
+def is_word(text: str) -> bool:
+    """Whether a text is neither blank nor one that stands for a missing value."""
+    return text.strip().lower() not in MISSING_WORDS
+
+
+def _order(date_format: str) -> str:
+    """What a format has first: the day, the month or the year."""
+    return date_format[:2].lower()
+
+
+def other_orders(formats: Sequence[str]) -> list[str]:
+    """Of formats that all fit, those that read the same text as another date than the first."""
+    found: dict[str, str] = {}
+    for each in formats:
+        found.setdefault(_order(each), each)
+    return [each for each in found.values() if each != formats[0]]
 
 
 def read_numbers(
@@ -89,12 +113,14 @@ def fitting_dates(known: Sequence[Any]) -> list[str]:
     return [form for form in formats if read_all(Date("date", form), known) is not None]
 
 
-def are_written_dates(known: Sequence[Any], numbers_N: np.ndarray) -> bool:
-    """Whether whole numbers are dates such as 20241231."""
-    if not (len(numbers_N) and numbers_N.min() >= FIRST_DAY and numbers_N.max() <= LAST_DAY):
-        return False
-    days_N = read_all(Date("date", DIGITS_FORMAT), known)
-    return days_N is not None and len(np.unique(days_N)) > 2
+def digits_format(known: Sequence[Any], numbers_N: np.ndarray) -> str | None:
+    """Return the format of whole numbers that are dates, such as 20241231; None if they are not."""
+    for form, after_year in zip(DIGITS_FORMATS, (1e4, 1e10), strict=True):
+        years_N = numbers_N // after_year
+        if len(years_N) and years_N.min() >= FIRST_YEAR and years_N.max() <= LAST_YEAR:
+            days_N = read_all(Date("date", form), known)
+            return form if days_N is not None and len(np.unique(days_N)) > 2 else None
+    return None
 
 
 def read_all(kind: Number | Boolean | Date, known: Sequence[Any]) -> np.ndarray | None:
@@ -106,7 +132,11 @@ def read_all(kind: Number | Boolean | Date, known: Sequence[Any]) -> np.ndarray 
     return finite_N if len(finite_N) else None
 
 
-def all_words(known: Sequence[Any], words: set[str]) -> bool:
-    """Whether all are words of a set, and not all of them digits."""
+def are_booleans(known: Sequence[Any]) -> bool:
+    """Whether all are words for true and false, and not all of them digits.
+
+    T and N, or F alone, are letters of another meaning.
+    """
     found = {to_text(value).strip().lower() for value in known if not isinstance(value, bytes)}
-    return found <= words and not found <= {"0", "1"}
+    pairs = [{true, false} for true, false in BOOLEAN_PAIRS if {true, false} <= found]
+    return bool(pairs) and found == set().union(*pairs) and not found <= {"0", "1"}

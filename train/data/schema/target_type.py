@@ -7,9 +7,8 @@ import numpy as np
 
 from cluster.errors import UserError
 from train.data.schema.codes import MAX_DISTINCT_SHARE
-from train.data.schema.styles import all_words, read_numbers
-from train.tasks.columns.scalars import FALSE, TRUE
-from train.values.label_lists import are_label_lists, find_separator
+from train.data.schema.styles import are_booleans, read_numbers
+from train.values.label_lists import are_label_lists, find_separator, read_lists
 from train.values.names import to_name
 from train.values.records import is_missing, shorten
 
@@ -25,13 +24,16 @@ def infer_task_type(
         raise UserError("the target is missing in every record that was looked at.")
     if isinstance(known[0], list | tuple | np.ndarray):
         return "multilabel", "a list in each record"
+    lists = read_lists(known)
+    if lists and all(isinstance(item, str) for each in lists for item in each):
+        return "multilabel", "a list in each record, as text"
     names = {repr(value) if isinstance(value, bytes) else to_name(value, "text") for value in known}
     numbers = read_numbers("target", known, decimal)[0]
     if numbers is not None:
         numbers = numbers[np.isfinite(numbers)]
     elif are_label_lists(known, MAX_CLASSES):
         return "multilabel", f"labels with '{find_separator(known)}' between them"
-    if numbers is None or all_words(known, TRUE | FALSE) or len(names) == 2:
+    if numbers is None or are_booleans(known) or len(names) == 2:
         if len(names) > min(MAX_NAMED_CLASSES, max(MAX_CLASSES, MAX_DISTINCT_SHARE * len(known))):
             raise UserError(
                 f"the target has {len(names)} different values that are no numbers, such as "

@@ -17,7 +17,11 @@ from train.values.number_text import (
 from train.values.records import InvalidRecord, is_missing, shorten, to_text
 from train.values.sentinels import find_sentinels
 
-TRUE, FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
+BOOLEAN_PAIRS = (("true", "false"), ("t", "f"), ("yes", "no"), ("y", "n"), ("1", "0"))
+TRUE, FALSE = ({pair[place] for pair in BOOLEAN_PAIRS} for place in (0, 1))
+# Formats of dates written as one number, of which programs make floating-point ones.
+DIGITS_FORMATS = ("%Y%m%d", "%Y%m%d%H%M%S")
+FRACTION, MOST_DIGITS = ".%f", 6
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,19 @@ class Date:
             return datetime(value.year, value.month, value.day)
         if isinstance(value, np.datetime64):
             return value.astype("datetime64[us]").item()
-        if isinstance(value, int | np.integer) and self.format and not isinstance(value, bool):
-            value = str(value)
+        if self.format in DIGITS_FORMATS and isinstance(value, int | float | np.number):
+            value = to_text(value)
         if not isinstance(value, str | bytes):
             raise TypeError("neither a date nor text")
         words = to_text(value).strip()
-        return (
-            datetime.strptime(words, self.format) if self.format else datetime.fromisoformat(words)
-        )
+        if self.format is None:
+            return datetime.fromisoformat(words)
+        if self.format.endswith(FRACTION):
+            seconds, _, fraction = words.partition(".")
+            words = f"{seconds}.{fraction[:MOST_DIGITS] or '0'}"
+        elif self.format in DIGITS_FORMATS:
+            words = words.removesuffix(".0")
+        return datetime.strptime(words, self.format)
 
 
 def _read_each(values: Sequence[Any] | np.ndarray, read: Callable[[int, Any], float]) -> np.ndarray:
