@@ -264,6 +264,11 @@ def test_codes_by_name_are_none_the_less_codes_with_letters(column, form, rng):
     assert infer_column(column, values).why == "codes, by the column's name"
 
 
+def test_amounts_are_none_whatever_their_name_ends_with(rng):
+    values = [f"${number:,}" for number in rng.integers(100, 9_000, COUNT)]
+    assert infer_column("revenue_customer", values).kind == "number"
+
+
 def test_ip_addresses_are_no_numbers():
     values = [f"192.168.100.{last}" for last in range(118, 128)] * 20
     found = inferred(values)
@@ -272,7 +277,7 @@ def test_ip_addresses_are_no_numbers():
 
 def test_codes_with_points_say_nothing_of_other_columns(tmp_path):
     codes = [f"16.{middle}.148" for middle in range(100, 180)] * 5
-    amounts = [f"{number:,}" for number in range(4000, 4400)]
+    amounts = [f"{number * number:,}" for number in range(40, 440)]
     config = described(tmp_path / "data.csv", firmware=codes, amount=amounts, y=[0, 1] * 200)
     assert config.features["amount"].decimal in (None, ".")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.stats import codes_beat_ranges
+from train.values.number_text import PERCENT, SYMBOLS
 
 # Largest share of different values in a category; with more, a column identifies records.
 MAX_DISTINCT_SHARE = 0.5
@@ -22,6 +23,7 @@ CODE_WORDS = {
 AMOUNT_WORDS = {"per", "by", "each", "num", "avg", "mean", "total", "count"}
 # Of seconds since 1970 and the like, which lie evenly where something is measured.
 TIME_WORDS = {"time", "timestamp", "ts", "epoch", "date", "created", "updated", "at", "duration"}
+AMOUNT_MARKS = set(SYMBOLS + PERCENT)
 WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")
 PADDED = re.compile(r"\s*0[0-9]+\s*")
 COUNTER = "counts the records"
@@ -47,17 +49,19 @@ def why_codes(
     """Why whole numbers are names rather than numbers, or None where they are numbers."""
     if not np.all(numbers_N == np.round(numbers_N)):
         return None
-    is_amount = any(isinstance(value, str) and not WHOLE_TEXT.fullmatch(value) for value in known)
-    distinct_D = np.unique(numbers_N)
-    if len(distinct_D) > 2 and names_codes(column):
-        return "codes, by the column's name"
-    if is_amount:  # as it has a unit or separators
+    texts = [value for value in known if isinstance(value, str)]
+    if any(not AMOUNT_MARKS.isdisjoint(text) for text in texts):
         return None
+    distinct_D = np.unique(numbers_N)
     count, all_differ = len(numbers_N), len(distinct_D) == len(numbers_N) > 20
     if all_differ and np.all(np.diff(numbers_N) == 1):
         return COUNTER
     if np.abs(distinct_D).max() > EXACT:
         return "whole numbers beyond 2^53, which are ids"
+    if len(distinct_D) > 2 and names_codes(column):
+        return "codes, by the column's name"
+    if not all(map(WHOLE_TEXT.fullmatch, texts)):
+        return None  # an amount, as it has a unit or separators
     if all_differ and not _names_times(column) and _may_number_records(distinct_D):
         return "whole numbers that all differ and lie evenly, which are ids"
     if not _may_be_codes(distinct_D):
