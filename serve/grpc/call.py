@@ -1,12 +1,14 @@
 """A gRPC call: who asks, what it may do, and how an error is answered."""
 
+import asyncio
+from collections import Counter
 from typing import Any
 
 import grpc
 
 from serve.access import client_address
-from serve.errors import RequestError
-from serve.http.request import BEHIND_HAPROXY, MAX_ID, new_request_id
+from serve.errors import BadRequest, RequestError, RequestTimeout
+from serve.http.request import BEHIND_HAPROXY, MAX_ID, Interruption, new_request_id
 from serve.http.request import PEER as HTTP_PEER
 from serve.telemetry.recorder import RequestContext
 
@@ -21,6 +23,7 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     # As gRPC itself answers a message above its limit.
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -55,6 +58,77 @@ class GrpcCall(RequestContext):
     @property
     def address(self) -> str:
         return client_address(self.metadata.get(PEER) if BEHIND_HAPROXY else None, self._peer)
+
+
+class MessageReader:
+    """Takes the messages of calls, a few at a time, as each may be as long as is accepted.
+
+    An address has at most half of the places, so that one with slow or long messages does not keep
+    others waiting.
+    """
+
+    def __init__(self, max_bytes: int, max_pending_bytes: int, timeout_s: float) -> None:
+        """max_bytes: of a message. max_pending_bytes: of all that arrive at the same time."""
+        self._most = max(max_pending_bytes // max_bytes, 2)
+        self._arriving: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        self._timeout_s = timeout_s
+
+    async def read(self, call: GrpcCall, context: Any) -> bytes:
+        """Raises RequestTimeout, BadRequest."""
+        address = _host(call.address)
+        loop = asyncio.get_running_loop()
+        slow = RequestTimeout(f"the message did not arrive within {self._timeout_s:g} s.")
+        with Interruption() as interruption:
+            timer = loop.call_later(self._timeout_s, interruption.raises, slow)
+            try:
+                if self._has_place(address):
+                    self._arriving[address] += 1
+                else:
+                    await self._wait(address)
+                try:
+                    message = await context.read()
+                finally:
+                    self._leave(address)
+            finally:
+                timer.cancel()
+        if not isinstance(message, bytes):  # gRPC's mark of the end
+            raise BadRequest("the call has no message.")
+        return message
+
+    def _has_place(self, address: str) -> bool:
+        full = self._arriving.total() >= self._most
+        return not full and self._arriving[address] < self._most // 2
+
+    async def _wait(self, address: str) -> None:
+        place = asyncio.get_running_loop().create_future()
+        entry = (address, place)
+        self._waiting.append(entry)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._leave(address)
+            raise
+        finally:
+            self._waiting.remove(entry)
+
+    def _leave(self, address: str) -> None:
+        """Give the place to the first that waits and may have it."""
+        self._arriving[address] -= 1
+        if not self._arriving[address]:
+            del self._arriving[address]
+        for waiting, place in self._waiting:
+            if not place.done() and self._has_place(waiting):
+                self._arriving[waiting] += 1
+                place.set_result(None)
+                return
+
+
+def _host(peer: str) -> str:
+    """The address in what gRPC calls a peer: ipv4:127.0.0.1:1234."""
+    kind, _, place = peer.partition(":")
+    return place.rpartition(":")[0] if kind in ("ipv4", "ipv6") else peer
 
 
 def named_model(request: Any) -> str:

@@ -1,7 +1,9 @@
 """gRPC: the service inference.GRPCInferenceService, for a server of Ray Serve's or one of our own.
 
 A method takes the message's bytes: that way what is malformed gets a status like any other error,
-and Ray's proxy hands it on without knowing our messages.
+and Ray's proxy hands it on without knowing our messages. A server of this process takes a message
+only once the call's key is known: to gRPC each method is one with a stream of messages, of which it
+reads the first.
 """
 
 import asyncio
@@ -17,7 +19,15 @@ from google.protobuf.message import DecodeError
 from serve.access import Access
 from serve.errors import BadRequest, PayloadTooLarge, RequestError
 from serve.grpc import messages
-from serve.grpc.call import REQUEST_ID, GrpcCall, add_trailer, named_model, refuse_call, set_status
+from serve.grpc.call import (
+    REQUEST_ID,
+    GrpcCall,
+    MessageReader,
+    add_trailer,
+    named_model,
+    refuse_call,
+    set_status,
+)
 from serve.grpc.messages import types
 from serve.inference.dataplane import DataPlane
 from serve.protocol import repository
@@ -41,7 +51,8 @@ Service = TypeVar("Service", bound="InferenceService")
 
 Handler = Callable[[Service, Any, GrpcCall], Awaitable[Any]]
 
-Method = Callable[[Service, bytes, Any], Awaitable[Any]]
+# (service, message or None where it is still to be read, context) → the answer.
+Method = Callable[[Service, bytes | None, Any], Awaitable[Any]]
 
 
 def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
@@ -53,7 +64,7 @@ def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
         empty = getattr(types, f"{name}Response")()
 
         @functools.wraps(handler)
-        async def method(self: Service, data: bytes, context: Any) -> Any:
+        async def method(self: Service, data: bytes | None, context: Any) -> Any:
             call = GrpcCall(name, context)
             if name == INFER:
                 call.protocol = "grpc"
@@ -61,6 +72,8 @@ def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
             status = 500
             try:
                 self.check_key(call, access)
+                if data is None:
+                    data = await self.reader.read(call, context)
                 self.check_size(data)
                 request = request_type.FromString(data)
                 self.check_scope(call, access, named_model(request))
@@ -99,6 +112,10 @@ class InferenceService:
         self._handler = handler
         self._config = handler.config
         self.recorder = recorder or RequestRecorder()
+        limits = self._config.limits
+        self.reader = MessageReader(
+            limits.max_body_bytes, limits.max_pending_bytes, limits.body_timeout_s
+        )
 
     def check_size(self, data: bytes) -> None:
         """Raises PayloadTooLarge: a server of Ray's takes messages of any size."""
@@ -241,14 +258,26 @@ async def start_server(
 
 
 def _register(servicer: Any, server: Any) -> None:
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            getattr(servicer, name), response_serializer=_serialized
-        )
-        for name in METHODS
-    }
+    handlers = {}
+    for name in METHODS:
+        method = getattr(servicer, name)
+        if isinstance(servicer, InferenceService):
+            handlers[name] = grpc.stream_unary_rpc_method_handler(
+                _unread(method), response_serializer=_serialized
+            )
+        else:  # Ray's proxy
+            handlers[name] = grpc.unary_unary_rpc_method_handler(
+                method, response_serializer=_serialized
+            )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     server.add_registered_method_handlers(SERVICE, handlers)
+
+
+def _unread(method: Callable[[None, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def of_stream(messages: Any, context: Any) -> Any:
+        return await method(None, context)
+
+    return of_stream
 
 
 def _forward(name: str) -> Callable[..., Awaitable[Any]]:

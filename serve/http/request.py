@@ -69,7 +69,7 @@ class Request(RequestContext):
                 f"the body has {int(declared[:20])} bytes; at most {max_bytes} are accepted."
             )
         slow = RequestTimeout(f"the body did not arrive within {timeout_s:g} s.")
-        with _Interruption() as interruption:
+        with Interruption() as interruption:
             timer = asyncio.get_running_loop().call_later(timeout_s, interruption.raises, slow)
             try:
                 return await self._received(max_bytes, pending)
@@ -108,7 +108,7 @@ class Request(RequestContext):
 
     async def while_connected(self, answer: Awaitable[T]) -> T:
         """Await an answer. Raises ClientDisconnected when the client leaves first."""
-        with _Interruption() as interruption:
+        with Interruption() as interruption:
             watch: list[asyncio.Task[None]] = []
 
             async def until_gone() -> None:
@@ -142,12 +142,12 @@ class PendingBodies:
             raise Overloaded("too many large requests are arriving.", 1, "pending_bytes")
 
 
-class _Interruption:
+class Interruption:
     """Ends what its task awaits in this block by an error; cheaper than a task for each await."""
 
     __slots__ = ("_error", "_task")
 
-    def __enter__(self) -> "_Interruption":
+    def __enter__(self) -> "Interruption":
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] | None = task

@@ -31,10 +31,12 @@ from serve.errors import (
     PayloadTooLarge,
     RateLimited,
     RequestError,
+    RequestTimeout,
     Unauthorized,
 )
 from serve.grpc import messages
 from serve.grpc import service as protocol
+from serve.grpc.call import MessageReader
 from serve.inference import admission
 from serve.telemetry.metrics import VersionMetrics
 from tests.serving import make_plane
@@ -541,6 +543,76 @@ def test_only_health_is_told_without_a_key(client):
     ):
         with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
             refused()
+
+
+def test_a_key_is_refused_before_the_message_is_sent(url):
+    never = threading.Event()
+
+    def messages():
+        never.wait(30)
+        yield b""
+
+    with grpc.insecure_channel(url) as channel:
+        ask = channel.stream_unary(f"/{protocol.SERVICE}/ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(messages(), timeout=20, metadata=[("authorization", "Bearer wrong")])
+        never.set()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_call_without_a_message_is_refused(url):
+    with grpc.insecure_channel(url) as channel:
+        ask = channel.stream_unary(f"/{protocol.SERVICE}/ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(iter(()), timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no message" in caught.value.details()
+
+
+class Arriving:
+    """The calls whose messages arrive at the same time, and the most there were."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self.done = asyncio.Event()
+
+    async def read(self):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self.done.wait()
+        finally:
+            self.now -= 1
+        return b"message"
+
+
+def test_few_messages_arrive_at_the_same_time(run):
+    async def ask():
+        reader = MessageReader(10, 80, 30)
+        one, two = Arriving(), Arriving()
+        calls = [
+            asyncio.create_task(reader.read(SimpleNamespace(address=peer), context))
+            for _ in range(20)
+            for peer, context in (("ipv4:10.0.0.1:5", one), ("10.0.0.2", two))
+        ]
+        await asyncio.sleep(0)
+        while one.now + two.now < 8:
+            await asyncio.sleep(0)
+        one.done.set()
+        two.done.set()
+        assert set(await asyncio.gather(*calls)) == {b"message"}
+        return one.most, two.most
+
+    assert run(ask()) == (4, 4)
+
+
+def test_a_message_has_to_arrive_in_time(run):
+    async def ask():
+        reader = MessageReader(10, 80, 0.01)
+        await reader.read(SimpleNamespace(address="10.0.0.1"), Arriving())
+
+    with pytest.raises(RequestTimeout, match=r"did not arrive within 0\.01 s"):
+        run(ask())
 
 
 def test_calls_are_counted_with_their_model(client, repository, service):
