@@ -1,6 +1,5 @@
 """What a body is, by its headers: encodings, character sets, and pictures sent as files."""
 
-import asyncio
 import re
 import zlib
 from email import policy
@@ -9,24 +8,40 @@ from email.parser import BytesParser
 
 from serve.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 from serve.http.request import Request
+from serve.protocol import v2
+from serve.protocol.v2 import MAX_DIGITS
 
 # zlib's window bits: with a header of gzip or zlib, and of a raw stream.
 GZIP, ZLIB, RAW = 31, 15, -15
 FORM = "multipart/form-data"
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
 MAX_PARTS = 256
-# Smaller bodies are decompressed at once; a thread would take longer.
-INLINE_BYTES = 16_384
+IDENTITY = "identity"
+HEADER_LENGTH = v2.HEADER_LENGTH.encode()
+# Of bytes that are made of one, by deflate.
+MOST_DEFLATED = 1032
 
 
-async def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:
+def parsed_bytes(request: Request, body: bytes) -> int:
+    """Return how much of a body is parsed at most, once it is decompressed: pictures and binary
+    data are taken as they are."""
+    if (request.header(b"content-encoding") or IDENTITY).strip().lower() != IDENTITY:
+        return len(body) * MOST_DEFLATED
+    if is_picture(request.content_type):
+        return 0
+    header_length = request.header(HEADER_LENGTH) or ""
+    short = header_length.isdecimal() and len(header_length) < MAX_DIGITS
+    return min(int(header_length), len(body)) if short else len(body)
+
+
+def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:
     """Return a body without its Content-Encoding, at most `max_bytes` of it.
 
     Raises UnsupportedMediaType for other encodings than gzip and deflate, PayloadTooLarge,
     BadRequest for a body that is not encoded so.
     """
-    encoding = (request.header(b"content-encoding") or "identity").strip().lower()
-    if encoding == "identity":
+    encoding = (request.header(b"content-encoding") or IDENTITY).strip().lower()
+    if encoding == IDENTITY:
         return body
     if encoding in ("gzip", "x-gzip"):
         bits = GZIP
@@ -37,9 +52,7 @@ async def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:
         raise UnsupportedMediaType(
             f"Content-Encoding is '{encoding[:40]}'; gzip, deflate or none is accepted."
         )
-    if len(body) <= INLINE_BYTES:
-        return _inflated(body, bits, max_bytes, encoding)
-    return await asyncio.to_thread(_inflated, body, bits, max_bytes, encoding)
+    return _inflated(body, bits, max_bytes, encoding)
 
 
 def check_charset(content_type: str) -> None:

@@ -6,7 +6,15 @@ from serve.access import Access
 from serve.errors import Forbidden
 from serve.http import console, openapi
 from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
-from serve.http.content import check_charset, decompress, form_fields, is_form, is_picture
+from serve.http.content import (
+    HEADER_LENGTH,
+    check_charset,
+    decompress,
+    form_fields,
+    is_form,
+    is_picture,
+    parsed_bytes,
+)
 from serve.http.request import Request
 from serve.inference.dataplane import DataPlane
 from serve.protocol import feedback, repository, v1, v2
@@ -21,7 +29,6 @@ from train.bundle.manifest import Manifest
 from train.tasks import Arrays
 
 MODEL = r"/v2/models/(?P<name>[^/]+)"
-HEADER_LENGTH = v2.HEADER_LENGTH.encode()
 VERSIONED = MODEL + r"(?:/versions/(?P<version>[^/]+))?"
 
 
@@ -43,11 +50,12 @@ class ModelAPI(HTTPApp):
 
     async def infer_v2(self, request: Request) -> Response:
         request.protocol = "v2"
-        endpoint, body = await self._begin(request)
+        endpoint, received = await self._begin(request)
         header_length = request.header(HEADER_LENGTH)
 
         def decode() -> InferRequest:
             limits, manifest = self.config.limits, endpoint.plane.manifest
+            body = decompress(request, received, limits.max_body_bytes)
             if is_form(request.content_type):
                 return self._of_form(request, body, manifest)
             return v2.decode(
@@ -73,14 +81,16 @@ class ModelAPI(HTTPApp):
             endpoint,
             decode,
             encode,
+            sizes=(len(received), parsed_bytes(request, received)),
         )
 
     async def predict_v1(self, request: Request) -> Response:
         request.protocol = "v1"
-        endpoint, body = await self._begin(request)
+        endpoint, received = await self._begin(request)
 
         def decode() -> InferRequest:
             limits, manifest = self.config.limits, endpoint.plane.manifest
+            body = decompress(request, received, limits.max_body_bytes)
             if is_form(request.content_type):
                 return self._of_form(request, body, manifest)
             if is_picture(request.content_type):
@@ -93,7 +103,8 @@ class ModelAPI(HTTPApp):
             named = v2.boolean_parameter(inference.parameters, "named", default=False)
             return Response(v1.encode(predictions, plane.classes if named else None))
 
-        return await self._handler.infer(request, endpoint, decode, encode)
+        sizes = len(received), parsed_bytes(request, received)
+        return await self._handler.infer(request, endpoint, decode, encode, sizes=sizes)
 
     def _of_form(self, request: Request, body: bytes, manifest: Manifest) -> InferRequest:
         """One record, whose fields are the parts of a form."""
@@ -204,8 +215,7 @@ class ModelAPI(HTTPApp):
         endpoint = self._find(request)
         limits = self.config.limits
         check_charset(request.content_type)
-        body = await self.body(request, limits.max_body_bytes, limits.body_timeout_s)
-        return endpoint, await decompress(request, body, limits.max_body_bytes)
+        return endpoint, await self.body(request, limits.max_body_bytes, limits.body_timeout_s)
 
 
 def _routes(rest: ModelAPI) -> Routes:

@@ -11,6 +11,7 @@ from serve.inference import admission
 from serve.inference.admission import RequestOptions
 from serve.inference.dataplane import DataPlane
 from serve.protocol.v2 import InferRequest
+from serve.replica.large_bodies import LargeBodyDecoder
 from serve.replica.model_versions import ModelVersions
 from serve.replica.pipeline import Endpoint
 from serve.security import APIKey, KeyStore
@@ -65,6 +66,7 @@ class InferenceHandler:
         self._served = served
         self.config = config
         self.repository = repository
+        self._large_bodies = LargeBodyDecoder(config.limits.max_pending_bytes)
 
     @property
     def name(self) -> str:
@@ -91,16 +93,19 @@ class InferenceHandler:
         decode: Callable[[], InferRequest],
         encode: Callable[[InferRequest, Arrays, DataPlane], T],
         timeout_s: float | None = None,
+        *,
+        sizes: tuple[int, int] = (0, 0),
     ) -> T:
         """Answer an inference request of any protocol.
 
-        decode: the body → records of the endpoint's version. encode: (inference, predictions, a
+        decode: the body → records of the endpoint's version. sizes: of the body, and
+        of what of it is parsed at most, in bytes. encode: (inference, predictions, a
         row for each record, version that answered) → the response; in a rollout the version that
         answers may be the candidate. timeout_s: time left of the client's deadline. Raises what
         `decode`, `DataPlane.predict` and `RequestContext.while_connected` do.
         """
         began = time.perf_counter()
-        inference = decode()
+        inference = await self._large_bodies.decode(decode, *sizes)
         options = self._options(inference.parameters, request.client, timeout_s)
         request.rows = len(next(iter(inference.columns.values())))
         endpoint.plane.metrics.stages["parse"].observe(time.perf_counter() - began)

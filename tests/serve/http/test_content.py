@@ -1,6 +1,5 @@
 """Bodies: encodings within bounds, character sets, forms."""
 
-import asyncio
 import gzip
 import random
 import zlib
@@ -22,7 +21,7 @@ def raw_deflate(body: bytes) -> bytes:
 def decompressed(body: bytes, encoding: str, most: int = len(BODY)) -> bytes:
     headers = [(b"content-encoding", encoding.encode())]
     request = Request({"headers": headers, "method": "POST", "path": "/"}, None)
-    return asyncio.run(content.decompress(request, body, most))
+    return content.decompress(request, body, most)
 
 
 @pytest.mark.parametrize(
