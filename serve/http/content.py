@@ -17,6 +17,8 @@ FORM = "multipart/form-data"
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
 MAX_PARTS = 256
 IDENTITY = "identity"
+# Of one body. What follows one is copied, so each is read in pieces, this small at first.
+MAX_MEMBERS, FIRST_PIECE = 4096, 1024
 HEADER_LENGTH = v2.HEADER_LENGTH.encode()
 # Of bytes that are made of one, by deflate.
 MOST_DEFLATED = 1032
@@ -57,11 +59,16 @@ def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:
 
 def check_charset(content_type: str) -> None:
     """Raises UnsupportedMediaType for text in another character set than UTF-8."""
-    found = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
-    if found and found[1].lower() not in UTF_8:
+    found = re.search(r";\s*charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
+    if found and found[1].lower() not in UTF_8 and not is_binary(content_type):
         raise UnsupportedMediaType(
             f"Content-Type has the charset '{found[1][:40]}'; send the body in UTF-8."
         )
+
+
+def is_binary(content_type: str) -> bool:
+    """Whether a body is no text, so that a charset says nothing of it."""
+    return content_type.strip().lower().startswith(("image/", "application/octet-stream"))
 
 
 def is_picture(content_type: str) -> bool:
@@ -75,7 +82,7 @@ def is_form(content_type: str) -> bool:
 def form_fields(body: bytes, content_type: str) -> dict[str, bytes | str]:
     """Return the parts of a multipart form by their names: files as bytes, all else as text.
 
-    Raises BadRequest.
+    Raises BadRequest, UnsupportedMediaType.
     """
     head = b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
     message = BytesParser(_class=EmailMessage, policy=policy.HTTP).parsebytes(head + body)
@@ -90,6 +97,7 @@ def form_fields(body: bytes, content_type: str) -> dict[str, bytes | str]:
         content = part.get_payload(decode=True)
         if not isinstance(content, bytes):
             raise BadRequest(f"the part '{name[:100]}' of the form cannot be read.")
+        check_charset(str(part.get("content-type", "")))
         is_file = part.get_filename() is not None or part.get_content_maintype() == "image"
         try:
             fields[name] = content if is_file else content.decode()
@@ -103,20 +111,27 @@ def _is_zlib(body: bytes) -> bool:
 
 
 def _inflated(body: bytes, bits: int, max_bytes: int, encoding: str) -> bytes:
-    parts, left, room = [], body, max_bytes
+    view, parts, place, room = memoryview(body), [], 0, max_bytes
     try:
-        while left:  # gzip may have several members
-            stream = zlib.decompressobj(bits)
-            parts.append(stream.decompress(left, room + 1))
-            room -= len(parts[-1])
-            if room < 0:
-                raise PayloadTooLarge(
-                    f"the body has more than {max_bytes} bytes once it is decompressed; that many "
-                    "are accepted."
-                )
+        for _ in range(MAX_MEMBERS):  # gzip may have several
+            stream, size = zlib.decompressobj(bits), FIRST_PIECE
+            while not stream.eof and place < len(body):
+                piece = view[place : place + size]
+                parts.append(stream.decompress(piece, room + 1))
+                room -= len(parts[-1])
+                if room < 0:
+                    raise PayloadTooLarge(
+                        f"the body has more than {max_bytes} bytes once it is decompressed; that "
+                        "many are accepted."
+                    )
+                place += len(piece) - len(stream.unused_data)
+                size *= 2
             if not stream.eof:
                 raise BadRequest(f"the body ends before its {encoding} stream does.")
-            left = stream.unused_data
+            if place == len(body):
+                break
+        else:
+            raise BadRequest(f"the body has more than {MAX_MEMBERS} {encoding} streams.")
     except zlib.error as error:
         raise BadRequest(f"the body is not {encoding}, as Content-Encoding says.") from error
     return b"".join(parts)

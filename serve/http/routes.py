@@ -1,6 +1,7 @@
 """The routes of the Open Inference Protocol v2 and KServe V1 for one model."""
 
 import asyncio
+from collections.abc import Mapping
 
 from serve.access import Access
 from serve.errors import Forbidden
@@ -18,7 +19,7 @@ from serve.http.content import (
 from serve.http.request import Request
 from serve.inference.dataplane import DataPlane
 from serve.protocol import feedback, repository, v1, v2
-from serve.protocol.fields import match_fields
+from serve.protocol.fields import match_fields, plain_fields
 from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
 from serve.protocol.v2 import InferRequest
 from serve.replica.handler import InferenceHandler
@@ -108,10 +109,11 @@ class ModelAPI(HTTPApp):
 
     def _of_form(self, request: Request, body: bytes, manifest: Manifest) -> InferRequest:
         """One record, whose fields are the parts of a form."""
-        given = form_fields(body, request.content_type)
+        given: Mapping[str, bytes | str] = form_fields(body, request.content_type)
         names = [tensor.name for tensor in manifest.inputs]
         if len(names) == 1 and len(given) == 1:  # a picture, by whatever name
             given = {names[0]: next(iter(given.values()))}
+        given = plain_fields(given, manifest, "the form")
         match_fields(given, manifest, self.config.limits.unknown_fields, "the form")
         return InferRequest(None, {name: [given.get(name)] for name in names})
 

@@ -1,14 +1,33 @@
 """Fields of a request against those of the model: what is left out, and what is unknown."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, TypeVar
 
 from serve.errors import BadRequest
 from train.bundle.manifest import Manifest
+from train.values.records import plain_name
 
 UnknownFields = Literal["ignore", "refuse"]
 ALIKE = 0.75
+
+T = TypeVar("T")
+
+
+def plain_fields(given: Mapping[str, T], manifest: Manifest, where: str) -> Mapping[str, T]:
+    """Return fields by the names that training gave them: without spaces at their ends, in
+    Unicode's composed form. Raises BadRequest where a field is there twice.
+    """
+    known = {tensor.name for tensor in manifest.inputs}
+    if given.keys() <= known:
+        return given
+    found: dict[str, T] = {}
+    for name, value in given.items():
+        plain = name if name in known else plain_name(name)
+        if plain in found:
+            raise BadRequest(f"{where} has '{plain[:100]}' twice.")
+        found[plain] = value
+    return found
 
 
 def match_fields(

@@ -28,11 +28,13 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
     name, datatype, shape = tensor_header(tensor)
     where, count = f"input '{name}'", math.prod(shape)
     if raw is not None:
+        if "data" in tensor:
+            raise BadRequest(f"{where} has both data and binary data; expected one.")
         values = _from_raw(raw, datatype, count, where)
     else:
         data = _field(tensor, "data", list, where)
         base64_encoded = (tensor.get("parameters") or {}).get("content_type") == "base64"
-        values = _from_json(data, datatype, count, where, base64_encoded=base64_encoded)
+        values = _from_json(data, datatype, shape, where, base64_encoded=base64_encoded)
         if None in data and count != shape[0]:
             raise BadRequest(f"{where}: null may stand for a row's one value only.")
     return name, values.reshape(shape)
@@ -116,13 +118,16 @@ def _strings_from_raw(raw: memoryview, count: int, where: str) -> np.ndarray:
 
 
 def _from_json(
-    data: list[Any], datatype: str, count: int, where: str, *, base64_encoded: bool
+    data: list[Any], datatype: str, shape: list[int], where: str, *, base64_encoded: bool
 ) -> np.ndarray:
     if datatype == "FP16":
         raise BadRequest(f"{where}: FP16 has no JSON form; send it as binary data.")
-    _, values = flatten(data, where)
+    nested, values = flatten(data, where)
+    count = math.prod(shape)
     if len(values) != count:
         raise BadRequest(f"{where}: {len(values)} values in data; its shape makes {count}.")
+    if len(nested) > 1 and _without_ones(nested) != _without_ones(shape):
+        raise BadRequest(f"{where}: data is nested as {nested}; its shape is {shape}.")
     if datatype == "BYTES":
         return _strings_from_json(values, where, base64_encoded=base64_encoded)
     accepted: set[type] = {bool} if datatype == "BOOL" else {int}
@@ -142,6 +147,10 @@ def _from_json(
             f"{where}: data reaches from {str(min(known))[:40]} to {str(max(known))[:40]}, "
             f"more than {datatype} holds."
         ) from None
+
+
+def _without_ones(shape: list[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:

@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 
 from serve.errors import BadRequest
-from serve.protocol.fields import UnknownFields, match_fields
+from serve.protocol.fields import UnknownFields, match_fields, plain_fields
 from serve.protocol.tensors import flatten, from_base64
 from serve.protocol.v2 import InferRequest, boolean_parameter, check_rows, parameters_of, parse_json
 from train.bundle.manifest import Manifest, TensorMetadata
@@ -38,16 +38,17 @@ def decode(
     single = next(iter(fields)) if len(fields) == 1 else None
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     for index, instance in enumerate(instances):
-        if isinstance(instance, dict):
-            instance = _flat(instance, fields)
-        if single and not (isinstance(instance, dict) and single in instance):
+        where = f"instance {index}"
+        if isinstance(instance, dict) and instance.keys() != fields.keys():
+            instance = plain_fields(_flat(instance, fields), manifest, where)
+        if single and (not isinstance(instance, dict) or "b64" in instance):
             instance = {single: instance}
         if not isinstance(instance, dict):
             raise BadRequest(f"instance {index} must be an object of {', '.join(fields)}.")
         if instance.keys() != fields.keys():
-            match_fields(instance, manifest, unknown_fields, f"instance {index}")
+            match_fields(instance, manifest, unknown_fields, where)
         for name, tensor in fields.items():
-            columns[name].append(_value(instance.get(name), tensor, f"instance {index}"))
+            columns[name].append(_value(instance.get(name), tensor, where))
     parameters = parameters_of(request)
     boolean_parameter(parameters, "named", default=False)
     return InferRequest(None, columns, parameters=parameters)

@@ -10,9 +10,10 @@ import orjson
 
 from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors
-from serve.protocol.fields import UnknownFields, match_fields
+from serve.protocol.fields import UnknownFields, match_fields, plain_fields
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
+from train.values.exact_json import loads_exact
 from train.values.pictures import is_picture_file
 from train.values.records import DTYPES
 
@@ -24,6 +25,8 @@ EXTENSIONS = [
     "statistics",
 ]
 MAX_DIGITS = 16
+# Longer JSON is parsed faster, and whole numbers of more than 64 bits then lose digits.
+MAX_EXACT = 1 << 18
 # Parameters of tensors that ask for what an answer without it would silently lack.
 UNSUPPORTED = ("shared_memory_region", "classification")
 
@@ -130,8 +133,8 @@ def parse_json(body: bytes | memoryview, max_bytes: int = 2**31) -> dict[str, An
             "binary data, or several requests."
         )
     try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        value = loads_exact(body) if len(body) <= MAX_EXACT else orjson.loads(body)
+    except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object.")
@@ -182,6 +185,7 @@ def tensor_columns(
 ) -> Columns:
     """Row i of every tensor makes record i. Raises BadRequest, PayloadTooLarge."""
     fields = {tensor.name: tensor for tensor in manifest.inputs}
+    arrays = dict(plain_fields(arrays, manifest, "the request"))
     left_out = match_fields(arrays, manifest, unknown_fields, "the request")
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:

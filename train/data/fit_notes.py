@@ -1,5 +1,6 @@
 """Notes on what fitting took for something else than what is written, for the data report."""
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -161,7 +162,7 @@ def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
         written[to_name(value, form)].append(value)
     merged = [each for each in written.values() if len(each) > 1]
     if merged:
-        shown = _listed(" and ".join(map(shorten, each[:2])) for each in merged)
+        shown = _listed(" and ".join(map(_told_apart, each[:2])) for each in merged)
         yield (
             f"'{column}': values that differ in spaces at their ends, Unicode form or final zeros "
             f"alone are one name: {shown}"
@@ -171,6 +172,12 @@ def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
             f"'{column}': of its {len(written):,} names only the {MAX_NAMES:,} most frequent are "
             "told apart; the others count as never seen"
         )
+
+
+def _told_apart(name: Any) -> str:
+    """A name as a message shows it, in which é of one character and of two look different."""
+    composed = not isinstance(name, str) or unicodedata.is_normalized("NFC", name)
+    return shorten(name) if composed else ascii(name)
 
 
 def _listed(words: Iterable[str]) -> str:

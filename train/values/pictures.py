@@ -18,6 +18,12 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 KNOWN_PICTURES = "PNG, JPEG, WebP, BMP or TIFF"
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+SHORT_SIGNATURES = (b"BM", b"\xff\xd8\xff")
+# What follows in a JPEG file: the marker of its first segment.
+JPEG_MARKERS = bytes([0xDB, 0xC0, 0xC2, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)])
+# Of formats that are not read: GIF, BigTIFF, JPEG 2000, and those of HEIF and AVIF.
+UNREAD_SIGNATURES = (b"GIF8", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ")
+HEIF = b"ftyp"
 # Larger pictures are refused from their header, before any pixel is decoded.
 MAX_PIXELS = 4096 * 4096
 # Each scan of a progressive JPEG file goes over all of its pixels; encoders write about ten.
@@ -77,8 +83,14 @@ def has_signature(content: bytes) -> bool:
 
 
 def is_picture_file(content: bytes | memoryview) -> bool:
-    """Whether bytes are a picture file, by their signature and header."""
-    return has_signature(bytes(content[:12])) and num_pixels(bytes(content)) > 0
+    """Whether bytes are a picture file or a data URI, of any format and also a damaged one, by how
+    they begin; of a short signature, which pixels may begin with as well, by the header too."""
+    start = bytes(content[:12])
+    is_jpeg = start.startswith(b"\xff\xd8\xff") and start[3:4] in JPEG_MARKERS
+    if start.startswith(SHORT_SIGNATURES) and not is_jpeg:
+        return num_pixels(bytes(content)) > 0
+    unread = start.startswith(UNREAD_SIGNATURES) or start[4:8] == HEIF
+    return has_signature(start) or unread or start[:11].lower() == b"data:image/"
 
 
 def num_pixels(value: Any) -> int:
@@ -98,7 +110,8 @@ def read_header(content: bytes) -> PictureHeader:
     image = _open(content)
     height, width = image.height, image.width
     try:  # of a PNG this reads all of the file
-        turned = image.getexif().get(ORIENTATION) in SWAPPED
+        # Pillow itself gives the size of a TIFF file as it is shown.
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in SWAPPED
     except Exception as error:  # Pillow raises many kinds on a damaged file
         raise _damaged(image, error) from error
     if turned:

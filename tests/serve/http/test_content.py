@@ -48,6 +48,13 @@ def test_a_small_body_that_would_be_large_is_refused():
         decompressed(members, "gzip", 1000)
 
 
+def test_many_streams_are_read_in_time_that_grows_with_the_body():
+    parts = b"".join(gzip.compress(bytes([number % 256])) for number in range(4_000))
+    assert len(decompressed(parts, "gzip", 10_000)) == 4_000
+    with pytest.raises(BadRequest, match="more than 4096 gzip streams"):
+        decompressed(gzip.compress(b"") * 3_000_000, "gzip", 10_000)
+
+
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, deflate"])
 def test_other_encodings_are_refused_by_name(encoding):
     with pytest.raises(UnsupportedMediaType, match=f"'{encoding}'; gzip, deflate or none"):
@@ -64,8 +71,14 @@ def test_text_in_other_character_sets_is_refused():
     content.check_charset("application/json")
     content.check_charset("application/json; charset=UTF-8")
     content.check_charset('application/json; charset="utf-8"')
+    content.check_charset("multipart/form-data; boundary=xxcharset=1")
+    content.check_charset("image/png; charset=binary")
     with pytest.raises(UnsupportedMediaType, match="charset 'latin-1'"):
         content.check_charset("application/json; charset=latin-1")
+    form = b"--b\r\nContent-Disposition: form-data; name=x\r\n"
+    form += b"Content-Type: text/plain; charset=utf-16-le\r\n\r\nh\0i\0\r\n--b--\r\n"
+    with pytest.raises(UnsupportedMediaType, match="charset 'utf-16-le'"):
+        content.form_fields(form, "multipart/form-data; boundary=b")
 
 
 def form(*parts: tuple[str, bytes]) -> bytes:

@@ -5,7 +5,7 @@ import orjson
 import pytest
 
 from serve.errors import BadRequest
-from serve.protocol import v1, v2
+from serve.protocol import tensors, v1, v2
 from train.bundle.manifest import TensorMetadata
 
 NAMES = ("age", "user.city", "price")
@@ -50,6 +50,68 @@ def test_unknown_fields_are_ignored_or_refused_as_set(manifest):
 def test_nested_objects_are_fields_with_a_point(manifest):
     columns = decoded(manifest, {"age": 1, "user": {"city": "Rome"}, "price": 1})
     assert columns["user.city"] == ["Rome"]
+
+
+def test_names_are_matched_as_training_wrote_them(bundle):
+    inputs = [TensorMetadata(name="caf\u00e9", datatype="FP64", shape=[-1])]
+    manifest = bundle.manifest.model_copy(update={"inputs": inputs, "nullable": ["caf\u00e9"]})
+    for name in ("caf\u00e9", "cafe\u0301", " caf\u00e9 "):
+        assert decoded(manifest, {name: 1}) == {"caf\u00e9": [1]}
+        tensor = {"name": name, "datatype": "FP64", "shape": [1], "data": [1.0]}
+        columns = v2.decode(orjson.dumps({"inputs": [tensor]}), None, manifest, 64).columns
+        assert columns["caf\u00e9"] == [1]
+    with pytest.raises(BadRequest, match="instance 0 has 'caf\u00e9' twice"):
+        decoded(manifest, {"caf\u00e9": 1, "caf\u00e9 ": 2})
+    assert decoded(manifest, {}, 2) == {"caf\u00e9": [None, 2]}
+
+
+def test_the_field_of_a_model_with_one_is_named(bundle):
+    inputs = [TensorMetadata(name="age", datatype="FP64", shape=[-1])]
+    manifest = bundle.manifest.model_copy(update={"inputs": inputs, "nullable": []})
+    assert decoded(manifest, 3, {"age": 4}) == {"age": [3, 4]}
+    with pytest.raises(BadRequest, match="has no 'age', but 'Age'"):
+        decoded(manifest, {"Age": 3})
+
+
+def test_nested_data_has_the_shape_it_says(manifest):
+    def data(shape, values):
+        tensor = {"name": "x", "datatype": "FP32", "shape": shape, "data": values}
+        return tensors.decode(tensor, None)[1].tolist()
+
+    assert data([2, 3], [[1, 2, 3], [4, 5, 6]]) == [[1, 2, 3], [4, 5, 6]]
+    assert data([2, 3], [1, 2, 3, 4, 5, 6]) == [[1, 2, 3], [4, 5, 6]]
+    assert data([2, 1], [1, 2]) == [[1], [2]]
+    assert data([2], [[1], [2]]) == [1, 2]
+    for values in ([[1, 2], [3, 4], [5, 6]], [[[1, 2]], [[3, 4]], [[5, 6]]]):
+        with pytest.raises(BadRequest, match=r"its shape is \[2, 3\]"):
+            data([2, 3], values)
+
+
+def test_data_comes_once():
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1.0]}
+    with pytest.raises(BadRequest, match="both data and binary data"):
+        tensors.decode(tensor, memoryview(bytes(4)))
+
+
+def test_whole_numbers_of_any_length_are_told_apart(manifest):
+    body = b'{"instances": [{"age": 1, "user.city": 20000000000000000001, "price": 2}]}'
+    assert v1.decode(body, manifest, 64).columns["user.city"] == [20_000_000_000_000_000_001]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"GIF89a", b"II+\0", b"data:image/png;base64,", b"\xff\xd8\xff\xe0", b"\0\0\0\x1cftypavif"],
+)
+def test_files_that_are_not_read_are_no_pixels(bundle, start):
+    """Their length is a multiple of a row's bytes."""
+    body = start.ljust(5 * 64, b"x")
+    (values,) = v2.decode(body, "0", bundle.manifest, 64).columns.values()
+    assert values == [body]
+
+
+def test_pixels_that_begin_as_a_bitmap_are_pixels(bundle):
+    (values,) = v2.decode(b"BM".ljust(5 * 64, b"\1"), "0", bundle.manifest, 64).columns.values()
+    assert values.shape == (5, 8, 8, 1)
 
 
 def test_tensors_follow_the_same_rules(manifest):

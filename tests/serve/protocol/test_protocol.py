@@ -197,7 +197,7 @@ def test_an_image_file_as_body_is_no_pixels(manifest, is_image):
 
 
 def test_pixels_as_body_are_images_unless_their_type_differs(manifest):
-    begins_as_jpeg = b"\xff\xd8\xff" + PIXELS.tobytes()[3:]
+    begins_as_jpeg = b"\xff\xd8\xff\x10" + PIXELS.tobytes()[4:]
     for body in (PIXELS.tobytes() * 2, begins_as_jpeg):
         columns = v2.decode(body, "0", manifest, 64).columns
         assert columns["image"].tobytes() == body

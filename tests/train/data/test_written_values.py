@@ -120,7 +120,7 @@ def test_vectors_written_as_text_are_vectors(rng):
 def test_what_is_no_number_among_numbers_is_named():
     found = inferred([str(number) for number in range(10)] * 9 + ["<5"])
     assert found.kind == "category"
-    assert "98.9% are numbers, '<5' is none" in found.why
+    assert "all but 1 of 91 are numbers; '<5' is not" in found.why
 
 
 def test_points_that_divide_thousands_name_the_option():
@@ -433,3 +433,100 @@ def test_images_beside_the_folders_of_classes_are_named(tmp_path, rng):
     assert (
         note == f"1 images are beside the folders of the classes; their class is '{tmp_path.name}'"
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.logspace(17, 20, COUNT),
+        [f"{number:.3e}" for number in np.logspace(17, 20, COUNT)],
+        [int(number) for number in np.logspace(3, 17, COUNT)],
+    ],
+)
+def test_amounts_beyond_what_doubles_hold_exactly_are_numbers(values):
+    assert inferred(values).kind == "number"
+
+
+def test_whole_numbers_of_any_length_keep_their_digits(tmp_path):
+    ids = [20_000_000_000_000_000_000 + 7 * number for number in range(50)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"id": each}) + "\n" for each in ids))
+    assert sampled(path)["id"] == [str(each) for each in ids]
+
+
+def test_a_column_with_points_beside_a_decimal_comma(tmp_path):
+    path = tmp_path / "data.csv"
+    rows = [f"{number / 100:.2f}".replace(".", ",") for number in range(100, 500)]
+    points = [f"{number / 10:.1f}" for number in range(400)]
+    pd.DataFrame({"v": rows, "w": points, "y": [0, 1] * 200}).to_csv(path, sep=";", index=False)
+    config = validate_config(
+        {"name": "x", "target": "y", "data": {"train": str(path), "decimal": ","}}
+    )
+    config = inference.complete_config(config).config
+    assert (config.features["v"].decimal, config.features["w"].decimal) == (",", ".")
+    dataset.prepare_dataset(config, str(tmp_path / "runs"))
+
+
+def test_empty_lists_alone_are_left_out():
+    assert inferred([[], [], None]).kind is None
+    assert inferred(["[]", "[]"]).kind is None
+
+
+def test_one_date_that_is_none_is_named():
+    days = pd.date_range("2020-01-01", periods=60).strftime("%d/%m/%Y %H:%M:%S").tolist()
+    assert "most are dates, '31/02/2020' is none" in inferred([*days, "31/02/2020"]).why
+
+
+@pytest.mark.parametrize("form", ["%d-%m-%Y %H:%M:%S", "%d.%m.%y %H:%M:%S", "%d %b %Y %H:%M"])
+def test_dates_with_times_of_all_lengths_are_read(form):
+    moments = pd.date_range("2023-01-14 07:35", periods=60, freq="31h")
+    assert inferred(moments.strftime(form).tolist()).options == {"format": form}
+
+
+def test_percentages_beside_plain_numbers_are_named():
+    assert "and the others alike" in inferred(["15.5%", "0.15", "7%"] * 20).why
+    assert "alike" not in inferred(["15.5%", "7%"] * 20).why
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path, rng):
+    for folder in ("train/a", "train/b", "val/a", "valid/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / folder / "0.png").write_bytes(saved(Image.fromarray(pixels)))
+    config = validate_config({"name": "x", "data": {"train": str(tmp_path)}})
+    with pytest.raises(UserError, match="'val' and 'valid' are the same split"):
+        inference.complete_config(config)
+
+
+def test_a_folder_with_images_of_its_own_is_a_class(tmp_path, rng):
+    for place in ("a/1.png", "a/sub/2.png", "b/3.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / place).write_bytes(saved(Image.fromarray(pixels)))
+    assert not sources.find_source(str(tmp_path)).notes
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "images"])
+def test_a_target_is_looked_for_before_ray_starts(name, tmp_path, rng):
+    if name == "images":
+        (tmp_path / name / "cat").mkdir(parents=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / name / "cat" / "0.png").write_bytes(saved(Image.fromarray(pixels)))
+    else:
+        (tmp_path / name).write_text('{"x": 1, "label": 0}\n')
+    config = validate_config(
+        {"name": "x", "target": "labl", "data": {"train": str(tmp_path / name)}}
+    )
+    with pytest.raises(UserError, match="Did you mean 'label'"):
+        inference.check_source(config)
+
+
+def test_forms_of_unicode_are_told_apart_in_notes(tmp_path):
+    names = ["Caf\u00e9", "Cafe\u0301"] * 100
+    config = described(tmp_path / "data.csv", place=names, other=["a", "b"] * 100, y=[0, 1] * 100)
+    config = validate_config(
+        config.model_dump(mode="json", exclude_unset=True)
+        | {"features": {"place": {"kind": "category"}, "other": {"kind": "category"}}}
+    )
+    data = dataset.prepare_dataset(config, str(tmp_path / "runs"))
+    assert any(r"Cafe\u0301" in note for note in data.summary["report"]["notes"])

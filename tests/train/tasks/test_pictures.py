@@ -48,9 +48,10 @@ def test_the_orientation_that_a_camera_noted_is_applied(colours, orientation, up
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = orientation
     stored = np.ascontiguousarray(upright(colours))
-    content = saved(Image.fromarray(stored), exif=exif)
-    np.testing.assert_array_equal(pictures.read_pixels(content), colours)
-    assert pictures.read_header(content) == pictures.PictureHeader(6, 10, True)
+    for kind in ("PNG", "TIFF"):
+        content = saved(Image.fromarray(stored), kind, exif=exif)
+        np.testing.assert_array_equal(pictures.read_pixels(content), colours)
+        assert pictures.read_header(content) == pictures.PictureHeader(6, 10, True)
 
 
 def test_what_is_transparent_lies_over_white(colours):

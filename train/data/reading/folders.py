@@ -40,6 +40,11 @@ def split_folders(url: str) -> tuple[dict[str, str], list[str]]:
                 part["type"] == "directory" for part in fs.ls(each["name"], detail=True)
             )
             if name.lower() in SPLIT_NAMES and has_classes:
+                if other := found.get(SPLIT_NAMES[name.lower()]):
+                    raise ValueError(
+                        f"'{name}' and '{PurePosixPath(other).name}' are the same split; give one "
+                        "of them another name"
+                    )
                 found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
             else:
                 others.append(name)

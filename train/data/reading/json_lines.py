@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import orjson
 import pyarrow as pa
 
+from train.values.exact_json import loads_exact
 from train.values.records import flatten_record
 
 PART_ROWS = 1024
@@ -100,7 +101,7 @@ def _loaded(line: bytes) -> Any:
     """Parse JSON, also with NaN and Infinity, which are no JSON but written by many programs; they
     count as missing. Raises ValueError."""
     try:
-        return orjson.loads(line)
+        return loads_exact(line)
     except orjson.JSONDecodeError:
         if b"NaN" not in line and b"Infinity" not in line:
             raise
@@ -111,4 +112,4 @@ def _as(kind: pa.DataType, value: Any) -> Any:
     """Return a value for an array of that type; other values as JSON where it is text."""
     if kind != pa.string() or value is None or isinstance(value, str):
         return value
-    return orjson.dumps(value).decode()
+    return str(value) if type(value) is int else orjson.dumps(value).decode()

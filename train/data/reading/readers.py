@@ -33,6 +33,8 @@ KNOWN = (
     f"CSV, Parquet, JSON lines, Arrow, or folders of {KNOWN_PICTURES} images named by their class"
 )
 PART_IMAGES = 64
+# The columns of larger files of JSON lines are known once these are read.
+MAX_SCANNED_JSON = 16 << 20
 
 
 def file_format(path: str) -> str | None:
@@ -73,10 +75,15 @@ def _read(kind: str, files: Sequence[str], options: CsvOptions) -> Iterator[pa.T
 
 
 def column_names(kind: str, file: str, options: CsvOptions) -> list[str] | None:
-    """Return the columns of a file, None where that takes reading all of it or some are nested."""
+    """Return the columns of a file, None where that takes long or some of Parquet are nested."""
     fs, path = storage.filesystem(file)
     if kind == "csv":
         return read_column_names(fs, path, options).names
+    if kind in ("images", "digits"):
+        return ["image", "label"]
+    if kind == "json" and (fs.size(path) or 0) <= MAX_SCANNED_JSON:
+        with fs.open(path, "rb", compression="infer") as stream:
+            return next((table.schema.names for table in read_json(stream)), None)
     if kind != "parquet":
         return None
     with fs.open(path, "rb") as stream:

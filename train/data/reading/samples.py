@@ -1,7 +1,7 @@
 """Samples of a source: its first records, and those further on that show what these do not."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -69,19 +69,9 @@ def _together(tables: Sequence[pa.Table]) -> pa.Table:
             types = {
                 table.schema.field(name).type for table in tables if name in table.schema.names
             }
-            if len(types) > 1 and not _go_together(types):
+            if len(types - {pa.null()}) > 1:
                 tables = [_as_text(table, name) for table in tables]
         return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _go_together(types: Collection[pa.DataType]) -> bool:
-    try:
-        pa.unify_schemas(
-            [pa.schema([("column", kind)]) for kind in types], promote_options="permissive"
-        )
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return False
-    return True
 
 
 def _as_text(table: pa.Table, name: str) -> pa.Table:

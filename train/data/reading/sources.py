@@ -147,7 +147,9 @@ def _notes_on_folders(files: Sequence[str], root: str, kind: str) -> list[str]:
         text = "names of folders are not read as columns"
         return [f"{text}: {_listed(partitions)}"] if partitions else []
     notes = []
-    outer = sorted({str(each.parent) for each in parents if len(each.parts) > 1})
+    outer = sorted(
+        {str(each.parent) for each in parents if len(each.parts) > 1} - set(map(str, parents))
+    )
     beside = sum(not each.parts for each in parents)
     if outer:
         notes.append(

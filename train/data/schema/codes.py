@@ -56,7 +56,7 @@ def why_codes(
     count, all_differ = len(numbers_N), len(distinct_D) == len(numbers_N) > 20
     if all_differ and np.all(np.diff(numbers_N) == 1):
         return COUNTER
-    if np.abs(distinct_D).max() > EXACT:
+    if np.median(np.abs(distinct_D)) > EXACT and all(map(_is_exact, known)):
         return "whole numbers beyond 2^53, which are ids"
     if len(distinct_D) > 2 and names_codes(column):
         return "codes, by the column's name"
@@ -72,6 +72,13 @@ def why_codes(
     if codes_beat_ranges(numbers_N[with_target_N], targets_N[with_target_N]) > MIN_GAIN:
         return f"{len(distinct_D)} codes, which tell more than their order"
     return None
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether a value is a whole number with all of its digits, unlike 6.02e23."""
+    if isinstance(value, str):
+        return WHOLE_TEXT.fullmatch(value) is not None
+    return not isinstance(value, float | np.floating)
 
 
 def _may_be_codes(sorted_D: np.ndarray) -> bool:

@@ -20,6 +20,8 @@ from train.data.schema.styles import (
     are_booleans,
     digits_format,
     fitting_dates,
+    is_word,
+    mostly_dates,
     other_orders,
     read_all,
     read_numbers,
@@ -118,7 +120,7 @@ def infer_column(
             return InferredColumn(column, None, why)
         if why:
             return _names(column, known, distinct, why)
-        return _number(column, numbers_N[finite_N], found, style)
+        return _number(column, finite, numbers_N[finite_N], found, style)
     date = _date(column, known, style)
     if date is not None:
         return date
@@ -128,8 +130,12 @@ def infer_column(
     texts = [value for value in known if isinstance(value, str)]
     share, other = share_of_numbers(texts) if texts else (0.0, "")
     if share >= MOSTLY_NUMBERS:
-        what = f"{share:.1%} are numbers, {shorten(other)} is none" if other else MIXED_UNITS
+        count = round((1 - share) * len(texts))
+        numbers = f"all but {count:,} of {len(texts):,} are numbers; {shorten(other)} is not"
+        what = numbers if other else MIXED_UNITS
         return replace(names, why=f"{names.why}; {what}")
+    if no_date := mostly_dates([text for text in texts if is_word(text)]):
+        return replace(names, why=f"{names.why}; most are dates, {shorten(no_date)} is none")
     return names
 
 
@@ -140,6 +146,8 @@ def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
     lengths = {len(value) for value in known}
     if not all(isinstance(item, int | float | np.number) for item in items):
         return InferredColumn(column, None, "lists of what is neither numbers nor texts")
+    if not items:
+        return InferredColumn(column, None, "empty lists in all records")
     if len(lengths) > 1:
         why = f"lists of {min(lengths)} to {max(lengths)} numbers; a vector has one length"
         return InferredColumn(column, None, why)
@@ -147,15 +155,24 @@ def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
 
 
 def _number(
-    column: str, numbers: np.ndarray, found: tuple[NumberFormat, bool], file_style: FileStyle
+    column: str,
+    known: Sequence[Any],
+    numbers: np.ndarray,
+    found: tuple[NumberFormat, bool],
+    file_style: FileStyle,
 ) -> InferredColumn:
     style, in_doubt = found
+    has_unit_everywhere = all(style.unit in value for value in known if isinstance(value, str))
     why = f"{numbers.min():g} to {numbers.max():g}"
     options: dict[str, Any] = {}
     if style.decimal != ".":
-        options["decimal"], why = style.decimal, f"{why}, with a decimal comma"
+        why = f"{why}, with a decimal comma"
+    if style.decimal != "." or file_style.decimal == ",":
+        options["decimal"] = style.decimal
     if style.unit:
         options["unit"], why = style.unit, f"{why}, in {style.unit}"
+    if style.unit and not has_unit_everywhere:
+        why += " where that stands, and the others alike"
     if in_doubt and file_style.decimal == ",":
         why += f"; features: {{{column}: {{kind: number, decimal: .}}}} reads points as decimal"
     elif in_doubt and not file_style.decimal:

@@ -99,7 +99,7 @@ def _inferred(config: Config) -> Config:
         if not found["features"]:
             raise UserError(
                 f"'{config.data.train}' has no column to predict '{config.target}' from: "
-                + "; ".join(f"{each.column}: {each.why}" for each in chosen)
+                + ("; ".join(f"{each.column}: {each.why}" for each in chosen) or "it has no other")
             )
     if decisions:
         _show(decisions)

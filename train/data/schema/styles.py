@@ -20,13 +20,18 @@ DATE_FORMATS = (
     *("%m/%d/%y", "%d/%m/%y", "%m-%d-%Y", "%d-%m-%Y", "%d %b %Y", "%d-%b-%Y", "%d %B %Y"),
     *("%b %d, %Y", "%B %d, %Y", "%m/%d/%Y %I:%M %p", "%Y/%m/%d %H:%M", "%d-%b-%y", "%Y.%m.%d"),
     *("%d/%m/%Y %I:%M %p", "%d/%m/%Y %I:%M:%S %p", "%m/%d/%y %H:%M", "%d/%m/%y %H:%M"),
-    *("%m-%d-%Y %H:%M", "%d-%m-%Y %H:%M", "%d.%m.%y %H:%M", "%b %d %Y %I:%M%p", "%y/%m/%d"),
+    *("%m-%d-%Y %H:%M", "%m-%d-%Y %H:%M:%S", "%d-%m-%Y %H:%M", "%d-%m-%Y %H:%M:%S"),
+    *("%m/%d/%y %H:%M:%S", "%d/%m/%y %H:%M:%S", "%d.%m.%y %H:%M", "%d.%m.%y %H:%M:%S"),
+    *("%d %b %Y %H:%M", "%d %b %Y %H:%M:%S", "%d-%b-%Y %H:%M:%S", "%d-%b-%y %H:%M:%S"),
+    *("%b %d %Y %I:%M%p", "%b %d, %Y %H:%M", "%b %d, %Y %I:%M %p", "%y/%m/%d"),
     *("%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%d %H:%M:%S.%f UTC", "%Y-%m-%d %H:%M:%S GMT"),
     *("%d/%b/%Y:%H:%M:%S %z", "%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"),
 )
 # Times of day. Unlike the ratio 4:3 or the score 5:16 they have two digits everywhere.
 TIME = re.compile(r"\s*(\d\d:\d\d(:\d\d(\.\d+)?)?|\d{1,2}:\d\d(:\d\d)?\s*[AaPp][Mm])\s*")
 TIME_FORMATS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M%p", "%I:%M:%S %p")
+# Texts that are tried whether they are dates, and what share of them has to be.
+LOOKED_AT, MOSTLY = 20, 0.7
 # Of dates written as one number.
 FIRST_YEAR, LAST_YEAR = 1800, 2099
 
@@ -111,6 +116,19 @@ def fitting_dates(known: Sequence[Any]) -> list[str]:
     are_times = all(isinstance(value, str) and TIME.fullmatch(value) for value in known)
     formats = TIME_FORMATS if are_times else DATE_FORMATS
     return [form for form in formats if read_all(Date("date", form), known) is not None]
+
+
+def mostly_dates(texts: Sequence[str]) -> str | None:
+    """Return the first text that is no date among those of which most are, by their first ones."""
+    for form in (None, *DATE_FORMATS):
+        date = Date("date", form)
+        if sum(_is_date(date, text) for text in texts[:LOOKED_AT]) > LOOKED_AT * MOSTLY:
+            return next((text for text in texts if not _is_date(date, text)), None)
+    return None
+
+
+def _is_date(date: Date, text: str) -> bool:
+    return read_all(date, [text]) is not None
 
 
 def digits_format(known: Sequence[Any], numbers_N: np.ndarray) -> str | None:
