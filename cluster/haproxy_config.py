@@ -47,13 +47,29 @@ PER_ADDRESS = (
     "    tcp-request connection track-sc0 src,ipmask(32,64)",
     "    tcp-request connection reject if {{ sc0_conn_cur gt {most} }} !{{ src 127.0.0.0/8 ::1 }}",
 )
+# What is not to be asked for twice, however its replica ended.
+ASKED_ONCE = (
+    "    http-request disable-l7-retry if { path_reg"
+    " ^/v2/(repository/models/[^/]+/(load|unload)|models/[^/]+/feedback)/?$ }",
+    "    http-request disable-l7-retry if { path_end /RepositoryModelLoad /RepositoryModelUnload }",
+)
+# Ray answers 500 where a replica ends with a request that is too long to be asked for twice, and
+# where there is no replica; both are over in a moment.
+ERROR_FILE = re.compile(r"(\s+errorfile (?:502|503)) \S+")
+UNAVAILABLE = b'{"error":"the model is not available at this moment; send the request again."}'
+UNAVAILABLE_ANSWER = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(UNAVAILABLE), UNAVAILABLE)
+)
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
 
 
-def restrict(config: str) -> str:
+def restrict(config: str, error_file: str = "") -> str:
     """Return a configuration that listens for requests only, its administration for this user.
+
+    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty.
 
     Reads the environment for the address to listen on, where to log, and how many connections an
     address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
@@ -71,6 +87,8 @@ def restrict(config: str) -> str:
             continue
         if LISTING.match(line):
             line = NOT_LISTED
+        if error_file:
+            line = ERROR_FILE.sub(rf"\1 {error_file}", line)
         line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
         sockets += found
         lines.append(line)
@@ -80,7 +98,7 @@ def restrict(config: str) -> str:
             if host := os.environ.get(HOST):
                 place = f"[{host}]" if ":" in host else host
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
-            lines += [HEADERS_TIMEOUT, *per_address, peer]
+            lines += [HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
     return "\n".join(lines) + "\n"
@@ -146,7 +164,9 @@ def main(arguments: list[str]) -> None:
     # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
-    aside.write_text(restrict(given.read_text()))
+    answer = given.with_name("unavailable.http")
+    answer.write_bytes(UNAVAILABLE_ANSWER)
+    aside.write_text(restrict(given.read_text(), str(answer)))
     aside.replace(own)
     # Ray finds its HAProxies by the path of its file among their arguments. -L only names this one
     # among peers, of which there are none.

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from ray.serve._private import haproxy_templates
 
@@ -121,6 +122,10 @@ def test_rays_template_has_the_lines_that_are_known():
         'string "{{ route_info.routes_message }}" if routes',
         "use_backend grpc_fallback_backend if is_list_applications",
         "log {{ config.log_target }} local0 info",
+        "errorfile 502 {{ config.error_file_path }}",
+        "errorfile 503 {{ config.error_file_path }}",
+        "tune.bufsize {{ config.bufsize }}",
+        "retries {{ config.retries }}",
     ):
         assert known in TEMPLATE
 
@@ -146,6 +151,35 @@ def test_haproxy_has_a_private_socket_that_ray_finds(tmp_path):
         command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         assert os.fsencode(config) in command
         assert b"haproxy" in command[0]
+
+
+def test_without_a_replica_the_answer_says_when_to_come_again(tmp_path):
+    config = tmp_path / "node" / "haproxy.cfg"
+    config.parent.mkdir()
+    (config.parent / "500.http").write_bytes(b"HTTP/1.1 500 Error\r\n\r\n")
+    port, errors = free_port(), config.parent / "500.http"
+    config.write_text(
+        RAYS.replace("/tmp/x/admin.sock", str(config.with_name("admin.sock")))
+        .replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        .replace("127.0.0.1:9000", f"unix@{tmp_path}/grpc")
+        .replace(
+            "defaults\n", f"defaults\n    errorfile 502 {errors}\n    errorfile 503 {errors}\n"
+        )
+    )
+    with running(config):
+        answer = httpx.post(f"http://127.0.0.1:{port}/v2/models/digits/infer", content=b"{}")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "send the request again" in answer.json()["error"]
+
+
+def test_changes_and_feedback_are_asked_for_once():
+    config = haproxy_config.restrict(RAYS)
+    (pattern,) = set(re.findall(r"disable-l7-retry if { path_reg (\S+) }", config))
+    for path in ("repository/models/digits/load", "repository/models/a-b/unload"):
+        assert re.fullmatch(pattern, f"/v2/{path}")
+    assert re.fullmatch(pattern, "/v2/models/digits/feedback")
+    assert not re.fullmatch(pattern, "/v2/models/digits/infer")
+    assert config.count("path_end /RepositoryModelLoad /RepositoryModelUnload") == 2
 
 
 def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
