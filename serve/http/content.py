@@ -9,7 +9,6 @@ from email.parser import BytesParser
 from serve.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 from serve.http.request import Request
 from serve.protocol import v2
-from serve.protocol.v2 import MAX_DIGITS
 
 # zlib's window bits: with a header of gzip or zlib, and of a raw stream.
 GZIP, ZLIB, RAW = 31, 15, -15
@@ -31,9 +30,7 @@ def parsed_bytes(request: Request, body: bytes) -> int:
         return len(body) * MOST_DEFLATED
     if is_picture(request.content_type):
         return 0
-    header_length = request.header(HEADER_LENGTH) or ""
-    short = header_length.isdecimal() and len(header_length) < MAX_DIGITS
-    return min(int(header_length), len(body)) if short else len(body)
+    return v2.json_bytes(body, request.header(HEADER_LENGTH))
 
 
 def decompress(request: Request, body: bytes, max_bytes: int) -> bytes:

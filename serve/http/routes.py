@@ -23,6 +23,8 @@ from serve.protocol.fields import match_fields, plain_fields
 from serve.protocol.metadata import model_config, model_metadata, model_statistics, server_metadata
 from serve.protocol.v2 import InferRequest
 from serve.replica.handler import InferenceHandler
+from serve.replica.json_process import JSONProcess
+from serve.replica.large_bodies import INLINE_BYTES
 from serve.replica.pipeline import Endpoint
 from serve.telemetry.metrics import CONTENT_TYPE, Snapshot, exposition, filter_models, merge_samples
 from serve.telemetry.recorder import RequestRecorder, owned_id
@@ -44,6 +46,7 @@ class ModelAPI(HTTPApp):
         )
         self._handler = handler
         self.config = handler.config
+        self._json_process = JSONProcess()
         self.routes = _routes(self)
 
     def model_of(self, name: str | None) -> str:
@@ -59,13 +62,16 @@ class ModelAPI(HTTPApp):
             body = decompress(request, received, limits.max_body_bytes)
             if is_form(request.content_type):
                 return self._of_form(request, body, manifest)
+            is_image = is_picture(request.content_type)
+            if not is_image and v2.json_bytes(body, header_length) > INLINE_BYTES:
+                return self._decode_elsewhere("v2", body, manifest, header_length)
             return v2.decode(
                 body,
                 header_length,
                 manifest,
                 limits.max_rows,
                 limits.max_json_bytes,
-                is_image=is_picture(request.content_type),
+                is_image=is_image,
                 unknown_fields=limits.unknown_fields,
             )
 
@@ -96,6 +102,8 @@ class ModelAPI(HTTPApp):
                 return self._of_form(request, body, manifest)
             if is_picture(request.content_type):
                 return v2.decode(body, "0", manifest, limits.max_rows, is_image=True)
+            if len(body) > INLINE_BYTES:
+                return self._decode_elsewhere("v1", body, manifest)
             return v1.decode(
                 body, manifest, limits.max_rows, limits.max_json_bytes, limits.unknown_fields
             )
@@ -106,6 +114,20 @@ class ModelAPI(HTTPApp):
 
         sizes = len(received), parsed_bytes(request, received)
         return await self._handler.infer(request, endpoint, decode, encode, sizes=sizes)
+
+    def _decode_elsewhere(
+        self, protocol: str, body: bytes, manifest: Manifest, header_length: str | None = None
+    ) -> InferRequest:
+        limits = self.config.limits
+        return self._json_process.decode(
+            protocol,
+            body,
+            manifest,
+            header_length=header_length,
+            max_rows=limits.max_rows,
+            max_json_bytes=limits.max_json_bytes,
+            unknown_fields=limits.unknown_fields,
+        )
 
     def _of_form(self, request: Request, body: bytes, manifest: Manifest) -> InferRequest:
         """One record, whose fields are the parts of a form."""

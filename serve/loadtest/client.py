@@ -5,15 +5,16 @@ parsing is httptools', and a request is an entry of a list when it is done.
 """
 
 import asyncio
+import gc
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import httptools
 
-from serve.garbage import pause_gc
 from serve.loadtest.load import Load, create_pacer
 from serve.loadtest.report import Done, LoadTestReport, Outcome, classify
 from serve.loadtest.target import LoadTarget
@@ -50,7 +51,6 @@ def run_load(
     takes at most warmup_s + duration_s + timeout_s. retries: tries again after a connection that
     failed or a 503.
     """
-    # It would hold up requests by tens of milliseconds.
     with asyncio.Runner(loop_factory=new_loop) as runner, pause_gc():
         client = _Client(target, load, timeout_s, retries)
         cpu_s = time.process_time()
@@ -65,6 +65,18 @@ def run_load(
         connections_opened=client.num_opened,
         client_cpu_s=cpu_s,
     )
+
+
+@contextmanager
+def pause_gc() -> Iterator[None]:
+    """Keep the collector of cycles out: it would hold up requests by tens of milliseconds."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Job:

@@ -45,6 +45,13 @@ class InferRequest:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
+def json_bytes(body: bytes, header_length: str | None) -> int:
+    """Return how many bytes of a body are JSON, by a header_length as `decode` takes it."""
+    if header_length is None or not header_length.isdecimal() or len(header_length) >= MAX_DIGITS:
+        return len(body)
+    return min(int(header_length), len(body))
+
+
 def decode(
     body: bytes,
     header_length: str | None,

@@ -1,11 +1,13 @@
-"""Large bodies: decoded in a thread, one at a time, while the event loop answers others."""
+"""Large bodies: decoded in a thread, one at a time, while the event loop answers others.
+
+What is JSON of them goes to a process of its own, see json_process.py.
+"""
 
 import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
 from serve.errors import Overloaded
-from serve.garbage import pause_gc
 
 T = TypeVar("T")
 
@@ -34,11 +36,6 @@ class LargeBodyDecoder:
         self._waiting_bytes += size
         try:
             async with self._turn:
-                return await asyncio.to_thread(_decode, decode)
+                return await asyncio.to_thread(decode)
         finally:
             self._waiting_bytes -= size
-
-
-def _decode(decode: Callable[[], T]) -> T:
-    with pause_gc():
-        return decode()
