@@ -62,7 +62,7 @@ class NumberFormat:
         if _is_infinite(text):
             return math.inf
         unit, number = split_unit(text)
-        if unit and unit != self.unit:
+        if unit and unit != _singular(self.unit):
             raise ValueError(f"the unit is {unit}")
         return _value(number, self.decimal)
 
@@ -96,9 +96,12 @@ def split_unit(text: str) -> tuple[str, str]:
         raise ValueError("two signs or units")
     minus = "-" if given and given[0] != "+" else ""
     unit = found["before"] or found["after"] or ""
-    # 1 year, 2 years
-    singular = unit.removesuffix("s") if len(unit) > SHORT_UNIT else unit
-    return singular, minus + found["digits"]
+    return _singular(unit), minus + found["digits"]
+
+
+def _singular(unit: str) -> str:
+    """A unit without the s of a plural: 1 year, 2 years."""
+    return unit.removesuffix("s") if len(unit) > SHORT_UNIT else unit
 
 
 def is_measure(unit: str) -> bool:

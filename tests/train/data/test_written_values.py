@@ -252,7 +252,9 @@ def test_a_unit_stands_after_every_number_or_none_is_read(values):
 
 def test_the_plural_is_the_same_unit():
     values = ["1 year", "2 years", "15 years", "1 year"]
-    np.testing.assert_array_equal(Number("x").fit(values).read(values), [1, 2, 15, 1])
+    for unit in (None, "year", "years"):
+        number = Number("x", unit=unit).fit(values)
+        np.testing.assert_array_equal(number.read(values), [1, 2, 15, 1])
 
 
 @pytest.mark.parametrize(
