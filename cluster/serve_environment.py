@@ -26,8 +26,8 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Once, as what ended one replica may end another.
     "RAY_SERVE_HAPROXY_RETRIES": "1",
-    # Of a request, which is kept until it is answered so that it can be asked for again: 64 KB, as
-    # many photographs have. A connection takes three such buffers, 4,096 connections 768 MiB.
+    # HAProxy can send a request of up to 64 KB, the size of many photographs, to another replica.
+    # A connection has at most three such buffers, so 4,096 connections have 768 MiB.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 2**10),
     # More threads than cores pass connections to each other; four is what Ray has.
     "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),

@@ -16,10 +16,11 @@ FORM = "multipart/form-data"
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii"}
 MAX_PARTS = 256
 IDENTITY = "identity"
-# Of one body. What follows one is copied, so each is read in pieces, this small at first.
+# Most compressed streams in one body. zlib copies what follows a stream, so each is read in pieces,
+# of which the first is small.
 MAX_MEMBERS, FIRST_PIECE = 4096, 1024
 HEADER_LENGTH = v2.HEADER_LENGTH.encode()
-# Of bytes that are made of one, by deflate.
+# Highest ratio of deflate.
 MOST_DEFLATED = 1032
 
 

@@ -26,7 +26,7 @@ from train.bundle.manifest import Manifest
 LENGTH = struct.Struct("<Q")
 NUMBERS, OBJECTS = 1, 2
 NICENESS = 10
-# Of lists and what they are made into, beside what the process has when it begins.
+# Memory for parsed JSON, in addition to what the process uses at its start.
 MAX_BYTES = 2 << 30
 
 

@@ -196,7 +196,7 @@ def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
     with another_address() as address, running(config), ExitStack() as opened:
         theirs = [opened.enter_context(unfinished(address, port)) for _ in range(20)]
         await_closed(theirs, 12)
-        # Of this machine itself any number.
+        # Connections from this machine are not limited.
         own = [opened.enter_context(unfinished("127.0.0.1", port)) for _ in range(20)]
         assert answers("127.0.0.1", port)
         assert not answers(address, port)

@@ -21,7 +21,7 @@ CODE_WORDS = {
 }
 # Before one of them they name an amount, as in visits_per_user.
 AMOUNT_WORDS = {"per", "by", "each", "num", "avg", "mean", "total", "count"}
-# Of seconds since 1970 and the like, which lie evenly where something is measured.
+# Words in names of columns that hold times, which are evenly spaced where something is measured.
 TIME_WORDS = {"time", "timestamp", "ts", "epoch", "date", "created", "updated", "at", "duration"}
 AMOUNT_MARKS = set(SYMBOLS + PERCENT)
 WHOLE_TEXT = re.compile(r"\s*[+-]?[0-9]+(\.0*)?\s*")

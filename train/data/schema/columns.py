@@ -41,7 +41,7 @@ TEXT_WORDS = 3.0
 MIN_FLAGGED = 0.01
 # Least share of numbers with a 0 before them where they are of several lengths.
 MIN_PADDED = 0.02
-# From this share on, what is no number in a column of names is named.
+# Share of numbers from which the report names a value that is not a number.
 MOSTLY_NUMBERS = 0.8
 MIXED_UNITS = "all are numbers, some with a unit or letter and some without"
 
