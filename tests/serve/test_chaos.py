@@ -3,6 +3,7 @@
 Run with -s, each test shows its figures.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 REPLICA = "ray::ServeReplica:default:digits"
 HAPROXY = "bin/haproxy -db"
+# Other machines reach these servers, so that changes take a key.
+KEY = "hk_of_these_tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 # So that a node that no longer answers is given up after some seconds, not after half a minute.
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -38,8 +42,12 @@ QUICK = {
 @contextmanager
 def serving(cluster, storage_path, log, replicas=3):
     """Three replicas behind the ingress of every node, ready on all of them."""
+    keys = log.with_name("keys.yaml")
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    keys.write_text(json.dumps([{"name": "tests", "sha256": digest, "admin": True}]))
     with server.running(
         *(f"storage={storage_path}", f"replicas={replicas}", "host=0.0.0.0"),
+        f"security.api_keys_file={keys}",
         log=log,
         environment=cluster.client_environment,
     ):
@@ -71,7 +79,9 @@ def ready(cluster, name):
 def target(cluster, name):
     """Requests by way of a node's ingress."""
     place = url(cluster, name)
-    requests = infer_requests(place, "digits", {}, num_requests=64, rows=1, seed=0, timeout_s=10)
+    requests = infer_requests(
+        place, "digits", HEADERS, num_requests=64, rows=1, seed=0, timeout_s=10
+    )
     return LoadTarget(place, requests)
 
 
@@ -102,7 +112,7 @@ def test_a_killed_replica_fails_no_request(cluster):
 
 def answered(cluster):
     """Rows that all replicas have answered so far."""
-    text = httpx.get(f"{url(cluster, 'head')}/metrics", timeout=5).text
+    text = httpx.get(f"{url(cluster, 'head')}/metrics", headers=HEADERS, timeout=5).text
     rows = [line.split()[-1] for line in text.splitlines() if line.startswith("halyard_rows_total")]
     return sum(map(float, rows))
 
@@ -171,11 +181,13 @@ def test_rolling_out_a_damaged_version_keeps_the_old_one(cluster, storage_path, 
     place = url(cluster, "head")
     try:
         with meanwhile(
-            target(cluster, "node1"), PoissonLoad(100), duration_s=10, timeout_s=20
+            target(cluster, "head"), PoissonLoad(100), duration_s=10, timeout_s=20
         ) as reports:
             client.set_registered_model_alias("digits", "production", bad.version)
-            loaded = httpx.post(f"{place}/v2/repository/models/digits/load", timeout=60)
-            after = httpx.get(f"{place}/v2/models/digits").json()
+            loaded = httpx.post(
+                f"{place}/v2/repository/models/digits/load", headers=HEADERS, timeout=60
+            )
+            after = httpx.get(f"{place}/v2/models/digits", headers=HEADERS).json()
     finally:
         client.set_registered_model_alias("digits", "production", first.version)
         client.delete_model_version("digits", bad.version)
