@@ -4,12 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from cluster import auth, connect, haproxy_config, private, ray_address
+from cluster import auth, connect, private, ray_address
+from cluster.ingress import haproxy_config
 
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PYTHON = "HALYARD_PYTHON"
-WRAPPER = Path(__file__).with_name("haproxy")
+WRAPPER = Path(haproxy_config.__file__).with_name("haproxy")
 
 
 # Read by Ray Serve when it starts. A cluster that already runs needs them in its own environment,

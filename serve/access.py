@@ -14,8 +14,8 @@ from enum import Enum, auto
 from functools import cache, lru_cache
 from urllib.parse import urlsplit
 
-from cluster import haproxy_config
 from cluster.connect import LOOPBACK
+from cluster.ingress import haproxy_config
 from serve.errors import Forbidden, Unauthorized
 from serve.security import APIKey, KeyStore
 

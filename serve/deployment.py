@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster import connect, haproxy_config, ray_internals, serve_environment
+from cluster import connect, ray_internals, serve_environment
 from cluster.errors import CommandFailed, UserError
 from serve import bind, startup
 from serve import config as configs
@@ -27,8 +27,10 @@ from serve.inference.dataplane import DataPlane
 from serve.launch import (
     all_nodes_prepared,
     check_bundles,
+    check_certificate_of_nodes,
     check_environment,
     exit_with,
+    start_ray,
     start_serve,
 )
 from serve.replica.handler import InferenceHandler
@@ -236,29 +238,14 @@ def app(arguments: dict[str, str]) -> serve.Application:
         state = reconciler.resolve_serving_state(config)
         profile = check_bundles(state, config)
         joined = ray.is_initialized() or connect.join_running()
-        if joined and config.security.tls_cert:
-            raise UserError(
-                "security.tls_cert is for a server that starts Ray itself; on a cluster, let the "
-                "gateway before it speak TLS."
-            )
+        if joined and not ray_internals.is_worker():
+            check_certificate_of_nodes(config)
         if not joined:
             for port in filter(None, (config.port, config.grpc_port)):
                 connect.check_port_free(config.host, port)
+            start_ray(config)
     except (UserError, CorruptBundle, CommandFailed) as error:
         exit_with(error)
-    if not joined:
-        if config.security.tls_cert:
-            # HAProxy as Ray sets it up speaks no TLS; Ray's own proxy does.
-            os.environ[serve_environment.HAPROXY] = "0"
-        serve_environment.prepare_local_serving()
-        if os.environ[serve_environment.HAPROXY] == "1":
-            # Nothing but HAProxy listens to other machines.
-            os.environ[haproxy_config.HOST] = config.host
-        # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
-        # which is told within a second.
-        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
-        # `serve run` would start Ray too, with a dashboard and workers ahead of need.
-        connect.connect(num_cpus=config.replica_range[1] * config.threads)
     if not ray_internals.is_worker():
         inside = not joined and os.environ[serve_environment.HAPROXY] == "1"
         startup.end_on_signals()

@@ -15,6 +15,8 @@ from pydantic_settings import SettingsConfigDict
 
 from cluster import connect, serve_environment
 from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import UserError
+from cluster.ingress.certificates import Certificates
 
 
 class EnvironmentOptions(CommandOptions):
@@ -23,16 +25,35 @@ class EnvironmentOptions(CommandOptions):
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.environment")
 
     local: bool = Field(False, description="For a Ray on this machine alone.")
+    tls_cert: str | None = Field(None, description="PEM certificate with which servers speak TLS.")
+    tls_key: str | None = Field(None, description="PEM key of the certificate.")
+    tls_client_ca: str | None = Field(
+        None, description="PEM certificates of the authorities that sign those of clients."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse_options(EnvironmentOptions, argv)
     serve_environment.prepare_local_serving()
     values = {name: os.environ[name] for name in serve_environment.variable_names()}
+    if options.tls_cert or options.tls_key or options.tls_client_ca:
+        values |= _certificates(options)
     if options.local:
         values |= connect.local_environment()
     for name, value in values.items():
         print(f"export {name}={shlex.quote(value)}")
+
+
+def _certificates(options: EnvironmentOptions) -> dict[str, str]:
+    """Raises UserError."""
+    if not options.tls_cert or not options.tls_key:
+        raise UserError("give --tls-cert and --tls-key together.")
+    named = Certificates(options.tls_cert, options.tls_key, options.tls_client_ca)
+    try:
+        named.read()
+    except ValueError as error:
+        raise UserError(f"option --tls-cert: {error}.") from error
+    return named.environment()
 
 
 if __name__ == "__main__":

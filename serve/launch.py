@@ -1,14 +1,15 @@
 """Before a server starts: what is checked, and how Ray Serve is started for it."""
 
+import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster import ray_internals
+from cluster import connect, ray_internals, serve_environment
 from cluster.errors import EXIT_FAILED, EXIT_USER_ERROR, CommandFailed, UserError
+from cluster.ingress import certificates, haproxy_config
 from cluster.nodes import node_checks, run_on_nodes
 from serve import config as configs
 from serve.config import ServeConfig
@@ -57,20 +58,64 @@ def all_nodes_prepared() -> bool:
     return not missing
 
 
+def check_certificate_of_nodes(config: ServeConfig) -> None:
+    """Raises UserError where HAProxy of a node speaks TLS with another certificate than is asked.
+
+    It reads the names of its files from the environment that Ray was started with.
+    """
+    asked = config.security.certificates
+    expected = asked.environment()[certificates.CERT] if asked else ""
+    nodes = run_on_nodes.run_on_each(
+        run_on_nodes.alive_nodes(), node_checks.tls_certificate, timeout_s=ASK_S
+    )
+    for address, (found, problem) in nodes.items():
+        if not problem and found != expected:
+            raise UserError(
+                f"security.tls_cert is {_quoted(expected)}, but Ray was started on {address} with "
+                f"{_quoted(found)}. Before it starts, run: source <(python -m serve.environment "
+                "--tls-cert CERT --tls-key KEY)"
+            )
+
+
+def _quoted(path: str) -> str:
+    return f"'{path}'" if path else "not given"
+
+
+def start_ray(config: ServeConfig) -> None:
+    """Start Ray on this machine for a server, which listens by HAProxy where that runs.
+
+    Raises UserError, CommandFailed.
+    """
+    serve_environment.prepare_local_serving()
+    asked = config.security.certificates
+    if os.environ[serve_environment.HAPROXY] == "1":
+        # Nothing but HAProxy listens to other machines.
+        os.environ[haproxy_config.HOST] = config.host
+        os.environ.update(asked.environment() if asked else {})
+    elif asked and asked.client_ca:
+        raise UserError("security.tls_client_ca needs HAProxy, which does not run here.")
+    # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
+    # which is told within a second.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
+    # `serve run` would start Ray too, with a dashboard and workers ahead of need.
+    connect.connect(num_cpus=config.replica_range[1] * config.threads)
+
+
 def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
     """Start Serve with this server's addresses, unless it runs; `serve run` finds it started.
 
     host: of Serve's own servers, which may stay on loopback behind HAProxy.
     """
+    by_haproxy = os.environ[serve_environment.HAPROXY] == "1"
     http = HTTPOptions(
         host=host,
         port=config.port,
         keep_alive_timeout_s=KEEP_ALIVE_S,
-        ssl_certfile=config.security.tls_cert,
-        ssl_keyfile=config.security.tls_key,
+        ssl_certfile=None if by_haproxy else config.security.tls_cert,
+        ssl_keyfile=None if by_haproxy else config.security.tls_key,
     )
-    # Ray's gRPC speaks no TLS: keys would travel in the clear.
-    spoken = with_grpc and config.grpc_port and not config.security.tls_cert
+    # Ray's own gRPC speaks no TLS: keys would travel in the clear.
+    spoken = with_grpc and config.grpc_port and (by_haproxy or not config.security.tls_cert)
     functions = ["serve.grpc.service.add_to_server"] if spoken else []
     port = config.grpc_port or configs.GRPC_PORT
     serve.start(
@@ -97,9 +142,11 @@ def check_bundles(state: ServingState, config: ServeConfig) -> LatencyModel:
     if config.security.api_keys_file:
         KeyStore.load(config.security.api_keys_file)
     tracing.create_tracer(config.traces, "halyard")
-    for path in (config.security.tls_cert, config.security.tls_key):
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"'{path}' is not a file; expected one in PEM format.")
+    if given := config.security.certificates:
+        try:
+            given.read()
+        except ValueError as error:
+            raise UserError(f"security.tls_cert: {error}.") from error
     manifest = Bundle.load(state.locations[state.default]).manifest
     variant = manifest.variants[config.variant or manifest.default_variant]
     return LatencyModel.of(variant, config.threads)

@@ -127,5 +127,6 @@ def _answers(address: str) -> bool:
     try:
         with direct.open(f"{address}/v2/health/ready", timeout=5) as response:
             return bool(response.status == 200)
-    except OSError:
-        return False
+    except OSError as error:
+        # HAProxy speaks, and asks for a certificate that this process does not have.
+        return "CERTIFICATE_REQUIRED" in str(error)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,9 +27,11 @@ def start(
     app: str = "serve.app",
     environment: Mapping[str, str] | None = None,
     ready: str = "/v2/health/ready",
+    tls: ssl.SSLContext | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start the server; its output goes to `log`. Returns once the path `ready` answers 200.
 
+    tls: with which it is asked, where its options make it speak TLS.
     Raises RuntimeError with the end of the log if it stops or is not ready in time.
     """
     with socket.socket() as probe:
@@ -47,7 +50,7 @@ def start(
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{URL}{ready}").status_code == 200:
+            if httpx.get(f"{url(tls)}{ready}", verify=tls or True).status_code == 200:
                 return process
         except httpx.TransportError:
             pass
@@ -55,6 +58,10 @@ def start(
     stop(process)
     end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     raise RuntimeError(f"the server was not ready within {READY_S} s; its log ends:\n{end}")
+
+
+def url(tls: ssl.SSLContext | None) -> str:
+    return URL.replace("http:", "https:") if tls else URL
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -72,6 +79,6 @@ def running(*arguments: str, **options: Any) -> Iterator[str]:
     """Yield the server's URL; it stops when the block ends. For the options see `start`."""
     process = start(*arguments, **options)
     try:
-        yield URL
+        yield url(options.get("tls"))
     finally:
         stop(process)

@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import haproxy_config, storage
+from cluster import storage
 from cluster.doctor.finding import Finding
 from cluster.errors import UserError
+from cluster.ingress import haproxy_config
 from cluster.nodes import node_checks
 
 MIN_PYTHON = (3, 11)

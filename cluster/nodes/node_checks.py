@@ -12,7 +12,7 @@ import subprocess
 import time
 from typing import Any
 
-from cluster.haproxy_config import haproxy_problem
+from cluster.ingress.haproxy_config import haproxy_problem
 
 # The full mlflow is for training; what serving has of it is a package that both share.
 PACKAGES = ("ray", "torch", "onnxruntime", "mlflow-skinny")
@@ -98,6 +98,11 @@ def _kind(process: Any) -> str | None:
 def gateway_path() -> str:
     """Where Serve's proxies of this node find what binds them to their addresses; "" if nowhere."""
     return os.environ.get("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "")
+
+
+def tls_certificate() -> str:
+    """The certificate with which HAProxy of this node speaks TLS; "" if it speaks none."""
+    return os.environ.get("HALYARD_TLS_CERT", "")
 
 
 def node_time() -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster import haproxy_config
+from cluster.ingress import haproxy_config
 from cluster.nodes import node_checks
 
 NO_ANSWER = "does not answer"

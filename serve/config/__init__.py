@@ -103,6 +103,8 @@ class ServeConfig(ServeSection):
     def _tls_whole(self) -> "ServeConfig":
         if (self.security.tls_cert is None) != (self.security.tls_key is None):
             raise ValueError("security.tls_cert and security.tls_key go together")
+        if self.security.tls_client_ca and not self.security.tls_cert:
+            raise ValueError("security.tls_client_ca needs security.tls_cert and security.tls_key")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from cluster.ingress.certificates import Certificates
+
 
 def _split(value: Any) -> Any:
     """Split a comma-separated string, as a command line has where a config file has a list."""
@@ -193,5 +195,18 @@ class AccessOptions(ServeSection):
 
 
 class SecurityOptions(AccessOptions):
-    tls_cert: str | None = Field(None, description="PEM certificate; the server speaks HTTPS.")
+    tls_cert: str | None = Field(
+        None, description="PEM certificate; the server speaks TLS, over HTTP and gRPC."
+    )
     tls_key: str | None = Field(None, description="PEM key of the certificate.")
+    tls_client_ca: str | None = Field(
+        None,
+        description="PEM certificates of the authorities that sign those of clients; a client "
+        "without one is refused.",
+    )
+
+    @property
+    def certificates(self) -> Certificates | None:
+        if not self.tls_cert or not self.tls_key:
+            return None
+        return Certificates(self.tls_cert, self.tls_key, self.tls_client_ca)

@@ -14,7 +14,8 @@ import httpx
 import pytest
 from ray.serve._private import haproxy_templates
 
-from cluster import haproxy_config, serve_environment
+from cluster import serve_environment
+from cluster.ingress import haproxy_config
 from tests.serve.test_listeners import another_address
 
 TEMPLATE = haproxy_templates.HAPROXY_CONFIG_TEMPLATE

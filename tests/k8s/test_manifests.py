@@ -28,7 +28,8 @@ import serve.offline.__main__
 import serve.retrain.__main__
 import train.cli
 import tune.cli
-from cluster import connect, haproxy_config, private, serve_environment
+from cluster import connect, private, serve_environment
+from cluster.ingress import haproxy_config
 from serve import config as serve_config
 from serve.access import AllowedHosts
 from serve.deployment import DRAIN_S
@@ -342,8 +343,8 @@ def test_the_image_names_the_files_of_haproxy():
     folder = str(private.private_root() / "haproxy").replace(f"-{os.getuid()}", "-1000")
     for key, value in serve_environment.local_paths().items():
         there = value.replace(str(private.private_root() / "haproxy"), folder)
-        there = there.replace(str(serve_environment.WRAPPER), "/srv/halyard/cluster/haproxy")
         there = there.replace(sys.executable, "/usr/local/bin/python3")
+        there = there.replace(str(REPOSITORY), "/srv/halyard")
         assert f"{key}={there}" in recipe
 
 

@@ -17,8 +17,9 @@ import grpc
 import pytest
 import yaml
 
-from cluster import auth, haproxy_config
+from cluster import auth
 from cluster.errors import UserError
+from cluster.ingress import haproxy_config
 from serve import access as access_of_clients
 from serve import security
 from serve.access import Access, AllowedHosts, Guard

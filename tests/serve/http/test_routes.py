@@ -316,6 +316,7 @@ def test_keys_open_what_they_are_for(bundle):
         ({"replicas": "3-2"}, "first of MIN-MAX"),
         ({"threads": "0"}, "threads"),
         ({"security.tls_cert": "a"}, "go together"),
+        ({"security.tls_client_ca": "a"}, "needs security.tls_cert"),
         ({"model": "/some/path", "extra_versions": "2"}, "registered model"),
         ({"limits": "1024"}, "limits.OPTION=VALUE"),
         ({"limits.rows": "1"}, "limits.max_rows"),

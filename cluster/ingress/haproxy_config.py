@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +26,8 @@ UNREAD_LOG = re.compile(r"\s+log 127\.0\.0\.1:514 ")
 DROPPED = ("frontend prometheus", "listen stats")
 # Bound to the options `host`, `port` and `grpc_port`.
 SERVING = ("frontend http_frontend", "frontend grpc_frontend")
+# What clients may choose from where it speaks TLS.
+PROTOCOLS = dict(zip(SERVING, ("h2,http/1.1", "h2"), strict=True))
 # The address to listen on for clients, where Serve itself stays on loopback.
 HOST = "HALYARD_HOST"
 BOUND_TO_LOOPBACK = re.compile(r"(\s+bind\s+)127\.0\.0\.1(?=:\d)")
@@ -63,13 +67,16 @@ UNAVAILABLE_ANSWER = (
 )
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
-ADMIN_SOCKET = re.compile(r"(\s+stats socket \S+) mode \d+")
+ADMIN_SOCKET = re.compile(r"(\s+stats socket (?P<path>\S+)) mode \d+")
 
 
-def restrict(config: str, error_file: str = "") -> str:
+def restrict(
+    config: str, error_file: str = "", tls: Callable[[str], str] = lambda protocols: ""
+) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
-    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty.
+    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty. tls: returns what a `bind` line ends
+    with, for the protocols that are spoken there.
 
     Reads the environment for the address to listen on, where to log, and how many connections an
     address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
@@ -98,6 +105,7 @@ def restrict(config: str, error_file: str = "") -> str:
             if host := os.environ.get(HOST):
                 place = f"[{host}]" if ":" in host else host
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
+            lines[-1] += tls(PROTOCOLS[section])
             lines += [HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
@@ -154,20 +162,31 @@ def haproxy_problem() -> str:
 
 def main(arguments: list[str]) -> None:
     """Run HAProxy with the arguments that Ray gives, `-f FILE` among them."""
+    from cluster.ingress import certificates
+
     haproxy = haproxy_binary()
     if "-f" not in arguments:  # it is asked for its version
         os.execv(haproxy, [haproxy, *arguments])
     index = arguments.index("-f") + 1
     given = Path(arguments[index])
+    folder, config = given.parent, given.read_text()
     # HAProxy makes its socket in this folder.
-    given.parent.chmod(0o700)
+    folder.chmod(0o700)
     # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
     answer = given.with_name("unavailable.http")
     answer.write_bytes(UNAVAILABLE_ANSWER)
-    aside.write_text(restrict(given.read_text(), str(answer)))
+    found = certificates.from_environment()
+    if found is None:
+        restricted = restrict(config, str(answer))
+    else:
+        known = certificates.prepare(found, folder, is_reload="-sf" in arguments)
+        restricted = restrict(config, str(answer), partial(found.bind_options, folder))
+    aside.write_text(restricted)
     aside.replace(own)
+    if found is not None and (admin := ADMIN_SOCKET.search(restricted)):
+        certificates.renew_in_background(found, folder, Path(admin["path"]), known)
     # Ray finds its HAProxies by the path of its file among their arguments. -L only names this one
     # among peers, of which there are none.
     arguments = [*arguments[:index], str(own), *arguments[index + 1 :], "-L", str(given)]
@@ -175,7 +194,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
