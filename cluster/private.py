@@ -18,6 +18,8 @@ NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# Names the private key with which bundles are signed when they are registered.
+SIGNING_KEY = "HALYARD_SIGNING_KEY"
 # Compiled code that torch runs; its default is a folder that any user could have made before.
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 

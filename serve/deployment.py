@@ -89,7 +89,7 @@ class ModelDeployment:
     async def __init__(self, config: ServeConfig, handle: DeploymentHandle) -> None:  # type: ignore[misc]
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._config = config
-        configs.allow_plugin_modules(config.plugins, config.storage)
+        configs.set_bundle_policy(config.plugins, config.storage, config.security.require_signature)
         self._repository = RepositoryClient(handle)
         state = await self._repository.state()
         self._name = state.name
@@ -234,7 +234,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
     try:
         check_environment()
         config = configs.validate_options(arguments)
-        configs.allow_plugin_modules(config.plugins, config.storage)
+        configs.set_bundle_policy(config.plugins, config.storage, config.security.require_signature)
         state = reconciler.resolve_serving_state(config)
         profile = check_bundles(state, config)
         joined = ray.is_initialized() or connect.join_running()

@@ -16,7 +16,7 @@ from torch import nn
 from cluster import commit, connect, storage
 from cluster.errors import UserError
 from train import reports
-from train.bundle import Bundle, BundleWriter, Manifest
+from train.bundle import Bundle, BundleWriter, Manifest, signature
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.bundle.manifest import SimpleModelFigures, TensorMetadata
 from train.calibration import fit_temperature
@@ -50,9 +50,8 @@ def fit(
 ) -> Bundle:
     """Train, compress, and return the bundle, which is kept under `storage.path`.
 
-    config: one that is completed already is taken as it is. observe: called with every event of
-    training, from another thread. Raises UserError when the data or the configuration do not allow
-    it, CommandFailed when training failed.
+    config: one that is completed is taken as it is. observe: called with every event of training,
+    from another thread. Raises UserError for data or options that cannot be used, CommandFailed.
     """
     started = time.perf_counter()
     completed, data = prepare_run(config)
@@ -80,6 +79,7 @@ def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, Enco
     if isinstance(config, Config):
         config = inference.complete_config(allow_code(config))
     completed, config = config, config.config
+    signature.has_key(config.storage.signing_key)
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     fitted = None
     if completed.init_bundle is not None:
@@ -297,4 +297,4 @@ def _write(
         comparison=comparison,
         **made.fields,
     )
-    writer.commit(reports.write_card(writer, manifest, *test))
+    writer.commit(reports.write_card(writer, manifest, *test), config.storage.signing_key)

@@ -6,6 +6,7 @@ from cluster.doctor.finding import Finding
 from cluster.doctor.listeners import listening
 from cluster.doctor.machine import (
     accelerators,
+    bundle_signatures,
     haproxy,
     machine,
     number_formats,
@@ -29,6 +30,7 @@ def examine(storage_path: str) -> Iterator[Finding]:
     yield from ports()
     yield from listening(node_checks.listeners(), "here")
     yield token_check()
+    yield bundle_signatures()
     yield storage_place(storage_path)
     yield from ray_cluster(storage_path)
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import storage
+from cluster import private, storage
 from cluster.doctor.finding import Finding
 from cluster.errors import UserError
 from cluster.ingress import haproxy_config
@@ -88,6 +88,22 @@ def ports() -> Iterator[Finding]:
             yield Finding(f"port {port}", "taken", remedy, required=False)
         else:
             yield Finding(f"port {port}", f"free for {purpose}")
+
+
+def bundle_signatures() -> Finding:
+    path = os.environ.get(private.SIGNING_KEY)
+    if not path:
+        remedy = "none is needed where only you write to the storage; see README, Signatures"
+        return Finding("signatures", "bundles are not signed", remedy, required=False)
+    if path.startswith("-----BEGIN"):
+        return Finding("signatures", f"bundles are signed with the key in {private.SIGNING_KEY}")
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        remedy = f"name a private key in {private.SIGNING_KEY}"
+        return Finding("signatures", f"{path}: {error.strerror}", remedy)
+    remedy = f"chmod 600 {path}: other users can read it" if mode & 0o077 else ""
+    return Finding("signatures", f"bundles are signed with {path}", remedy, required=False)
 
 
 def storage_place(path: str) -> Finding:

@@ -29,6 +29,7 @@ from serve.config.sections import (
     SecurityOptions,
     ServeSection,
 )
+from train.bundle import signature
 from train.tasks import plugins
 
 HOST, HTTP_PORT, GRPC_PORT = "127.0.0.1", 8000, 9000
@@ -162,12 +163,15 @@ class GatewayConfig(ServeSection):
 Options = TypeVar("Options", bound=BaseModel)
 
 
-def allow_plugin_modules(modules: Sequence[str], root: str) -> None:
-    """Let this process import classes that a model names, of some modules.
+def set_bundle_policy(modules: Sequence[str], root: str, public_keys: Sequence[str]) -> None:
+    """Let this process import classes that a model names, of some modules, and load bundles that
+    one of the keys has signed; any for no keys.
 
-    root: the storage path, absolute, below which nothing is imported.
+    root: the storage path, absolute, below which nothing is imported. Raises UserError where a key
+    cannot be used.
     """
     plugins.allow_modules(modules, storage=None if storage.is_url(root) else root)
+    signature.require(public_keys)
 
 
 def validate_options(values: Mapping[str, Any]) -> ServeConfig:

@@ -1,8 +1,9 @@
 """Sections of a server's options: `section.option` on a command line, nested in a config file."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.ingress.certificates import Certificates
 
@@ -14,7 +15,13 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Replicas may have another current folder."""
+    return tuple(str(Path(path).resolve()) for path in paths)
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+PublicKeys = Annotated[Names, AfterValidator(_absolute)]
 
 
 class ServeSection(BaseModel):
@@ -195,6 +202,10 @@ class AccessOptions(ServeSection):
 
 
 class SecurityOptions(AccessOptions):
+    require_signature: PublicKeys = Field(
+        (),
+        description="Public keys, PEM files; only bundles that one of them has signed are loaded.",
+    )
     tls_cert: str | None = Field(
         None, description="PEM certificate; the server speaks TLS, over HTTP and gRPC."
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.access import Actor
 from serve.audit import AuditLog
-from serve.config import ServeConfig, allow_plugin_modules
+from serve.config import ServeConfig, set_bundle_policy
 from serve.control.desired_state import DesiredStateStore, Transition
 from serve.control.reconciler import Reconciler, resolve_serving_state
 from serve.control.state_publisher import StatePublisher
@@ -46,7 +46,7 @@ class Repository:
         read.
         """
         self._config, self._name = config, state.name
-        allow_plugin_modules(config.plugins, config.storage)
+        set_bundle_policy(config.plugins, config.storage, config.security.require_signature)
         self._root = config.storage
         self._audit = AuditLog(self._root, state.name)
         self._publisher = StatePublisher(DesiredStateStore(self._root, state), reached)

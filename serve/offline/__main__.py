@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster import connect, storage
 from cluster.cli import CommandOptions, parse_options, run_command
 from cluster.errors import UserError
-from serve.config import Names, StoragePath, allow_plugin_modules
+from serve.config import Names, StoragePath, set_bundle_policy
+from serve.config.sections import PublicKeys
 from serve.errors import BadRequest
 from serve.offline.output import INPUT, PLAN, SUMMARY, count_rows, part_exists, write_json
 from serve.offline.predictor import OfflinePredictor
@@ -51,6 +52,9 @@ class OfflineOptions(CommandOptions):
         "runs", validate_default=True, description="Storage path whose registry has the model."
     )
     plugins: Names = Field((), description="Modules whose classes the model may name.")
+    require_signature: PublicKeys = Field(
+        (), description="Public keys, PEM files, of which one must have signed the model."
+    )
     encoding: str = Field("utf-8", description="Of CSV files.")
     delimiter: str | None = Field(
         None,
@@ -74,7 +78,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     options = parse(argv)
     started = time.perf_counter()
     try:
-        allow_plugin_modules(options.plugins, options.storage)
+        set_bundle_policy(options.plugins, options.storage, options.require_signature)
         bundle, version = registry.load_bundle(options.model, options.storage)
         variant = Predictor.load(bundle, options.variant).variant
     except (CorruptBundle, ValueError) as error:
@@ -90,6 +94,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "location": bundle.location,
             "plugins": list(options.plugins),
             "storage": options.storage,
+            "require_signature": list(options.require_signature),
             "variant": variant,
             "model": f"{bundle.manifest.name}/{version}",
             "output": output,

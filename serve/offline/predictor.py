@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cluster import storage
-from serve.config import allow_plugin_modules
+from serve.config import set_bundle_policy
 from serve.offline.output import BAD, part_path, write_parquet
 from train.bundle import Bundle, Predictor
 from train.data.reading import sources
@@ -37,8 +37,9 @@ class OfflinePredictor:
         blocks: list[RowBlock],
         plugins: Sequence[str] = (),
         storage: str = storage.DEFAULT_PATH,
+        require_signature: Sequence[str] = (),
     ) -> None:
-        allow_plugin_modules(plugins, storage)
+        set_bundle_policy(plugins, storage, require_signature)
         self._predictor = Predictor.load(Bundle.load(location), variant)
         self._model, self._output, self._keep, self._blocks = model, output, keep, blocks
 

@@ -23,7 +23,8 @@ from pydantic_settings import SettingsConfigDict
 from cluster import commit, storage
 from cluster.cli import CommandOptions, parse_options, run_command
 from cluster.errors import CommandFailed, UserError
-from serve.config import Names, StoragePath, allow_plugin_modules
+from serve.config import Names, StoragePath, set_bundle_policy
+from serve.config.sections import PublicKeys
 from serve.requestlog import files
 from serve.requestlog.reader import read_labelled
 from serve.retrain import launcher, lock
@@ -32,7 +33,7 @@ from serve.retrain.history import RetrainHistory
 from serve.retrain.trigger import RetrainDecision, RetrainRules, decide_retrain
 from serve.rollout import comparison
 from serve.rollout.monitor_state import MonitorState
-from train.bundle import Bundle, CorruptBundle, publishing, registry
+from train.bundle import Bundle, CorruptBundle, publishing, registry, signature
 from train.data.reading import sources
 
 MAX_GROUP_ROWS = 16_384
@@ -58,6 +59,14 @@ class RetrainOptions(CommandOptions):
         description="Storage path, with the registry and the request log.",
     )
     plugins: Names = Field((), description="Modules whose classes the model may name.")
+    require_signature: PublicKeys = Field(
+        (), description="Public keys, PEM files, of which one must have signed production."
+    )
+    signing_key: str | None = Field(
+        None,
+        description="Private key that signs the new version; the one that HALYARD_SIGNING_KEY "
+        "names by default.",
+    )
     windows: int = Field(2, ge=1, le=50, description="Windows with drift alarms that make it due.")
     of: int = Field(5, ge=1, le=50, description="How many of the last windows count.")
     max_drop: float = Field(
@@ -98,10 +107,13 @@ def retrain(options: RetrainOptions, read: Read, train: Train) -> dict[str, Any]
     """Retrain a model if it is due; return what the command prints.
 
     read: see `logged.labelled`. train: see `jobs.train`.
-    Raises UserError where no version is in production, Failed when training failed.
+    Raises UserError where no version is in production or a key cannot be used, CommandFailed when
+    training failed.
     """
     root = options.storage
-    allow_plugin_modules(options.plugins, options.storage)
+    if not signature.has_key(options.signing_key) and options.require_signature:
+        raise UserError("--require-signature needs --signing-key, for the new version.")
+    set_bundle_policy(options.plugins, options.storage, options.require_signature)
     production, version = _production(options.model, root)
     state = RetrainHistory(root, options.model)
     decision = _decision(options, root, production, version)
@@ -248,7 +260,7 @@ def training_config_of(
         "data": {**data, "extra": extra, "extra_fraction": options.mix},
         "optim": {**config["optim"], "epochs": _epochs(options, production)},
         "registry": {**config["registry"], "enabled": False},
-        "storage": {"path": root},
+        "storage": {"path": root, "signing_key": _absolute(options.signing_key)},
     }
 
 

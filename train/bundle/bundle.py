@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from cluster import commit
 from train.bundle import manifest as manifests
+from train.bundle import signature
 from train.bundle.feature_statistics import Quantity, read_baseline
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Task, plugins
@@ -67,10 +68,14 @@ class BundleWriter:
             for path in paths
         }
 
-    def commit(self, manifest: Manifest) -> None:
-        """Write the manifest, which ends the bundle."""
+    def commit(self, manifest: Manifest, signing_key: str | None = None) -> None:
+        """Write the manifest, which ends the bundle, and sign it where there is a key.
+
+        signing_key: see `signature.sign`, whose errors it raises.
+        """
         # Last: readers take its presence as "complete".
         self.file(manifests.FILENAME).write_text(manifest.model_dump_json(indent=1) + "\n")
+        signature.sign(self.path, signing_key)
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,17 @@ class Bundle:
 
     @classmethod
     def load(cls, location: str) -> "Bundle":
-        """Read the bundle at `location`, a path or URL; check every file against its digest.
+        """Read the bundle at `location`, a path or URL; check its signature, where one is required,
+        and every file against its digest.
 
         Raises CorruptBundle, naming the file, or the code that is named and not allowed.
         """
         path = commit.fetch(location, last=manifests.FILENAME)
         plugins.exclude_folder(path)
+        try:
+            signature.check(path)
+        except signature.NotTrusted as error:
+            raise CorruptBundle(f"{error}.") from error
         try:
             content = (path / manifests.FILENAME).read_bytes()
             _check_format(path, content)

@@ -22,7 +22,7 @@ connect.set_ray_environment()
 from cluster.cli import CommandOptions, parse_options, run_command
 from cluster.errors import CommandFailed, UserError
 from train import cli, nets, reports
-from train.bundle import Bundle, CorruptBundle, publishing, registry
+from train.bundle import Bundle, CorruptBundle, publishing, registry, signature
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, export_edge
 from train.compress.recipes.variants import RECIPES, check_calibration
@@ -127,7 +127,10 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     earlier = _load(model, path, modules)
     manifest = earlier.manifest
     values = cli.merge_options(bundle_config(manifest.config, modules), given)
-    values["storage"]["path"], values["resume"] = path, None
+    key = given.get("storage", {}).get("signing_key")
+    signature.has_key(key)
+    values["storage"] = {"path": path, "signing_key": key}
+    values["resume"] = None
     if model.startswith(registry.SCHEME):
         # Its training may have left registering to another; what is in the registry stays in it.
         values["registry"]["enabled"] = given.get("registry", {}).get("enabled", True)
@@ -171,7 +174,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
                 **made.fields,
             }
         )
-        writer.commit(reports.write_card(writer, compressed, *test))
+        writer.commit(reports.write_card(writer, compressed, *test), key)
     bundle = Bundle.load(location)
     summary = publishing.bundle_summary(bundle) | {
         "seconds": round(time.perf_counter() - started, 3)

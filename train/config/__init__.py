@@ -41,6 +41,11 @@ class Storage(Section):
     path: str = Field(
         "runs", description="Directory or URL for runs, data shards and registry; also --storage."
     )
+    signing_key: str | None = Field(
+        None,
+        description="Private key, a PEM file of an elliptic curve, that signs bundles; by default "
+        "the one that HALYARD_SIGNING_KEY names or holds, or none.",
+    )
 
     @property
     def root(self) -> str:
