@@ -34,6 +34,7 @@ class UpOptions(BaseModel):
     )
     port: int = Field(6379, ge=1, le=65535, description="Port of the head.")
     dashboard_port: int = Field(8265, ge=1, le=65535, description="Port that takes jobs.")
+    tls: bool = Field(False, description="Let the nodes speak TLS with each other.")
     shared_network: bool = Field(
         False, description="Give the nodes no network interfaces of their own."
     )
@@ -100,6 +101,7 @@ def _up(options: UpOptions) -> dict[str, Any]:
         dashboard_port=options.dashboard_port,
         head_cpus=options.head_cpus,
         isolate=not options.shared_network,
+        tls=options.tls,
     )
     print("To use it, in this shell:", file=sys.stderr)
     for name, value in cluster.client_environment.items():

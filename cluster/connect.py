@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster import auth, private, ray_internals
 from cluster.errors import CommandFailed, UserError
+from cluster.ingress import certificates
 from cluster.nodes import node_checks
 from cluster.ray_address import answers, forget_ended, wrong_token
 
@@ -108,8 +109,9 @@ def connect(
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         if not answers(address):
+            tls = "" if certificates.nodes_speak_tls() else " without TLS (RAY_USE_TLS is not set)"
             raise UserError(
-                f"RAY_ADDRESS is {address}, where no Ray answers; start it there, or unset "
+                f"RAY_ADDRESS is {address}, where no Ray answers{tls}; start it there, or unset "
                 "RAY_ADDRESS to start Ray on this machine."
             )
         with _sigterm_kept():

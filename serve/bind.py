@@ -6,27 +6,34 @@ answer clients behind HAProxy. Imported in a process of Serve, this module binds
 address of the node, and the latter to loopback and, where HTTP is for other machines too, to the
 address of the node.
 
+Where Ray's nodes speak TLS with each other, so does a replica with HAProxy, with the certificate of
+its node. Ray's own proxy, to which HAProxy turns where there is no replica, does not.
+
 Written against Ray 2.60, whose private functions it replaces; `tests/serve/test_bind.py` touches
 each of them.
 """
 
+import os
 from typing import Any
 
 import ray
 from ray.util import get_node_ip_address
 
 from cluster.connect import LOOPBACK
+from cluster.ingress import certificates
 from serve.ray_serve_internals import (
     SERVE_CONTROLLER_NAME,
     SERVE_NAMESPACE,
     build_address,
     default_impl,
+    internal_replica_context,
     replica,
 )
 
 ASK_S = 60.0
 
 _add_port_to_grpc_server = replica.add_port_to_grpc_server
+_start_asgi_http_server = replica.start_asgi_http_server
 _add_grpc_address = default_impl.add_grpc_address
 
 # The address that this process answers HTTP at; on loopback until it is known.
@@ -69,8 +76,10 @@ def grpc_hosts() -> list[str]:
 
 def add_grpc_address(server: Any, address: str) -> None:
     port = address.rpartition(":")[2]
+    secure = certificates.nodes_speak_tls() and internal_replica_context() is not None
+    add = _add_port_to_grpc_server if secure else _add_grpc_address
     for host in grpc_hosts():
-        _add_grpc_address(server, build_address(host, port))
+        add(server, build_address(host, port))
 
 
 def add_port_to_grpc_server(server: Any, address: str) -> Any:
@@ -78,9 +87,21 @@ def add_port_to_grpc_server(server: Any, address: str) -> Any:
     return _add_port_to_grpc_server(server, build_address(get_node_ip_address(), port))
 
 
+def start_asgi_http_server(app: Any, http_options: Any, **given: Any) -> Any:
+    """Of a replica."""
+    if certificates.nodes_speak_tls():
+        files = {
+            "ssl_certfile": os.environ["RAY_TLS_SERVER_CERT"],
+            "ssl_keyfile": os.environ["RAY_TLS_SERVER_KEY"],
+        }
+        http_options = http_options.model_copy(update=files)
+    return _start_asgi_http_server(app, http_options, **given)
+
+
 def _controller() -> Any:
     return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
+replica.start_asgi_http_server = start_asgi_http_server
 replica.add_port_to_grpc_server = add_port_to_grpc_server
 default_impl.add_grpc_address = add_grpc_address

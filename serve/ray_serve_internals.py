@@ -8,11 +8,13 @@ import ray.serve._private.default_impl as default_impl
 import ray.serve._private.replica as replica
 from ray._common.network_utils import build_address
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_internal_replica_context as internal_replica_context
 
 __all__ = [
     "SERVE_CONTROLLER_NAME",
     "SERVE_NAMESPACE",
     "build_address",
     "default_impl",
+    "internal_replica_context",
     "replica",
 ]

@@ -21,8 +21,12 @@ VARIABLES = (CERT, KEY, CLIENT_CA)
 POLL_S, ANSWER_S = 1.0, 10.0
 SUCCESS = "Success!"
 
+# What Ray reads, after RAY_TLS_.
+NODE_FILES = ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
+
 # HAProxy's copies.
 SERVER, CLIENTS = "server.pem", "clients.pem"
+NODE, NODES = "node.pem", "nodes.pem"
 
 # Of each file: time of change, inode and size; None where there is none.
 Fingerprint = list[tuple[int, int, int] | None]
@@ -88,6 +92,24 @@ class Certificates:
         if self.client_ca:
             options += f" ca-file {folder / CLIENTS} verify required"
         return options
+
+
+def nodes_speak_tls() -> bool:
+    """Whether Ray's nodes speak TLS with each other."""
+    return os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
+
+
+def replica_options(folder: Path, protocol: str) -> str:
+    """Return what a `server` line of HAProxy ends with for a replica, "" where nodes speak no TLS.
+
+    protocol: h2 or http/1.1. Writes HAProxy's copies of this node's certificate. Raises ValueError.
+    """
+    if not nodes_speak_tls():
+        return ""
+    cert, key, authority = (_text(os.environ.get(f"RAY_TLS_{name}", "")) for name in NODE_FILES)
+    _write({NODE: f"{cert}\n{key}", NODES: authority}, folder)
+    options = f" ssl crt {folder / NODE} ca-file {folder / NODES} verify required"
+    return f"{options} alpn {protocol} check-alpn {protocol}"
 
 
 def from_environment() -> Certificates | None:

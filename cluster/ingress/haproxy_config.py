@@ -67,16 +67,25 @@ UNAVAILABLE_ANSWER = (
 )
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
+# A replica, and not Ray's own proxy, which takes over where there is none; its check over gRPC.
+REPLICA, CHECK = re.compile(r"\s+server (?!.* backup$)"), re.compile(r"\s+tcp-check connect$")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket (?P<path>\S+)) mode \d+")
 
 
+def _plain(protocols: str) -> str:
+    return ""
+
+
 def restrict(
-    config: str, error_file: str = "", tls: Callable[[str], str] = lambda protocols: ""
+    config: str,
+    error_file: str = "",
+    tls: Callable[[str], str] = _plain,
+    replica_tls: Callable[[str], str] = _plain,
 ) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
-    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty. tls: returns what a `bind` line ends
-    with, for the protocols that are spoken there.
+    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty. tls, replica_tls: return what a `bind`
+    line and a line for a replica end with, for the protocols that are spoken there.
 
     Reads the environment for the address to listen on, where to log, and how many connections an
     address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
@@ -98,6 +107,10 @@ def restrict(
             line = ERROR_FILE.sub(rf"\1 {error_file}", line)
         line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
         sockets += found
+        if REPLICA.match(line):
+            line += replica_tls("h2" if " proto h2 " in line else "http/1.1")
+        elif CHECK.match(line) and replica_tls("h2"):
+            line += " default"
         lines.append(line)
         if BIND.match(line):
             if section not in SERVING:
@@ -177,12 +190,12 @@ def main(arguments: list[str]) -> None:
     aside = own.with_name(f"{own.name}.{os.getpid()}")
     answer = given.with_name("unavailable.http")
     answer.write_bytes(UNAVAILABLE_ANSWER)
-    found = certificates.from_environment()
-    if found is None:
-        restricted = restrict(config, str(answer))
-    else:
+    found, tls, known = certificates.from_environment(), _plain, []
+    if found is not None:
         known = certificates.prepare(found, folder, is_reload="-sf" in arguments)
-        restricted = restrict(config, str(answer), partial(found.bind_options, folder))
+        tls = partial(found.bind_options, folder)
+    replica_tls = partial(certificates.replica_options, folder)
+    restricted = restrict(config, str(answer), tls, replica_tls)
     aside.write_text(restricted)
     aside.replace(own)
     if found is not None and (admin := ADMIN_SOCKET.search(restricted)):

@@ -25,6 +25,7 @@ from typing import Any
 from cluster import auth, connect, serve_environment
 from cluster.errors import CommandFailed, UserError
 from cluster.local import network_namespace
+from cluster.local.node_certificates import tls_environment
 from cluster.local.processes import process_environments, with_private_tmp
 
 HEAD = "head"
@@ -56,6 +57,8 @@ class Cluster:
     # What nodes are started with besides this process's environment, and the head alone.
     environment: dict[str, str] = field(default_factory=dict)
     head_environment: dict[str, str] = field(default_factory=dict)
+    # Whether the nodes speak TLS with each other.
+    tls: bool = False
     # Ray's ids of nodes that were killed: it takes them for alive for some seconds more.
     killed: list[str] = field(default_factory=list)
 
@@ -73,7 +76,15 @@ class Cluster:
     def client_environment(self) -> dict[str, str]:
         """What a command needs to use this cluster."""
         token = {auth.PATH: os.environ[auth.PATH]} if auth.PATH in os.environ else {}
-        return {"RAY_ADDRESS": self.address, auth.MODE: self.auth_mode, **token}
+        return {
+            "RAY_ADDRESS": self.address,
+            auth.MODE: self.auth_mode,
+            **token,
+            **self._tls_environment(HEAD),
+        }
+
+    def _tls_environment(self, name: str) -> dict[str, str]:
+        return tls_environment(certificates_home(), name) if self.tls else {}
 
     def node_address(self, name: str) -> str:
         return (
@@ -196,6 +207,7 @@ class Cluster:
             # So that a node is known by the name that it has here.
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",
+            **self._tls_environment(name),
         }
         of_head = self.head_environment if name == HEAD else {}
         return {**shared, **self.environment, **of_head}
@@ -212,6 +224,11 @@ def _resources(node: Mapping[str, Any]) -> dict[str, float]:
 def cluster_home() -> Path:
     """Where the nodes' logs and the file of what is up are."""
     return Path(tempfile.gettempdir()) / f"halyard-cluster-{os.getuid()}"
+
+
+def certificates_home() -> Path:
+    """Where the nodes' certificates are."""
+    return cluster_home() / "certificates"
 
 
 def write_note(cluster: Cluster) -> None:

@@ -15,7 +15,15 @@ from typing import Any
 from cluster import auth, connect, serve_environment
 from cluster.errors import CommandFailed, UserError
 from cluster.local import network_namespace
-from cluster.local.cluster import HEAD, LOOPBACK, Cluster, cluster_home, write_note
+from cluster.local.cluster import (
+    HEAD,
+    LOOPBACK,
+    Cluster,
+    certificates_home,
+    cluster_home,
+    write_note,
+)
+from cluster.local.node_certificates import issue_certificates
 
 
 def up(
@@ -25,14 +33,15 @@ def up(
     port: int = 6379,
     dashboard_port: int = 8265,
     isolate: bool = True,
+    tls: bool = False,
     head_cpus: int | None = None,
     environment: Mapping[str, str] | None = None,
     head_environment: Mapping[str, str] | None = None,
 ) -> Cluster:
     """Start `num` nodes, each of `cpus` cores, and return when Ray knows all of them.
 
-    head_cpus: of the head, where it differs. environment: of all nodes besides this process's;
-    head_environment: of the head alone.
+    tls: whether they speak TLS with each other. head_cpus: of the head, where it differs.
+    environment: of all nodes besides this process's; head_environment: of the head alone.
     Raises UserError where a cluster is up or a port is taken, Failed where a node does not start.
     """
     if not Path("/proc/self/environ").exists():
@@ -63,6 +72,7 @@ def up(
         os.environ[auth.MODE],
         dict(environment or {}),
         dict(head_environment or {}),
+        tls,
     )
     for each in (port, dashboard_port):
         connect.check_port_free(LOOPBACK, each)
@@ -80,6 +90,10 @@ def up(
     down()
     shutil.rmtree(cluster_home(), ignore_errors=True)
     cluster_home().mkdir(mode=0o700)
+    if tls:
+        issue_certificates(
+            certificates_home(), {name: cluster.node_address(name) for name in names}
+        )
     if cluster.isolated:
         network_namespace.create_bridge()
     write_note(cluster)

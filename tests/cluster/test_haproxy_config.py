@@ -93,6 +93,23 @@ def test_haproxy_alone_listens_to_other_machines(monkeypatch, host, binds):
     assert "bind 10.0.0.1:8000" in given
 
 
+def test_replicas_are_asked_by_tls_and_rays_own_proxy_is_not():
+    replicas = (
+        "backend http-default\n    server r1 10.0.0.1:30000 check\n"
+        "    server fallback 127.0.0.1:8500 check backup\n"
+        "backend grpc-default\n    tcp-check connect\n"
+        "    server r1 10.0.0.1:40000 proto h2 check\n"
+    )
+    config = haproxy_config.restrict(RAYS + replicas, replica_tls=lambda protocol: f" +{protocol}")
+    assert "server r1 10.0.0.1:30000 check +http/1.1\n" in config
+    assert "server fallback 127.0.0.1:8500 check backup\n" in config
+    assert "tcp-check connect default\n" in config
+    assert "server r1 10.0.0.1:40000 proto h2 check +h2\n" in config
+    plain = haproxy_config.restrict(RAYS + replicas)
+    assert "check\n" in plain
+    assert "tcp-check connect\n" in plain
+
+
 def test_names_of_applications_are_not_told():
     config = haproxy_config.restrict(RAYS)
     assert "/-/routes" not in config
@@ -127,6 +144,11 @@ def test_rays_template_has_the_lines_that_are_known():
         "errorfile 503 {{ config.error_file_path }}",
         "tune.bufsize {{ config.bufsize }}",
         "retries {{ config.retries }}",
+        "    tcp-check connect\n",
+        "server {{ server.name }} {{ server.host }}:{{ server.port }} check{%",
+        "server {{ server.name }} {{ server.host }}:{{ server.port }} proto h2 check{%",
+        "{{ backend.fallback_server.port }} check backup",
+        "{{ backend.fallback_server.port }} proto h2 check backup",
     ):
         assert known in TEMPLATE
 
@@ -245,9 +267,11 @@ def running(config):
 
 
 def unfinished(address, port):
-    """A connection with a request that lacks its end."""
-    made = socket.create_connection((address, port), timeout=10)
+    """A connection with a request that lacks its end; one that was ended, where it is refused."""
+    made = socket.socket()
+    made.settimeout(10)
     with suppress(ConnectionError):
+        made.connect((address, port))
         made.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
     return made
 
@@ -259,7 +283,7 @@ def closed(connections):
         try:
             if not each.recv(1, socket.MSG_PEEK):
                 ended.append(each)
-        except ConnectionError:
+        except OSError:  # reset, perhaps before it was known to be made
             ended.append(each)
     return ended
 
@@ -272,7 +296,7 @@ def await_closed(connections, count):
 
 
 def answers(address, port):
-    with suppress(ConnectionError), unfinished(address, port) as made:
+    with suppress(OSError), unfinished(address, port) as made:
         made.sendall(b"\r\n")
         return made.recv(12).startswith(b"HTTP/1.1 503")
     return False

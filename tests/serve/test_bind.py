@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from ray.serve._private import default_impl, grpc_util, http_util, replica
 from ray.serve._private.controller import ServeController
+from ray.serve.config import HTTPOptions
 
 from serve import bind
 
@@ -52,6 +53,29 @@ def test_clients_grpc_is_where_http_is_and_nowhere_else(monkeypatch, http_host, 
     server = Server()
     bind.add_grpc_address(server, "[::]:9000")
     assert server.addresses == addresses
+
+
+@pytest.mark.parametrize(("tls", "context", "secure"), [(1, 1, True), (1, None, False), (0, 1, 0)])
+def test_a_replica_speaks_tls_where_rays_nodes_do(monkeypatch, tls, context, secure):
+    monkeypatch.setenv("RAY_USE_TLS", str(tls))
+    monkeypatch.setenv("RAY_TLS_SERVER_CERT", "cert.pem")
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", "key.pem")
+    monkeypatch.setattr(bind, "internal_replica_context", lambda: context)
+    asked = []
+    monkeypatch.setattr(
+        bind, "_add_port_to_grpc_server", lambda server, address: asked.append(address)
+    )
+    server = Server()
+    bind.add_grpc_address(server, "[::]:9000")
+    assert (asked, server.addresses) == (
+        (["127.0.0.1:9000"], []) if secure else ([], ["127.0.0.1:9000"])
+    )
+    monkeypatch.setattr(bind, "_start_asgi_http_server", lambda app, options: options)
+    started = bind.start_asgi_http_server(None, HTTPOptions())
+    assert started.ssl_certfile == ("cert.pem" if tls else None)
+    assert started.ssl_keyfile == ("key.pem" if tls else None)
+    # Looked up when a server starts, not before.
+    assert "return await start_asgi_http_server(" in inspect.getsource(replica.Replica)
 
 
 def test_calls_between_deployments_are_at_the_nodes_address(monkeypatch):
