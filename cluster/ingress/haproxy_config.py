@@ -51,6 +51,12 @@ PER_ADDRESS = (
     "    tcp-request connection track-sc0 src,ipmask(32,64)",
     "    tcp-request connection reject if {{ sc0_conn_cur gt {most} }} !{{ src 127.0.0.0/8 ::1 }}",
 )
+# What no gRPC client sends. A replica would end the stream, or answer that it failed.
+NOT_GRPC = (
+    '    http-request return status 400 content-type text/plain string "not a call of gRPC"'
+    " if !METH_POST or !{ req.hdr(te) -m found } or !{ req.hdr(host) -m found }"
+    " or !{ url_reg ^(https?://[^/]+)?/ }"
+)
 # What is not to be asked for twice, however its replica ended.
 ASKED_ONCE = (
     "    http-request disable-l7-retry if { path_reg"
@@ -120,6 +126,8 @@ def restrict(
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
             lines[-1] += tls(PROTOCOLS[section])
             lines += [HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
+            if section == SERVING[1]:
+                lines.append(NOT_GRPC)
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
     return "\n".join(lines) + "\n"

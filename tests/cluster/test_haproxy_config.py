@@ -205,6 +205,17 @@ def test_changes_and_feedback_are_asked_for_once():
     assert config.count("path_end /RepositoryModelLoad /RepositoryModelUnload") == 2
 
 
+def test_grpcs_port_takes_calls_of_grpc_only():
+    config = haproxy_config.restrict(RAYS)
+    http, grpc = config.split("frontend grpc_frontend")
+    assert "not a call of gRPC" not in http
+    (pattern,) = re.findall(r"url_reg (\S+) }", grpc)
+    for good in ("/a.B/C", "https://localhost:9000/a.B/C", "http://[::1]/a"):
+        assert re.match(pattern, good)
+    for bad in ("", "*", "HTTPS://localhost/a.B/C", "\0://x/a", "https:///a", "ftp://x/a"):
+        assert not re.match(pattern, bad)
+
+
 def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
     monkeypatch.setenv(haproxy_config.CONNECTIONS, "8")
     config = tmp_path / "node" / "haproxy.cfg"

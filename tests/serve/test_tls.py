@@ -1,5 +1,6 @@
 """A server that speaks TLS and asks clients for certificates, with the clients that people use."""
 
+import asyncio
 import shutil
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 
-from tests import server
+from tests import server, wire_fuzz
 from tests.authority import Authority
 from tests.serve.http.test_routes import ZEROS, v2_body
 from tests.serve.test_clients import GRPC, HTTP, IMAGES, same, tensor
@@ -93,6 +94,18 @@ def test_a_client_without_a_certificate_is_refused(url, authority):
         pytest.raises(triton_grpc.InferenceServerException, match="UNAVAILABLE"),
     ):
         client.is_server_live(client_timeout=5)
+
+
+def test_broken_input_is_no_servers_error(url, authority, client_files):
+    def context(protocol):
+        return authority.context(protocol, client=client_files)
+
+    outcome = asyncio.run(wire_fuzz.attack(range(2_000), 0, (8000, 9000), context))
+    assert outcome.faults == []
+    answered = {kind.split()[-1] for kind in outcome.counts}
+    assert {"200", "400", "grpc=0", "grpc=3", "none"} <= answered
+    with httpx.Client(verify=authority.context(client=client_files), trust_env=False) as client:
+        assert client.post(f"{url}{INFER}", json=v2_body(ZEROS)).status_code == 200
 
 
 def test_no_request_is_lost_while_certificates_change(url, authority, client_files, server_files):
