@@ -27,6 +27,11 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Once, as what ended one replica may end another.
     "RAY_SERVE_HAPROXY_RETRIES": "1",
+    # An HAProxy that is stopping keeps a connection for 120 s, until its client asks again; then
+    # that request is under way.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "180",
+    # Of what the gateway of several models hands on; Ray has 4 MiB. The limits of requests hold.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # HAProxy can send a request of up to 64 KB, the size of many photographs, to another replica.
     # A connection has at most three such buffers, so 4,096 connections have 768 MiB.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 2**10),

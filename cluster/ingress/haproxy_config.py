@@ -71,6 +71,11 @@ UNAVAILABLE_ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"content-length: %d\r\n\r\n%s" % (len(UNAVAILABLE), UNAVAILABLE)
 )
+# What HAProxy may try that is stopping: requests that no replica has taken, at several of them.
+PATIENT, PATIENT_RETRIES = "-while-stopping", ("    retry-on conn-failure", "    retries 10")
+USE_BACKEND = re.compile(r"(\s+use_backend )(?P<name>\S+) if (?P<when>is_\S+)$")
+SERVER = re.compile(r"\s+server (\S+) ")
+CHECKED = re.compile(r" check(?= |$)(?: observe layer4 error-limit \d+ on-error mark-down)?")
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 # A replica, and not Ray's own proxy, which takes over where there is none; its check over gRPC.
@@ -130,7 +135,32 @@ def restrict(
                 lines.append(NOT_GRPC)
     if sockets != 1:
         raise ValueError(f"{sockets} administration sockets; expected 1")
-    return "\n".join(lines) + "\n"
+    return "\n".join(_with_patient_backends(lines)) + "\n"
+
+
+def _with_patient_backends(lines: list[str]) -> list[str]:
+    """Add to each backend of HTTP one that tries more replicas, for an HAProxy that is stopping.
+
+    It stays for clients whose connections were idle when replicas came or went, and knows the
+    replicas of then only. Health is that of the backend's own servers.
+    """
+    changed, copies, section, backends = [], [], "", set()
+    for line in lines:
+        if SECTION.match(line):
+            section = line.strip()
+        if section == SERVING[0] and (used := USE_BACKEND.match(line)):
+            backends.add(used["name"])
+            changed.append(f"{used[1]}{used['name']}{PATIENT} if {used['when']} {{ stopping }}")
+        changed.append(line)
+        if (name := section.removeprefix("backend ")) not in backends:
+            continue
+        if line == section:
+            copies += [f"{section}{PATIENT}", *PATIENT_RETRIES]
+        elif server := SERVER.match(line):
+            copies.append(CHECKED.sub(rf" track {name}/{server[1]}", line, count=1))
+        elif not line.strip().startswith(("option httpchk", "http-check", "default-server")):
+            copies.append(line)
+    return [*changed, *copies]
 
 
 def _limit_per_address() -> list[str]:

@@ -110,6 +110,37 @@ def test_replicas_are_asked_by_tls_and_rays_own_proxy_is_not():
     assert "tcp-check connect\n" in plain
 
 
+def test_a_stopping_haproxy_tries_several_replicas():
+    """It has the replicas of the time when it was replaced, some of which may be gone."""
+    check = "check observe layer4 error-limit 3 on-error mark-down"
+    replicas = (
+        "    option httpchk GET /-/healthz\n"
+        f"    server r1 10.0.0.1:30000 {check}\n    server r2 10.0.0.1:30001 check\n"
+        "    server fallback 127.0.0.1:8500 check backup\n"
+    )
+    given = RAYS.replace(
+        "backend http-default\n    mode http\n", f"backend http-default\n    mode http\n{replicas}"
+    )
+    config = haproxy_config.restrict(given, replica_tls=lambda protocol: " ssl")
+    used = [line.strip() for line in config.splitlines() if "use_backend http" in line]
+    assert used == [
+        "use_backend http-default-while-stopping if is_http-default { stopping }",
+        "use_backend http-default if is_http-default",
+    ]
+    copy = config.split("backend http-default-while-stopping\n")[1]
+    assert [line.strip() for line in copy.splitlines()] == [
+        "retry-on conn-failure",
+        "retries 10",
+        "mode http",
+        "server r1 10.0.0.1:30000 track http-default/r1 ssl",
+        "server r2 10.0.0.1:30001 track http-default/r2 ssl",
+        "server fallback 127.0.0.1:8500 track http-default/fallback backup",
+    ]
+    assert f"server r1 10.0.0.1:30000 {check} ssl" in config
+    # By gRPC a client is told to connect anew.
+    assert config.count("while-stopping") == 2
+
+
 def test_names_of_applications_are_not_told():
     config = haproxy_config.restrict(RAYS)
     assert "/-/routes" not in config
@@ -145,6 +176,8 @@ def test_rays_template_has_the_lines_that_are_known():
         "tune.bufsize {{ config.bufsize }}",
         "retries {{ config.retries }}",
         "    tcp-check connect\n",
+        "    use_backend {{ backend.name or 'unknown' }} if is_{{ backend.name or 'unknown' }}\n",
+        " observe layer4 error-limit {{ config.observe_error_limit }} on-error mark-down{%",
         "server {{ server.name }} {{ server.host }}:{{ server.port }} check{%",
         "server {{ server.name }} {{ server.host }}:{{ server.port }} proto h2 check{%",
         "{{ backend.fallback_server.port }} check backup",
