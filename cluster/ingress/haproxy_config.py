@@ -65,17 +65,51 @@ ASKED_ONCE = (
 )
 # Ray answers 500 where a replica ends with a request that is too long to be asked for twice, and
 # where there is no replica; both are over in a moment.
-ERROR_FILE = re.compile(r"(\s+errorfile (?:502|503)) \S+")
+ERROR_FILE = re.compile(r"(\s+errorfile (502|503)) \S+")
 UNAVAILABLE = b'{"error":"the model is not available at this moment; send the request again."}'
 UNAVAILABLE_ANSWER = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(UNAVAILABLE), UNAVAILABLE)
+    b"HTTP/1.1 %d Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"content-length: %d\r\n\r\n%s"
 )
-# What HAProxy may try that is stopping: requests that no replica has taken, at several of them.
-PATIENT, PATIENT_RETRIES = "-while-stopping", ("    retry-on conn-failure", "    retries 10")
-USE_BACKEND = re.compile(r"(\s+use_backend )(?P<name>\S+) if (?P<when>is_\S+)$")
-SERVER = re.compile(r"\s+server (\S+) ")
-CHECKED = re.compile(r" check(?= |$)(?: observe layer4 error-limit \d+ on-error mark-down)?")
+# 502, that a replica has ended, is for HAProxy itself.
+FOR_CLIENTS = "    http-after-response set-status 503 if { status 502 }"
+# HAProxy can send again what it had as a whole before it sent the first of it, in 64 KB.
+WHOLE = (
+    "    http-request wait-for-body time 75s if { req.body_size gt 0 } { req.body_size lt 60000 }"
+)
+# Requests that pass HAProxy twice, see `_with_second_pass`.
+SECOND_PASS = "    use_backend second-pass if { stopping } or { req.body_size gt 8192 }"
+ROUTING = re.compile(r"\s+(acl is_\S+ path|use_backend \S+ if is_|default_backend )")
+FIRST_SECTION = (
+    "backend second-pass",
+    "    retry-on conn-failure empty-response 502",
+    "    balance first",
+    "    http-reuse never",
+    "    option http-server-close",
+    # Of which the other is asked after the one.
+    "    server inner unix@{folder}/inner.sock",
+    "    server later unix@{folder}/later.sock",
+)
+# Names as long as that of Ray's socket: paths of sockets have at most 97 bytes.
+SECOND_SECTIONS = (
+    (
+        "frontend second-pass",
+        "    bind unix@{folder}/inner.sock mode 600",
+        # Else what ended one replica would be sent to two others.
+        "    http-request disable-l7-retry",
+    ),
+    (
+        "frontend second-pass-later",
+        "    bind unix@{folder}/later.sock mode 600",
+        "    http-request disable-l7-retry",
+        # A replica that is killed answers connections until its memory has been given back.
+        "    tcp-request inspect-delay 200ms",
+        "    tcp-request content accept if WAIT_END",
+    ),
+)
+# Each of those is two connections, and has a place besides those of clients.
+SECOND_SHARE = 4
+MOST = re.compile(r"(\s+maxconn )(\d+)$")
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
 # A replica, and not Ray's own proxy, which takes over where there is none; its check over gRPC.
@@ -89,20 +123,20 @@ def _plain(protocols: str) -> str:
 
 def restrict(
     config: str,
-    error_file: str = "",
+    errors: Path | None = None,
     tls: Callable[[str], str] = _plain,
     replica_tls: Callable[[str], str] = _plain,
 ) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
-    error_file: holds UNAVAILABLE_ANSWER; Ray's own if empty. tls, replica_tls: return what a `bind`
-    line and a line for a replica end with, for the protocols that are spoken there.
+    errors: folder of 502.http and 503.http; Ray's own file if None. tls, replica_tls: return what a
+    `bind` line and a line for a replica end with, for the protocols that are spoken there.
 
     Reads the environment for the address to listen on, where to log, and how many connections an
     address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
     might open what is not known here, or that number is none.
     """
-    lines, section, sockets = [], "", 0
+    lines, section, folders, most = [], "", [], 0
     peer = PEER.format(proof=proof_prefix())
     per_address = _limit_per_address()
     for line in config.splitlines():
@@ -114,10 +148,14 @@ def restrict(
             continue
         if LISTING.match(line):
             line = NOT_LISTED
-        if error_file:
-            line = ERROR_FILE.sub(rf"\1 {error_file}", line)
-        line, found = ADMIN_SOCKET.subn(r"\1 mode 600", line)
-        sockets += found
+        if errors:
+            line = ERROR_FILE.sub(rf"\1 {errors}/\2.http", line)
+        if admin := ADMIN_SOCKET.match(line):
+            line = f"{admin[1]} mode 600{line[admin.end() :]}"
+            folders.append(os.path.dirname(admin["path"]))
+        if found := MOST.match(line):
+            most = int(found[2])
+            line = f"{found[1]}{most + most // SECOND_SHARE}"
         if REPLICA.match(line):
             line += replica_tls("h2" if " proto h2 " in line else "http/1.1")
         elif CHECK.match(line) and replica_tls("h2"):
@@ -130,37 +168,37 @@ def restrict(
                 place = f"[{host}]" if ":" in host else host
                 lines[-1] = BOUND_TO_LOOPBACK.sub(rf"\g<1>{place}", line)
             lines[-1] += tls(PROTOCOLS[section])
-            lines += [HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
-            if section == SERVING[1]:
-                lines.append(NOT_GRPC)
-    if sockets != 1:
-        raise ValueError(f"{sockets} administration sockets; expected 1")
-    return "\n".join(_with_patient_backends(lines)) + "\n"
+            lines += [f"    maxconn {most}", HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
+            lines.append(FOR_CLIENTS)
+            lines.append(NOT_GRPC if section == SERVING[1] else WHOLE)
+    if len(folders) != 1:
+        raise ValueError(f"{len(folders)} administration sockets; expected 1")
+    return "\n".join(_with_second_pass(lines, *folders)) + "\n"
 
 
-def _with_patient_backends(lines: list[str]) -> list[str]:
-    """Add to each backend of HTTP one that tries more replicas, for an HAProxy that is stopping.
+def _with_second_pass(lines: list[str], folder: str) -> list[str]:
+    """Add listeners in the folder that ask the replicas, and send some requests by way of them.
 
-    It stays for clients whose connections were idle when replicas came or went, and knows the
-    replicas of then only. Health is that of the backend's own servers.
+    The requests that a replica has not read when it dies, as large ones, HAProxy would neither send
+    to another one nor answer, on a connection that was used before. Here they come on a connection
+    of their own, so that the first pass gets an answer and asks once more. And a HAProxy that is
+    stopping, which knows the replicas of the time when it was replaced, asks the one that runs.
     """
-    changed, copies, section, backends = [], [], "", set()
+    changed: list[str] = []
+    uses: list[str] = []
+    section = ""
     for line in lines:
         if SECTION.match(line):
             section = line.strip()
-        if section == SERVING[0] and (used := USE_BACKEND.match(line)):
-            backends.add(used["name"])
-            changed.append(f"{used[1]}{used['name']}{PATIENT} if {used['when']} {{ stopping }}")
+        if section == SERVING[0] and ROUTING.match(line):
+            if not uses:
+                changed.append(SECOND_PASS)
+            uses.append(line)
         changed.append(line)
-        if (name := section.removeprefix("backend ")) not in backends:
-            continue
-        if line == section:
-            copies += [f"{section}{PATIENT}", *PATIENT_RETRIES]
-        elif server := SERVER.match(line):
-            copies.append(CHECKED.sub(rf" track {name}/{server[1]}", line, count=1))
-        elif not line.strip().startswith(("option httpchk", "http-check", "default-server")):
-            copies.append(line)
-    return [*changed, *copies]
+    changed += [line.format(folder=folder) for line in FIRST_SECTION]
+    for given in SECOND_SECTIONS:
+        changed += [*(line.format(folder=folder) for line in given), *uses]
+    return changed
 
 
 def _limit_per_address() -> list[str]:
@@ -226,14 +264,15 @@ def main(arguments: list[str]) -> None:
     # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
-    answer = given.with_name("unavailable.http")
-    answer.write_bytes(UNAVAILABLE_ANSWER)
+    for status in (502, 503):
+        answer = UNAVAILABLE_ANSWER % (status, len(UNAVAILABLE), UNAVAILABLE)
+        (folder / f"{status}.http").write_bytes(answer)
     found, tls, known = certificates.from_environment(), _plain, []
     if found is not None:
         known = certificates.prepare(found, folder, is_reload="-sf" in arguments)
         tls = partial(found.bind_options, folder)
     replica_tls = partial(certificates.replica_options, folder)
-    restricted = restrict(config, str(answer), tls, replica_tls)
+    restricted = restrict(config, folder, tls, replica_tls)
     aside.write_text(restricted)
     aside.replace(own)
     if found is not None and (admin := ADMIN_SOCKET.search(restricted)):

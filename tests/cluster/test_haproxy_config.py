@@ -59,10 +59,15 @@ listen stats
 """
 
 
+def listens(config):
+    """Where others than this user can connect."""
+    return re.findall(r"^\s*bind\s+(?!unix)(\S+)", config, re.M)
+
+
 def test_haproxy_listens_for_requests_only_and_admin_is_private():
     config = haproxy_config.restrict(RAYS)
-    binds = re.findall(r"^\s*bind\s+(\S+)", config, re.M)
-    assert binds == ["127.0.0.1:8000", "127.0.0.1:9000"]
+    assert listens(config) == ["127.0.0.1:8000", "127.0.0.1:9000"]
+    assert "bind unix@/tmp/x/inner.sock mode 600\n" in config
     assert "mode 600 level admin" in config
     assert "stats enable" not in config
     assert config.count(f'set-header x-halyard-peer "{haproxy_config.proof_prefix()} %[src]"') == 2
@@ -87,7 +92,7 @@ def test_haproxy_logs_only_where_an_operator_says(monkeypatch):
 def test_haproxy_alone_listens_to_other_machines(monkeypatch, host, binds):
     monkeypatch.setenv(haproxy_config.HOST, host)
     config = haproxy_config.restrict(RAYS)
-    assert re.findall(r"^\s*bind\s+(\S+)", config, re.M) == binds
+    assert listens(config) == binds
     # On a cluster Serve itself has been told the address.
     given = haproxy_config.restrict(RAYS.replace("127.0.0.1:8000", "10.0.0.1:8000"))
     assert "bind 10.0.0.1:8000" in given
@@ -108,37 +113,6 @@ def test_replicas_are_asked_by_tls_and_rays_own_proxy_is_not():
     plain = haproxy_config.restrict(RAYS + replicas)
     assert "check\n" in plain
     assert "tcp-check connect\n" in plain
-
-
-def test_a_stopping_haproxy_tries_several_replicas():
-    """It has the replicas of the time when it was replaced, some of which may be gone."""
-    check = "check observe layer4 error-limit 3 on-error mark-down"
-    replicas = (
-        "    option httpchk GET /-/healthz\n"
-        f"    server r1 10.0.0.1:30000 {check}\n    server r2 10.0.0.1:30001 check\n"
-        "    server fallback 127.0.0.1:8500 check backup\n"
-    )
-    given = RAYS.replace(
-        "backend http-default\n    mode http\n", f"backend http-default\n    mode http\n{replicas}"
-    )
-    config = haproxy_config.restrict(given, replica_tls=lambda protocol: " ssl")
-    used = [line.strip() for line in config.splitlines() if "use_backend http" in line]
-    assert used == [
-        "use_backend http-default-while-stopping if is_http-default { stopping }",
-        "use_backend http-default if is_http-default",
-    ]
-    copy = config.split("backend http-default-while-stopping\n")[1]
-    assert [line.strip() for line in copy.splitlines()] == [
-        "retry-on conn-failure",
-        "retries 10",
-        "mode http",
-        "server r1 10.0.0.1:30000 track http-default/r1 ssl",
-        "server r2 10.0.0.1:30001 track http-default/r2 ssl",
-        "server fallback 127.0.0.1:8500 track http-default/fallback backup",
-    ]
-    assert f"server r1 10.0.0.1:30000 {check} ssl" in config
-    # By gRPC a client is told to connect anew.
-    assert config.count("while-stopping") == 2
 
 
 def test_names_of_applications_are_not_told():
