@@ -91,6 +91,7 @@ def start_ray(config: ServeConfig) -> None:
     if os.environ[serve_environment.HAPROXY] == "1":
         # Nothing but HAProxy listens to other machines.
         os.environ[haproxy_config.HOST] = config.host
+        os.environ[haproxy_config.BODY_TIMEOUT] = str(config.limits.body_timeout_s)
         os.environ.update(asked.environment() if asked else {})
     elif asked and asked.client_ca:
         raise UserError("security.tls_client_ca needs HAProxy, which does not run here.")

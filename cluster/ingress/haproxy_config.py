@@ -67,48 +67,22 @@ ASKED_ONCE = (
 # where there is no replica; both are over in a moment.
 ERROR_FILE = re.compile(r"(\s+errorfile (502|503)) \S+")
 UNAVAILABLE = b'{"error":"the model is not available at this moment; send the request again."}'
-UNAVAILABLE_ANSWER = (
-    b"HTTP/1.1 %d Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    b"content-length: %d\r\n\r\n%s"
-)
+LATE = b'{"error":"the body did not arrive in time."}'
+ERRORS = {
+    408: (b"Request Timeout", b"", LATE),
+    502: (b"Bad Gateway", b"retry-after: 1\r\n", UNAVAILABLE),
+    503: (b"Service Unavailable", b"retry-after: 1\r\n", UNAVAILABLE),
+}
+ANSWER = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n%s"
 # 502, that a replica has ended, is for HAProxy itself.
 FOR_CLIENTS = "    http-after-response set-status 503 if { status 502 }"
 # HAProxy can send again what it had as a whole before it sent the first of it, in 64 KB.
+# How long it waits for that: as long as for a client that sends nothing, or as long as a replica.
 WHOLE = (
-    "    http-request wait-for-body time 75s if { req.body_size gt 0 } { req.body_size lt 60000 }"
+    "    http-request wait-for-body time {wait_ms}ms"
+    " if {{ req.body_size gt 0 }} {{ req.body_size lt 60000 }}"
 )
-# Requests that pass HAProxy twice, see `_with_second_pass`.
-SECOND_PASS = "    use_backend second-pass if { stopping } or { req.body_size gt 8192 }"
-ROUTING = re.compile(r"\s+(acl is_\S+ path|use_backend \S+ if is_|default_backend )")
-FIRST_SECTION = (
-    "backend second-pass",
-    "    retry-on conn-failure empty-response 502",
-    "    balance first",
-    "    http-reuse never",
-    "    option http-server-close",
-    # Of which the other is asked after the one.
-    "    server inner unix@{folder}/inner.sock",
-    "    server later unix@{folder}/later.sock",
-)
-# Names as long as that of Ray's socket: paths of sockets have at most 97 bytes.
-SECOND_SECTIONS = (
-    (
-        "frontend second-pass",
-        "    bind unix@{folder}/inner.sock mode 600",
-        # Else what ended one replica would be sent to two others.
-        "    http-request disable-l7-retry",
-    ),
-    (
-        "frontend second-pass-later",
-        "    bind unix@{folder}/later.sock mode 600",
-        "    http-request disable-l7-retry",
-        # A replica that is killed answers connections until its memory has been given back.
-        "    tcp-request inspect-delay 200ms",
-        "    tcp-request content accept if WAIT_END",
-    ),
-)
-# Each of those is two connections, and has a place besides those of clients.
-SECOND_SHARE = 4
+BODY_TIMEOUT, CLIENT_TIMEOUT_S = "HALYARD_BODY_TIMEOUT_S", 75
 MOST = re.compile(r"(\s+maxconn )(\d+)$")
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
@@ -129,16 +103,19 @@ def restrict(
 ) -> str:
     """Return a configuration that listens for requests only, its administration for this user.
 
-    errors: folder of 502.http and 503.http; Ray's own file if None. tls, replica_tls: return what a
-    `bind` line and a line for a replica end with, for the protocols that are spoken there.
+    errors: folder of ERRORS, as STATUS.http; Ray's own file if None. tls, replica_tls: return what
+    a `bind` line and a line for a replica end with, for the protocols that are spoken there.
 
-    Reads the environment for the address to listen on, where to log, and how many connections an
-    address may have. Raises ValueError where the configuration is not as Ray 2.60 writes it, as it
-    might open what is not known here, or that number is none.
+    Reads the environment for the address to listen on, where to log, how many connections an
+    address may have, and how long a body may take. Raises ValueError where the configuration is not
+    as Ray 2.60 writes it, as it might open what is not known here, or one of these is no number.
     """
+    from cluster.ingress import second_pass
+
     lines, section, folders, most = [], "", [], 0
     peer = PEER.format(proof=proof_prefix())
     per_address = _limit_per_address()
+    whole = WHOLE.format(wait_ms=_wait_ms())
     for line in config.splitlines():
         if SECTION.match(line):
             section = line.strip()
@@ -155,7 +132,7 @@ def restrict(
             folders.append(os.path.dirname(admin["path"]))
         if found := MOST.match(line):
             most = int(found[2])
-            line = f"{found[1]}{most + most // SECOND_SHARE}"
+            line = f"{found[1]}{most + most // second_pass.SHARE}"
         if REPLICA.match(line):
             line += replica_tls("h2" if " proto h2 " in line else "http/1.1")
         elif CHECK.match(line) and replica_tls("h2"):
@@ -170,35 +147,12 @@ def restrict(
             lines[-1] += tls(PROTOCOLS[section])
             lines += [f"    maxconn {most}", HEADERS_TIMEOUT, *per_address, peer, *ASKED_ONCE]
             lines.append(FOR_CLIENTS)
-            lines.append(NOT_GRPC if section == SERVING[1] else WHOLE)
+            lines += [NOT_GRPC] if section == SERVING[1] else [whole]
+            if errors:
+                lines.append(f"    errorfile 408 {errors}/408.http")
     if len(folders) != 1:
         raise ValueError(f"{len(folders)} administration sockets; expected 1")
-    return "\n".join(_with_second_pass(lines, *folders)) + "\n"
-
-
-def _with_second_pass(lines: list[str], folder: str) -> list[str]:
-    """Add listeners in the folder that ask the replicas, and send some requests by way of them.
-
-    The requests that a replica has not read when it dies, as large ones, HAProxy would neither send
-    to another one nor answer, on a connection that was used before. Here they come on a connection
-    of their own, so that the first pass gets an answer and asks once more. And a HAProxy that is
-    stopping, which knows the replicas of the time when it was replaced, asks the one that runs.
-    """
-    changed: list[str] = []
-    uses: list[str] = []
-    section = ""
-    for line in lines:
-        if SECTION.match(line):
-            section = line.strip()
-        if section == SERVING[0] and ROUTING.match(line):
-            if not uses:
-                changed.append(SECOND_PASS)
-            uses.append(line)
-        changed.append(line)
-    changed += [line.format(folder=folder) for line in FIRST_SECTION]
-    for given in SECOND_SECTIONS:
-        changed += [*(line.format(folder=folder) for line in given), *uses]
-    return changed
+    return "\n".join(second_pass.add_to(lines, SERVING[0], *folders)) + "\n"
 
 
 def _limit_per_address() -> list[str]:
@@ -207,6 +161,15 @@ def _limit_per_address() -> list[str]:
     if not given.isdecimal():
         raise ValueError(f"{CONNECTIONS} is '{given}'; expected a whole number, 0 for no limit")
     return [line.format(most=int(given)) for line in PER_ADDRESS] if int(given) else []
+
+
+def _wait_ms() -> int:
+    """Raises ValueError."""
+    given = os.environ.get(BODY_TIMEOUT, str(CLIENT_TIMEOUT_S))
+    try:
+        return round(1000 * float(given))
+    except (ValueError, OverflowError):
+        raise ValueError(f"{BODY_TIMEOUT} is '{given}'; expected seconds") from None
 
 
 def proof_prefix() -> str:
@@ -264,8 +227,8 @@ def main(arguments: list[str]) -> None:
     # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
-    for status in (502, 503):
-        answer = UNAVAILABLE_ANSWER % (status, len(UNAVAILABLE), UNAVAILABLE)
+    for status, (reason, headers, body) in ERRORS.items():
+        answer = ANSWER % (status, reason, headers, len(body), body)
         (folder / f"{status}.http").write_bytes(answer)
     found, tls, known = certificates.from_environment(), _plain, []
     if found is not None:

@@ -249,6 +249,16 @@ def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
+def test_a_body_may_take_as_long_as_the_server_says(monkeypatch):
+    assert "wait-for-body time 75000ms if { req.body_size gt 0 }" in haproxy_config.restrict(RAYS)
+    monkeypatch.setenv(haproxy_config.BODY_TIMEOUT, "2.5")
+    assert "wait-for-body time 2500ms if" in haproxy_config.restrict(RAYS)
+    for wrong in ("", "soon", "inf"):
+        monkeypatch.setenv(haproxy_config.BODY_TIMEOUT, wrong)
+        with pytest.raises(ValueError, match="expected seconds"):
+            haproxy_config.restrict(RAYS)
+
+
 @pytest.mark.parametrize("given", ["", "-1", "many"])
 def test_a_limit_that_is_no_number_is_refused(monkeypatch, given):
     monkeypatch.setenv(haproxy_config.CONNECTIONS, given)
