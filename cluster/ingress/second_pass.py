@@ -17,7 +17,7 @@ FIRST_SECTION = (
     "    balance first",
     "    http-reuse never",
     "    option http-server-close",
-    # Of which the other is asked after the one.
+    # The second is asked where the first has failed.
     "    server inner unix@{folder}/inner.sock",
     "    server later unix@{folder}/later.sock",
 )
