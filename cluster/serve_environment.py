@@ -30,7 +30,8 @@ ENVIRONMENT = {
     # An HAProxy that is stopping keeps a connection for 120 s, until its client asks again; then
     # that request is under way.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "180",
-    # Of what the gateway of several models hands on; Ray has 4 MiB. The limits of requests hold.
+    # For bodies that the gateway of several models passes on, whose size is limited where they
+    # arrive. Ray's limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # HAProxy can send a request of up to 64 KB, the size of many photographs, to another replica.
     # A connection has at most three such buffers, so 4,096 connections have 768 MiB.

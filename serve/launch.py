@@ -78,7 +78,7 @@ def check_certificate_of_nodes(config: ServeConfig) -> None:
 
 
 def _quoted(path: str) -> str:
-    return f"'{path}'" if path else "not given"
+    return f"'{path}'" if path else "none"
 
 
 def start_ray(config: ServeConfig) -> None:

@@ -28,7 +28,7 @@ NODE_FILES = ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
 SERVER, CLIENTS = "server.pem", "clients.pem"
 NODE, NODES = "node.pem", "nodes.pem"
 
-# Of each file: time of change, inode and size; None where there is none.
+# Modification time, inode and size of each file; None for a missing one.
 Fingerprint = list[tuple[int, int, int] | None]
 
 

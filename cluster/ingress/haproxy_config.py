@@ -82,7 +82,7 @@ WHOLE = (
     "    http-request wait-for-body time {wait_ms}ms"
     " if {{ req.body_size gt 0 }} {{ req.body_size lt 60000 }}"
 )
-BODY_TIMEOUT, CLIENT_TIMEOUT_S = "HALYARD_BODY_TIMEOUT_S", 75
+BODY_TIMEOUT, CLIENT_TIMEOUT_S, MAX_WAIT_MS = "HALYARD_BODY_TIMEOUT_S", 75, 86_400_000
 MOST = re.compile(r"(\s+maxconn )(\d+)$")
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
@@ -167,9 +167,12 @@ def _wait_ms() -> int:
     """Raises ValueError."""
     given = os.environ.get(BODY_TIMEOUT, str(CLIENT_TIMEOUT_S))
     try:
-        return round(1000 * float(given))
+        wait_ms = round(1000 * float(given))
     except (ValueError, OverflowError):
-        raise ValueError(f"{BODY_TIMEOUT} is '{given}'; expected seconds") from None
+        wait_ms = 0
+    if not 0 < wait_ms <= MAX_WAIT_MS:
+        raise ValueError(f"{BODY_TIMEOUT} is '{given}'; expected seconds, at most a day")
+    return wait_ms
 
 
 def proof_prefix() -> str:

@@ -20,8 +20,8 @@ SLACK = timedelta(hours=1)
 def issue_certificates(folder: Path, addresses: Mapping[str, str]) -> None:
     """Write `ca.pem`, and for each node `NAME/cert.pem` and `NAME/key.pem`, below a folder.
 
-    The authority is made anew, and its key is not kept: whoever has no certificate of these is no
-    node of the cluster. addresses: by the names of nodes.
+    The authority is new and its key is not kept, so that no further node can join later.
+    addresses: by the names of nodes.
     """
     folder.mkdir(mode=0o700)
     now = datetime.now(UTC)

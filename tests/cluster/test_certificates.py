@@ -135,6 +135,31 @@ def test_http_and_grpc_are_spoken_over_tls(tmp_path, authority):
         assert kept.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("form", ["one file", "windows lines", "parameters"])
+def test_other_forms_of_pem_are_read_and_renewed(tmp_path, authority, form):
+    cert, key = authority.issue("server")
+
+    def written():
+        if form == "one file":
+            cert.write_bytes(cert.read_bytes() + key.read_bytes())
+        elif form == "windows lines":
+            for each in (cert, key):
+                each.write_bytes(each.read_bytes().replace(b"\n", b"\r\n"))
+        else:  # as `openssl ecparam -genkey` writes it
+            curve = (
+                b"-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
+            )
+            key.write_bytes(curve + b"\n" + key.read_bytes())
+
+    written()
+    with running(tmp_path, cert, cert if form == "one file" else key) as haproxy:
+        context = authority.context()
+        assert haproxy.certificate(context) == serial(cert)
+        authority.issue("server")
+        written()
+        haproxy.await_certificate(context, serial(cert))
+
+
 def test_old_versions_of_tls_are_refused(tmp_path, authority):
     with running(tmp_path, *authority.issue("server")) as haproxy:
         context = authority.context()
@@ -188,7 +213,7 @@ def test_a_half_written_pair_leaves_the_former_in_use(tmp_path, authority):
         said = haproxy.await_said("the former certificates stay in use")
         assert "does not belong to the certificate" in said
         assert haproxy.certificate(context) == former
-        # A change of the replicas starts HAProxy anew in the meantime.
+        # Meanwhile HAProxy is replaced, as when replicas change.
         haproxy.start("-sf", str(haproxy.process.pid))
         assert haproxy.certificate(context) == former
         new_key.replace(key)

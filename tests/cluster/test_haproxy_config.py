@@ -149,6 +149,7 @@ def test_rays_template_has_the_lines_that_are_known():
         "errorfile 503 {{ config.error_file_path }}",
         "tune.bufsize {{ config.bufsize }}",
         "retries {{ config.retries }}",
+        "    maxconn {{ config.maxconn }}\n",
         "    tcp-check connect\n",
         "    use_backend {{ backend.name or 'unknown' }} if is_{{ backend.name or 'unknown' }}\n",
         " observe layer4 error-limit {{ config.observe_error_limit }} on-error mark-down{%",
@@ -253,7 +254,7 @@ def test_a_body_may_take_as_long_as_the_server_says(monkeypatch):
     assert "wait-for-body time 75000ms if { req.body_size gt 0 }" in haproxy_config.restrict(RAYS)
     monkeypatch.setenv(haproxy_config.BODY_TIMEOUT, "2.5")
     assert "wait-for-body time 2500ms if" in haproxy_config.restrict(RAYS)
-    for wrong in ("", "soon", "inf"):
+    for wrong in ("", "soon", "inf", "nan", "0", "-1", "1e9"):
         monkeypatch.setenv(haproxy_config.BODY_TIMEOUT, wrong)
         with pytest.raises(ValueError, match="expected seconds"):
             haproxy_config.restrict(RAYS)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import tritonclient.grpc as triton_grpc
 
 from cluster.local import lifecycle, network_namespace
 from tests import server
+from tests.authority import Authority
 from tests.serve.http.test_routes import ZEROS
 from tests.serve.test_clients import GRPC, tensor
 from tests.server import REPOSITORY
@@ -99,6 +101,25 @@ def test_without_a_certificate_nobody_joins(cluster):
     done = run("from cluster import connect; connect.connect()", environment)
     assert done.returncode != 0
     assert "no Ray answers without TLS (RAY_USE_TLS is not set)" in done.stderr.splitlines()[-1]
+
+
+def test_a_certificate_that_the_nodes_do_not_have_is_refused(cluster, bundle, tmp_path):
+    cert, key = Authority(tmp_path).issue("server")
+    options = [f"model={bundle.path}", f"storage={tmp_path}"]
+    options += [f"security.tls_cert={cert}", f"security.tls_key={key}"]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("serve")), "run", "serve.app", *options],
+        cwd=REPOSITORY,
+        env={**os.environ, **cluster.client_environment},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: security.tls_cert is '{cert}', but Ray was started on ")
+    assert "with none. Before it starts, run: source <(python -m serve.environment" in last
 
 
 def test_requests_to_a_replica_of_another_node_cannot_be_read(cluster, bundle, tmp_path):
