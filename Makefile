@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # A client that wants other versions than ours, for a test.
 KSERVE := $(VENV)/kserve
 
-.PHONY: setup demo test chaos check clean
+.PHONY: setup demo test chaos check docs clean
 
 setup: $(INSTALLED)
 
@@ -37,5 +37,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Fails on warnings, such as a link that leads nowhere or an option without a description.
+docs: setup
+	$(BIN)/python docs/reference_pages.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+	@echo "open docs/_build/index.html"
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) docs/_build runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

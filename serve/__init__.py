@@ -1,21 +1,35 @@
-"""Serving: a bundle behind HTTP, on Ray Serve.
+"""Serving: a bundle behind HTTP and gRPC, on Ray Serve.
 
-`serve run serve.app [model=models:/NAME@ALIAS] [key=value …]`
+`serve run serve.app [model=models:/NAME@ALIAS] [key=value …]` starts a server. From Python,
+`deploy` does the same in a child process, and `Client` sends requests.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.serve_environment import set_serve_environment
+if TYPE_CHECKING:
+    from serve.client.client import Client, RequestFailed
+    from serve.client.local_server import Server, deploy
 
-# Before Ray Serve starts: the processes of a cluster that it starts inherit the environment.
-set_serve_environment()
+__all__ = ["Client", "RequestFailed", "Server", "app", "deploy"]
 
 
 def __getattr__(name: str) -> Any:
-    # `serve run serve.app` imports this package and takes its attribute `app`. Looked up only
-    # then, so that other commands of this package do without Ray Serve's imports.
+    # Lazy, because clients need neither Ray nor its environment.
     if name == "app":
+        from cluster.serve_environment import set_serve_environment
+
+        # Before Ray Serve starts: the processes of a cluster that it starts inherit the
+        # environment.
+        set_serve_environment()
         from serve.deployment import app
 
         return app
+    if name in ("Client", "RequestFailed"):
+        from serve.client import client
+
+        return getattr(client, name)
+    if name in ("Server", "deploy"):
+        from serve.client import local_server
+
+        return getattr(local_server, name)
     raise AttributeError(f"module 'serve' has no attribute '{name}'")

@@ -13,7 +13,7 @@ from functools import cache
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from cluster import connect, ray_internals
+from cluster import ray_internals
 from serve.config import ServeConfig
 
 POLL_S = 0.2
@@ -21,7 +21,6 @@ POLL_S = 0.2
 PATIENCE_S = 20.0
 # Set once the server ends: what is still asked of it then fails, and nobody waits for that.
 _ending = threading.Event()
-ALL_INTERFACES = {"0.0.0.0": connect.LOOPBACK[0], "::": "[::1]"}
 
 
 def end_on_signals() -> None:
@@ -73,14 +72,8 @@ def _report(announcing: Future[None]) -> None:
         print(f"the start of the server is no longer followed: {reason}", file=sys.stderr)
 
 
-def server_url(config: ServeConfig) -> str:
-    """Where a client on this machine reaches the server."""
-    host = ALL_INTERFACES.get(config.host, config.host)
-    return f"{'https' if config.security.tls_cert else 'http'}://{host}:{config.port}"
-
-
 async def _announce(config: ServeConfig, model: str, version: str) -> None:
-    address = server_url(config)
+    address = config.local_url
     application = await _running(model)
     if config.replica_range[0]:
         while not await asyncio.to_thread(_answers, address):

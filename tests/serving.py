@@ -1,9 +1,13 @@
 """What the tests of serving share: a replica's inside, without Ray."""
 
+import socket
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from serve.config import ServeConfig
@@ -58,6 +62,21 @@ def make_host(
 
 def make_rest(bundle: Bundle, recorder: RequestRecorder | None = None, **options: Any) -> ModelAPI:
     return ModelAPI(make_host(bundle, **options), recorder)
+
+
+@contextmanager
+def listening(application: Any) -> Iterator[str]:
+    """Serve an ASGI application on a free port of this machine; yield its URL."""
+    # The socket listens before the server starts: a client that connects early waits.
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def client_of(application: Any) -> TestClient:

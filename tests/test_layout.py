@@ -279,7 +279,7 @@ def test_the_top_level_holds_the_agreed_folders_only():
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name}
-    assert folders <= {".ci", "cluster", "train", "tune", "serve", "k8s", "tests"}
+    assert folders <= {".ci", "cluster", "train", "tune", "serve", "k8s", "tests", "docs"}
 
 
 def test_folders_of_tests_mirror_the_packages():

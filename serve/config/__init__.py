@@ -34,6 +34,7 @@ from train.tasks import plugins
 
 HOST, HTTP_PORT, GRPC_PORT = "127.0.0.1", 8000, 9000
 RANGE = re.compile(r"(\d+)-(\d+)")
+ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
 # Resolved by the process that reads the options: others may have another current directory.
@@ -136,6 +137,12 @@ class ServeConfig(ServeSection):
         fields = type(self).model_fields
         outside = ("replicas", "autoscaling")
         return self.model_copy(update={name: fields[name].default for name in outside})
+
+    @property
+    def local_url(self) -> str:
+        """URL at which a client on this machine reaches the server."""
+        host = ALL_INTERFACES.get(self.host, self.host)
+        return f"{'https' if self.security.tls_cert else 'http'}://{host}:{self.port}"
 
     @property
     def references(self) -> list[str]:

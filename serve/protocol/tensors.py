@@ -68,7 +68,9 @@ def encode_json(name: str, array: np.ndarray) -> dict[str, Any]:
 def encode_raw(name: str, array: np.ndarray) -> tuple[dict[str, Any], bytes]:
     """Return an output tensor without data, and its data as bytes."""
     if array.dtype == object:
-        parts = [str(value).encode() for value in array.ravel()]
+        parts = [
+            value if isinstance(value, bytes) else str(value).encode() for value in array.ravel()
+        ]
         raw = b"".join(struct.pack("<I", len(part)) + part for part in parts)
     else:
         raw = np.ascontiguousarray(array).tobytes()

@@ -210,8 +210,11 @@ def _live_samples(live: LiveMetric, labels: dict[str, str]) -> Snapshot:
         return ("", {**labels, "end": end}, value)
 
     ends = [sample("value", live.value), sample("low", live.low), sample("high", live.high)]
-    words = f"{live.metric} of recent feedback with its 95 % interval."
     return {
-        f"live_{live.metric}": ("gauge", words.capitalize(), ends),
+        f"live_{live.metric}": (
+            "gauge",
+            "Metric computed from recent feedback, with the ends of its 95 % interval.",
+            ends,
+        ),
         "live_records": ("gauge", "Records of recent feedback.", [("", labels, float(live.count))]),
     }

@@ -1,0 +1,1 @@
+"""Python clients: `Client` sends requests to a server, `deploy` starts one."""
