@@ -1,8 +1,5 @@
 """Configuration of Sphinx. `make docs` builds the site into docs/_build."""
 
-from pathlib import Path
-
-
 project = "Halyard"
 author = "The Halyard authors"
 copyright = "2026, the Halyard authors"
