@@ -1,4 +1,7 @@
-"""Nets: small torch modules. They take a task's arrays as encoded; normalisation is inside."""
+"""Networks: small torch modules whose inputs are a task's encoded arrays.
+
+The networks normalise their inputs themselves.
+"""
 
 from collections.abc import Mapping
 
@@ -14,19 +17,22 @@ __all__ = ["ConvNet", "create_net", "folded_net", "resize_net"]
 
 
 def create_net(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
-    """Return a task's net with initial weights: one for images alone, else a combined one.
+    """Return a network for a task with initial weights.
 
-    A net of the user's own is a class of (task), whose instances take the task's arrays in their
-    order and return outputs [B, K]; it may have `fit_inputs` and `folded`, and its last layer,
-    where it has a learning rate of its own, is called `head`.
+    It is a ConvNet if the only input is an image, and a MultimodalNet otherwise. A custom class,
+    `config.class_path`, is constructed with the task. Its `forward` receives the task's arrays in
+    their order and returns outputs [B, K]. It may define `fit_inputs` and `folded`; a last layer
+    named `head` is trained with the learning rate `optim.head_lr`.
 
-    smallest_side: share of height and width of the smallest images in training.
-    Raises ValueError if the data do not fit the net.
+    smallest_side: height and width of the smallest images in training, as a share of full size.
+    Raises ValueError if the class creates no torch.nn.Module or the data do not fit the network.
     """
     if config.class_path is not None:
         custom = import_object(config.class_path)(task)
         if not isinstance(custom, nn.Module):
-            raise ValueError(f"net is '{config.class_path}', which makes no torch.nn.Module")
+            raise ValueError(
+                f"net.class_path is '{config.class_path}', which does not create a torch.nn.Module"
+            )
         return custom
     match task.features.encoders:
         case [Images() as images]:
@@ -36,14 +42,14 @@ def create_net(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module
 
 
 def folded_net(net: nn.Module) -> nn.Module:
-    """Return the net in its inference form."""
+    """Return the network in its inference form: its `folded()` if defined, else in eval mode."""
     return net.folded() if hasattr(net, "folded") else net.eval()  # type: ignore[operator]
 
 
 def resize_net(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give `net` weights and, where channels have been removed from them, their shapes.
+    """Load `weights` into `net`; pruned layers are resized to the shapes of their weights.
 
-    Raises RuntimeError if they are not of such a net.
+    Raises RuntimeError if the names of the weights do not match the network.
     """
     for name, value in weights.items():
         path, _, key = name.rpartition(".")

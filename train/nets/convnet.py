@@ -1,11 +1,13 @@
-"""A compact convolutional net for images.
+"""A compact convolutional network for images.
 
 After airbench94 by Keller Jordan (https://github.com/KellerJordan/cifar10-airbench): a frozen
-stem that whitens 2×2 patches, blocks of two convolutions that start as the identity, batch
-normalisation without a learned scale, global max pooling. ReLU in place of GELU by default, because
-it fuses into the convolution before it and quantizes to int8 without loss.
+stem that whitens 2×2 patches, blocks of two convolutions that are initialised as the identity,
+batch normalisation without a learned scale, and global max pooling. The default activation is ReLU
+instead of GELU, because engines fuse it into the previous convolution and it quantizes to int8
+without loss.
 
-Shapes: B batch, H height, W width, C channels, K outputs, P patches, D values in a patch.
+Shapes: N images of a sample, B batch, H height, W width, C channels, K outputs, P patches, D values
+in a patch.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 class ConvBlock(nn.Module):
-    """Convolution, halving max pool, norm, activation; convolution, norm, activation."""
+    """Convolution, 2×2 max pool, norm, activation; convolution, norm, activation."""
 
     def __init__(self, channels_in: int, channels: int, activation: str) -> None:
         super().__init__()
@@ -30,13 +32,14 @@ class ConvBlock(nn.Module):
         self.norm2 = _norm(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # The pool comes before the norm so that the norm works on a quarter of the values.
+        """float32 [B, C_in, H, W] → float32 [B, C, H // 2, W // 2]."""
+        # The pool precedes the norm, so that the norm processes a quarter of the values.
         x_BCHW = self.activation(self.norm1(F.max_pool2d(self.conv1(x_BCHW), 2)))
         return self.activation(self.norm2(self.conv2(x_BCHW)))
 
 
 class ConvNet(nn.Module):
-    """uint8 images [B, H, W, C] → logits [B, K]."""
+    """A network for images: uint8 [B, H, W, C], 0..255 → logits, float32 [B, K]."""
 
     mean: Tensor
     std: Tensor
@@ -50,9 +53,10 @@ class ConvNet(nn.Module):
         whiten: bool,
         activation: str = "relu",
     ) -> None:
-        """shape_HWC: of the smallest images.
+        """shape_HWC: height, width and channels of the smallest images.
 
-        Raises ValueError if they are too small to be halved once by each block.
+        whiten: whether the stem is a fixed whitening transform instead of learned weights.
+        Raises ValueError if the images are too small to be halved by each block.
         """
         super().__init__()
         self.width = num_outputs
@@ -63,7 +67,7 @@ class ConvNet(nn.Module):
             raise ValueError(
                 f"images of {height}×{width} are too small for net.widths {widths}; {remedy}"
             )
-        # Each principal direction of the patches comes with both signs, as ReLU drops one.
+        # Each principal direction of the patches occurs with both signs, because ReLU drops one.
         directions = PATCH * PATCH * channels
         self.stem = nn.Conv2d(channels, 2 * directions, PATCH)
         self.stem.requires_grad_(not whiten)
@@ -81,10 +85,10 @@ class ConvNet(nn.Module):
 
     @torch.no_grad()
     def fit_inputs(self, images_BHWC: Tensor) -> None:
-        """Set normalisation, and the whitening stem, from a sample of training images."""
+        """Set the normalisation and the whitening stem from training images, uint8 [B, H, W, C]."""
         images_BHWC = images_BHWC.float() / 255
         self.mean.copy_(images_BHWC.mean(dim=(0, 1, 2)))
-        # A constant channel stays as it is.
+        # Avoid division by 0 for constant channels.
         self.std.copy_(images_BHWC.std(dim=(0, 1, 2)).clamp_min(1e-3))
         if self.whiten:
             normal_BCHW = ((images_BHWC - self.mean) / self.std).permute(0, 3, 1, 2)
@@ -97,18 +101,19 @@ class ConvNet(nn.Module):
             self.stem.bias.zero_()
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        # Permuted uint8 [B, H, W, C] is already what channels_last wants in memory.
+        """uint8 images [B, H, W, C] → logits [B, K]."""
+        # A permuted [B, H, W, C] tensor already has the channels_last memory format.
         x_BCHW = ((images_BHWC / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
         x_BCHW = self.blocks(ACTIVATIONS[self.activation](self.stem(x_BCHW)))
         return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
 
     @torch.no_grad()
     def folded(self) -> "FoldedConvNet":
-        """Return the same function as convolutions alone, for inference.
+        """Return an equivalent network for inference, without normalisation layers.
 
-        Input normalisation goes into the stem, which has no padding, and each norm into the
-        convolution before it. A norm keeps order (its scale is positive), so it may pass through
-        a max pool; so may ReLU.
+        Input normalisation is folded into the stem, which has no padding, and each batch norm into
+        the convolution before it. A batch norm is monotonic, because its scale is positive, so it
+        can be moved across the max pool; so can ReLU.
         """
         net = FoldedConvNet(self.stem, self.blocks, self.head, self.activation)
         net.stem.weight.div_(255 * self.std[None, :, None, None])
@@ -119,7 +124,7 @@ class ConvNet(nn.Module):
 
 
 class FoldedConvNet(nn.Module):
-    """A trained ConvNet in its inference form."""
+    """A trained ConvNet in its inference form: uint8 images [B, H, W, C] → logits [B, K]."""
 
     def __init__(
         self, stem: nn.Conv2d, blocks: nn.Sequential, head: nn.Linear, activation: str
@@ -134,19 +139,20 @@ class FoldedConvNet(nn.Module):
         self.head.load_state_dict(head.state_dict())
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
+        """uint8 images [B, H, W, C] → logits [B, K]."""
         x_BCHW = self.activation(self.stem(images_BHWC.float().permute(0, 3, 1, 2)))
         for first, second in zip(self.first, self.second, strict=True):
             x_BCHW = self.activation(second(self._halve(first(x_BCHW))))
         return self.head(F.adaptive_max_pool2d(x_BCHW, 1).flatten(1))
 
     def _halve(self, x_BCHW: Tensor) -> Tensor:
-        if self.activation is F.relu:  # next to the convolution, with which an engine fuses it
+        if self.activation is F.relu:  # directly after the convolution, so that engines fuse them
             return F.max_pool2d(F.relu(x_BCHW), 2)
         return self.activation(F.max_pool2d(x_BCHW, 2))
 
 
 def _convolution(channels_in: int, channels: int) -> nn.Conv2d:
-    """A 3×3 convolution that starts as the identity as far as its channels reach."""
+    """Return a 3×3 convolution that passes on the channels both sides have in common."""
     conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[: min(channels_in, channels)])
     return conv
@@ -170,7 +176,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _copy(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """A convolution of the same shape with other weights."""
+    """Return a convolution of the same shape with other weights."""
     height, width = conv.kernel_size
     copy = nn.Conv2d(conv.in_channels, conv.out_channels, (height, width), padding=conv.padding[0])
     assert bias is not None

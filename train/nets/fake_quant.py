@@ -1,7 +1,7 @@
-"""Quantization-aware training: weights and activations rounded as int8 will round them.
+"""Quantization-aware training: weights and activations are rounded as in static int8.
 
-After Jacob et al., https://arxiv.org/abs/1712.05877; gradients pass through the rounding where the
-value is within range. torch.ao.quantization, which did this, is no longer developed.
+After Jacob et al., https://arxiv.org/abs/1712.05877: the gradient of the rounding is 1 for values
+within range and 0 outside. Implemented here because torch.ao.quantization is deprecated.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def install_fake_quant(net: nn.Module) -> None:
-    """Let a net's convolutions and linear layers compute as int8 will. Names stay as they are."""
+    """Make convolutions and linear layers round like int8, in place; parameter names are kept."""
     for layer in net.modules():
         if type(layer) in _ROUNDED:
             layer.__class__ = _ROUNDED[type(layer)]
@@ -30,7 +30,7 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2d, nn.Linea
 
 
 def _weight(weight: Tensor) -> Tensor:
-    """Round to 7 bits, as static int8 has them, with a scale for each output channel."""
+    """Round to 7 bits, like the weights of static int8, with one scale for each output channel."""
     largest = weight.detach().abs().flatten(1).amax(dim=1)
     scale = (largest / 64).clamp_min(1e-12).float()
     zero = torch.zeros_like(scale, dtype=torch.int32)
@@ -38,7 +38,7 @@ def _weight(weight: Tensor) -> Tensor:
 
 
 def _activation(x: Tensor) -> Tensor:
-    """Round to 256 steps between the least and the largest value of the batch."""
+    """Round to 256 values between the minimum and the maximum of the batch."""
     if not x.is_floating_point():
         return x
     x = x.float()

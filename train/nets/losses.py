@@ -1,6 +1,6 @@
-"""Losses, by the names that targets give.
+"""Loss functions of targets and of distillation.
 
-Shapes: B batch, M members, K outputs of the net.
+Shapes: B batch, M ensemble members, K outputs of the network.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from train.tasks import ClassTarget, LabelsTarget, Target, ValueTarget
 from train.tasks.plugins import import_object
 from train.tasks.regression import HUBER
 
-# Outputs [B, K], or of several members [B, M, K], and targets → the mean loss of the batch.
+# (outputs [B, K] or, with several members, [B, M, K]; targets) → mean loss of the batch, a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _by_member(loss: Loss) -> Loss:
-    """Let a loss of outputs [B, K] take those of several members, each of which learns alone."""
+    """Extend a loss of outputs [B, K] to members [B, M, K]: the mean of their separate losses."""
 
     def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.ndim == 2:
@@ -31,24 +31,24 @@ def _by_member(loss: Loss) -> Loss:
 
 
 def distillation_loss(target: Target, temperature: float) -> Loss:
-    """Return the loss against a teacher's outputs; see `_distillation_loss`."""
+    """Return the loss of outputs against a teacher's outputs [B, K] for the same records.
+
+    Classes: Hinton et al., https://arxiv.org/abs/1503.02531, multiplied by temperature² to keep the
+    scale of the gradient. Labels: binary cross-entropy, softened in the same way. Other targets:
+    squared error.
+    """
     return _by_member(_distillation_loss(target, temperature))
 
 
 def target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
-    """Return the loss of a target, with the weights and the smoothing that are configured.
+    """Return the loss of a target, with the class weights and label smoothing of `optim`.
 
-    Raises ValueError for a loss that is unknown, or a setting that the loss has no use for.
+    Raises ValueError if the loss is unknown or does not support class weights.
     """
     return _by_member(_target_loss(target, optim, device))
 
 
 def _distillation_loss(target: Target, temperature: float) -> Loss:
-    """The loss against a teacher's outputs [B, K] for the same samples.
-
-    Classes: Hinton et al., https://arxiv.org/abs/1503.02531, with the gradient's scale kept.
-    Labels: each one's cross-entropy, likewise softened. Other outputs: the squared difference.
-    """
     if isinstance(target, ClassTarget):
         return lambda outputs_BK, teacher_BK: (
             F.kl_div(
@@ -74,8 +74,8 @@ def _target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
     smoothing = optim.label_smoothing
     if isinstance(target, ClassTarget) and target.loss == ClassTarget.loss:
         counts_K = torch.tensor(target.counts, dtype=torch.float32, device=device)
-        # Their mean over the training records is 1. Divided by nothing else, so that a sample
-        # counts the same whatever the others of its micro-batch are.
+        # The weights average to 1 over the training records. The loss is not divided by their sum
+        # in the micro-batch, so that a record's weight does not depend on the other records in it.
         weights_K = counts_K.sum() / (len(counts_K) * counts_K) if balanced else None
         return lambda outputs_BK, targets_B: F.cross_entropy(
             outputs_BK, targets_B, weights_K, reduction="none", label_smoothing=smoothing
@@ -87,7 +87,9 @@ def _target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
             outputs_BK, targets_BK * (1 - smoothing) + smoothing / 2, pos_weight=positive_K
         )
     if balanced:
-        raise ValueError("optim.class_weights is balanced, and the target has no classes")
+        raise ValueError(
+            "optim.class_weights is balanced, but the target has no classes; give none"
+        )
     if target.loss == "huber":
         return lambda outputs_B1, targets_B: F.huber_loss(outputs_B1[:, 0], targets_B, delta=HUBER)
     if isinstance(target, ValueTarget) and target.quantile is not None:
@@ -98,7 +100,7 @@ def _target_loss(target: Target, optim: Optim, device: torch.device) -> Loss:
 
 
 def _pinball(errors_B: Tensor, quantile: float) -> Tensor:
-    """The loss of predicting a quantile, which a truth above it raises by `quantile` of its error.
+    """Return the loss of each error, true − predicted: q · error if positive, else (q − 1) · error.
 
     Koenker and Bassett, Econometrica 46 (1978), pages 33 to 50.
     """

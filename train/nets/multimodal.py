@@ -1,6 +1,7 @@
-"""A net for any mixture of inputs: an encoder for each, and hidden layers over all together.
+"""A network for any mix of inputs: one encoder for each, then shared hidden layers.
 
-Shapes: B batch, D width of all encoders together, M members, K outputs.
+Shapes: N records of a sample, B batch, D sum of the encoders' widths, M ensemble members,
+K outputs.
 """
 
 import torch
@@ -22,16 +23,17 @@ Part = PiecewiseLinearEncoding | CategoricalEmbeddings | BagOfWords | Transforme
 
 
 class MultimodalNet(nn.Module):
-    """A task's arrays, in the order of its inputs → outputs [B, K].
+    """A task's arrays, in the order of its inputs → outputs, float32 [B, K].
 
-    With several members, outputs of each in training, [B, M, K], so that each learns by itself.
+    With several members, the outputs in training are [B, M, K], so that each member has its own
+    loss.
     """
 
     def __init__(self, config: Net, task: Task, smallest_side: float = 1.0) -> None:
-        """smallest_side: share of height and width of the smallest images.
+        """smallest_side: height and width of the smallest images, as a share of full size.
 
-        Raises ValueError if images are too small for the net, or for an input of a user's own
-        encoder, which needs a net of the user's own.
+        Raises ValueError if images are too small for the network, if the options do not fit, or if
+        the task has a custom encoder, which needs a custom network.
         """
         super().__init__()
         encoders = [_encoder(config, each, smallest_side) for each in task.features.encoders]
@@ -39,7 +41,7 @@ class MultimodalNet(nn.Module):
         width = sum(each.width for each in encoders)
         layers: list[nn.Module] = []
         if [type(each) for each in encoders] in ([BagOfWords], [TransformerEncoder]):
-            # Words alone are best read off at once.
+            # A linear layer is most accurate if a text is the only input.
             layers.append(nn.Dropout(TEXT_HEAD_DROPOUT))
         else:
             if config.members > 1:
@@ -52,14 +54,15 @@ class MultimodalNet(nn.Module):
         self._target = task.target
 
     def fit_inputs(self, *inputs: Tensor) -> None:
-        """Let each encoder set its normalisation from a sample of training records."""
+        """Set the normalisation of each encoder from arrays [N, ...] of training records."""
         for encoder, values in zip(self.encoders, inputs, strict=True):
             if isinstance(encoder, PiecewiseLinearEncoding | ConvNet):
                 encoder.fit_inputs(values)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Arrays of the task, [B, ...] each → [B, K], or [B, M, K] for members in training."""
         parts = [encoder(values) for encoder, values in zip(self.encoders, inputs, strict=True)]
-        # An encoder may answer in bf16, another in fp32.
+        # Under autocast, one encoder may return bf16 and another fp32.
         x_BD = torch.cat([part.to(parts[0].dtype) for part in parts], dim=1)
         outputs = self.head(self.hidden(x_BD))
         if outputs.ndim == 3 and not self.training:
@@ -67,7 +70,7 @@ class MultimodalNet(nn.Module):
         return outputs
 
     def folded(self) -> nn.Module:
-        """Return the same function in its inference form."""
+        """Return the network in its inference form; the image encoders are folded in place."""
         for place, encoder in enumerate(self.encoders):
             if isinstance(encoder, ConvNet):
                 self.encoders[place] = encoder.folded()
@@ -95,12 +98,13 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
     if isinstance(encoder, Images):
         return image_net(config, encoder, config.widths[-1], smallest_side)
     raise ValueError(
-        f"the inputs of {type(encoder).__name__} need a net of your own; give "
+        f"the inputs of {type(encoder).__name__} need a custom network; give "
         "--net.class_path package.module:Class"
     )
 
 
 def image_net(config: Net, images: Images, num_outputs: int, smallest_side: float) -> ConvNet:
+    """Return a ConvNet that fits the images. Raises ValueError if they are too small for it."""
     height, width, channels = images.shape_HWC
     return ConvNet(
         (round(height * smallest_side), round(width * smallest_side), channels),

@@ -1,6 +1,6 @@
-"""Nets for texts: token numbers, 0 where there is none, → one vector.
+"""Encoders for texts: token ids, 0 for padding → one vector.
 
-Shapes: B batch, L tokens, D width.
+Shapes: B batch, L tokens, D width, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 
 class BagOfWords(nn.Module):
-    """The mean of the tokens' vectors, the rare tokens counting more. [B, L] → [B, D].
+    """The mean of the tokens' embeddings, weighted by rarity: int32 [B, L] → float32 [B, D].
 
-    In training some tokens are left out, so that none is relied on alone.
+    In training, a share `dropout` of the tokens is dropped, so that the network does not depend on
+    single tokens.
     """
 
     rarity_V: Tensor
@@ -26,6 +27,7 @@ class BagOfWords(nn.Module):
         nn.init.normal_(self.table.weight, std=0.1)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
+        """int32 token ids [B, L] → float32 [B, D]."""
         weights_BL = F.embedding(tokens_BL, self.rarity_V[:, None])[:, :, 0] * (tokens_BL > 0)
         if self.training and self.dropout:
             weights_BL = weights_BL * (torch.rand_like(weights_BL) >= self.dropout)
@@ -34,7 +36,7 @@ class BagOfWords(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A small encoder whose outputs are averaged over the tokens. [B, L] → [B, D].
+    """A small transformer, averaged over the tokens: int32 [B, L] → float32 [B, D].
 
     After Vaswani et al., https://arxiv.org/abs/1706.03762, with norms before the layers.
     """
@@ -53,6 +55,7 @@ class TransformerEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
+        """int32 token ids [B, L] → float32 [B, D]."""
         there_BL = tokens_BL > 0
         x_BLD = self.table(tokens_BL) + self.places.weight[: tokens_BL.shape[1]]
         x_BLD = self.dropout(x_BLD)
@@ -63,8 +66,7 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention of four heads over the tokens that are there; then a hidden layer four times as
-    wide."""
+    """Attention with four heads over the tokens, without padding; then a hidden layer of 4·D."""
 
     num_heads = 4
 
@@ -77,6 +79,7 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor, there_BL: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]. there_BL: bool [B, L], False for padding."""
         x_BLD = x_BLD + self.dropout(self.out(self._attention(self.norm1(x_BLD), there_BL)))
         return x_BLD + self.dropout(self.down(F.gelu(self.up(self.norm2(x_BLD)))))
 
@@ -84,7 +87,7 @@ class TransformerLayer(nn.Module):
         batch, length, width = x_BLD.shape
         heads = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        # Where no token is there at all, all places are equal: softmax of nothing would be NaN.
+        # Without any token, attend to all positions: softmax over none would be NaN.
         seen_B11L = (there_BL | ~there_BL.any(dim=1, keepdim=True))[:, None, None]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_B11L)
         return mixed.transpose(1, 2).reshape(batch, length, width)

@@ -1,7 +1,8 @@
-"""The torch engine: a net as it was built, its weights from safetensors, nothing unpickled.
+"""The torch engine: runs a network from its config and safetensors weights, without pickle.
 
-For precisions that ONNX Runtime has no kernels for, and for nets that cannot be exported. A variant
-is `net.json` (what to build, and in which precision) and `weights.safetensors` beside it.
+It is used for precisions without ONNX Runtime kernels and for networks that cannot be exported to
+ONNX. A variant consists of `net.json`, with the network's config, task and precision, and
+`weights.safetensors` in the same folder.
 """
 
 import json
@@ -26,9 +27,9 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def save_net(net: nn.Module, config: Net, task: Task, precision: Precision, folder: Path) -> Path:
-    """Write a net in its inference form so that TorchEngine reads it; return the engine's file.
+    """Write a network in its inference form for TorchEngine; return the path of `net.json`.
 
-    config: what the net was built by; channels may have been removed since.
+    config: the config that the network was created with; its channels may have been pruned.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = HALVES.get(precision)
@@ -51,7 +52,7 @@ def save_net(net: nn.Module, config: Net, task: Task, precision: Precision, fold
 
 
 class TorchEngine:
-    """A net run by torch, on the GPU if there is one."""
+    """Runs a network with torch, on the GPU if there is one."""
 
     suffix: ClassVar[str] = ".json"
 
@@ -86,6 +87,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def run(self, inputs: Arrays) -> Arrays:
+        """Return {"logits": float32 [N, K]} for encoded arrays [N, ...] by input name."""
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
         arrays = [np.require(inputs[name], requirements="W") for name in self._names]
@@ -107,12 +109,12 @@ class TorchEngine:
 
 
 class CompiledTorchEngine(TorchEngine):
-    """The same, compiled: into CUDA graphs on a GPU. It needs a C++ compiler or a GPU."""
+    """TorchEngine with torch.compile, which needs a C++ compiler, or a GPU for CUDA graphs."""
 
     def __init__(self, net: nn.Module, names: list[str], precision: str, num_threads: int) -> None:
         super().__init__(net, names, precision, num_threads)
         graphs = "reduce-overhead" if self._device.type == "cuda" else None
-        # On a GPU one graph for each size of batch, on a processor one for all.
+        # On a GPU, compile one CUDA graph for each batch size; on a CPU, one graph for all sizes.
         self._compiled = torch.compile(self._net, mode=graphs, dynamic=graphs is None)
 
     @classmethod
@@ -124,7 +126,7 @@ class CompiledTorchEngine(TorchEngine):
 
 
 def _quantize(net: nn.Module, precision: str) -> None:
-    """Bring linear layers to int8 or fp8, activations by row as they come; by torchao."""
+    """Quantize linear layers to int8 or fp8, and activations dynamically for each row (torchao)."""
     from torchao import quantization
 
     config = {
