@@ -1,4 +1,4 @@
-"""Compression: smaller and faster variants of a net, and the gate that accepts or refuses them."""
+"""Compression: make smaller and faster variants of a model and check their accuracy."""
 
 from train.compress.pipeline import CompressionResult, compress
 

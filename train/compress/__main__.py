@@ -1,4 +1,4 @@
-"""python -m train.compress: compress a model again, add a variant, export one for the edge."""
+"""python -m train.compress: recompress a model, add a variant, or export one for edge devices."""
 
 import functools
 import re
@@ -36,14 +36,15 @@ from train.tasks import plugins
 from train.tasks.plugins import code_of_config
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION, or the path of a bundle."
-# Sections of training options that the command accepts beside its own.
+# Sections of the training options that this command accepts in addition to its own options.
 MAY_CHANGE = ("compress", "data", "plugins", "registry", "storage", "workers")
 
 
 class CompressOptions(CommandOptions):
-    """Compress a model again, with other options of training's compress section.
+    """Compress a trained model again with different compress.* options.
 
-    python -m train.compress add MODEL adds a variant, export MODEL writes one for the edge.
+    `python -m train.compress add MODEL` adds a variant from an ONNX file;
+    `python -m train.compress export MODEL` writes a variant for edge devices.
     """
 
     model_config = SettingsConfigDict(
@@ -55,31 +56,36 @@ class CompressOptions(CommandOptions):
 
 
 class AddOptions(CompressOptions):
-    """Add a variant of your own to a model, measured and judged as the others are."""
+    """Add your own ONNX file to a model as a variant; it is benchmarked and judged like others."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m train.compress add")
 
-    variant: str = Field(description="Name of the new variant.")
-    onnx: Path = Field(description="Its ONNX file.")
+    variant: str = Field(description="Name of the new variant: lowercase letters, digits, _ and -.")
+    onnx: Path = Field(description="ONNX file of the new variant.")
 
 
 class ExportOptions(CommandOptions):
-    """Write a variant and its preprocessing for devices without this project."""
+    """Write a variant with its preprocessing for devices that do not have Halyard installed."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m train.compress export")
 
     model: CliPositionalArg[str] = Field(description=MODEL)
-    to: Path = Field(description="Folder to write.")
-    variant: str | None = Field(None, description="The bundle's default if not given.")
+    to: Path = Field(description="Output folder.")
+    variant: str | None = Field(
+        None, description="Variant to export; default: the bundle's default variant."
+    )
     storage: str = Field(
         "runs",
         validation_alias=AliasChoices("storage", "storage.path"),
-        description="Storage path that holds the registry.",
+        description="Directory or URL of the storage that contains the registry.",
     )
-    plugins: list[str] = Field([], description="Modules whose classes the bundle may name.")
+    plugins: list[str] = Field(
+        [], description="Modules from which the bundle's custom classes may be imported."
+    )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the command and return its summary, which the caller prints as JSON."""
     match list(argv):
         case ["export", *rest]:
             return _export(rest)
@@ -99,10 +105,10 @@ def _add(argv: Sequence[str]) -> dict[str, Any]:
     options = parse_options(AddOptions, argv)
     if not re.fullmatch(storage.MODEL_NAME, options.variant):
         raise UserError(
-            f"--variant is '{options.variant}'; expected small letters, digits, _ and -."
+            f"--variant is '{options.variant}'; expected lowercase letters, digits, _ and -."
         )
     if not options.onnx.is_file():
-        raise UserError(f"--onnx is '{options.onnx}', which is no file; give an ONNX file.")
+        raise UserError(f"--onnx is '{options.onnx}', which is not a file; give an ONNX file.")
     return _make(options.model, options.training, {options.variant: options.onnx})
 
 
@@ -112,16 +118,16 @@ def _again(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str, Any]:
-    """Make a model's variants anew, in a bundle of their own, and register it."""
+    """Build the variants of a model in a new bundle and register that bundle."""
     started = time.perf_counter()
     given = cli.read_options(argv)
     if wrong := sorted(given.keys() - set(MAY_CHANGE)):
         raise UserError(
-            f"option --{wrong[0]} belongs to training; accepted are those of "
+            f"option --{wrong[0]} applies to training only; this command accepts options of "
             f"{', '.join(MAY_CHANGE)}."
         )
     path = given.get("storage", {}).get("path", "runs")
-    # What the command line itself names counts as named, what the bundle names does not.
+    # Classes named on the command line may be imported; classes named only in the bundle may not.
     named = [name.partition(":")[0] for name in code_of_config(given)]
     modules = sorted({*given.pop("plugins", []), *named})
     earlier = _load(model, path, modules)
@@ -132,11 +138,12 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     values["storage"] = {"path": path, "signing_key": key}
     values["resume"] = None
     if model.startswith(registry.SCHEME):
-        # Its training may have left registering to another; what is in the registry stays in it.
+        # Training may have disabled registration. A model that came from the registry is registered
+        # again unless the command line disables it.
         values["registry"]["enabled"] = given.get("registry", {}).get("enabled", True)
     config = validate_config(values)
     if taken := [name for name in own if name in manifest.variants or name in RECIPES]:
-        raise UserError(f"'{manifest.name}' has a variant '{taken[0]}' already; give another name.")
+        raise UserError(f"'{manifest.name}' already has a variant '{taken[0]}'; give another name.")
     root = storage.resolve_path(path)
     data = _data(config, earlier, root)
     if config.registry.enabled:
@@ -145,7 +152,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     name = f"{manifest.name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-compressed"
     location = storage.join_path(root, "bundles", name)
     with Bundle.create(location) as writer:
-        # Only what the manifest lists, and has been checked.
+        # Copy only files that are listed in the manifest; their digests have been checked.
         report_files = [file for file in manifest.files if file.startswith("report/")]
         for file in (*report_files, WEIGHTS, FEATURES):
             shutil.copyfile(earlier.path / file, writer.file(file))
@@ -155,7 +162,7 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
         wanted = [*own] or [name for name in config.compress.variants if name != "fp32"]
         if wanted and not any(_accepted(made.variants.get(name)) for name in wanted):
             raise CommandFailed(
-                f"no variant was accepted, and '{model}' stays as it is: "
+                f"no variant was accepted; '{model}' is unchanged: "
                 + "; ".join(
                     f"{name}: {made.variants[name].reason}"
                     if name in made.variants
@@ -197,7 +204,7 @@ def _accepted(variant: Any) -> bool:
 
 
 def _load(model: str, path: str, modules: Sequence[str]) -> Bundle:
-    """modules: whose classes the bundle may name."""
+    """Load a bundle. modules: modules from which its custom classes may be imported."""
     root = storage.resolve_path(path)
     plugins.allow_modules(modules, storage=None if storage.is_url(root) else root)
     try:
@@ -207,7 +214,7 @@ def _load(model: str, path: str, modules: Sequence[str]) -> Bundle:
 
 
 def _built(config: Config, data: EncodedDataset) -> nn.Module:
-    """The model's net. Raises UserError where its class is not there."""
+    """Create the model's network. Raises UserError if the config does not fit the data."""
     try:
         return nets.create_net(config.net, data.task)
     except ValueError as error:
@@ -215,14 +222,14 @@ def _built(config: Config, data: EncodedDataset) -> nn.Module:
 
 
 def _data(config: Config, bundle: Bundle, root: str) -> EncodedDataset:
-    """The encoded records that the model was trained on. Raises UserError for others."""
+    """Return the encoded records of training. Raises UserError if the data have changed."""
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
     data = dataset.prepare_dataset(config, root, bundle.task if config.init else None)
     check_calibration(config, data.task)
     if data.summary["digest"] != bundle.manifest.data["digest"]:
         raise UserError(
-            f"'{config.data.train}' no longer holds the records that '{bundle.manifest.name}' was "
-            "trained on; give --data.train, and --data.test, where they are."
+            f"'{config.data.train}' no longer contains the records that '{bundle.manifest.name}' "
+            "was trained on; give their location with --data.train and --data.test."
         )
     return data.with_task(bundle.task)
 

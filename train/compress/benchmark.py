@@ -1,4 +1,4 @@
-"""How fast variants are on this machine, by engine, threads and size of batch."""
+"""Latency of variants on this machine, by engine, number of threads and batch size."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 
 
 class BenchmarkCase(NamedTuple):
-    """What is measured: a variant on an engine with so many threads."""
+    """One measured combination of variant, engine and number of threads."""
 
     variant: str
     engine: str
@@ -26,22 +26,25 @@ class BenchmarkCase(NamedTuple):
 
 
 def thread_counts() -> list[int]:
-    """One, as a replica has, and as many as there are cores."""
+    """Return the measured thread counts: 1, as in a serving replica, and the number of cores."""
     return sorted({1, num_cores()})
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def benchmark_variants(
     engines: Mapping[BenchmarkCase, Engine], inputs: Arrays, seconds: float
 ) -> dict[BenchmarkCase, list[Timing]]:
-    """Measure engines in turns, so that drift of the machine hits all alike.
+    """Return latencies of each case for every batch size in BATCH_SIZES.
 
-    inputs: at least one encoded record, repeated to fill the batches.
-    seconds: rounds begin for so long, at least LEAST_ROUNDS after a first one that warms up.
+    The engines run in turns, so that a change in the machine's speed affects all of them.
+
+    inputs: encoded arrays [N, ...] by input name, N ≥ 1; records are repeated to fill a batch.
+    seconds: time after which no new round starts. After one warm-up round there are at least
+    LEAST_ROUNDS and at most MOST_ROUNDS rounds.
     """
     batches = {
         size: {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
@@ -65,7 +68,7 @@ def benchmark_variants(
 
 
 def describe_host() -> dict[str, Any]:
-    """The machine, as far as it decides how fast variants are."""
+    """Return the processor, the number of cores and the versions of the inference packages."""
     packages = {}
     for name in ("onnxruntime", "torch", "openvino"):
         try:

@@ -1,4 +1,4 @@
-"""The README beside an edge file: Python that runs it for one record."""
+"""The README of an edge export, with Python code that runs the file for one record."""
 
 import json
 from typing import Any
@@ -14,9 +14,9 @@ MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
 
 
 def edge_readme(bundle: Bundle, variant: str, outputs: list[str]) -> str:
-    """Return the text beside an edge file: what it predicts, and the lines that run it.
+    """Return the README of an edge file: its prediction target, metric and example code.
 
-    outputs: the names of the file's outputs, in order.
+    outputs: names of the file's outputs, in order.
     """
     manifest, task = bundle.manifest, bundle.task
     script = _Script()
@@ -27,7 +27,7 @@ def edge_readme(bundle: Bundle, variant: str, outputs: list[str]) -> str:
     known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
     return f"""# {manifest.name}, {variant}
 
-One file, `{MODEL}`, predicts `{task.target.column}` with onnxruntime alone.
+`{MODEL}` predicts `{task.target.column}`. It needs only onnxruntime.
 {metric}: {manifest.variants[variant].metrics[metric]:.4f}
 
 The first dimension of every input is the number of records.
@@ -36,14 +36,14 @@ The first dimension of every input is the number of records.
 {script.text(outputs)}
 ```
 
-onnxruntime 1.32 reports its use to its maker unless `ORT_DISABLE_TELEMETRY=1` is set.
+onnxruntime 1.32 sends usage data to its vendor unless `ORT_DISABLE_TELEMETRY=1` is set.
 
 {known}
 """
 
 
 class _Script:
-    """The lines that run the file for one record."""
+    """Collects the lines of the example code, which predicts one record."""
 
     def __init__(self) -> None:
         self._imports = ["import numpy as np", "import onnxruntime"]
@@ -72,7 +72,7 @@ class _Script:
                         count = len(each.places)
                         note = f"  # {count} numbers, or nan"
                         if isinstance(each, LabelSet):
-                            note = f"  # 1 for each label there is: {', '.join(each.labels)}"
+                            note = f"  # 1 for each label that is present: {', '.join(each.labels)}"
                         self._inputs.append(f'"{each.column}": np.zeros((1, {count})),{note}')
                         continue
                     note = f"  # {notes[each.kind]}, or nan"
@@ -89,7 +89,7 @@ class _Script:
                     self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
 
     def _add_texts(self, encoder: Texts) -> None:
-        """As Texts.encode: one text after the other, a mark between, 0 where there is no token."""
+        """Add lines that encode texts like Texts.encode: joined by a separator, padded with 0."""
         mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
         between = "" if mark is None else f"[{mark}] * (number > 0) + "
         most = encoder.max_tokens

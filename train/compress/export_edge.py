@@ -1,7 +1,9 @@
-"""Edge export: one ONNX file with preprocessing and labels inside, for onnxruntime alone.
+"""Edge export: one ONNX file that includes preprocessing and labels and needs only onnxruntime.
 
-Inside go the scaling of numbers, the parts of dates, the codes of categories, probabilities and
-labels. Texts are split into tokens outside, by the tokenizer that is put beside the file.
+The file scales numbers, splits dates into periodic features, encodes categories, and computes
+probabilities and labels. Texts are tokenized outside the file, with the exported tokenizer.json.
+
+Shapes: N records, K elements of a vector, labels of a set, or classes.
 """
 
 from collections.abc import Iterator
@@ -29,9 +31,11 @@ BATCH = "batch"
 
 
 def export_edge(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, Any]:
-    """Write the edge form of a variant, the default when None, and how to run it, to `folder`.
+    """Write a variant as an edge file, with a README and any tokenizer, and return a summary.
 
-    Raises UserError for a variant that was not accepted or is not run by onnxruntime.
+    variant: None for the bundle's default variant. folder: created if it does not exist.
+    Raises UserError if the variant was not accepted or is not an ONNX file, if a column has the
+    name of an output, or if the folder cannot be written.
     """
     manifest = bundle.manifest
     name = variant or manifest.default_variant
@@ -39,15 +43,15 @@ def export_edge(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, 
     accepted = [each for each, entry in manifest.variants.items() if _portable(entry)]
     if found is None or not _portable(found):
         raise UserError(
-            f"variant '{name}' cannot be exported; accepted ones in ONNX are "
+            f"variant '{name}' cannot be exported; accepted ONNX variants: "
             f"{', '.join(accepted) or 'none'}."
         )
     task = bundle.task
     outputs = {spec.name for spec in task.target.outputs} | {"labels"}
     if taken := sorted(outputs & {spec.name for spec in task.features.fields}):
         raise UserError(
-            f"column '{taken[0]}' is called as an output of the edge file is; rename it and train "
-            "again."
+            f"column '{taken[0]}' has the same name as an output of the edge file; rename the "
+            "column and train again."
         )
     model = onnx.load(str(bundle.path / found.file))
     embed_processing(model, task)
@@ -64,7 +68,9 @@ def export_edge(bundle: Bundle, variant: str | None, folder: Path) -> dict[str, 
         names = [value.name for value in model.graph.output]
         (folder / README).write_text(edge_readme(bundle, name, names))
     except OSError as error:
-        raise UserError(f"'{folder}' cannot be written: {error.strerror}; give another.") from error
+        raise UserError(
+            f"'{folder}' cannot be written: {error.strerror}; give another folder."
+        ) from error
     size = (folder / MODEL).stat().st_size
     return {"model": manifest.name, "variant": name, "file": str(folder / MODEL), "bytes": size}
 
@@ -74,8 +80,11 @@ def _portable(variant: Variant) -> bool:
 
 
 def embed_processing(model: onnx.ModelProto, task: Task) -> None:
-    """Add what comes before and after the net to its graph."""
-    # A column may be called like something inside the net.
+    """Add a task's preprocessing and postprocessing to the graph of an ONNX model, in place.
+
+    Raises UserError for custom targets, which have no edge form.
+    """
+    # A column may have the same name as a tensor of the network, so those get a prefix.
     prefixed = compose.add_prefix(
         model, "net.", rename_inputs=False, rename_outputs=False, rename_functions=False
     )
@@ -103,7 +112,7 @@ def embed_processing(model: onnx.ModelProto, task: Task) -> None:
 
 
 class _Graph:
-    """Nodes and constants to be added."""
+    """Collects the nodes and constants that are added to a graph."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -130,9 +139,10 @@ def _column(name: str, kind: int) -> ValueInfoProto:
 
 
 def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
-    """Each column as DOUBLE [N], NaN where missing; a date in seconds since 1970, UTC.
+    """Add the encoding of numbers and yield its inputs.
 
-    A vector is DOUBLE [N, K], and a set 1 for each of its K labels that there is, else 0.
+    A column is DOUBLE [N], NaN if missing; a date is in seconds since 1970, UTC. A vector is
+    DOUBLE [N, K]. A set is DOUBLE [N, K], 1 for each of its K known labels that is present, else 0.
     """
     one = graph.constant([1], np.int64)
     places: list[str] = []
@@ -170,7 +180,7 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
 
 
 def _categories(graph: _Graph, encoder: Categories) -> Iterator[ValueInfoProto]:
-    """Each column as STRING [N], empty where missing."""
+    """Add the encoding of categories and yield its inputs: STRING [N] by column, "" if missing."""
     one = graph.constant([1], np.int64)
     codes = []
     for column, names in zip(encoder.columns, encoder.names_C, strict=True):
@@ -189,7 +199,7 @@ def _categories(graph: _Graph, encoder: Categories) -> Iterator[ValueInfoProto]:
 
 
 def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
-    """What the target makes of the net's outputs."""
+    """Add the decoding of the logits and return its outputs."""
     target = task.target
     if isinstance(target, ValueTarget):
         first = graph.node("Gather", "logits", graph.constant(0, np.int64), axis=1)
@@ -211,7 +221,7 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
         shape = [BATCH, len(target.classes)]
         first_output = helper.make_tensor_value_info("labels", TensorProto.BOOL, shape)
     else:
-        raise UserError(f"targets of kind {type(target).__name__} have no edge form.")
+        raise UserError(f"edge export does not support targets of type {type(target).__name__}.")
     shape = [BATCH, len(target.classes)]
     return [
         first_output,
@@ -220,7 +230,7 @@ def _answers(graph: _Graph, task: Task) -> list[ValueInfoProto]:
 
 
 def _chosen_class(graph: _Graph, target: ClassTarget) -> str:
-    """As ClassTarget.choose."""
+    """Add the choice of a class, as in ClassTarget.choose; return the tensor with its index."""
     if target.thresholds:
         rarer = graph.node(
             "Gather", "probabilities", graph.constant(target.rarest, np.int64), axis=1

@@ -1,4 +1,7 @@
-"""The gate: a variant is served only if held-out records say that it may be."""
+"""The gate: compares a variant with fp32 on held-out records; only accepted variants are served.
+
+Shapes: N records, K outputs of the model or classes.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,26 +15,28 @@ from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.regression import ValueTarget
 from train.values.records import num_rows
 
-# A count of records is never exactly a fraction of them.
+# Tolerance for rounding errors in a drop that equals the limit exactly, such as 5 of 1000 records.
 EPSILON = 1e-9
-# What the names of metrics of the validation split begin with.
+# Prefix of the names of validation metrics.
 VALID = "valid_"
-# Metrics in the target's own unit, whatever that is.
+# Metrics in the unit of the target; drops are divided by its standard deviation.
 IN_UNITS = ("rmse", "mae", "quantile_loss")
 BATCH_SIZES = (1, 7, 64)
-# How far an answer may depend on the batch it travelled in.
+# Largest accepted difference between predictions for the same record in different batches.
 MAX_BATCH_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True)
 class VariantComparison:
-    """A variant against fp32 on the same records.
+    """A variant compared with fp32 on the same records.
 
-    drop: how much worse the metric is, an error in standard deviations of the target; low, high:
-    its 95 % confidence interval.
-    agreement: share of records with the same answer; for numbers the R² of one by the other.
-    change: mean difference of the answers: half the sum over probabilities, or of values in
-    standard deviations of the target.
+    reference, value: the metric of fp32 and of the variant.
+    drop: how much worse the variant's metric is, positive if it is worse; errors in the target's
+    unit are divided by its standard deviation. low, high: 95 % confidence interval of the drop.
+    agreement: share of records with the same label; for numbers, the R² of the variant's
+    predictions as a prediction of those of fp32.
+    change: mean difference of the predictions: for probabilities, half the sum of absolute
+    differences over the classes; for numbers, in standard deviations of the target.
     """
 
     metric: str
@@ -46,6 +51,8 @@ class VariantComparison:
 
 @dataclass(frozen=True)
 class GateVerdict:
+    """The decision on a variant, with the reason in words."""
+
     verdict: Literal["accepted", "refused", "undecided"]
     reason: str
 
@@ -59,10 +66,13 @@ def compare_with_fp32(
     *,
     interval: bool = True,
 ) -> VariantComparison:
-    """Compare a variant's outputs with fp32's for the same records.
+    """Compare the outputs of a variant with those of fp32 for the same records.
 
-    name: of the metric, such as "valid_loss"; the task's own by default. interval: whether its
-    interval is needed, which takes a thousand draws of some metrics; it is NaN otherwise.
+    reference, outputs: {"logits": float32 [N, K]} of fp32 and of the variant. targets_N: encoded
+    targets, [N] or, for multilabel tasks, [N, K].
+    name: metric to compare, such as "valid_loss"; default: the task's main metric.
+    interval: whether to compute the confidence interval, which needs 1000 bootstrap draws for most
+    metrics; its ends are NaN otherwise.
     """
     target, found = task.target, task.find_metric(name)
     metric = found.name.removeprefix(VALID)
@@ -91,7 +101,7 @@ def compare_with_fp32(
                 value_of({"logits": each["logits"][rows]}, targets_N[rows])
                 for each in (reference, outputs)
             )
-            # A draw whose metric is not a number counts as the worst.
+            # A draw in which only the variant's metric is NaN counts as infinitely worse.
             return (
                 math.inf
                 if math.isnan(after) and not math.isnan(before)
@@ -119,50 +129,53 @@ def judge_variant(
     strict: bool = False,
     batch: float = 0.0,
 ) -> GateVerdict:
-    """Accept a variant that was measured to be at most `max_drop` worse than fp32.
+    """Return whether a variant is accepted: its drop must be at most `max_drop`.
 
-    A larger one is refused if the whole interval is above `max_drop`, and undecided otherwise: more
-    held-out records would decide. strict: accept only if the upper end of the interval is at most
-    `max_drop`.
-    max_change: for a form of the same net, whose answers must be those of fp32 but for rounding:
-    wrong weights may leave the labels as they are, and the probabilities are nonsense.
-    batch: the largest difference between the answers for a record in batches of several sizes.
+    A variant with a larger drop is refused if the whole confidence interval is above `max_drop`.
+    Otherwise it is undecided; more held-out records would decide.
+    max_change: largest accepted `comparison.change`, for variants that represent the same network
+    as fp32. It detects wrong weights that keep the labels but distort the probabilities.
+    strict: accept only if the upper end of the interval is at most `max_drop`; a variant whose
+    drop alone is within the limit is undecided.
+    batch: largest difference between predictions for the same record in different batches, as
+    `batch_difference` returns it.
     """
     c = comparison
     figures = (
-        f"{c.metric} {c.value:.4f} against {c.reference:.4f} in fp32, "
-        f"{c.drop:+.4f} worse [{c.low:+.4f}, {c.high:+.4f}], agreement {c.agreement:.4f}"
+        f"{c.metric} {c.value:.4f}, fp32 {c.reference:.4f}, "
+        f"drop {c.drop:+.4f} [{c.low:+.4f}, {c.high:+.4f}], agreement {c.agreement:.4f}"
     )
     if not batch <= MAX_BATCH_DIFFERENCE:
         return GateVerdict(
             "refused",
-            f"answers depend on the batch they travel in, by {batch:.2g} "
-            f"(at most {MAX_BATCH_DIFFERENCE:g} is accepted); {figures}",
+            f"predictions for the same record differ between batches by {batch:.2g} "
+            f"(limit {MAX_BATCH_DIFFERENCE:g}); {figures}",
         )
-    # A NaN compares false and is refused.
+    # `not <=` also refuses NaN.
     if not c.change <= max_change:
         return GateVerdict(
             "refused",
-            f"answers are others, by {c.change:.4f} in the mean (at most {max_change:g} is "
-            f"accepted of the same net); {figures}",
+            f"predictions differ from fp32 by {c.change:.4f} on average (limit {max_change:g} "
+            f"for variants of the same network); {figures}",
         )
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
-            beyond = ", though the interval reaches beyond" if c.high > max_drop + EPSILON else ""
-            return GateVerdict("accepted", f"{figures}: within {max_drop:g}{beyond}")
-        return GateVerdict("undecided", f"{figures}: the interval reaches beyond {max_drop:g}")
+            beyond = ", but the interval exceeds it" if c.high > max_drop + EPSILON else ""
+            return GateVerdict("accepted", f"{figures}: within the limit {max_drop:g}{beyond}")
+        return GateVerdict("undecided", f"{figures}: the interval exceeds the limit {max_drop:g}")
     if not math.isnan(c.drop) and c.low <= max_drop + EPSILON:
         return GateVerdict(
-            "undecided", f"{figures}: more than {max_drop:g}, which the interval does not exclude"
+            "undecided", f"{figures}: above the limit {max_drop:g}, but the interval includes it"
         )
-    return GateVerdict("refused", f"{figures}: more than the accepted {max_drop:g}")
+    return GateVerdict("refused", f"{figures}: above the limit {max_drop:g}")
 
 
 def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
-    """Return how far answers for the same records differ between batches of 1, 7 and 64.
+    """Return how much predictions for the same records differ between batches of 1, 7 and 64.
 
-    The largest difference of a probability, or of a value in standard deviations of the target;
-    infinite where a label differs, or a number is none.
+    inputs: encoded arrays [N, ...] by input name; at most 64 records are used.
+    The result is the largest difference of a probability, or of a value in standard deviations of
+    the target. It is infinite if a label differs or a prediction is not finite.
     """
     most = min(max(BATCH_SIZES), num_rows(inputs))
     answers = []
@@ -191,7 +204,7 @@ def _change(task: Task, reference: Arrays, outputs: Arrays) -> float:
         return float(difference_NK.sum(axis=1).mean() / 2)
     numbers = [name for name, values in before.items() if values.dtype != object]
     changes = [np.abs(after[name] - before[name]).mean() / _scale(task) for name in numbers]
-    # Unlike max(), it keeps a NaN.
+    # np.max returns NaN if any change is NaN; the built-in max would not.
     return float(np.max(changes, initial=0.0))
 
 

@@ -1,4 +1,4 @@
-"""Make the variants of a net, measure them, and let the gate decide."""
+"""Build the variants of a trained network, benchmark them and judge their accuracy."""
 
 import sys
 from collections.abc import Mapping
@@ -36,9 +36,11 @@ PACKAGES = ("ray", "torch", "onnx", "onnxruntime", "numpy")
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """The variants of a net.
+    """The variants of a network.
 
-    skipped: those that could not be made, and why. outputs: of the default one, by held-out split.
+    skipped: reasons by variant that could not be built. default: name of the default variant.
+    eager: latencies of the network in PyTorch eager mode. host: the machine of the measurements.
+    outputs: outputs of the default variant, by held-out split.
     """
 
     variants: dict[str, Variant]
@@ -51,7 +53,7 @@ class CompressionResult:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What of it a manifest tells."""
+        """The fields of the bundle's manifest that compression fills in."""
         return {
             "metrics": self.variants["fp32"].metrics,
             "variants": self.variants,
@@ -74,22 +76,23 @@ def compress(
     earlier: Bundle | None = None,
     own: Mapping[str, Path] | None = None,
 ) -> CompressionResult:
-    """Write fp32 and each of `compress.variants` into the bundle, with golden outputs of each.
+    """Write fp32, each of `compress.variants` and golden outputs of each into the bundle.
 
-    net: the trained net. root: the storage path, for nets that are trained again.
-    earlier: a bundle of the same net; what is in it and made alike is not made again.
-    own: ONNX files made elsewhere, by the name of the variant.
+    net: the trained network. root: the storage path, where runs of fine-tuning are stored.
+    earlier: a bundle of the same network; its variants that were made with the same options are
+    copied.
+    own: user-supplied ONNX files, by the name of the variant.
 
-    The gate compares the validation split, so that the test split stays apart from every choice.
-    Raises CommandFailed when a file cannot be written.
+    The gate compares metrics of the validation split, so that no choice depends on the test split.
+    Raises CommandFailed if fp32 cannot be run or a file cannot be written.
     """
     try:
         return _compress(net, config, shards, writer, root, earlier, own or {})
-    except (OSError, SafetensorError) as error:  # safetensors has a kind of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own if the disk is full
         reason = getattr(error, "strerror", None) or error
         raise CommandFailed(
-            f"variants cannot be written: {reason}; no bundle was made, and what was trained is "
-            "kept."
+            f"variants cannot be written: {reason}; no bundle was created. The training "
+            "checkpoints are kept."
         ) from error
 
 
@@ -158,7 +161,7 @@ def _make(
             )
         except (OSError, SafetensorError):
             raise
-        except Exception as error:  # of quantizers, pruners, training: many kinds
+        except Exception as error:  # quantizers, pruners and training raise many classes
             if name == "fp32":
                 raise
             kind = (
@@ -168,16 +171,16 @@ def _make(
             )
             _skip(skipped, name, f"{kind}: {_line(error)}".removeprefix(": "))
     if reason := made["fp32"].recipe.get("not_exported"):
-        print(f"fp32 is run by torch, as the net cannot be exported: {reason}", file=sys.stderr)
+        print(f"fp32 runs on torch; the network cannot be exported: {reason}", file=sys.stderr)
     return made, skipped
 
 
 def _skip(skipped: dict[str, str], name: str, reason: str) -> None:
-    """Leave a variant out. Raises CommandFailed for the one that the others are compared with."""
+    """Record why a variant is skipped. Raises CommandFailed for fp32, which is always needed."""
     if name == "fp32":
-        raise CommandFailed(f"the net itself cannot be compressed: {reason}")
+        raise CommandFailed(f"fp32 cannot be run, so the model cannot be compressed: {reason}")
     skipped[name] = reason
-    print(f"{name} is left out: {reason}", file=sys.stderr)
+    print(f"variant {name} is skipped: {reason}", file=sys.stderr)
 
 
 def _line(error: Exception) -> str:
@@ -187,7 +190,7 @@ def _line(error: Exception) -> str:
 def _loaded(
     made: Mapping[str, BuiltVariant], judge: "VariantJudge", skipped: dict[str, str]
 ) -> dict[BenchmarkCase, Engine]:
-    """Load each variant into every engine of this machine that runs it, by one and all threads."""
+    """Load each variant into every available engine, with one thread and with all cores."""
     loaded: dict[BenchmarkCase, Engine] = {}
     for name, variant in made.items():
         reasons = []
@@ -198,14 +201,14 @@ def _loaded(
                     candidate = kind.load(variant.path, num_threads=threads)
                     judge.check(candidate.run(judge.golden_inputs))
                     loaded[BenchmarkCase(name, engine, threads)] = candidate
-            except Exception as error:  # engines raise many kinds
+            except Exception as error:  # engines raise many classes
                 reasons.append(f"{engine}: {_line(error)}")
                 loaded = {key: each for key, each in loaded.items() if key[:2] != (name, engine)}
         if not any(key.variant == name for key in loaded):
-            _skip(skipped, name, "; ".join(reasons) or "no engine here reads it")
+            _skip(skipped, name, "; ".join(reasons) or "no engine on this machine reads it")
         else:
             for reason in reasons:
-                print(f"{name} is not run by {reason}", file=sys.stderr)
+                print(f"variant {name} does not run on {reason}", file=sys.stderr)
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""The table of a model's variants: on the terminal, and in the bundle's report."""
+"""The table of variants, printed on the terminal and written to the bundle's report."""
 
 import sys
 from pathlib import Path
@@ -11,18 +11,18 @@ from rich.table import Table
 if TYPE_CHECKING:
     from train.compress.pipeline import CompressionResult
 
-# Wide enough for every column whole; a narrow terminal wraps the lines.
+# Wide enough to show every column in full; a narrow terminal wraps the lines.
 WIDTH = 160
 
 
 def write_variants_table(made: "CompressionResult", metric: str, path: Path) -> None:
-    """Print the variants on stderr, and write them as Markdown with the gate's reasons."""
+    """Print the variants on stderr; write them to `path` as Markdown with the reasons."""
     columns = (
         "variant",
         "engine",
         "verdict",
         metric,
-        "worse on valid [95 %]",
+        "drop on valid [95 % CI]",
         "bytes",
         "ms, batch 1",
     )
@@ -36,11 +36,13 @@ def write_variants_table(made: "CompressionResult", metric: str, path: Path) -> 
     with path.open("w") as file:
         Console(file=file, width=WIDTH).print(table)
     with path.open("a") as file:
-        file.write(f"\nChosen for {made.optimize_for}: {made.default}. One thread each.\n")
+        file.write(
+            f"\nDefault: {made.default}, best in {made.optimize_for}. Measured on one thread.\n"
+        )
         for name, variant in made.variants.items():
             file.write(f"\n- {name}: {variant.verdict}; {variant.reason}")
         for name, reason in made.skipped.items():
-            file.write(f"\n- {name}: left out; {reason}")
+            file.write(f"\n- {name}: skipped; {reason}")
         file.write("\n")
     for name, variant in made.variants.items():
         if not variant.accepted:

@@ -1,4 +1,4 @@
-"""Figures of a bundle on records that it was not made with."""
+"""Run a model on the records of a split and compute its metrics. Shapes: N records."""
 
 import numpy as np
 
@@ -14,7 +14,10 @@ BATCH_SIZE = 256
 
 
 def run_batches(engine: Engine, inputs: Arrays) -> Arrays:
-    """Return an engine's outputs for the encoded records of a split."""
+    """Return an engine's outputs [N, ...] by name, computed in batches of BATCH_SIZE.
+
+    inputs: encoded arrays [N, ...] by input name, N ≥ 1.
+    """
     count = len(next(iter(inputs.values())))
     parts = [
         engine.run({name: array[part] for name, array in inputs.items()})
@@ -24,9 +27,9 @@ def run_batches(engine: Engine, inputs: Arrays) -> Arrays:
 
 
 def validation_score(config: Config, bundle: Bundle, metric: str) -> float:
-    """Return a metric of another bundle, on the validation records that a config has.
+    """Return a metric of `bundle` on the validation records of `config`.
 
-    Raises UserError where the bundle cannot take the records, or cannot be run here.
+    Raises UserError if the bundle cannot encode these records or cannot be run on this machine.
     """
     data = dataset.prepare_dataset(config, config.storage.root, bundle.task)
     inputs, targets_N = data.open("valid")

@@ -1,4 +1,4 @@
-"""Compares variants with fp32 on the held-out splits."""
+"""Comparison of variants with fp32 on the held-out splits. Shapes: N records, K outputs."""
 
 import math
 import sys
@@ -19,37 +19,40 @@ from train.config import Config
 from train.data.dataset import EncodedDataset
 from train.tasks import Arrays
 
-# Another processor may round differently: relative to the largest golden output of a record.
+# Accepted deviation from golden outputs, since another processor may round differently: relative
+# to the largest output of a record, for variants in fp32 and for those in lower precision.
 TOLERANCE, TOLERANCE_REDUCED = 1e-3, 0.03
 
+# Golden records from the start of the test split; as many with extreme values are added.
 NUM_GOLDEN = 8
 
+# Variants that compute in fp32.
 FULL = ("fp32", "pruned", "distilled", "int8_weights")
 
-# With fewer validation records, training records are compared too, at most so many.
+# With fewer validation records than FEW_RECORDS, up to MAX_ADDED training records are added.
 FEW_RECORDS, MAX_ADDED = 200, 2_000
 
-# How variants are called that are not the trained net, but one that learned from it.
+# Prefixes of variants that are other networks, which learned from the trained one.
 OTHER_NETS = ("pruned", "distilled")
 
 
 class VariantJudge:
-    """Compares variants with fp32 on the held-out splits.
+    """Compares variants with fp32 on the validation split.
 
-    With few validation records also on training records that calibration did not use. Both forms of
-    the net have learned from them, so that they tell nothing of how good it is, but how far
-    quantization changes it. A variant that went on learning is compared on validation records only.
+    If there are few validation records, training records that calibration did not use are added.
+    The network was trained on them, so they do not measure its accuracy, but they show how much
+    quantization changes it. Fine-tuned variants are compared on validation records only.
     """
 
     def __init__(self, config: Config, shards: EncodedDataset) -> None:
         self._config, self._shards, self._task = config.compress, shards, shards.task
         self._splits = {name: shards.open(name) for name in ("valid", "test")}
-        # Outputs of fp32 by split.
+        # Outputs of fp32 by split, set when fp32 is evaluated.
         self._reference: dict[str, Arrays] = {}
         self.golden_inputs = golden_records(self._splits["test"][0])
 
     def add_training(self, ids_N: np.ndarray) -> None:
-        """Compare on these training records too where validation records are few."""
+        """Also compare on training records, int64 [N] indices, if validation records are few."""
         if len(self._splits["valid"][1]) < FEW_RECORDS and len(ids_N):
             inputs, targets_N = self._shards.open("train")
             ids = np.sort(ids_N[:MAX_ADDED])
@@ -57,17 +60,20 @@ class VariantJudge:
             self._splits["train"] = drawn, targets_N[ids]
 
     def check(self, outputs: Arrays) -> None:
-        """Raises VariantSkipped for what are no outputs of this task."""
+        """Raise VariantSkipped unless `outputs` contains finite "logits", float32 [N, K]."""
         logits_NK = outputs.get("logits")
         width = self._task.target.num_outputs
         if logits_NK is None or logits_NK.ndim != 2 or logits_NK.shape[1] != width:
             came = {name: list(array.shape) for name, array in outputs.items()}
             raise VariantSkipped(f"its outputs are {came}; expected logits [N, {width}]")
         if not np.isfinite(logits_NK).all():
-            raise VariantSkipped("it answers NaN or infinity for held-out records")
+            raise VariantSkipped("its outputs for held-out records contain NaN or infinity")
 
     def passes(self, path: Path, reference: Path, trained: bool) -> bool:
-        """Whether the drop of an ONNX file from another is within what is accepted."""
+        """Return whether the gate accepts the ONNX file `path` compared with `reference`.
+
+        trained: whether the variant was trained on records that fp32 was not trained on.
+        """
         splits = self._compared_on(trained)
         before, after = (
             {split: run_batches(engine, self._splits[split][0]) for split in splits}
@@ -76,12 +82,12 @@ class VariantJudge:
                 for each in (reference, path)
             )
         )
-        # Only a strict verdict depends on the interval.
+        # Acceptance depends on the interval only if compress.strict is set.
         comparison = self._compare(before, after, splits, interval=self._config.strict)
         return self._verdict(comparison, same_net=True).verdict == "accepted"
 
     def _compared_on(self, trained: bool) -> list[str]:
-        """trained: whether a variant has learned from training records that fp32 has not."""
+        """Return the splits to compare on. trained: whether the variant was fine-tuned."""
         return ["valid"] if trained or "train" not in self._splits else ["valid", "train"]
 
     def _compare(
@@ -115,9 +121,11 @@ class VariantJudge:
     def evaluate(
         self, name: str, made: BuiltVariant, engine: str, profile: list[Timing], folder: Path
     ) -> tuple[Variant, Arrays, dict[str, Arrays]]:
-        """Return what is to be known of a variant, and its outputs: golden, and by split.
+        """Return the manifest entry of a variant, its golden outputs and its outputs by split.
 
-        fp32 comes first: the others are compared with it. Raises VariantSkipped.
+        Outputs are {"logits": float32 [N, K]}. fp32 must be evaluated first, because the other
+        variants are compared with it. folder: the bundle. Raises VariantSkipped if the outputs do
+        not fit the task.
         """
         kind = engines.find_engine(engine)
         fast = kind.load(made.path, num_threads=benchmark.num_cores())
@@ -140,9 +148,9 @@ class VariantJudge:
         if "train" in splits:
             verdict = replace(verdict, reason=f"{verdict.reason}; {self._words(splits)}")
         if name == "fp32":
-            reason = "it is what the others are compared with"
+            reason = "the reference for the other variants"
             if not batch <= gate.MAX_BATCH_DIFFERENCE:
-                reason += f"; its answers depend on the batch they travel in, by {batch:.2g}"
+                reason += f"; predictions for the same record differ between batches by {batch:.2g}"
                 print(f"warning: fp32: {reason}", file=sys.stderr)
             verdict = GateVerdict("accepted", reason)
         tests = self._task.metrics(outputs["test"], self._splits["test"][1], "test")
@@ -167,16 +175,18 @@ class VariantJudge:
     def _words(self, splits: list[str]) -> str:
         counts = {split: len(self._splits[split][1]) for split in splits}
         return (
-            f"on {counts['valid']} validation records, which are few, and {counts['train']} "
-            "training records that calibration did not use"
+            f"compared on only {counts['valid']} validation records and {counts['train']} training "
+            "records that calibration did not use"
         )
 
 
 def golden_records(inputs: Arrays) -> Arrays:
-    """Return a few records, and as many whose numbers and pixels are the least or the largest.
+    """Return the inputs of golden outputs, [2 · NUM_GOLDEN, ...] each, or fewer of few records.
 
-    The latter show a processor that cuts large sums of 8-bit products, which the former may not
-    reach.
+    inputs: encoded arrays [N, ...] by input name. The first half are the first records. In the
+    second half, each number or pixel is the minimum or the maximum of its column; other inputs
+    repeat. Such records reveal processors on which sums of 8-bit products saturate; ordinary
+    records may not.
     """
     first = first_records(inputs, NUM_GOLDEN)
     generator = np.random.default_rng(0)
@@ -198,4 +208,5 @@ def golden_records(inputs: Arrays) -> Arrays:
 
 
 def first_records(inputs: Arrays, count: int) -> Arrays:
+    """Return a copy of the first `count` records of arrays [N, ...]."""
     return {name: np.array(array[:count]) for name, array in inputs.items()}

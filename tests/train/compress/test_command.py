@@ -46,7 +46,7 @@ def test_a_variant_with_wrong_weights_keeps_production(bundle, storage_path, tmp
     )
     assert done.returncode == 1, done.stderr
     assert "no variant was accepted" in done.stderr
-    assert "scaled: answers are others" in done.stderr
+    assert "scaled: predictions differ from fp32" in done.stderr
     assert "accuracy 0." in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -75,14 +75,20 @@ def test_the_default_is_chosen_again_without_new_variants(bundle, storage_path, 
     ("arguments", "words"),
     [
         (["models:/nothing@production"], "models:/nothing@production"),
-        (["MODEL", "--optim.lr", "0.1"], "--optim belongs to training"),
+        (["MODEL", "--optim.lr", "0.1"], "--optim applies to training only"),
         (["MODEL", "--compress.variants", "[int4]"], "compress.variants"),
         (
             ["add", "MODEL", "--variant", "x", "--onnx", "none.onnx"],
-            "'none.onnx', which is no file",
+            "'none.onnx', which is not a file",
         ),
-        (["add", "MODEL", "--variant", "fp32", "--onnx", "README.md"], "has a variant 'fp32'"),
-        (["add", "MODEL", "--variant", "../x", "--onnx", "README.md"], "'../x'; expected small"),
+        (
+            ["add", "MODEL", "--variant", "fp32", "--onnx", "README.md"],
+            "already has a variant 'fp32'",
+        ),
+        (
+            ["add", "MODEL", "--variant", "../x", "--onnx", "README.md"],
+            "'../x'; expected lowercase",
+        ),
         (["MODEL", "--compress.calibration_records", "5"], "there are 10 classes"),
         (["export", "MODEL", "--to", "/proc/nothing"], "cannot be written"),
         (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),

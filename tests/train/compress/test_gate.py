@@ -184,6 +184,6 @@ def test_few_validation_records_are_joined_by_training_records(judge):
     comparison = judge._compare(outputs, wrong, ["valid", "train"])
     assert comparison.drop == pytest.approx(150 / (num_valid + 150))
     assert judge._compare(outputs, wrong, ["valid"]).drop == 0
-    assert f"on {num_valid} validation records, which are few, and 150" in judge._words(
+    assert f"compared on only {num_valid} validation records and 150" in judge._words(
         ["valid", "train"]
     )

@@ -1,1 +1,1 @@
-"""The recipes of compression: one module for each way to make a variant."""
+"""Compression recipes: the ways to build a variant of a trained network."""

@@ -1,6 +1,6 @@
-"""Activation ranges: how far the values of each tensor reach that int8 is to represent.
+"""Activation ranges: the interval of each tensor's values that int8 represents.
 
-None depends on the order of the records. Shapes: B bins of a histogram.
+The ranges do not depend on the order of the records. Shapes: N records, B bins of a histogram.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from onnxruntime.quantization.registry import QDQRegistry
 from train.tasks import Arrays
 from train.values.records import num_rows
 
-# The calibrator holds all activations of a batch at once.
+# Records per batch; the calibrator keeps all activations of a batch in memory.
 CALIBRATION_BATCH = 32
 NUM_BINS = 2048
-# Steps of 8 bits.
+# Steps between the 256 values of 8 bits.
 NUM_STEPS = 255
-# Shares of the whole range that are tried.
+# Shares of the whole range among which `squared_error` chooses.
 SHRUNK = np.linspace(0.1, 1.0, 91)
-# A percentile leaves out about so many values at each end, but no larger or smaller share.
+# `percentile` drops about LEFT_OUT values at each end, within these bounds of the share.
 LEFT_OUT, MOST_LEFT_OUT, LEAST_LEFT_OUT = 32, 1e-3, 1e-5
 
 Range = tuple[float, float]
@@ -30,7 +30,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class _Histogram:
-    """How many values of a tensor are in each of equal bins from the least to the largest."""
+    """A histogram of a tensor's values, with equal bins from the minimum to the maximum."""
 
     low: float
     high: float
@@ -47,12 +47,15 @@ class _Histogram:
 
 
 def minmax(histogram: _Histogram) -> Range:
-    """From the least to the largest value."""
+    """Return the range from the minimum to the maximum."""
     return histogram.low, histogram.high
 
 
 def percentile(histogram: _Histogram) -> Range:
-    """Without the outermost values at each end: the share of 32 values, within bounds."""
+    """Return the range without about LEFT_OUT values at each end.
+
+    Their share is kept between LEAST_LEFT_OUT and MOST_LEFT_OUT.
+    """
     total = int(histogram.counts_B.sum())
     share = min(max(LEFT_OUT / max(total, 1), LEAST_LEFT_OUT), MOST_LEFT_OUT)
     below_B = np.cumsum(histogram.counts_B)
@@ -63,14 +66,14 @@ def percentile(histogram: _Histogram) -> Range:
 
 
 def squared_error(histogram: _Histogram) -> Range:
-    """The one of some shares of the whole range whose rounding and clipping err least.
+    """Return the share of the whole range with the least squared rounding and clipping error.
 
-    Values within are rounded to steps, whose error is that of a uniform distribution; those beyond
-    are clipped. After Banner et al., Post training 4-bit quantization of convolutional networks for
+    Rounding errors of values inside the range are uniformly distributed; values outside are
+    clipped. After Banner et al., Post training 4-bit quantization of convolutional networks for
     rapid-deployment, https://arxiv.org/abs/1810.05723.
     """
     counts_B, centres_B = histogram.counts_B, histogram.centres_B
-    # A range of int8 includes 0.
+    # int8 must represent 0 exactly, so the range includes it.
     whole = min(histogram.low, 0.0), max(histogram.high, 0.0)
 
     def error(share: float) -> float:
@@ -93,13 +96,14 @@ METHODS: dict[str, Callable[[_Histogram], Range]] = {
 def measure_histograms(prepared: Path, scratch: Path, records: Arrays) -> dict[str, _Histogram]:
     """Return a histogram of each activation of an ONNX file over encoded records.
 
-    The records are run twice: for the ends, and for what lies between them.
+    records: arrays [N, ...] by input name. The model runs on them twice: first to find the minimum
+    and maximum of each activation, then to count the values in the bins.
     """
     calibrator = create_calibrator(
         str(prepared),
         list(QDQRegistry),
         augmented_model_path=str(scratch / "augmented.onnx"),
-        calibrate_method=CalibrationMethod.Percentile,  # which makes outputs of all activations
+        calibrate_method=CalibrationMethod.Percentile,  # adds all activations as outputs
     )
     session = calibrator.infer_session
     names = [output.name for output in session.get_outputs()]
@@ -123,7 +127,7 @@ def measure_histograms(prepared: Path, scratch: Path, records: Arrays) -> dict[s
 
 
 def choose_ranges(histograms: dict[str, _Histogram], method: str) -> TensorsData:
-    """Return the ranges that a method of METHODS chooses, as the quantizer takes them."""
+    """Return the ranges chosen by a method of METHODS, in the form that the quantizer expects."""
     found = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
     return TensorsData(
         CalibrationMethod.MinMax,
@@ -135,11 +139,11 @@ def choose_ranges(histograms: dict[str, _Histogram], method: str) -> TensorsData
 
 
 def batches(inputs: Arrays) -> Iterator[Arrays]:
-    """Records in batches for which memory is enough."""
+    """Yield arrays [N, ...] in batches of at most CALIBRATION_BATCH records."""
     for start in range(0, num_rows(inputs), CALIBRATION_BATCH):
         yield {name: array[start : start + CALIBRATION_BATCH] for name, array in inputs.items()}
 
 
 def _apart(low: float, high: float) -> Range:
-    """The ends of a range that has a width."""
+    """Return the range, slightly widened if it is empty."""
     return (low, high) if high > low else (low, low + 1e-12 * max(abs(low), 1.0))

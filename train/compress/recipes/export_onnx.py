@@ -1,4 +1,4 @@
-"""Export: torch → ONNX, checked against torch."""
+"""Export of a network from torch to ONNX, checked against torch. Shapes: N records, K outputs."""
 
 import contextlib
 import inspect
@@ -20,15 +20,15 @@ PARITY = 1e-3
 
 
 class ExportError(RuntimeError):
-    """The net cannot be exported, or answers differently once it is."""
+    """The network cannot be exported, or the exported file computes different outputs."""
 
 
 def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path: Path) -> None:
-    """Write `net` to `path` with a free batch dimension and the output "logits" [N, K].
+    """Write `net` to `path` with a dynamic batch dimension and the output "logits", float32 [N, K].
 
-    sample: a batch of encoded inputs, at least two rows, on which both must agree.
-    Raises ExportError, naming the operator, if there is one that ONNX has no form for, and when the
-    answers differ by more than PARITY.
+    sample: encoded inputs [N, ...] by input name, N ≥ 2, used to trace and to check the export.
+    Raises ExportError if ONNX does not support an operator, which the message names, or if the
+    outputs of torch and ONNX Runtime differ by more than PARITY.
     """
     net = net.eval().cpu()
     tensors = tuple(torch.from_numpy(sample[spec.name]) for spec in specs)
@@ -42,7 +42,7 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
                 str(path),
                 input_names=[spec.name for spec in specs],
                 output_names=["logits"],
-                # A net takes all its inputs as one *inputs, or each by a name of its own.
+                # forward() has either one parameter *inputs or one parameter for each input.
                 dynamic_shapes=(shapes,) if _takes_any(net) else shapes,
                 dynamo=True,
                 external_data=False,
@@ -51,25 +51,25 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
         logits = OnnxRuntimeEngine.load(path, num_threads=1).run(inputs)["logits"]
     except OSError:
         raise
-    except Exception as error:  # the exporter and ONNX Runtime raise many kinds
+    except Exception as error:  # the exporter and ONNX Runtime raise many classes
         raise ExportError(_reason(error)) from error
     with torch.no_grad():
         expected = net(*tensors).numpy()
     difference = float(np.max(np.abs(logits - expected)))
     if not difference <= PARITY * max(1.0, float(np.max(np.abs(expected)))):
         raise ExportError(
-            f"the exported net differs from torch by {difference:.3g} on {len(logits)} records; "
-            "an operator of the net is exported wrongly."
+            f"the exported network differs from torch by {difference:.3g} on {len(logits)} "
+            "records; an operator is exported incorrectly."
         )
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; it names the operator."""
+    """Return the innermost cause in one line, or only the operator if it names one."""
     while error.__cause__ is not None:
         error = error.__cause__
     operator = re.search(r"op='([\w.]+)'", str(error))
     what = " ".join(str(error).split())[:200]
-    return f"operator {operator[1]} has no form in ONNX" if operator else what
+    return f"ONNX does not support operator {operator[1]}" if operator else what
 
 
 def _takes_any(net: nn.Module) -> bool:
@@ -79,7 +79,7 @@ def _takes_any(net: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
-    """The exporter prints its progress and logs what it skips."""
+    """Suppress the exporter's progress output, warnings and logs."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

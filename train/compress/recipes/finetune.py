@@ -1,4 +1,4 @@
-"""Training again for a variant: the same loop, on the same workers, from the net's own weights."""
+"""Fine-tuning for a variant, with the same training loop and workers as the original training."""
 
 import hashlib
 import json
@@ -20,9 +20,10 @@ Weights = dict[str, Tensor]
 
 
 class FineTuner:
-    """Trains nets that learn from a trained one. Every part that is done is found again.
+    """Trains networks by distillation from a trained one. Finished runs are found and reused.
 
-    root: the storage path; its folder `train` keeps the runs, by the digest of the net's weights.
+    weights: those of the trained network, the teacher.
+    root: the storage path. Runs are stored in its folder `train`, by the digest of the weights.
     """
 
     def __init__(self, config: Config, shards: EncodedDataset, weights: Weights, root: str) -> None:
@@ -31,7 +32,7 @@ class FineTuner:
         self._teacher = self._keep(weights)
 
     def distil(self, student: Net, epochs: int) -> Weights:
-        """Return the weights of a student that learned from the net's outputs."""
+        """Return the weights of a new student network, trained on the teacher's outputs."""
         config = self._config.model_copy(
             update={"net": student, "optim": _with(self._config.optim, epochs, 1.0)}
         )
@@ -47,14 +48,18 @@ class FineTuner:
         *,
         quantized: bool = False,
     ) -> Weights:
-        """Return weights after more epochs, taught by the net. quantized: as int8."""
+        """Return `weights` after more epochs of distillation from the teacher.
+
+        words: name of the run. rate: factor for the learning rates of `optim`. quantized: whether
+        to use quantization-aware training.
+        """
         config = self._config.model_copy(
             update={
                 "net": net,
                 "optim": _with(self._config.optim, epochs, rate),
                 "checkpoint": Checkpoint(metric=LAST),
                 "stop": Stop(),
-                # What it starts from has seen small images.
+                # The starting weights were already trained on the stages with smaller images.
                 "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
             }
         )
@@ -72,7 +77,7 @@ class FineTuner:
 
     def _train(self, words: str, config: Config, lesson: DistillationConfig) -> Weights:
         config = config.model_copy(update={"resume": None})
-        # What it depends on names it, so that the same is not trained twice.
+        # The run's name is a digest of everything that it depends on, so that it is reused.
         options = config.model_dump(mode="json", include={"net", "optim", "augment"})
         weights = [url and url.rsplit("/", 1)[-1] for url in (lesson.start, lesson.teacher)]
         of = [options, {**asdict(lesson), "start": weights[0], "teacher": weights[1]}]
@@ -87,7 +92,7 @@ class FineTuner:
         return load_best_weights(run.store(config.checkpoint.keep))[0]
 
     def _keep(self, weights: Weights) -> str:
-        """Write weights where workers find them; return the folder's URL."""
+        """Write weights to the storage, where workers can read them; return the folder's URL."""
         data = _bytes(weights)
         url = storage.join_path(self._url, f"weights-{_digest(data)}")
         with commit.atomic_folder(url) as folder:

@@ -1,4 +1,4 @@
-"""Pruning: whole channels removed, so that the graph is really smaller."""
+"""Structured pruning: whole channels are removed, which makes the network smaller and faster."""
 
 import contextlib
 import io
@@ -10,23 +10,25 @@ from torch import Tensor, nn
 
 from train.nets.losses import Loss
 
-# int8 kernels work on blocks of so many channels.
+# Channel counts are multiples of this, because int8 kernels work on blocks of 16 channels.
 ROUND_TO = 16
 
 
 class Unprunable(Exception):
-    """A net whose channels cannot be removed. The message says why."""
+    """The network's channels cannot be removed; the message gives the reason."""
 
 
 def remove_channels(
     net: nn.Module, inputs: tuple[Tensor, ...], targets_N: Tensor, loss: Loss, share: float
 ) -> None:
-    """Remove `share` of the channels of each layer, in place, those first that matter least.
+    """Remove the `share` least important channels of each layer, in place.
 
-    What matters is estimated from the gradient of the loss on N records, over all layers that must
-    lose a channel together: Molchanov et al., https://arxiv.org/abs/1906.10771, and Fang et al.,
-    https://arxiv.org/abs/2301.12900. The last layer keeps its outputs; layers that do not learn
-    stay as they are. Raises Unprunable.
+    inputs: encoded inputs [N, ...]; targets_N: encoded targets, [N] or, for multilabel tasks,
+    [N, K labels]. A channel's importance is estimated from the gradient of the loss on these
+    records, over all layers that must lose the channel together: Molchanov et al.,
+    https://arxiv.org/abs/1906.10771, and Fang et al., https://arxiv.org/abs/2301.12900.
+    The last layer keeps its outputs; embeddings and frozen layers are not pruned.
+    Raises Unprunable if no channel can be removed.
     """
     head = getattr(net, "head", None)
     frozen = [
@@ -54,21 +56,22 @@ def remove_channels(
             pruner.step()
             net.zero_grad(set_to_none=True)
             after = net(*inputs).shape
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # torch_pruning raises many classes
         reason = " ".join(str(error).split())[:200]
         raise Unprunable(f"channels cannot be removed from {type(net).__name__}: {reason}") from (
             error
         )
     if after != width:
         raise Unprunable(
-            f"{type(net).__name__} would lose outputs; call its last layer head, as only that one "
-            "keeps them"
+            f"{type(net).__name__} would lose outputs; name its last layer `head`, because only "
+            "that layer is exempt from pruning"
         )
     for name, param in net.named_parameters():
         param.requires_grad_(learning[name])
     if _size(net) == before:
         raise Unprunable(
-            f"{type(net).__name__} has no layer of which {share:.0%} are {ROUND_TO} channels"
+            f"no layer of {type(net).__name__} can lose {share:.0%} of its channels in steps of "
+            f"{ROUND_TO}"
         )
 
 

@@ -1,4 +1,7 @@
-"""Static int8: weights per channel, activations by ranges measured on training records."""
+"""Static int8 quantization: weights per channel, activations by ranges of training records.
+
+Shapes: N records.
+"""
 
 import contextlib
 import io
@@ -22,19 +25,21 @@ from train.compress.recipes import activation_ranges
 from train.compress.recipes.activation_ranges import batches
 from train.tasks import Arrays
 
-# Layers whose arithmetic is worth quantizing; what lies between them follows.
+# Operators whose layers may be kept in float; other operators are quantized with them.
 LAYERS = ("Conv", "Gemm", "MatMul")
-# A layer with at most this share of all weights may stay in float though int8 would be accepted.
+# A layer with at most this share of all weights may stay in float even if int8 is accepted.
 SMALL = 0.05
 
 
 @dataclass(frozen=True)
 class StaticQuantizer:
-    """Makes static int8 forms of one ONNX file.
+    """Writes static int8 versions of one ONNX file.
 
-    method: how activation ranges were chosen, of `activation_ranges.METHODS`.
-    error: how far the outputs are from the float net's, on records apart from the calibration;
-    the power of the difference over that of the outputs.
+    prepared: the preprocessed float file. trial: records for the comparison with float, separate
+    from calibration if there are enough. reference: the float logits of these records.
+    method, ranges: how activation ranges were chosen, one of `activation_ranges.METHODS`.
+    error: sum of squared differences between int8 and float outputs on `trial`, divided by the sum
+    of squared deviations of the float outputs from their mean.
     """
 
     prepared: Path
@@ -53,9 +58,11 @@ class StaticQuantizer:
         trial: Arrays,
         methods: Sequence[str],
     ) -> Self:
-        """Measure activation ranges by each method and keep those that change outputs least.
+        """Choose activation ranges with each method and keep those with the smallest error.
 
-        calibration: encoded training records; trial: others, to compare the methods on.
+        source: the float ONNX file. scratch: a folder for temporary files.
+        calibration, trial: encoded arrays [N, ...] by input name, of training records to measure
+        ranges on and of others to compare the methods on.
         """
         prepared = scratch / "prepared.onnx"
         with _quiet():
@@ -70,11 +77,11 @@ class StaticQuantizer:
         return min(candidates, key=lambda candidate: np.nan_to_num(candidate.error, nan=np.inf))
 
     def write(self, target: Path, kept_float: Sequence[str] = ()) -> None:
-        """Write the int8 form, in which the named layers stay in float, as QDQ.
+        """Write the int8 version to `target` in QDQ format, with the named layers in float.
 
-        Activations are QUInt8, as x86 multiplies unsigned by signed bytes fastest: with QInt8 the
-        same net runs slower than fp32. Weights have 7 bits: x86 processors without VNNI add such
-        products in pairs of 16 bits, which cuts sums above 32,767, and 2·255·64 is below.
+        Activations are QUInt8, because x86 multiplies unsigned by signed bytes fastest; with QInt8
+        the same network is slower than in fp32. Weights have 7 bits, because x86 processors without
+        VNNI add pairs of products in 16 bits, where sums above 32,767 saturate. 2·255·64 does not.
         """
         with _quiet():
             model = onnx.load(str(self.prepared))
@@ -95,7 +102,7 @@ class StaticQuantizer:
         onnx.checker.check_model(str(target))
 
     def error_without(self, kept_float: Sequence[str]) -> float:
-        """The error of the form in which the named layers stay in float."""
+        """Return the error of the int8 version with the named layers in float."""
         target = self.prepared.with_name("trial.onnx")
         self.write(target, kept_float)
         difference = _logits(target, self.trial) - self.reference
@@ -103,13 +110,14 @@ class StaticQuantizer:
         return float(np.sum(difference**2) / max(float(np.sum(spread**2)), 1e-12))
 
     def most_sensitive(self) -> list[str]:
-        """The layers, those first without whose quantization the error falls most."""
+        """Return the layers, first the one whose exclusion from int8 reduces the error most."""
         return sorted(self._sizes, key=lambda layer: self.error_without((layer,)))
 
     def ruling(self, layers: Sequence[str]) -> list[str]:
-        """The first of `layers` that make more than half of the error each, if they are small.
+        """Return the first of `layers` that each cause more than half of the remaining error.
 
-        Often it is the first convolution, which costs next to nothing in float.
+        Layers with more than SMALL of all weights are not included. Often the result is only the
+        first convolution, which costs little time in float.
         """
         kept: list[str] = []
         error = self.error
@@ -123,7 +131,7 @@ class StaticQuantizer:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """Values in the weights of each layer."""
+        """The number of weights of each layer."""
         graph = onnx.load(str(self.prepared)).graph
         sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
         return {
@@ -140,7 +148,7 @@ def _logits(path: Path, inputs: Arrays) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantizer prints what it does, and warns on the root logger."""
+    """Suppress the quantizer's output and its warnings on the root logger."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,16 +1,16 @@
-"""Int8 weights, without calibration: `int8_weights` and `int8_dynamic`.
+"""Int8 weights without calibration: the variants `int8_weights` and `int8_dynamic`.
 
-Weights become int8 with a scale for each output channel, or for each row of an embedding. With
-`int8_weights` they are widened again, once when the file is loaded: a quarter of the bytes at the
-speed of fp32. With `int8_dynamic`, products with a matrix are computed in int8, activations with a
-scale for each row of them, found when they come. ONNX Runtime's own dynamic quantization takes one
-scale for a whole batch, so that an answer would depend on the batch it travelled in.
+Weights become int8 with one scale for each output channel, or for each row of an embedding.
+`int8_weights` converts them back to float once, when the file is loaded: the file has a quarter of
+the size, and the speed is that of fp32. `int8_dynamic` computes matrix products in int8, with a
+scale for each row of the activations that is computed at inference. ONNX Runtime's own dynamic
+quantization uses one scale for a whole batch, so predictions would depend on the batch.
 
-Both sides of such a product are written as unsigned bytes with 128 as zero. x86 processors without
-VNNI multiply unsigned by signed bytes and add the products in pairs of 16 bits, which cuts sums
-above 32,767: with full-range bytes nearly every result is wrong. For two unsigned sides ONNX
-Runtime widens to 16 bits first there, and on processors with VNNI it runs the same kernel as for
-signed weights. So the answers are the same integers on every processor, at 8 bits.
+Both operands of such a product are unsigned bytes with zero point 128. x86 processors without VNNI
+multiply unsigned by signed bytes and add pairs of products in 16 bits, where sums above 32,767
+saturate; with full-range bytes nearly every result would be wrong. For two unsigned operands, ONNX
+Runtime first widens to 16 bits on these processors, and on processors with VNNI it runs the same
+kernel as for signed weights. The results are therefore the same integers on every processor.
 """
 
 from collections import defaultdict
@@ -20,20 +20,20 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-# Smaller weights save nothing, and those of a first layer are the most sensitive.
+# Smaller weights stay in float: they save little, and small first layers are the most sensitive.
 LEAST_VALUES = 1024
 PRODUCTS = ("MatMul", "Gemm")
-# What stands for zero in an unsigned byte.
+# Zero point of unsigned bytes.
 ZERO = 128
 
 
 def int8_weights(source: Path, target: Path) -> None:
-    """Write the form of the ONNX file `source` whose weights are kept in int8."""
+    """Write a version of the ONNX file `source` that stores its weights in int8."""
     _rewrite(source, target, dynamic=False)
 
 
 def int8_dynamic(source: Path, target: Path) -> None:
-    """Write the form whose weights are kept, and whose matrices are multiplied, in int8."""
+    """Write a version of the ONNX file `source` that also multiplies matrices in int8."""
     _rewrite(source, target, dynamic=True)
 
 
@@ -57,7 +57,7 @@ def _rewrite(source: Path, target: Path, *, dynamic: bool) -> None:
         if (
             name not in weights
             or weights[name].size < LEAST_VALUES
-            # A weight that is used in two ways stays as it is.
+            # A weight with several uses stays in float.
             or len(users[name]) > 1
         ):
             written.nodes.append(node)
@@ -76,7 +76,7 @@ def _rewrite(source: Path, target: Path, *, dynamic: bool) -> None:
 
 
 def _weight_place(node: NodeProto) -> int | None:
-    """Which input of a node is its weight."""
+    """Return the index of the input that is the node's weight, or None."""
     attributes = _attributes(node)
     if node.op_type == "Gather" and attributes.get("axis", 0) == 0:
         return 0
@@ -91,7 +91,7 @@ def _attributes(node: NodeProto) -> dict[str, object]:
 
 
 def _quantized(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8 values and the scales along `axis`, which keep the weight's rank."""
+    """Return int8 values and the scales along `axis`, with the same number of dimensions."""
     others = tuple(each for each in range(weight.ndim) if each != axis)
     largest = np.abs(weight).max(axis=others, keepdims=True)
     scale = np.maximum(largest / 127, np.finfo(np.float32).tiny).astype(np.float32)
@@ -99,7 +99,7 @@ def _quantized(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Rewriter:
-    """Collects the nodes and the tensors of the new graph."""
+    """Collects the nodes and tensors of the new graph. Shapes: V rows, D inputs, K outputs."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -108,7 +108,7 @@ class _Rewriter:
         self._added = 0
 
     def widened(self, node: NodeProto, weight: np.ndarray) -> None:
-        """The node as it was; its weight is widened before. Constants, so done when loaded."""
+        """Keep the node and convert its int8 weight to float, which is done once at load time."""
         axis = 0 if node.op_type == "Conv" or _attributes(node).get("transB", 0) else -1
         values, scale = self._weight(node.input[1], weight, axis % weight.ndim)
         wide = self._node("Cast", values, to=TensorProto.FLOAT)
@@ -116,7 +116,7 @@ class _Rewriter:
         self.nodes.append(node)
 
     def gather(self, node: NodeProto, table_VD: np.ndarray) -> None:
-        """Only the rows that were looked up are widened."""
+        """Look up rows of an int8 table [V, D] and convert only these to float."""
         values, scale = self._weight(node.input[0], table_VD, 0)
         rows = self._node("Gather", values, node.input[1], axis=0)
         wide = self._node("Cast", rows, to=TensorProto.FLOAT)
@@ -124,7 +124,7 @@ class _Rewriter:
         self._node("Mul", wide, scales, output=node.output[0])
 
     def product(self, node: NodeProto, weight: np.ndarray) -> None:
-        """x·W in int8: x [..., D] with a scale for each row, W [D, K] with one for each column."""
+        """Add x·W in int8: x [..., D] has a scale for each row, W [D, K] one for each column."""
         weight_DK = weight.T if _attributes(node).get("transB", 0) else weight
         x, name = node.input[0], node.input[1]
         values, scale = self._weight(name, np.ascontiguousarray(weight_DK), 1, zero=ZERO)
@@ -148,7 +148,7 @@ class _Rewriter:
             self._node("Identity", scaled, output=node.output[0])
 
     def _weight(self, name: str, weight: np.ndarray, axis: int, zero: int = 0) -> tuple[str, str]:
-        """Keep a weight in int8, or, where zero is another byte than 0, in uint8 around it."""
+        """Add a weight in int8, or in uint8 if a zero point is given, and its scales."""
         values, scale = _quantized(weight, axis)
         if zero:
             values = (values.astype(np.int16) + zero).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The parts that recipes share: base nets, calibration records, files of earlier bundles."""
+"""Parts that recipes share: base networks, calibration records of shape [N, ...], earlier files."""
 
 import copy
 import hashlib
@@ -26,32 +26,34 @@ from train.data.dataset import EncodedDataset, batch_slices
 from train.nets.losses import target_loss
 from train.tasks import Arrays, ClassTarget
 
+# Records to compare ways of quantizing on.
 TRIAL_RECORDS = 512
 
-# Records with extreme outputs, to calibrate on beside those drawn; among how many they are sought.
+# Records with extreme outputs to find, and the number of records that are searched for them.
 EXTREME_RECORDS, MOST_SEARCHED = 64, 50_000
 
-# They are sought in batches of so many bytes: a net makes hundreds of times as many of them.
+# Input bytes per batch of the search; activations need hundreds of times as much memory.
 SEARCH_BYTES = 2**20
 
+# Records to trace an export with, and to estimate the importance of channels on.
 SAMPLE_RECORDS = 32
 
 IMPORTANCE_RECORDS = 256
 
-# Rates of quantization-aware training, as a share of those in optim.
+# Learning rates of quantization-aware training, as a share of those in optim.
 AWARE_RATE = 0.1
 
-# Options that change how variants are judged, not how they are made.
+# Options that do not change how a variant is made; they are not part of a recipe's key.
 JUDGING = {"variants", "optimize_for", "measure_seconds"}
 
 
 class VariantSkipped(Exception):
-    """A variant that cannot be made here. The message says why."""
+    """The variant cannot be built; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class BuiltVariant:
-    """A variant's file, and how it came to be."""
+    """A variant's file and the description of its recipe."""
 
     path: Path
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class BuiltVariant:
 
 @dataclass(frozen=True)
 class BaseNet:
-    """A net that variants are made of: the trained one, a pruned one, a student."""
+    """A network that variants are built from: the trained, the pruned or the distilled one."""
 
     name: str
     net: nn.Module
@@ -67,11 +69,10 @@ class BaseNet:
 
 
 class VariantBuilder:
-    """What the recipes share.
+    """Builds variants and caches the parts that recipes share.
 
-    net: the trained net. passes: whether the gate accepts a file beside another; trained: whether
-    it went on learning from the training records.
-    earlier: a bundle of the same weights, whose variants are taken where the recipe is the same.
+    net: the trained network. passes: `VariantJudge.passes`.
+    earlier: a bundle of the same weights; its variants with the same options are copied.
     """
 
     def __init__(
@@ -96,12 +97,12 @@ class VariantBuilder:
 
     @cached_property
     def calibration(self) -> Arrays:
-        """Records to measure ranges on: drawn, all classes among them, and of extreme outputs."""
+        """Arrays [N, ...] of calibration records: of all classes, and with extreme outputs."""
         return _rows(self._inputs, self._calibration_ids)
 
     @property
     def uncalibrated_ids(self) -> np.ndarray:
-        """Training records that no range is measured on, in their order of drawing."""
+        """Indices [N] of training records that calibration does not use, in drawing order."""
         return self._ids[~np.isin(self._ids, self._calibration_ids)]
 
     @cached_property
@@ -110,14 +111,14 @@ class VariantBuilder:
 
     @property
     def _num_drawn(self) -> int:
-        """At most half of the training records, but one of each class."""
+        """Number of drawn calibration records: at most half of all, at least one for each class."""
         target = self.task.target
         least = len(target.classes) if isinstance(target, ClassTarget) else 2
         return min(self.config.compress.calibration_records, max(len(self._ids) // 2, least))
 
     @cached_property
     def trial(self) -> Arrays:
-        """Others, to compare ways of quantizing on; of data too few for both, some of the same."""
+        """Arrays [N, ...] to compare quantizations on; may overlap calibration if data are few."""
         count = self._num_drawn
         others = self._ids[count:] if len(self._ids) >= count + 2 else self._ids
         return _rows(self._inputs, np.union1d(others[:TRIAL_RECORDS], self._extremes[1::2]))
@@ -128,27 +129,27 @@ class VariantBuilder:
 
     @property
     def kept(self) -> list[str]:
-        """Variants made elsewhere that the earlier bundle has."""
+        """Names of user-supplied variants in the earlier bundle."""
         entries = self._earlier.manifest.variants if self._earlier is not None else {}
         return [name for name, entry in entries.items() if entry.recipe.get("key") == OWN]
 
     def taken(self, variant: str, source: Path) -> BuiltVariant:
-        """A variant made elsewhere, from its ONNX file."""
+        """Copy a user-supplied ONNX file into the bundle."""
         path = self.folder(variant) / "model.onnx"
         shutil.copyfile(source, path)
         return BuiltVariant(path, {"key": OWN})
 
     def make(self, variant: str, recipe: "Recipe | None") -> BuiltVariant:
-        """Return a variant, made by a recipe or taken from the earlier bundle.
+        """Build a variant, or copy it from the earlier bundle if its options are the same.
 
-        recipe: None for a variant that the earlier bundle has. Raises VariantSkipped.
+        recipe: None for user-supplied variants. Raises VariantSkipped if it cannot be built.
         """
         options = self.config.compress.model_dump(mode="json", exclude=JUDGING)
         key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
         if self._earlier is not None:
             entry = self._earlier.manifest.variants.get(variant)
             if entry is not None and entry.recipe.get("key") in (key, OWN):
-                # Only what the manifest lists, and has been checked.
+                # Copy only files that are listed in the manifest; their digests have been checked.
                 parent, _, name = entry.file.rpartition("/")
                 for file in self._earlier.manifest.files:
                     if file.startswith(f"{parent}/"):
@@ -161,10 +162,11 @@ class VariantBuilder:
         return BuiltVariant(made.path, {"key": key, **made.recipe})
 
     def folder(self, variant: str) -> Path:
+        """Return the folder of a variant in the bundle."""
         return self._writer.file(f"variants/{variant}/-").parent
 
     def onnx(self, base: BaseNet) -> Path:
-        """The base as ONNX in fp32. Raises ExportError, the same one each time."""
+        """Export a base network to ONNX in fp32, once. Raises ExportError, also on later calls."""
         if base.name not in self._exported:
             rows = _rows(self._inputs, np.sort(self._ids[:SAMPLE_RECORDS]))
             sample = {
@@ -184,13 +186,16 @@ class VariantBuilder:
         return found
 
     def base(self, name: str) -> BaseNet:
-        """The net called fp32, pruned or distilled, trained if need be. Raises VariantSkipped."""
+        """Return the base "fp32", "pruned" or "distilled"; train it first if needed.
+
+        Raises VariantSkipped if it cannot be built.
+        """
         if name not in self._bases:
             self._bases[name] = {"pruned": self._prune, "distilled": self._distil}[name]()
         return self._bases[name]
 
     def aware(self, base: BaseNet) -> BaseNet:
-        """The base after quantization-aware training."""
+        """Return the base after quantization-aware training."""
         epochs = self.config.compress.qat_epochs
         trained = self.retrainer.go_on(
             f"{base.name}-aware",
@@ -250,14 +255,14 @@ class VariantBuilder:
         return BaseNet("distilled", built, student)
 
 
-# As a recipe's key: a variant that was not made here.
+# Recipe key of user-supplied variants.
 OWN = "own"
 
 Recipe = Callable[["VariantBuilder", str], BuiltVariant]
 
 
 def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
-    """Ids of training records in an order in which all classes come soon, else at random."""
+    """Return shuffled indices of training records that begin with one record of each class."""
     ids = batch_sampler.random_stream(config.seed, 0, "calib").permutation(len(targets_N))
     if not isinstance(target, ClassTarget):
         return ids
@@ -267,10 +272,10 @@ def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
 
 @torch.inference_mode()
 def _extremes(net: nn.Module, inputs: Arrays, ids: np.ndarray) -> np.ndarray:
-    """Ids of the records whose outputs are farthest from the mean, the farthest first.
+    """Return indices of the records whose outputs are farthest from the mean, farthest first.
 
-    Numbers have no bounds, and a range that was measured without the largest would cut them off.
-    None where all inputs are bounded.
+    Numbers are unbounded, so ranges measured without the largest ones would clip them. Returns no
+    indices if all inputs are bounded.
     """
     if all(array.dtype != np.float32 for array in inputs.values()):
         return ids[:0]

@@ -1,4 +1,4 @@
-"""Recipes: how each variant is made of a trained net."""
+"""Recipes: how each variant is built from a trained network."""
 
 import copy
 import shutil
@@ -27,7 +27,7 @@ from train.tasks import ClassTarget, Task
 
 
 def _fp32(builder: VariantBuilder, variant: str, *, base: str = "fp32") -> BuiltVariant:
-    """The net as it is, in ONNX; by torch where it cannot be exported."""
+    """Export the base network unchanged to ONNX; use torch if it cannot be exported."""
     found = builder.base(base)
     try:
         source = builder.onnx(found)
@@ -44,7 +44,7 @@ def _torch(
     builder: VariantBuilder, variant: str, *, precision: torch_engine.Precision, gpu: bool
 ) -> BuiltVariant:
     if gpu and not torch.cuda.is_available():
-        raise VariantSkipped(f"{variant} is for GPUs, and this machine has none")
+        raise VariantSkipped(f"{variant} needs a GPU, and this machine has none")
     base = builder.base("fp32")
     net = nets.folded_net(copy.deepcopy(base.net))
     return BuiltVariant(
@@ -61,9 +61,11 @@ def _of_onnx(
 
 
 def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -> BuiltVariant:
-    """Static int8; where that costs too much, with sensitive layers in float, then trained for it.
+    """Quantize to static int8, with as few layers in float as the gate accepts.
 
-    What pruning or distillation cost already is not asked of quantization.
+    If too many layers would have to stay in float, quantization-aware training is tried. The
+    result is compared with the float version of the base, not with fp32, so that a drop caused by
+    pruning or distillation does not count.
     """
     found = builder.base(base)
     reference = builder.onnx(found)
@@ -86,9 +88,10 @@ def _kept_where_needed(
     *,
     trained: bool = False,
 ) -> dict[str, Any] | None:
-    """Write the form with the fewest layers in float that the gate accepts, and describe it.
+    """Write the accepted int8 version with the fewest layers in float, and describe it.
 
-    None where half of the layers are not enough; all that rule the error are left in float then.
+    Returns None if no version with up to half of the layers in float is accepted. The written
+    version then has only the layers of `StaticQuantizer.ruling` in float.
     """
     layers = quantizer.most_sensitive()
     least = len(quantizer.ruling(layers))
@@ -129,11 +132,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def check_calibration(config: Config, task: Task) -> None:
-    """Raises UserError for a calibration that cannot see all classes."""
+    """Raise UserError if compress.calibration_records is too small to include every class."""
     least = len(task.target.classes) if isinstance(task.target, ClassTarget) else 2
     count = config.compress.calibration_records
     if count < least:
         raise UserError(
-            f"compress.calibration_records is {count}, and there are {least} classes: ranges would "
-            f"be those of some classes only; give at least {least}."
+            f"compress.calibration_records is {count}, but there are {least} classes; give at "
+            f"least {least}, so that calibration includes every class."
         )
