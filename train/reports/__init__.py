@@ -1,4 +1,4 @@
-"""The model card: what a bundle is, in one page that needs nothing else."""
+"""The model card: a self-contained HTML page that describes a bundle."""
 
 from train.reports.model_card import render_card, write_card
 

@@ -1,4 +1,7 @@
-"""The page itself, from what the bundle holds and the test split. Its text is in templates/."""
+"""Rendering of the model card from a bundle's files and the test split, with templates/.
+
+Shapes: N test records, K classes, labels or outputs.
+"""
 
 import base64
 import json
@@ -20,27 +23,28 @@ from train.tasks import Arrays, LabelsTarget, NamedTarget, Task
 
 CARD = "report/card.html"
 TEMPLATES = Path(__file__).with_name("templates")
-# Classes in the table; if there are more, those with the lowest F1.
+# Rows in the table of classes; if there are more classes, those with the lowest F1.
 MAX_CLASSES = 50
 PICTURES = {
-    "curves": "Loss, the metric and the learning rate by epoch",
-    "confusion": "Share of each true class that was predicted as each class",
+    "curves": "Loss, metric and learning rate by epoch",
+    "confusion": "Confusion matrix: share of each true class predicted as each class",
     "calibration": "Accuracy against confidence",
-    "values": "Predicted against true values, and the errors",
-    "mistakes": "The test images that were wrong with the most confidence",
+    "values": "Predicted against true values, and the distribution of errors",
+    "mistakes": "Misclassified test images with the highest confidence",
     "variants": "Each variant's metric against its latency and throughput",
-    "data": "The target in the training records, and what is missing of each column",
+    "data": "Distribution of the target in the training records, and share of missing values",
 }
-# What XML cannot hold, even escaped.
+# Characters that XML does not allow, even escaped.
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_card(
     writer: BundleWriter, manifest: Manifest, inputs: Arrays, targets: np.ndarray, outputs: Arrays
 ) -> Manifest:
-    """Write the card beside the files of a bundle that is else whole; return the manifest with it.
+    """Write the card of a bundle that is otherwise complete; return the manifest that lists it.
 
-    inputs, targets, outputs: of the test split, outputs by the default variant.
+    inputs, targets, outputs: the test split and the default variant's outputs, as in `render_card`:
+    [N, ...], [N] or [N, K], and {"logits": [N, K]}.
     """
     folder = writer.path / "report"
     pictures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
@@ -70,10 +74,12 @@ def render_card(
     pictures: Mapping[str, bytes],
     notes: str,
 ) -> str:
-    """Return the card as a page of HTML.
+    """Return the card as an HTML page.
 
-    inputs, targets, outputs: of the test split, outputs by the default variant. baseline: as
-    baseline.json has it. pictures: PNG files by name. notes: the data report.
+    inputs: encoded arrays [N, ...] of the test split by name. targets: its encoded targets, [N] or,
+    for multilabel tasks, uint8 [N, K]. outputs: the default variant's {"logits": float32 [N, K]}.
+    baseline: the content of baseline.json. history: metrics by epoch. pictures: PNG files by name.
+    notes: the data report.
     """
     task = Task.from_dict(manifest.task)
     classes = class_metrics(task.target, outputs, targets)
@@ -133,7 +139,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _printable(value: Any) -> Any:
-    """What a template shows, without characters that no page may hold."""
+    """Return a value of a template with characters that XML does not allow replaced."""
     return value if isinstance(value, Markup) else UNPRINTABLE.sub("\ufffd", str(value))
 
 
@@ -144,24 +150,24 @@ def _png_url(content: bytes) -> str:
 def _purpose(task: Task) -> str:
     target = task.target
     if isinstance(target, LabelsTarget):
-        return f"Says which of {len(target.classes)} labels a record has ({target.column})"
+        return f"Predicts which of {len(target.classes)} labels apply to a record ({target.column})"
     if isinstance(target, NamedTarget):
-        return f"Tells which of {len(target.classes)} classes a record is of ({target.column})"
+        return f"Predicts one of {len(target.classes)} classes for a record ({target.column})"
     return f"Predicts {target.column}"
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
     return [
-        ("made", manifest.created.replace("T", " ").replace("+00:00", " UTC")),
+        ("created", manifest.created.replace("T", " ").replace("+00:00", " UTC")),
         ("default variant", manifest.default_variant),
-        ("weights", f"{manifest.variants[manifest.default_variant].size_bytes:,} bytes"),
+        ("size of variant", f"{manifest.variants[manifest.default_variant].size_bytes:,} bytes"),
         ("seed", manifest.seed),
         *((name, value) for name, value in manifest.lineage.items() if isinstance(value, str)),
     ]
 
 
 def _metrics(manifest: Manifest, task: Task) -> dict[str, Any]:
-    """The table of metrics: its heads, and a row of values for each metric."""
+    """Return the column heads of the table of metrics and a row of values for each metric."""
     default = manifest.default_variant
     columns = {
         "fp32": manifest.metrics,

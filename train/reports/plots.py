@@ -1,4 +1,4 @@
-"""Pictures of a training run and of its variants."""
+"""Plots of a training run and of its variants. Shapes: N test records, K classes."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,9 @@ MAX_MISTAKES = 24
 def plot_curves(
     history: Sequence[Mapping[str, float]], metric: Metric, rates: Sequence[float], path: Path
 ) -> None:
-    """Loss of training and validation, the metric, and the learning rate, by epoch.
+    """Plot training and validation loss, the metric and the learning rate by epoch.
 
-    rates: one for each step, evenly over the epochs.
+    rates: the learning rate of each step; steps are spread evenly over the epochs.
     """
     epochs = [row["epoch"] for row in history]
     figure, (left, right, last) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
@@ -56,9 +56,11 @@ def plot_predictions(
     outputs: Arrays,
     file: Callable[[str], Path],
 ) -> None:
-    """The pictures that suit the task's target, of its test split.
+    """Plot predictions for the test split, as suits the type of the target.
 
-    file: from a name in the bundle to the path to write.
+    inputs: encoded arrays [N, ...] by name. targets: encoded targets, int64 [N] classes or float32
+    [N] scaled values; other targets have no plots. outputs: {"logits": float32 [N, K]}.
+    file: returns the path to write for a name in the bundle.
     """
     target = task.target
     answers = target.decode(outputs)
@@ -77,7 +79,7 @@ def plot_predictions(
 
 
 def plot_values(predicted_N: np.ndarray, true_N: np.ndarray, name: str, path: Path) -> None:
-    """What was predicted against what was true, and how the differences are spread."""
+    """Plot predicted against true values, float [N] in the target's unit, and their differences."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     ends = [float(np.min(true_N)), float(np.max(true_N))]
     left.scatter(true_N, predicted_N, s=6, alpha=0.3, linewidths=0)
@@ -87,9 +89,9 @@ def plot_values(predicted_N: np.ndarray, true_N: np.ndarray, name: str, path: Pa
     reach = float(np.quantile(np.abs(error_N), 0.99)) or 1.0
     right.hist(np.clip(error_N, -reach, reach), bins=61, color="tab:orange")
     right.set(
-        xlabel=f"predicted − true {name} (ends hold the last 1 %)",
+        xlabel=f"predicted − true {name} (the outer bins include the largest 1 %)",
         ylabel="records",
-        title=f"Half are within {np.median(np.abs(error_N)):.3g}",
+        title=f"Median absolute error: {np.median(np.abs(error_N)):.3g}",
     )
     _save(figure, path)
 
@@ -97,7 +99,10 @@ def plot_values(predicted_N: np.ndarray, true_N: np.ndarray, name: str, path: Pa
 def plot_confusion(
     predicted_N: np.ndarray, targets_N: np.ndarray, classes: Sequence[str], path: Path
 ) -> None:
-    """Share of each true class (row) that was predicted as each class (column)."""
+    """Plot the share of each true class (row) that was predicted as each class (column).
+
+    predicted_N, targets_N: class indices, int64 [N].
+    """
     counts_KK = np.zeros((len(classes), len(classes)))
     np.add.at(counts_KK, (targets_N, predicted_N), 1)
     shares_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
@@ -113,12 +118,15 @@ def plot_confusion(
                 colour = "white" if share > 0.5 else "black"
                 text = f"{share * 100:.0f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true", title="Test split, % of the true class")
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion, test split, % of the true class")
     _save(figure, path)
 
 
 def plot_calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: Path) -> None:
-    """Accuracy against confidence in ten bins, with the expected calibration error."""
+    """Plot accuracy against confidence in ten bins, with the expected calibration error.
+
+    probabilities_NK: float32 [N, K]. targets_N: class indices, int64 [N].
+    """
     confidence_N = probabilities_NK.max(axis=1)
     right_N = probabilities_NK.argmax(axis=1) == targets_N
     bins_N = np.minimum((confidence_N * 10).astype(int), 9)
@@ -145,7 +153,11 @@ def plot_mistakes(
     classes: Sequence[str],
     path: Path,
 ) -> None:
-    """The test images that were wrong with the most confidence, as: predicted, not true."""
+    """Show the misclassified test images with the highest confidence.
+
+    images_NHWC: uint8 [N, H, W, C], 0..255, grey or RGB. predicted_N, targets_N: class indices,
+    int64 [N]. confidence_N: probability of the predicted class, float32 [N].
+    """
     wrong = np.flatnonzero(predicted_N != targets_N)
     worst = wrong[np.argsort(-confidence_N[wrong])][:MAX_MISTAKES]
     rows = max(1, -(-len(worst) // 6))
@@ -158,17 +170,17 @@ def plot_mistakes(
         predicted, true = classes[predicted_N[index]], classes[targets_N[index]]
         confidence = confidence_N[index]
         place.set_title(f"{predicted} {confidence:.0%},\nnot {true}", fontsize=8)
-    figure.suptitle(f"Worst mistakes: {len(wrong)} of {len(targets_N)} test images are wrong")
+    figure.suptitle(f"Most confident errors; {len(wrong)} of {len(targets_N)} images are wrong")
     _save(figure, path)
 
 
 def plot_tradeoff(
     variants: Mapping[str, Variant], metric: Metric, default: str, path: Path
 ) -> None:
-    """Each variant's metric against its latency and its throughput, on one thread.
+    """Plot each variant's metric against its latency and its throughput on one thread.
 
-    The marker's area is the size in bytes; a line joins the accepted variants that no other one
-    beats in both.
+    The area of a marker is proportional to the variant's size in bytes. A line connects the
+    accepted variants on the Pareto frontier.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     panels = (
@@ -192,19 +204,19 @@ def plot_tradeoff(
         axes.xaxis.set_minor_formatter("{x:,g}")
         axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
         axes.margins(0.2, 0.35)
-    # Without a least span, the smallest difference would fill the picture.
+    # Without a minimum range, tiny differences would fill the plot.
     low, high = left.get_ylim()
     middle, reach = (low + high) / 2, max((high - low) / 2, 0.01)
     left.set_ylim(middle - reach, middle + reach)
     left.set(ylabel=metric.name)
-    figure.suptitle("Variants; area: bytes; green: accepted by the gate; bold: the default")
+    figure.suptitle("Variants (area: size in bytes; green: accepted; bold: default)")
     _save(figure, path)
 
 
 def _frontier(
     variants: Mapping[str, Variant], metric: Metric, speeds: Mapping[str, float]
 ) -> list[str]:
-    """The accepted variants that are better than every faster one, the fastest first."""
+    """Return the accepted variants that are better than every faster one, the fastest first."""
     best: list[str] = []
     for name in sorted(variants, key=lambda name: -speeds[name]):
         value = metric.signed(variants[name].metrics)
@@ -234,7 +246,7 @@ def _mark(
         name if variant.accepted else f"{name}, {variant.verdict}",
         point,
         textcoords="offset points",
-        # Aslant, as equal metrics make one line.
+        # Rotated, so that labels of variants with equal metrics do not overlap.
         xytext=(2, 8),
         rotation=40,
         rotation_mode="anchor",
@@ -244,7 +256,7 @@ def _mark(
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    with warnings.catch_warnings():  # of names in a script that the font lacks
+    with warnings.catch_warnings():  # the font may lack glyphs of a name's script
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, dpi=110)
     plt.close(figure)

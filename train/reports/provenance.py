@@ -1,4 +1,4 @@
-"""What a model was made of, for its card: columns, options, and the distributions it saw."""
+"""Origin of a model, for its card: columns, options, choices and reference distributions."""
 
 import json
 import math
@@ -14,82 +14,88 @@ from train.metrics import LAST_EPOCH, best_epoch
 from train.tasks import Categories, ClassTarget, NamedTarget, Numbers, Task, Texts, ValueTarget
 from train.tasks.columns.lists import LabelSet, Vector
 
-# Names of a category that are shown.
+# Names shown in a list of categories, labels or classes.
 MAX_NAMES = 8
-# Of a histogram, in pixels.
+# Size of a histogram in pixels.
 WIDTH, HEIGHT = 160, 44
 
 
 def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[str, float]]) -> str:
-    """Say how the epoch and the variants were chosen, as the options have it."""
+    """Return sentences on how the epoch, the decision rule and the variants were chosen.
+
+    history: metrics by epoch.
+    """
     config = Config.model_validate(manifest.config)
     metric = task.find_metric(config.epoch_metric)
     count = len(history)
     sentences = []
     if metric == LAST_EPOCH:
-        sentences.append(f"The weights are those of the last of {count} epochs; none was chosen.")
+        sentences.append(
+            f"The weights are those of the last of {count} epochs, not selected by a metric."
+        )
     elif history:
         best = best_epoch(history, metric)["epoch"]
         sentences.append(
-            f"The weights are those of epoch {best} of {count}, the best in {metric.name}."
+            f"The weights are those of epoch {best} of {count}, which has the best {metric.name}."
         )
     if config.stop.after is not None and config.stop.folds:
         sentences[-1:] = [
-            f"Cross-validation over {config.stop.folds} parts of the training records chose to "
-            f"train for {count} epochs, by the mean {config.stop.metric}; the net was then trained "
-            "on all of them."
+            f"Cross-validation with {config.stop.folds} folds of the training records selected "
+            f"{count} epochs by the mean {config.stop.metric}; the model was then trained on all "
+            "of these records."
         ]
     elif config.stop.metric is not None and count < config.optim.epochs:
         sentences.append(
-            f"Training ended as {config.stop.metric} had not got better for {config.stop.patience} "
-            "epochs."
+            f"Training stopped because {config.stop.metric} had not improved for "
+            f"{config.stop.patience} epochs."
         )
     if config.data.train_on_valid:
-        sentences.append("The validation records were trained on too.")
+        sentences.append("The model was also trained on the validation records.")
     if isinstance(task.target, NamedTarget) and task.target.temperature != 1:
         sentences.append(
-            "Probabilities are calibrated on the validation split, by a temperature of "
+            "Probabilities are calibrated on the validation split with a temperature of "
             f"{task.target.temperature:.3g}."
         )
     if isinstance(task.target, NamedTarget):
         sentences += _describe_rule(task.target, config.decision_rule)
     judged = (config.compress.metric or task.metric).removeprefix("valid_")
     sentences.append(
-        f"Which variants are served was decided by {judged} on the validation split. No choice has "
-        "seen the test split."
+        f"Variants were accepted or refused by {judged} on the validation split. The test split "
+        "was not used for any choice."
     )
     return " ".join(sentences)
 
 
 def _describe_rule(target: NamedTarget, rule: DecisionRule) -> Iterator[str]:
-    """Say when a class or a label is answered, where a decision rule was given."""
+    """Yield a sentence on when a class or label is predicted, if there is a decision rule."""
     names = target.classes
     if isinstance(target, ClassTarget):
         names = (target.classes[target.rarest],)
     if target.thresholds:
-        goal = "the least cost" if rule.recall is None else f"a recall of {rule.recall:g}"
+        goal = "the lowest cost" if rule.recall is None else f"a recall of {rule.recall:g}"
         from_on = ", ".join(
-            f"'{name}' from a probability of {threshold:.3g} on"
+            f"'{name}' at a probability of at least {threshold:.3g}"
             for name, threshold in zip(names[:MAX_NAMES], target.thresholds, strict=False)
         )
-        yield f"For {goal} on records like the validation split it answers {from_on}."
+        yield f"For {goal} on records like the validation split, the model predicts {from_on}."
     elif target.costs:
-        yield "It answers the class with the least expected cost."
+        yield "The model predicts the class with the lowest expected cost."
 
 
 def fields(task: Task) -> Iterator[tuple[str, str, str]]:
-    """Name, kind and what training knows of each input column, and of the target last."""
+    """Yield name, kind and training statistics of each input column, and last of the target."""
     for encoder in task.features.encoders:
         if isinstance(encoder, Numbers):
             places = zip(encoder.names, encoder.mean_F, encoder.scale_F, strict=True)
             means = dict(zip(encoder.names, encoder.mean_F, strict=True))
             spread = {
-                name: f"mean {mean:.4g}, deviation {scale:.4g}" for name, mean, scale in places
+                name: f"mean {mean:.4g}, standard deviation {scale:.4g}"
+                for name, mean, scale in places
             }
             for each in encoder.columns:
                 known = spread.get(each.column, "time of day, week and year")
                 if each.kind == "boolean":
-                    known = f"true in {means[each.column]:.1%}"
+                    known = f"true in {means[each.column]:.1%} of the records"
                 elif isinstance(each, Vector):
                     known = f"{len(each.places)} numbers"
                 elif isinstance(each, LabelSet):
@@ -117,17 +123,17 @@ def fields(task: Task) -> Iterator[tuple[str, str, str]]:
         shown = [f"{name} {count:,}" for name, count in pairs]
         known = ", ".join(shown[:MAX_NAMES]) + "…" * (len(shown) > MAX_NAMES)
     elif isinstance(target, ValueTarget):
-        known = f"mean {target.mean:.4g}, deviation {target.scale:.4g}"
+        known = f"mean {target.mean:.4g}, standard deviation {target.scale:.4g}"
     yield f"{target.column} (the target)", str(target.to_dict()["kind"]), known
 
 
 def changed_options(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted names of the options that differ from the default, and their values as JSON."""
+    """Yield the dotted names of options that differ from the default, with values as JSON."""
     given = Config.model_validate(config).model_dump(mode="json", exclude_defaults=True)
 
     def below(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for name, value in values.items():
-            # What a column is belongs together, and the data say it.
+            # The kinds of columns are shown in the table of fields.
             if isinstance(value, Mapping) and prefix + name != "features":
                 yield from below(f"{prefix}{name}.", value)
             elif prefix + name != "features":
@@ -148,7 +154,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How one quantity of the baseline is spread, as a small histogram and in words."""
+    """The distribution of one quantity of the baseline: a small histogram and a caption."""
 
     name: str
     words: str
@@ -158,9 +164,10 @@ class Distribution:
 
 
 def distributions(baseline: Mapping[str, Any]) -> Iterator[Distribution]:
-    """The quantities of a baseline, as baseline.json has it, that a histogram can show.
+    """Yield a distribution for each quantity of a baseline that a histogram can show.
 
-    Those without counts or of several dimensions are left out.
+    baseline: the content of baseline.json. Quantities without counts or with several dimensions
+    are skipped.
     """
     for name, quantity in baseline.get("quantities", {}).items():
         counts = np.asarray(quantity.get("counts") or [], float)
@@ -188,7 +195,10 @@ def _most_frequent(labels: Sequence[str], shares: np.ndarray) -> str:
 
 
 def histogram_bars(edges: Sequence[float], heights: Sequence[float]) -> list[Bar]:
-    """Bars between edges, drawn to the scale of the edges; one bar where they are all equal."""
+    """Return a bar for each height between consecutive edges, scaled to the histogram's size.
+
+    If all edges are equal, each bar has the full width.
+    """
     span = edges[-1] - edges[0]
     most = max(heights, default=0) or 1
     bars = []
@@ -201,13 +211,13 @@ def histogram_bars(edges: Sequence[float], heights: Sequence[float]) -> list[Bar
 
 
 def _plain(value: float, edges: Sequence[float]) -> str:
-    """A value without the digits that scaling for the net has lost."""
+    """Return a value without the digits that were lost when it was scaled for the network."""
     largest = max(map(abs, edges)) or 1.0
     return f"{round(value, 5 - math.floor(math.log10(largest))) + 0.0:.4g}"
 
 
 def _cut(edges: Sequence[float]) -> list[float]:
-    """Edges with the outer bins no wider than all others together, which could not be seen else."""
+    """Return edges with the outer bins limited to the inner range, to keep inner bins visible."""
     if len(edges) < 4:
         return list(edges)
     inner = edges[-2] - edges[1]

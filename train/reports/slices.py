@@ -1,6 +1,6 @@
-"""Figures of the test split for each class, and within slices of the records.
+"""Metrics of the test split by class and by slice of the records.
 
-Shapes: N records, K classes.
+Shapes: N test records, K classes, labels or outputs.
 """
 
 import math
@@ -27,12 +27,12 @@ from train.tasks import (
     ValueTarget,
 )
 
-# Fewer records of a slice say too little.
+# Smaller slices are not reported, because their metric is too uncertain.
 LEAST_RECORDS = 20
-# Of more test records as many are drawn: slices need no more.
+# Larger test splits are sampled down to this many records.
 MAX_RECORDS = 50_000
 MAX_SLICES = 30
-# A number with at most so many different values is sliced by value, else by quartiles.
+# Numbers with at most this many distinct values are sliced by value, others by quartile.
 FEW_VALUES = 4
 BATCH_SIZE = 1024
 RESAMPLES = 200
@@ -40,7 +40,7 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """How a class was told from the others. support: test records of it."""
+    """Metrics of one class or label. support: number of test records that have it."""
 
     name: str
     precision: float
@@ -51,7 +51,10 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Slice:
-    """A figure of some test records alone, and the ends of its 95 % interval."""
+    """The metric of a slice of the test records, with its 95 % confidence interval.
+
+    quantity, values: the sliced quantity and its range or value in this slice.
+    """
 
     quantity: str
     values: str
@@ -62,9 +65,10 @@ class Slice:
 
 
 def class_metrics(target: Target, outputs: Arrays, targets: np.ndarray) -> list[ClassMetrics]:
-    """Precision, recall and F1 of each class, or of each label; none of a target without names.
+    """Return precision, recall and F1 of each class or label; empty for other targets.
 
-    What would be divided by 0, as the precision of a class that was never predicted, is 0.
+    outputs: {"logits": float32 [N, K]}. targets: class indices, int64 [N], or labels, uint8 [N, K].
+    A ratio with denominator 0, such as the precision of a class that is never predicted, is 0.
     """
     if not isinstance(target, NamedTarget):
         return []
@@ -93,16 +97,17 @@ def class_metrics(target: Target, outputs: Arrays, targets: np.ndarray) -> list[
 
 
 def slice_metric(target: Target) -> str | None:
-    """What is measured within slices: a share that is right, or an error; None if neither fits."""
+    """Return the metric of slices: "accuracy", "rmse", or None if neither suits the target."""
     if isinstance(target, ClassTarget | LabelsTarget):
         return "accuracy"
     return "rmse" if isinstance(target, ValueTarget) else None
 
 
 def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
-    """Return the slices of the test split that are worse than the whole, the worst first.
+    """Return the slices that are worse than the whole test split, the worst first.
 
-    Worse is one whose whole interval is.
+    A slice is worse if its whole confidence interval is. Arguments as in `all_slices`: inputs
+    [N, ...], targets [N] or [N, K], outputs {"logits": [N, K]}.
     """
     metric = slice_metric(task.target)
     if metric is None:
@@ -116,11 +121,12 @@ def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Array
 
 
 def all_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
-    """Return the slices of the test split, the worst first.
+    """Return all slices with at least LEAST_RECORDS test records, the worst first.
 
-    Slices are the categories of a column, the quartiles of a number (or its values, if they are
-    few), of an image's brightness and of a text's length, and what is missing; of those that have
-    enough records.
+    There is a slice for each category of a column, for each quartile of a number (or value, if
+    there are few), of an image's brightness and of a text's length, and for missing values.
+    inputs: encoded arrays [N, ...] by name. targets: encoded targets, [N] or, for multilabel tasks,
+    uint8 [N, K]. outputs: {"logits": float32 [N, K]}.
     """
     metric = slice_metric(task.target)
     if metric is None:
@@ -144,7 +150,7 @@ def _rows(count: int) -> np.ndarray:
 
 
 def _losses(target: Target, outputs: Arrays, targets: np.ndarray) -> np.ndarray:
-    """1 for a record that is wrong and 0 for one that is right, or the squared error."""
+    """Return 1 for wrong and 0 for right predictions, or squared errors of values: float64 [N]."""
     answers = target.decode(outputs)
     if isinstance(target, ClassTarget):
         wrong_N = target.choose(answers["probabilities"]) != np.asarray(targets)
@@ -159,7 +165,7 @@ def _losses(target: Target, outputs: Arrays, targets: np.ndarray) -> np.ndarray:
 
 
 def _figure(metric: str, losses_N: np.ndarray) -> tuple[float, float, float]:
-    """The figure of a slice with its interval."""
+    """Return the metric of a slice and the ends of its confidence interval."""
     if metric == "accuracy":
         count = len(losses_N)
         right = count - int(losses_N.sum())
@@ -171,7 +177,7 @@ def _figure(metric: str, losses_N: np.ndarray) -> tuple[float, float, float]:
 
 
 def _measured(task: Task, inputs: Arrays, rows: np.ndarray) -> dict[str, QuantityValues]:
-    """Values of the quantities that slices are made of."""
+    """Return the values of each quantity to slice by, for the records `rows`."""
     wanted = _wanted(task)
     if not wanted:
         return {}
@@ -190,7 +196,7 @@ def _measured(task: Task, inputs: Arrays, rows: np.ndarray) -> dict[str, Quantit
 
 
 def _wanted(task: Task) -> set[str]:
-    """Quantities that a user knows from the records; not the parts that a date is made into."""
+    """Return the quantities to slice by. The periodic features of dates are not among them."""
     names: set[str] = set()
     for encoder in task.features.encoders:
         if isinstance(encoder, Numbers):
@@ -208,7 +214,7 @@ def _wanted(task: Task) -> set[str]:
 def _groups(
     task: Task, quantity: str, measured: QuantityValues
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Words for each slice by one quantity, and which records are in it, bool [N]."""
+    """Yield the name of each slice by one quantity, and a mask of its records, bool [N]."""
     values_N = measured.values
     if measured.kind == "category":
         names = _names(task)[quantity]
@@ -227,7 +233,7 @@ def _groups(
             yield _shown(task, quantity, value), rounded_N == value
         return
     uppers = np.unique(np.quantile(rounded_N[known_N], [0.25, 0.5, 0.75, 1]))
-    # Where a quarter and more have the least value, it is a part of its own.
+    # If at least a quarter of the records have the minimum, it is a slice of its own.
     least = f"{different[0]:.4g}"
     first = least if uppers[0] == different[0] else f"from {least} to {uppers[0]:.4g}"
     yield first, rounded_N <= uppers[0]
@@ -236,13 +242,13 @@ def _groups(
 
 
 def _rounded(values_N: np.ndarray) -> np.ndarray:
-    """Six digits of the largest: what was scaled for the net and is scaled back has no more."""
+    """Round to six digits of the largest value: scaling for the network loses the others."""
     largest = float(np.nanmax(np.abs(values_N))) or 1.0
     return np.round(values_N, 5 - math.floor(math.log10(largest))) + 0.0
 
 
 def _names(task: Task) -> Mapping[str, tuple[str, ...]]:
-    """The names of every category's codes: of all, where a baseline has only the frequent ones."""
+    """Return the names of all codes by column; a baseline contains only the frequent ones."""
     return {
         column: (UNSEEN_NAME, MISSING_NAME, *names)
         for encoder in task.features.encoders

@@ -1,4 +1,4 @@
-"""What a model can be used for and how, for its card: its limits, and an example record."""
+"""Usage notes for the model card: limitations of the model and an example record."""
 
 import json
 import shlex
@@ -22,60 +22,72 @@ from train.tasks import (
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Date
 
-# A class with fewer test records has a recall that is mostly chance.
+# With fewer test records, the recall of a class is too uncertain.
 FEW_RECORDS = 30
-# Names in a sentence; of more, the first ones.
+# Names listed in a sentence; further names are replaced by "…".
 MAX_NAMES = 8
 
 
 def limitations(manifest: Manifest, task: Task, classes: Sequence[ClassMetrics]) -> Iterator[str]:
-    """Sentences on what the model cannot do.
+    """Yield sentences on the limitations of the model.
 
-    classes: its metrics of each class on the test split; none for values.
+    classes: metrics of each class on the test split; empty if the target has no classes.
     """
     test = manifest.data["test"]
     yield (
-        f"All figures are of {test['num_records']:,} records of {test['source']}. Of records of "
-        "another origin or another time they say nothing: compare them with feedback."
+        f"All test metrics are measured on {test['num_records']:,} records of {test['source']}. "
+        "Metrics on data of another origin or time may differ; measure them with feedback."
     )
     if manifest.config.get("data", {}).get("train_on_valid"):
-        yield "It was trained on the validation records too, so that their figures are too good."
+        yield (
+            "The model was also trained on the validation records, so validation metrics are too "
+            "optimistic."
+        )
     few = [each.name for each in classes if each.support < FEW_RECORDS]
     if few:
         names = ", ".join(few[:MAX_NAMES]) + "…" * (len(few) > MAX_NAMES)
-        yield f"Too few test records (less than {FEW_RECORDS}) to know it of: {names}."
+        yield (
+            f"Classes with fewer than {FEW_RECORDS} test records, whose metrics are uncertain: "
+            f"{names}."
+        )
     if isinstance(task.target, NamedTarget) and not isinstance(task.target, LabelsTarget):
         yield (
-            f"It always answers one of its {len(task.target.classes)} classes, also for a record "
-            "that is of none."
+            f"The model always predicts one of its {len(task.target.classes)} classes, even for a "
+            "record that belongs to none of them."
         )
     elif isinstance(task.target, ValueTarget):
-        yield "It gives a value without an interval, and outside of the values it learned from too."
+        yield (
+            "The model predicts a value without an interval, also for inputs outside the range of "
+            "the training records."
+        )
     for encoder in task.features.encoders:
         if isinstance(encoder, Images):
             height, width, channels = encoder.shape_HWC
             kind = "grey" if channels == 1 else "colour"
             yield (
-                f"Every image ({encoder.column}) is brought to {height} × {width} pixels, {kind}; "
-                "what is smaller than a pixel then is not seen."
+                f"Every image ({encoder.column}) is resized to {height} × {width} pixels, {kind}; "
+                "details smaller than a pixel of the resized image are lost."
             )
         elif isinstance(encoder, Texts):
             yield (
-                f"Of {', '.join(encoder.columns)} together the first {encoder.max_tokens} tokens "
-                "are read; words outside of the vocabulary are one word to it."
+                f"Texts ({', '.join(encoder.columns)}) are cut to {encoder.max_tokens} tokens in "
+                "total; all words outside the vocabulary share one token."
             )
         elif isinstance(encoder, Categories):
-            yield f"All names that training never saw are one to it ({', '.join(encoder.columns)})."
-    yield "The parts above are those of its columns; unfairness along others is not measured."
+            yield (
+                "All category names that are not in the training records are treated as one name "
+                f"({', '.join(encoder.columns)})."
+            )
+    yield "Slices are formed by input columns only; fairness by other attributes is not measured."
 
 
 def example_record(task: Task) -> dict[str, Any]:
-    """A record that the model accepts. An image: {"b64": the name of a file}."""
+    """Return a record that the model accepts. An image is {"b64": name of a file}."""
     return {field: _example(task, field) for field in task.features.columns}
 
 
 def python_record(record: Mapping[str, Any]) -> str:
-    """The record as a dictionary in Python; images are read from their files."""
+    """Return the record as a Python dictionary expression, which reads images from their files."""
     entries = ", ".join(
         f'{field!r}: open("{value["b64"]}", "rb").read()'
         if isinstance(value, dict)
@@ -111,7 +123,7 @@ def _example(task: Task, field: str) -> Any:
 
 
 def curl_body(record: Mapping[str, Any]) -> str:
-    """The record as the argument of curl, quoted for a shell; images are put in by the shell."""
+    """Return the record as a shell-quoted JSON body for curl; the shell inserts the images."""
     words = shlex.quote(json.dumps({"instances": [record]}, ensure_ascii=False))
     for value in record.values():
         if isinstance(value, dict):

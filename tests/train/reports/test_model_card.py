@@ -88,7 +88,7 @@ def variant(**changes):
             "file": "variants/fp32/model.onnx",
             "recipe": {},
             "verdict": "accepted",
-            "reason": "it is what the others are compared with",
+            "reason": "the reference for the other variants",
             "metrics": {"valid_accuracy": 0.75, "test_accuracy": 0.7},
             "drop": [0.0, -0.01, 0.01],
             "agreement": 1.0,
@@ -122,7 +122,7 @@ def manifest_of(task, count, **changes):
                 "fp32": variant(),
                 "int8_static": variant(verdict="refused", reason="accuracy fell by 0.2"),
             },
-            "skipped": {"int8_dynamic": "no engine here reads it"},
+            "skipped": {"int8_dynamic": "no engine on this machine reads it"},
             "default_variant": "fp32",
             "optimize_for": "throughput",
             "eager": [],
@@ -200,7 +200,7 @@ def test_the_figures_of_each_class_are_scikit_learns(classes):
     found = class_metrics(task.target, outputs, targets_N)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose([getattr(each, name) for each in found], column, atol=1e-12)
-    shown = {line[0]: line[1:5] for line in rows(made(*classes), "Each class")}
+    shown = {line[0]: line[1:5] for line in rows(made(*classes), "Metrics by class")}
     for name, *values, support in zip(task.target.classes, *expected, strict=True):
         assert shown[name] == [*(f"{value:.3f}" for value in values), str(support)]
 
@@ -290,7 +290,7 @@ def test_slices_of_a_value_are_its_errors_in_its_own_unit(passengers, rng):
         assert each.low < rmse < each.high
     assert (found[0].quantity, found[0].values) == ("sex", "male")
     page = made(task, inputs, targets_N, outputs)
-    assert rows(page, "Where it is worse")[0][:2] == ["sex", "male"]
+    assert rows(page, "Weak slices")[0][:2] == ["sex", "male"]
     assert not class_metrics(task.target, outputs, targets_N)
 
 
@@ -320,7 +320,7 @@ def test_only_slices_that_are_worse_are_shown(classes, passengers, rng):
     assert (worst[0].quantity, worst[0].values) == ("sex", "male")
     assert all(each.high < 1 - wrong_N.mean() for each in worst)
     assert len(worst) <= 3 < len(all_slices(task, inputs, targets_N, outputs))
-    shown = rows(made(task, inputs, targets_N, outputs), "Where it is worse")
+    shown = rows(made(task, inputs, targets_N, outputs), "Weak slices")
     assert [line[:2] for line in shown] == [[each.quantity, each.values] for each in worst]
 
 
@@ -387,8 +387,8 @@ def test_markup_in_names_and_data_is_shown_as_text(passengers, rng):
         element.attrib.keys() == {"src", "alt"} for element in elements if element.tag == "img"
     )
     shown = MARKUP.replace("\x07", "\ufffd")
-    assert {line[0] for line in rows(page, "Each class")} == {shown, "</td></table><script>"}
-    assert shown in [line[1] for line in rows(page, "Where it is worse")]
+    assert {line[0] for line in rows(page, "Metrics by class")} == {shown, "</td></table><script>"}
+    assert shown in [line[1] for line in rows(page, "Weak slices")]
 
 
 def test_it_says_what_the_model_is_made_of(classes):
@@ -399,7 +399,7 @@ def test_it_says_what_the_model_is_made_of(classes):
         "cd" * 32,
         "ab" * 32,
         "accuracy fell by 0.2",
-        "no engine here reads it",
+        "no engine on this machine reads it",
         "2 epochs in 5.0 s",
         "records: 900 train",
         "/v1/models/passengers:predict",
@@ -414,7 +414,7 @@ def test_it_says_what_the_model_is_made_of(classes):
 
 def test_each_quantity_of_the_baseline_has_its_bars(classes):
     page = made(*classes)
-    drawn = section(page, "What is normal")
+    drawn = section(page, "Reference distributions")
     bars = {part.find("b").text: len(list(part.iter("rect"))) for part in drawn.find("div")}
     assert bars["sex"] == 4  # two names, unseen and missing
     assert bars["prediction"] == 3
@@ -439,7 +439,7 @@ def test_a_quantity_without_counts_or_spread_is_no_harm(classes, quantity):
 
 def test_the_shell_example_sends_a_record_of_the_models_fields(classes):
     page = made(*classes)
-    words = "".join(section(page, "How to use it").itertext())
+    words = "".join(section(page, "Usage").itertext())
     command = shlex.split(words[words.index("curl") :])
     (record,) = json.loads(command[-1])["instances"]
     task = classes[0]
@@ -451,8 +451,8 @@ def test_few_test_records_of_a_class_are_named_as_a_limit(passengers, rng):
     labels = ["rare"] * 5 + rng.choice(["a", "b"], len(passengers) - 5).tolist()
     task, inputs, targets_N = fitted(passengers, labels, "classification")
     page = made(task, inputs, targets_N, guesses(rng, targets_N, 3))
-    limits = "".join(section(page, "What it cannot do").itertext())
-    assert "to know it of: rare." in limits
+    limits = "".join(section(page, "Limitations").itertext())
+    assert "whose metrics are uncertain: rare." in limits
 
 
 @pytest.mark.ray
@@ -463,4 +463,4 @@ def test_a_trained_bundle_has_its_card_with_a_digest(bundle):
     digests = {name: digest for name, _, digest in rows(page, "Files")}
     assert digests.pop("baseline.json") == bundle.manifest.files["baseline.json"].sha256
     assert digests.keys() == bundle.manifest.files.keys() - {"baseline.json", "report/card.html"}
-    assert len(rows(page, "Each class")) == 10
+    assert len(rows(page, "Metrics by class")) == 10
