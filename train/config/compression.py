@@ -1,4 +1,4 @@
-"""Options of compression."""
+"""Options of compression: which variants to make, and when to accept them."""
 
 from typing import Annotated, Literal
 
@@ -27,88 +27,123 @@ Variant = Literal[
 
 
 class Prune(Section):
-    """Whole channels removed, those first that matter least; then trained on."""
+    """Options of pruning: the least important channels are removed, then the rest is trained."""
 
     fraction: float = Field(
         0.25,
         gt=0,
         le=0.9,
-        description="Fraction of channels removed in each layer; what stays is rounded down to "
-        "blocks of 16.",
+        description="Fraction of channels to remove in each layer; the number that remains is "
+        "rounded down to a multiple of 16. Raise it for smaller and faster variants.",
     )
-    epochs: int = Field(6, ge=1, le=10_000, description="Epochs of training afterwards.")
+    epochs: int = Field(6, ge=1, le=10_000, description="Epochs of training after pruning.")
     rate: float = Field(
-        0.5, gt=0, le=10, description="Peak rates afterwards, as a share of those in optim."
+        0.5,
+        gt=0,
+        le=10,
+        description="Peak learning rates after pruning, as a fraction of those in optim.",
     )
 
 
 class Distill(Section):
-    """A smaller net that learns from the outputs of the trained one."""
+    """Options of distillation: a smaller student learns from the outputs of the trained model."""
 
     net: Annotated[Net | None, BeforeValidator(class_path_alone)] = Field(
-        None, description="The student; by default the same net with half the widths."
+        None,
+        description="Architecture of the student. By default it is the trained network with half "
+        "the widths; a custom network has no such default.",
     )
     epochs: int | None = Field(
-        None, ge=1, le=10_000, description="Epochs of the student; optim.epochs by default."
+        None,
+        ge=1,
+        le=10_000,
+        description="Epochs of training the student; by default as many as optim.epochs.",
     )
     teacher_fraction: float = Field(
-        0.9, ge=0, le=1, description="Fraction of the loss that is the teacher's; when pruned too."
+        0.9,
+        ge=0,
+        le=1,
+        description="Weight of the loss against the teacher's outputs, 0 to 1; the loss against "
+        "the targets has the rest. Training after pruning and quantization-aware training use it "
+        "too.",
     )
     temperature: float = Field(
-        2.0, gt=0, le=100, description="Softens the teacher's probabilities; when pruned too."
+        2.0,
+        gt=0,
+        le=100,
+        description="Temperature that softens the probabilities of teacher and student; 1 leaves "
+        "them unchanged. Training after pruning and quantization-aware training use it too.",
     )
 
 
 class Compress(Section):
+    """Options of compression: which variants to make, and when the gate accepts them."""
+
     variants: tuple[Variant, ...] = Field(
         ("int8_static", "int8_dynamic", "int8_weights"),
-        description="Variants to make besides fp32. pruned… and distilled… train again.",
+        description="Variants to make in addition to fp32. pruned, distilled and their _int8 forms "
+        "train again; fp16, int8 and fp8 need a GPU.",
     )
     metric: str | None = Field(
         None,
-        description="What a variant must not lose in, valid_loss say; the task's own by default.",
+        description="Validation metric by which the gate compares a variant with fp32, such as "
+        "valid_loss; by default the task's main metric.",
     )
     max_accuracy_drop: float = Field(
         0.005,
         ge=0,
         le=1,
-        description="Largest accepted loss of a variant on held-out records, in that metric; "
-        "of errors in standard deviations of the target.",
+        description="Largest accepted drop in compress.metric against fp32, such as 0.005 for half "
+        "a percentage point of accuracy; for rmse, mae and quantile_loss in standard deviations of "
+        "the target. Raise it if a smaller model is worth the drop.",
     )
     max_change: float = Field(
         0.03,
         ge=0,
         le=10,
-        description="Largest accepted mean change of the probabilities (half the sum of the "
-        "differences), or of values in deviations, by forms of the same net.",
+        description="Largest accepted mean change of the predictions against fp32, for variants "
+        "that are neither pruned nor distilled: half the sum of the absolute differences of "
+        "probabilities, or the difference of values in standard deviations of the target.",
     )
     strict: bool = Field(
         False,
-        description="Accept only what is within even at the far end of the confidence interval, "
-        "for which a drop of 0.005 takes thousands of validation records.",
+        description="Accept a variant only if the upper end of the 95 % confidence interval of its "
+        "drop is within max_accuracy_drop. With a limit of 0.005 this takes thousands of "
+        "validation records.",
     )
     optimize_for: Literal["throughput", "latency", "size"] = Field(
-        "throughput", description="What the default variant is best in, of those accepted."
+        "throughput",
+        description="How to choose the default variant among the accepted ones: most records per "
+        "second, lowest latency of a single record, or fewest bytes.",
     )
     calibration_records: int = Field(
-        512, ge=2, le=100_000, description="Training records to measure activation ranges on."
+        512,
+        ge=2,
+        le=100_000,
+        description="Number of training records on which the activation ranges of static int8 are "
+        "measured; at least one per class.",
     )
     calibration: tuple[Literal["minmax", "percentile", "squared_error"], ...] = Field(
         ("minmax", "percentile", "squared_error"),
         min_length=1,
-        description="Ways to choose activation ranges; the one that changes outputs least is kept.",
+        description="Methods to try for the activation ranges of static int8; the one that changes "
+        "the outputs least is used.",
     )
     qat_epochs: int = Field(
         2,
         ge=0,
         le=10_000,
-        description="Epochs of quantization-aware training where static int8 is not accepted.",
+        description="Epochs of quantization-aware training, done only if the gate does not accept "
+        "static int8 without it; 0 turns it off.",
     )
     measure_seconds: float = Field(
         10,
         gt=0,
         le=3600,
-        description="Rounds of measuring latencies begin for so long; there are at least five.",
+        description="Seconds spent on measuring latencies: no round starts later, but at least "
+        "five rounds are run. Raise it on a busy machine.",
     )
-    prune: Prune = Prune()
-    distill: Distill = Distill()
+    prune: Prune = Field(Prune(), description="Used by the variants pruned and pruned_int8.")
+    distill: Distill = Field(
+        Distill(), description="Used by the variants distilled and distilled_int8."
+    )

@@ -1,4 +1,4 @@
-"""Options of the net."""
+"""Options of the network architecture."""
 
 from typing import Any, Literal
 
@@ -10,39 +10,75 @@ from train.config.section import Count, Section
 
 
 class Net(Section):
+    """Options of the network architecture."""
+
     class_path: str | None = Field(
-        None, description="package.module:Class of a custom net, in place of all options below."
+        None,
+        description="Custom network as package.module:Class; it replaces all other options of this "
+        "section. By default the built-in network for the kinds of columns is used.",
     )
     widths: list[Count] = Field(
-        [64, 128, 128], min_length=1, description="Channels of each block, which halves the image."
+        [64, 128, 128],
+        min_length=1,
+        description="Channels of each convolution block of the image network. Each block halves "
+        "height and width, so small images allow few blocks.",
     )
     text: Literal["bag_of_words", "transformer"] = Field(
-        "bag_of_words", description="Mean of the words' vectors, or a small transformer encoder."
+        "bag_of_words",
+        description="Text encoder: bag_of_words averages the token vectors and is fast; "
+        "transformer uses the order of the tokens too and is slower.",
     )
-    text_width: Count = Field(128, description="Size of a word's vector.")
-    text_layers: int = Field(2, ge=1, le=48, description="Layers of the transformer.")
-    text_dropout: float = Field(0.2, ge=0, lt=1, description="Share of words left out in training.")
+    text_width: Count = Field(
+        128, description="Size of a token vector; with transformer a multiple of 4."
+    )
+    text_layers: int = Field(
+        2, ge=1, le=48, description="Number of transformer layers; bag_of_words ignores it."
+    )
+    text_dropout: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Dropout in the text encoder, 0 to 1: with bag_of_words the fraction of tokens "
+        "left out in training. Raise it when texts overfit.",
+    )
     hidden: list[Count] = Field(
-        [128, 128], description="Hidden layers over numbers, categories and all inputs together."
+        [128, 128],
+        description="Widths of the hidden layers over all inputs together. Models of images alone "
+        "or texts alone have none.",
     )
     members: int = Field(
         1,
         ge=1,
         le=256,
-        description="Nets whose predictions are averaged; they share all weights but the signs of "
-        "what the hidden layers see.",
+        description="Number of ensemble members whose predictions are averaged. Members share all "
+        "weights except one learned factor per input of the first hidden layer, so they add little "
+        "size. Tables default to 8; models of images alone or texts alone ignore it.",
     )
     bins: int = Field(
-        32, ge=2, le=256, description="Pieces of a number's range, each with a weight of its own."
+        32,
+        ge=2,
+        le=256,
+        description="Number of pieces in the piecewise linear encoding of each numeric column.",
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="Share of hidden values left out.")
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Dropout after each hidden layer, 0 to 1. Tables default to 0.2. Raise it when "
+        "the model overfits.",
+    )
     activation: Literal["relu", "gelu"] = Field(
-        "relu", description="gelu learns a little faster; relu runs faster in int8."
+        "relu",
+        description="Activation of the image network: gelu learns a little faster, relu runs "
+        "faster in int8.",
     )
     whiten: bool = Field(
-        True, description="Start with a fixed convolution that whitens 2×2 patches."
+        True,
+        description="Start the image network with a fixed convolution that whitens 2×2 patches; "
+        "with false that convolution is trained.",
     )
 
 
 def class_path_alone(value: Any) -> Any:
+    """Return a string as the option `class_path`, so that `net: package.module:Class` is valid."""
     return {"class_path": value} if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""What every section of options has in common."""
+"""Base class and shared types of the option sections."""
 
 from typing import Annotated
 
@@ -11,4 +11,6 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Section(BaseModel):
+    """Base of all option sections. Unknown options are errors; instances are immutable."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,11 +1,9 @@
-"""Options of a training run: optimizer, augmentation, workers and checkpoints."""
+"""Options of a training run: optimizer, early stopping, workers, decisions and checkpoints."""
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     model_validator,
@@ -15,7 +13,7 @@ from train.config.section import Count, Section
 
 
 def _span(value: Any) -> Any:
-    """Take one count as least and most alike."""
+    """Return a single count as the pair [count, count], and a pair of counts in order."""
     if isinstance(value, list | tuple) and len(value) == 2:
         return sorted(value) if all(type(item) is int for item in value) else value
     if isinstance(value, list | tuple) and len(value) == 1:
@@ -24,174 +22,205 @@ def _span(value: Any) -> Any:
 
 
 class Optim(Section):
+    """Options of the optimizer and the learning rate."""
+
     name: Literal["muon", "sgd", "adamw"] = Field(
         "muon",
-        description="muon makes the steps of hidden linear and convolution layers orthogonal; all "
-        "else goes by AdamW. Tables and texts get adamw by default.",
+        description="Optimizer. muon makes the updates of hidden linear and convolution layers "
+        "orthogonal and trains all other parameters with AdamW. Tables and texts default to "
+        "adamw.",
     )
-    lr: float = Field(0.1, gt=0, le=10, description="Peak learning rate, after warm-up.")
+    lr: float = Field(
+        0.1,
+        gt=0,
+        le=10,
+        description="Peak learning rate, after warm-up; with muon of the weights that muon "
+        "updates. Tables default to 0.002, texts to 0.005. Lower it if the loss diverges.",
+    )
     vector_lr: float = Field(
-        0.02, gt=0, le=10, description="Peak rate of biases and norms, with muon."
+        0.02,
+        gt=0,
+        le=10,
+        description="Peak learning rate of biases and normalisation parameters; used with muon "
+        "only.",
     )
     head_lr: float = Field(
-        0.01, gt=0, le=10, description="Peak rate of weights that muon does not turn."
+        0.01,
+        gt=0,
+        le=10,
+        description="Peak learning rate of the last layer and of other weights that muon does not "
+        "update, such as embeddings; used with muon only.",
     )
-    momentum: float = Field(0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd.")
+    momentum: float = Field(
+        0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd; adamw ignores it."
+    )
     weight_decay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="For weights, not biases or norms; with muon not for those that it turns.",
+        description="Weight decay. It does not apply to biases, normalisation parameters and the "
+        "weights that muon updates. Tables default to 0.1.",
     )
-    epochs: int = Field(8, ge=1, le=10_000, description="Passes over the training records.")
+    epochs: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="Passes over the training records. Tables default to 50 to 200 and texts to 6 "
+        "or 40, by the number of records; stop.metric usually ends them earlier.",
+    )
     batch_size: int = Field(
-        500, ge=1, le=65_536, description="Samples per step in all, whatever the workers."
+        500,
+        ge=1,
+        le=65_536,
+        description="Samples per optimizer step, over all workers together. Tables default to 64, "
+        "256 or 1024, by the number of records, and texts to 64.",
     )
     schedule: Literal["linear", "cosine", "one_cycle", "constant"] = Field(
-        "linear", description="How the rate falls after warm-up."
+        "linear",
+        description="Course of the learning rate after warm-up: linear and cosine fall to 0, "
+        "one_cycle rises and falls like a cosine, constant stays at the peak. Tables default to "
+        "constant.",
     )
     warmup_fraction: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Share of all steps in which the rate rises; 0.3 with one_cycle and 0 "
-        "otherwise by default.",
+        description="Fraction of all steps during which the learning rate rises to its peak; by "
+        "default 0.3 with one_cycle, otherwise 0.",
     )
     clip_norm: float | None = Field(
-        None, gt=0, description="Largest norm of the whole gradient; larger ones are scaled down."
+        None,
+        gt=0,
+        description="Largest norm of the gradient over all parameters; a larger gradient is scaled "
+        "down to it. By default gradients are not clipped. Set it if single steps spoil the loss.",
     )
     ema_decay: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Keep and use an exponential moving average of the weights, by step.",
+        description="Decay per step of an exponential moving average of the weights, such as 0.98; "
+        "the averaged weights are evaluated and become the model. By default the weights are not "
+        "averaged.",
     )
     label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of each target's probability that is spread evenly over all classes; "
+        "0 turns smoothing off. Tables and texts default to 0. Numbers to predict ignore it.",
     )
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: rare classes count as much in all as frequent ones."
-    )
-
-
-class Stage(Section):
-    until: float = Field(1.0, gt=0, le=1, description="Share of all steps at which it ends.")
-    scale: float = Field(
-        1.0, ge=0.05, le=1, description="Shrink images to this share of their height and width."
-    )
-    crop: float = Field(
-        1.0, ge=0.05, le=1, description="Cut out this share of the height and width, anywhere."
-    )
-
-    @property
-    def side(self) -> float:
-        """Share of height and width that the net sees."""
-        return self.scale * self.crop
-
-
-def _last_to_the_end(stages: Sequence[Stage]) -> Sequence[Stage]:
-    ends = [stage.until for stage in stages]
-    if ends != sorted(set(ends)) or ends[-1] != 1:
-        raise ValueError("stages end one after the other, the last at 1")
-    return stages
-
-
-class Augment(Section):
-    stages: Annotated[tuple[Stage, ...], AfterValidator(_last_to_the_end)] = Field(
-        (Stage(),),
-        min_length=1,
-        description="Smaller images for a part of the run, which takes less time; whole ones are "
-        "evaluated.",
-    )
-    flip: bool = Field(False, description="Mirror left and right, alternating by epoch.")
-    translate: int = Field(0, ge=0, le=64, description="Shift by up to this many pixels.")
-    crop_area: float | None = Field(
-        None, gt=0, le=1, description="Zoom into a random crop of at least this share of the area."
-    )
-    cutout: int = Field(0, ge=0, le=256, description="Grey out a square of this many pixels.")
-    mixup: float = Field(
-        0, ge=0, le=10, description="Blend pairs of images; the alpha of the share's Beta."
-    )
-    cutmix: float = Field(
-        0, ge=0, le=10, description="Paste boxes between pairs; the alpha of the share's Beta."
+        "none",
+        description="none gives every record the same weight in the loss; balanced gives every "
+        "class the same total weight. Use balanced if rare classes are missed.",
     )
 
 
 class Stop(Section):
+    """Options that end a run before all of optim.epochs are trained."""
+
     metric: str | None = Field(
-        None, description="End the run early when this metric of an epoch no longer gets better."
+        None,
+        description="Validation metric, such as valid_loss: training ends when it has not improved "
+        "for stop.patience epochs. By default all epochs are trained; tables and texts default to "
+        "valid_loss.",
     )
-    patience: int = Field(3, ge=1, le=10_000, description="Epochs without a better value.")
+    patience: int = Field(
+        3,
+        ge=1,
+        le=10_000,
+        description="Epochs without improvement of stop.metric after which training ends. Tables "
+        "default to 4 or 16 and texts to 3 or 16, by the number of records.",
+    )
     folds: int = Field(
         0,
         ge=0,
         le=100,
-        description="Where training records are few: choose the number of epochs by "
-        "cross-validation over so many parts of them, and train on all of them for that many.",
+        description="Number of cross-validation folds that choose the number of epochs by "
+        "stop.metric; the model is then trained on all training records for that many. 0 turns "
+        "it off. Tables and texts of fewer than 2,000 records default to 5.",
     )
     after: int | None = Field(
         None,
         ge=1,
-        description="End the run after this epoch, whose weights are kept; cross-validation sets "
-        "it. The schedule goes by optim.epochs.",
+        description="End the run after this many epochs; the learning rate still follows the "
+        "schedule of optim.epochs. Cross-validation (stop.folds) sets this option.",
     )
 
     @model_validator(mode="after")
     def _folds_are_compared(self) -> Self:
         if self.folds == 1:
-            raise ValueError("folds is 1; expected 0, or at least 2 parts to train on the others")
+            raise ValueError("folds is 1; expected 0 for no cross-validation, or at least 2")
         if self.folds and self.metric is None:
-            raise ValueError("folds are compared by stop.metric, which is not given; give both")
+            raise ValueError("folds needs stop.metric to compare epochs; give both")
         return self
 
 
 class Workers(Section):
+    """Options of the processes that train."""
+
     num: Annotated[tuple[Count, Count], BeforeValidator(_span)] = Field(
         (2, 2),
-        description="Training workers, one process each; [least, most] grows and shrinks with "
-        "the cluster.",
+        description="Number of training workers, one process each. With a pair [least, most] the "
+        "run grows and shrinks with the cluster.",
     )
-    gpu: bool = Field(False, description="One GPU for each worker.")
-    cpus: float = Field(1, gt=0, le=1024, description="Cores for each worker.")
+    gpu: bool = Field(False, description="Reserve one GPU for each worker, and train on it.")
+    cpus: float = Field(
+        1, gt=0, le=1024, description="CPU cores to reserve for each worker; fractions are allowed."
+    )
     micro_batches: int | None = Field(
         None,
         ge=1,
         le=65_536,
-        description="Parts that every global batch is divided into, at least one for each worker; "
-        "a worker accumulates the gradients of its parts. Fixed for the run; by default one for "
-        "each of the most workers.",
+        description="Number of micro-batches that each batch is divided into, fixed for the run; a "
+        "worker with several accumulates their gradients. By default the largest number of "
+        "workers, which is also the minimum. Raise it if a batch does not fit into memory, or to "
+        "resume later with more workers.",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="A whole copy of the net in each worker, or (fsdp) a shard of it."
+        "ddp",
+        description="ddp keeps a full copy of the model in each worker; fsdp divides it among the "
+        "workers, for models that are too large for one.",
     )
     max_failures: int = Field(
-        3, ge=0, le=1000, description="Failures of workers after which the run gives up."
+        3,
+        ge=0,
+        le=1000,
+        description="How often workers that fail are restarted from the last checkpoint; after "
+        "one more failure the run ends.",
     )
 
     @property
     def most(self) -> int:
+        """Largest number of workers."""
         return self.num[1]
 
     @property
     def all_cpus(self) -> int:
-        """Cores for the most workers."""
+        """CPU cores that the largest number of workers needs, rounded up."""
         return math.ceil(self.most * self.cpus)
 
 
 class DecisionRule(Section):
-    """Which class or labels a record is said to have; the most probable ones by default."""
+    """How the predicted class or labels follow from the probabilities.
+
+    By default the most probable class, or every label with a probability of at least 0.5.
+    """
 
     cost: tuple[tuple[float, ...], ...] | None = Field(
         None,
-        description="The cost of each answer, [[0, 1], [5, 0]]: rows are the true classes, columns "
-        "the answers, both in the order of the classes; of several labels no and yes to one.",
+        description="Cost of each decision, such as [[0, 1], [5, 0]]: one row per true class, one "
+        "column per predicted class, both in the order of the classes; for multilabel targets no "
+        "and yes. The decision with the least expected cost is made. By default every mistake "
+        "costs the same.",
     )
     recall: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Share of the records of the rarer of two classes, or of each label, to be "
-        "recognised.",
+        description="Fraction of the records of the rarer class, or of each label, that must be "
+        "recognised, such as 0.9; for two classes or labels. The threshold is set on the "
+        "validation records. Use it if missing a record is worse than a false alarm.",
     )
 
     @model_validator(mode="after")
@@ -202,15 +231,29 @@ class DecisionRule(Section):
 
 
 class Checkpoint(Section):
+    """Options of checkpoints, which are also written at the end of each epoch."""
+
     every_steps: int | None = Field(
-        None, ge=1, description="Steps between checkpoints within an epoch; by time alone if none."
+        None,
+        ge=1,
+        description="Steps between checkpoints within an epoch, in addition to those that "
+        "checkpoint.every_minutes causes. By default only time counts.",
     )
     every_minutes: float = Field(
-        5, gt=0, le=1440, description="Minutes between checkpoints within an epoch."
+        5,
+        gt=0,
+        le=1440,
+        description="Minutes between checkpoints within an epoch. Lower it if workers are often "
+        "interrupted.",
     )
-    keep: int = Field(2, ge=1, le=1000, description="Latest checkpoints to keep, besides the best.")
+    keep: int = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="Number of latest checkpoints to keep, in addition to the best one.",
+    )
     metric: str | None = Field(
         None,
-        description="Metric whose best epoch becomes the model, or last; by default that of stop, "
-        "else the task's own.",
+        description="Validation metric whose best epoch becomes the model, such as valid_loss, or "
+        "last for the last epoch. By default stop.metric, or else the task's main metric.",
     )

@@ -1,4 +1,4 @@
-"""Validation of options, with one line for the user that names the first wrong field."""
+"""Validation of options, with a message of one line about the first invalid field."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args
@@ -14,7 +14,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def validate_as(model: type[AnyModel], values: Mapping[str, Any]) -> AnyModel:
-    """Raises UserError for the first field that is wrong."""
+    """Validate options by a pydantic model. Raises UserError for the first invalid field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -22,16 +22,17 @@ def validate_as(model: type[AnyModel], values: Mapping[str, Any]) -> AnyModel:
 
 
 def describe_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """Say in one line which field is wrong, what came and what is accepted."""
+    """Return one line with the first invalid field, its value and what is accepted."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown option '{where}'; accepted are {', '.join(_fields(model, path[:-1]))}."
+        accepted = ", ".join(_fields(model, path[:-1]))
+        return f"unknown option '{where}'; accepted options are {accepted}."
     if first["type"] == "missing":
         return f"option '{where}' is missing; give --{where} VALUE or add it to the config file."
     message = first["msg"].removeprefix("Value error, ")
-    if not where:  # of several options together
+    if not where:  # an error of a model validator concerns several options
         return f"{message}."
     message = message[0].lower() + message[1:]
     return f"option '{where}' is {first['input']!r}; {message}."
