@@ -1,1 +1,1 @@
-"""Configs that are shipped, and in curves.py an example of a task of one's own."""
+"""Example configs, and in curves.py and curve_net.py a custom task with its own network."""

@@ -1,7 +1,7 @@
-"""What a model is about: how a record becomes arrays, and outputs become a prediction.
+"""Tasks: how records become arrays, and how a network's outputs become predictions.
 
-No torch. The same code runs in training, behind HTTP and offline, and its state travels in the
-bundle as JSON.
+The same code runs in training, in the server and in offline inference; its state is stored in the
+bundle as JSON. It does not import torch.
 """
 
 from train.metrics import Metric

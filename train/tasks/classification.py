@@ -14,24 +14,25 @@ from train.tasks.targets import GO_ON, NamedTarget, label_name
 from train.values.names import NameForm, find_form, to_name
 from train.values.records import Arrays, InvalidRecord, is_missing, with_row
 
-# What several labels of a record are written with between them.
+# Separates the labels of a record.
 SEPARATOR = "|"
 
-# Types of labels whose names are remembered.
+# Types of labels whose names are cached.
 HASHED = (str, int, bool, np.int64, np.int32)
 
 
 def softmax(logits_NK: np.ndarray) -> np.ndarray:
-    """Return float32 probabilities [N, K]; rows sum to 1."""
+    """Return probabilities, float32 [N, K], whose rows sum to 1, for logits, float [N, K]."""
     exponents = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True), dtype=np.float32)
     return exponents / exponents.sum(axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)
 class ClassTarget(NamedTarget):
-    """One of K classes. Labels may be strings or integers; a prediction's label is a string.
+    """Target that is one of K classes.
 
-    counts: how many training records each class has.
+    Labels may be strings, numbers or booleans; the label of a prediction is a string.
+    counts: number of training records of each class.
     """
 
     kind: ClassVar[str] = "classification"
@@ -39,20 +40,22 @@ class ClassTarget(NamedTarget):
 
     @property
     def rarest(self) -> int:
-        """The class with the fewest training records, of equal ones the last."""
+        """Index of the class with the fewest training records; the last of equally rare ones."""
         counts = self.counts or (1,) * len(self.classes)
         return min(range(len(counts)), key=lambda index: (counts[index], -index))
 
     @property
     def is_rare(self) -> bool:
-        """Whether a class has less than a fifth of an even share: of two less than 10 %."""
+        """Whether a class has less than a fifth of an even share; with two classes, under 10 %."""
         return bool(self.counts) and min(self.counts) * len(self.counts) < sum(self.counts) / 5
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:
-        """The accuracy decides, but with a rare class the average precision; with costs the cost.
+        """The metrics that `metrics` returns, the main one first.
 
-        Accuracy is nearly the same for all models where one class has nearly all records.
+        The main metric is the accuracy, or the average precision if a class is rare, because all
+        models have nearly the same accuracy if one class has nearly all records. With a decision
+        rule of costs, it is the mean cost.
         """
         names = ["accuracy", "balanced_accuracy", "f1"]
         if len(self.classes) == 2:
@@ -66,16 +69,17 @@ class ClassTarget(NamedTarget):
         return (*cost, *found, Metric("loss", "lower"), Metric("calibration_error", "lower"))
 
     def fit(self, values: Iterable[Any]) -> Self:
-        """Take the classes from training values: integers in their order, else by name.
+        """Return the target with the classes of training values.
 
-        Raises InvalidRecord when fewer than two classes occur.
+        Classes are in numeric order if all are integers, otherwise in alphabetical order. Raises
+        InvalidRecord if there are fewer than two classes or a value is missing.
         """
         written = Counter(self._labels(values, "text"))
         form = find_form(written)
         counts: Counter[str] = Counter()
         for label, count in written.items():
             counts[to_name(label, form)] += count
-        # Classes named 0…9, 10… keep their order, so that class 10 does not come before class 2.
+        # In numeric order, class 10 does not come before class 2.
         by_number = all(re.fullmatch(r"-?[0-9]+", label) for label in counts)
         classes = tuple(sorted(counts, key=int if by_number else None))
         if len(classes) < 2:
@@ -86,14 +90,17 @@ class ClassTarget(NamedTarget):
         return replace(self, classes=classes, counts=tuple(counts[name] for name in classes))
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return the index of each class, int64 [N]. Raises InvalidRecord for an unknown one."""
+        """Return class indices, int64 [N], of N labels.
+
+        Raises InvalidRecord for a missing label and for a class that `fit` did not see.
+        """
         codes = {label: index for index, label in enumerate(self.classes)}
         indices = np.zeros(len(values), np.int64)
         for row, label in enumerate(self._labels(values, find_form(self.classes))):
             if label not in codes:
                 raise InvalidRecord(
-                    f"column '{self.column}' is '{label}', a class that is not among the training "
-                    "records (or too rare to be in every split); known are "
+                    f"column '{self.column}' is '{label}', a class that the training records do "
+                    "not have (it may be too rare to be in every split); known are "
                     f"{', '.join(self.classes[:20])}{'…' * (len(self.classes) > 20)}; {GO_ON}.",
                     row,
                 )
@@ -101,20 +108,28 @@ class ClassTarget(NamedTarget):
         return indices
 
     def decode(self, outputs: Arrays) -> Arrays:
-        """{"logits": [N, K]} → {"label": object [N] of str, "probabilities": float32 [N, K]}."""
+        """Return {"label": object [N] of str, "probabilities": float32 [N, K]}.
+
+        outputs: {"logits": float [N, K]}.
+        """
         probabilities_NK = self.probabilities(outputs)
         labels_N = np.array(self.classes, dtype=object)[self.choose(probabilities_NK)]
         return {"label": labels_N, "probabilities": probabilities_NK}
 
     def probabilities(self, outputs: Arrays) -> np.ndarray:
-        """{"logits": [N, K]} → float32 [N, K]."""
+        """Return probabilities, float32 [N, K], calibrated by the temperature.
+
+        outputs: {"logits": float [N, K]}.
+        """
         return softmax(outputs["logits"] / np.float32(self.temperature))
 
     def choose(self, probabilities_NK: np.ndarray) -> np.ndarray:
-        """The index of the class that each record is said to have, int64 [N].
+        """Return the index of the predicted class of each record, int64 [N].
 
-        The most probable one, unless a decision rule has a threshold or costs: then the rarer of
-        two classes from the threshold on, or the class with the least expected cost.
+        It is the most probable class, unless the decision rule has a threshold or costs: with a
+        threshold it is the rarer of two classes if its probability reaches the threshold; with
+        costs it is the class with the least expected cost.
+        probabilities_NK: float32 [N, K].
         """
         if self.thresholds:
             rarer = self.rarest
@@ -125,16 +140,22 @@ class ClassTarget(NamedTarget):
         return np.argmax(probabilities_NK, axis=1)
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """Those that `known_metrics` names.
+        """Return all metrics in `known_metrics` by name.
 
-        accuracy, balanced_accuracy, f1: of the classes that are chosen. f1, auc and
-        average_precision are of the rarer of two classes; of more, their mean over the classes.
-        loss: log loss in nats. calibration_error: of the most probable class. cost: its mean.
+        accuracy, balanced_accuracy and f1 judge the predicted classes. f1, auc and
+        average_precision are those of the rarer of two classes; with more classes f1 and
+        average_precision are means over the classes. loss is the log loss in nats;
+        calibration_error is that of the most probable class; cost is the mean cost of a record.
+        outputs: {"logits": float [N, K]}. targets: class indices, int [N].
         """
         return {each.name: self.metric(each.name, outputs, targets) for each in self.known_metrics}
 
     def metric(self, name: str, outputs: Arrays, targets: np.ndarray) -> float:
-        """One of the metrics."""
+        """Return the metric `name`; for arguments and definitions see `metrics`.
+
+        outputs: {"logits": float [N, K]}. targets: class indices, int [N]. Raises ValueError for an
+        unknown name.
+        """
         probabilities_NK = self.probabilities(outputs)
         chosen_N = self.choose(probabilities_NK)
         classes = [self.rarest] if len(self.classes) == 2 else range(len(self.classes))
@@ -158,10 +179,10 @@ class ClassTarget(NamedTarget):
                 )
             case "cost":
                 return float(np.mean(np.array(self.costs)[targets, chosen_N]))
-        raise ValueError(f"there is no metric '{name}'")
+        raise ValueError(f"unknown metric '{name}'")
 
     def _labels(self, values: Iterable[Any], form: NameForm) -> Iterable[str]:
-        # Most labels came before: by type, as 1 and true are equal keys.
+        # Labels repeat, so their names are cached: for each type apart, because 1 == True.
         known: dict[type, dict[Any, str]] = {kind: {} for kind in HASHED}
         for row, value in enumerate(values):
             of_kind = known.get(type(value))

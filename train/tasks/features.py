@@ -1,4 +1,4 @@
-"""Features: records → arrays. Every kind of column has its encoder; together they make a task's."""
+"""Features: the encoders that turn the columns of records into arrays. Shapes: N records."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,30 +16,37 @@ from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorS
 
 
 class Encoder(Protocol):
-    """How some columns become arrays. Its state is plain data; fitted on training records only."""
+    """Turns one or more columns into arrays. It is fitted on training records only."""
 
     @property
     def fields(self) -> tuple[TensorSpec, ...]:
-        """What it takes from a record, as a client sends it."""
+        """The fields of a record that the encoder reads, as a client sends them."""
         ...
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The arrays that `encode` returns, in order, as a net takes them."""
+        """The arrays that `encode` returns, in the order of the network's inputs."""
         ...
 
-    def fit(self, columns: Columns) -> Self: ...
+    def fit(self, columns: Columns) -> Self:
+        """Return the encoder fitted to training records. Raises InvalidRecord."""
+        ...
 
     def encode(self, columns: Columns) -> Arrays:
-        """Encode N records. Raises InvalidRecord, which says which of them."""
+        """Return the arrays of N records by name, each [N, …] as `inputs` describes it.
+
+        Raises InvalidRecord, with the number of the record in `row`.
+        """
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """State as JSON, with the "kind" that finds the class again."""
+        """Return the state as JSON values, with the "kind" by which the class is found."""
         ...
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self: ...
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        """Return the encoder of a state that `to_dict` returned."""
+        ...
 
 
 ENCODERS: dict[str, type[Encoder]] = {
@@ -48,9 +55,10 @@ ENCODERS: dict[str, type[Encoder]] = {
     "tokens": Texts,
     "image": Images,
 }
-# Names of inputs that hold several columns, and of the output.
+# Names of the inputs that hold several columns, and of the output. Columns with an input of their
+# own must not have them.
 RESERVED = (Numbers.kind, Categories.kind, Texts.kind, "logits")
-# What a column may be said to be, besides the path of a user's own encoder.
+# Kinds that a column may have; a custom encoder is named as package.module:Class instead.
 KINDS = (*COLUMNS, "category", "text", "image")
 
 
@@ -70,10 +78,12 @@ class Features:
         vocabulary: int = 20_000,
         tokenizer: str = "",
     ) -> Self:
-        """Group columns by their kinds.
+        """Return unfitted encoders for columns of the given kinds, grouped by kind.
 
-        kinds: for each column {"kind": one of KINDS or package.module:Class}, with the options of
-        that kind: fields of its class. decimal: of numbers without one of their own.
+        kinds: {"kind": one of KINDS or package.module:Class} for each column, with options of that
+        kind, which are fields of its class. decimal: decimal mark of numeric columns without their
+        own. max_tokens, vocabulary, tokenizer: see `Texts`.
+        Raises ValueError for a column with a reserved name or a class that cannot be imported.
         """
         numbers, categories, texts = [], [], []
         others: list[Encoder] = []
@@ -82,8 +92,8 @@ class Features:
             kind = options.pop("kind")
             if column in RESERVED and kind not in (*COLUMNS, "category", "text"):
                 raise ValueError(
-                    f"a column of kind {kind} cannot be called '{column}', as an input is; "
-                    "rename it"
+                    f"a column of kind {kind} cannot be called '{column}', because an input has "
+                    "that name; rename the column"
                 )
             if kind in COLUMNS:
                 if kind == Number.kind:
@@ -108,40 +118,49 @@ class Features:
 
     @cached_property
     def fields(self) -> tuple[TensorSpec, ...]:
-        """What a record holds, as a client sends it."""
+        """The fields of a record, as a client sends them."""
         return tuple(field for encoder in self.encoders for field in encoder.fields)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
+        """Names of the fields of a record."""
         return tuple(field.name for field in self.fields)
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The arrays that `encode` returns, in order."""
+        """The arrays that `encode` returns, in the order of the network's inputs."""
         return tuple(spec for encoder in self.encoders for spec in encoder.inputs)
 
     @cached_property
     def row_bytes(self) -> int:
-        """How large a record's arrays are."""
+        """Size of an encoded record in bytes."""
         return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in self.inputs)
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        """Those of the inputs that are images."""
+        """Names of the inputs that are images."""
         found = [encoder for encoder in self.encoders if isinstance(encoder, Images)]
         return tuple(encoder.column for encoder in found)
 
     def fit(self, columns: Columns) -> Self:
+        """Return the features with all encoders fitted to training records.
+
+        Raises InvalidRecord.
+        """
         return type(self)(tuple(encoder.fit(columns) for encoder in self.encoders))
 
     def encode(self, columns: Columns) -> Arrays:
-        """Return the arrays of N records. Raises InvalidRecord, which says which of them."""
+        """Return the arrays of N records by name, each [N, …] as `inputs` describes it.
+
+        Raises InvalidRecord, with the number of the record in `row`.
+        """
         arrays: Arrays = {}
         for encoder in self.encoders:
             arrays |= encoder.encode(columns)
         return arrays
 
     def encode_records(self, records: Sequence[Record]) -> Arrays:
+        """Return what `encode` returns, [N, …] each, for N records. Raises InvalidRecord."""
         return self.encode(to_columns(records, self.columns))
 
     def to_dict(self) -> list[dict[str, Any]]:
@@ -149,14 +168,15 @@ class Features:
 
     @classmethod
     def from_dict(cls, states: Sequence[dict[str, Any]]) -> Self:
-        """Raises ValueError for a kind that this version does not know."""
+        """Return the features of saved states. Raises ValueError for an unknown kind."""
         return cls(tuple(encoder_class(state, ENCODERS).from_dict(state) for state in states))
 
 
 def encoder_class(state: dict[str, Any], known: Mapping[str, Any]) -> Any:
-    """Return the class of a saved state: one of `known`, or a user's own.
+    """Return the class of a saved state: one of `known`, or a custom class.
 
-    Raises ValueError for one that is neither, NotAllowed for one that the operator has not named.
+    Raises ValueError for an unknown kind, NotAllowed for a class of a module that the operator has
+    not allowed.
     """
     kind = state["kind"]
     if isinstance(kind, str) and kind in known:

@@ -15,16 +15,16 @@ from train.values.records import Arrays, InvalidRecord, shorten, with_row
 
 
 def sigmoid(logits_NK: np.ndarray) -> np.ndarray:
-    """Return float32 probabilities [N, K], each apart."""
+    """Return independent probabilities, float32 [N, K], for logits, float [N, K]."""
     return (0.5 * (1 + np.tanh(0.5 * logits_NK))).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class LabelsTarget(NamedTarget):
-    """Any number of K labels at once: a list of names, or a text with a separator between them.
+    """Target that is any number of K labels: a list of names, or text with a separator.
 
-    counts: how many of the `num_records` training records each label has. separator: besides |,
-    what stands between labels in the training records; found out by `fit`.
+    counts: number of training records with each label, out of `num_records`. separator: separates
+    labels in text, in addition to "|"; `fit` detects it.
     """
 
     num_records: int = field(default=0, compare=False)
@@ -35,7 +35,7 @@ class LabelsTarget(NamedTarget):
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:
-        """The F1 decides; with costs the cost."""
+        """The metrics that `metrics` returns, the main one first: F1, or the cost if it is set."""
         cost = [Metric("cost", "lower")] if self.costs else []
         return (
             *cost,
@@ -45,7 +45,10 @@ class LabelsTarget(NamedTarget):
         )
 
     def fit(self, values: Iterable[Any]) -> Self:
-        """Take the labels, and what stands between them, from training values."""
+        """Return the target with the labels and the separator of training values.
+
+        Raises InvalidRecord if no value has a label, or a value cannot be read.
+        """
         values = list(values)
         fitted = replace(self, separator=find_separator(values) or SEPARATOR)
         counts: Counter[str] = Counter()
@@ -59,7 +62,10 @@ class LabelsTarget(NamedTarget):
         return replace(fitted, classes=classes, counts=label_counts, num_records=len(values))
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return uint8 [N, K] of 0 and 1. Raises InvalidRecord for an unknown label."""
+        """Return uint8 [N, K], 1 where record n has label k.
+
+        Raises InvalidRecord for a label that `fit` did not see or a value that cannot be read.
+        """
         codes = {label: index for index, label in enumerate(self.classes)}
         chosen_NK = np.zeros((len(values), len(codes)), np.uint8)
         for row, value in enumerate(values):
@@ -67,15 +73,18 @@ class LabelsTarget(NamedTarget):
                 for label in self._split(value):
                     if label not in codes:
                         raise InvalidRecord(
-                            f"column '{self.column}' has '{label}', which is not among the "
-                            f"training records; known are {', '.join(self.classes[:20])}; {GO_ON}."
+                            f"column '{self.column}' has '{label}', which is not among the labels "
+                            f"in training; known are {', '.join(self.classes[:20])}; {GO_ON}."
                         )
                     chosen_NK[row, codes[label]] = 1
         return chosen_NK
 
     def decode(self, outputs: Arrays) -> Arrays:
-        """{"logits": [N, K]} → {"label": object [N] of names with | between them,
-        "probabilities": float32 [N, K]}; a label is given from its threshold on, 0.5 by default."""
+        """Return {"label": object [N] of str, "probabilities": float32 [N, K]}.
+
+        "label" has the labels whose probability reaches their threshold, separated by "|".
+        outputs: {"logits": float [N, K]}.
+        """
         probabilities_NK = self.probabilities(outputs)
         labels = [
             SEPARATOR.join(self.classes[index] for index in np.flatnonzero(chosen_K))
@@ -84,17 +93,25 @@ class LabelsTarget(NamedTarget):
         return {"label": np.array(labels, dtype=object), "probabilities": probabilities_NK}
 
     def probabilities(self, outputs: Arrays) -> np.ndarray:
-        """{"logits": [N, K]} → float32 [N, K], each label's apart."""
+        """Return independent probabilities, float32 [N, K], calibrated by the temperature.
+
+        outputs: {"logits": float [N, K]}.
+        """
         return sigmoid(outputs["logits"] / np.float32(self.temperature))
 
     def choose(self, probabilities_NK: np.ndarray) -> np.ndarray:
-        """Which labels each record is said to have, bool [N, K]."""
+        """Return which labels are predicted, bool [N, K]: those that reach their threshold.
+
+        probabilities_NK: float32 [N, K]. A threshold is 0.5 unless the decision rule sets it.
+        """
         return probabilities_NK >= np.array(self.thresholds or (0.5,), np.float32)
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """F1 over all labels together, the share of records with all labels right, log loss.
+        """Return all metrics in `known_metrics` by name.
 
-        cost: the mean over records and labels.
+        f1 counts all labels together; accuracy is the fraction of records with all labels right;
+        loss is the log loss in nats; cost is the mean over records and labels.
+        outputs: {"logits": float [N, K]}. targets: uint8 [N, K] of 0 and 1.
         """
         probabilities_NK = self.probabilities(outputs)
         chosen_NK, true_NK = self.choose(probabilities_NK), targets > 0
@@ -110,7 +127,7 @@ class LabelsTarget(NamedTarget):
         return values
 
     def _split(self, value: Any) -> list[str]:
-        """The labels of one record; none where the value is missing."""
+        """Return the labels of one record, an empty list for a missing value."""
         try:
             return split_labels(value, self.separator)
         except ValueError as error:

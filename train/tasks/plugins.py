@@ -1,8 +1,8 @@
-"""Code of the user's own: which modules may be imported because a config or a bundle names them.
+"""Plugins: which modules may be imported because a config or a bundle names a class in them.
 
-A bundle is data, and may come from anywhere, so that naming a class in it imports nothing. The
-operator names the modules that may be imported: by the option `plugins`, or by naming a class in a
-training config. A command says so once, by `allow`, in each of its processes.
+A bundle is data and may come from anywhere, so a class name in a bundle alone does not cause an
+import. The operator allows modules with the option `plugins` or by naming a class in a training
+config. A command calls `allow_modules` once in each of its processes.
 """
 
 import re
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# package.module:Name
+# Matches package.module:Name.
 PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 _allowed: set[str] = set()
@@ -21,13 +21,13 @@ _data: set[Path] = set()
 
 
 class NotAllowed(ValueError):
-    """Code that the operator has not named, or that lies among data."""
+    """Code in a module that the operator has not allowed, or in a data folder."""
 
 
 def allow_modules(modules: Iterable[str], *, storage: str | None = None) -> None:
-    """Let this process import classes of some modules, and of those below them.
+    """Allow this process to import classes of these modules and of their submodules.
 
-    storage: the local folder where models are kept; nothing below it is ever imported.
+    storage: local folder of the models; code below it is never imported.
     """
     _allowed.update(modules)
     if storage is not None:
@@ -35,29 +35,29 @@ def allow_modules(modules: Iterable[str], *, storage: str | None = None) -> None
 
 
 def allowed_modules() -> list[str]:
-    """The modules that this process may import; for `allow` in another."""
+    """Return the modules that this process may import, for `allow_modules` in another process."""
     return sorted(_allowed)
 
 
 def exclude_folder(folder: Path) -> None:
-    """Never import anything below a folder that holds data."""
+    """Forbid imports from a data folder and everything below it, in this process."""
     _data.add(folder.resolve())
 
 
 def is_allowed(path: str) -> bool:
-    """Whether the operator has named the module of package.module:Name, or one above it."""
+    """Return whether the module of package.module:Name, or a parent of it, is allowed."""
     return _is_below(path.partition(":")[0], _allowed)
 
 
 def import_object(path: str) -> Any:
-    """Return what package.module:Name names.
+    """Import and return the object that package.module:Name names.
 
-    Raises NotAllowed, and nothing has been imported, where the operator has not named the module;
-    ValueError if there is no such thing.
+    Raises NotAllowed, before anything is imported, if the module is not allowed or is in a data
+    folder; ValueError if the path is malformed or cannot be imported.
     """
     match = PATH.fullmatch(path)
     if match is None:
-        raise ValueError(f"'{path[:100]}' names no code; expected package.module:Name")
+        raise ValueError(f"'{path[:100]}' is not a valid path; expected package.module:Name")
     module, name = match.groups()
     if not is_allowed(path):
         raise NotAllowed(f"{refusal([path])}.")
@@ -69,27 +69,27 @@ def import_object(path: str) -> Any:
             f"'{path}' cannot be imported ({error}); expected package.module:Name, importable from "
             "the current directory."
         ) from error
-    # A module has more in it than what it is for: what it imports itself.
+    # A module also contains the names that it imports, which are not allowed with it.
     if not _is_below(getattr(found, "__module__", None) or "", _allowed):
-        raise NotAllowed(f"'{path}' is defined elsewhere; name it by the module that defines it")
+        raise NotAllowed(f"'{path}' is defined elsewhere; give the module that defines it")
     return found
 
 
 def code_of_task(state: Any) -> list[str]:
-    """Each package.module:Name in the state of a task."""
+    """Return each package.module:Name in the saved state of a task."""
     parts = [state, _get(state, "target"), *_items(_get(state, "features"))]
     return _paths([*(_get(part, "kind") for part in parts), _get(state, "target", "loss")])
 
 
 def code_of_config(values: Any) -> list[str]:
-    """Each package.module:Name in the options of a training run."""
+    """Return each package.module:Name in the options of a training run."""
     columns = _get(values, "features")
     kinds = list(columns.values()) if isinstance(columns, Mapping) else []
     nets = [_get(values, "net"), _get(values, "compress", "distill", "net")]
     return _paths(
         [
             _get(values, "task"),
-            # A column and a net may be a string alone.
+            # A column and a net may each be a string instead of a mapping.
             *(kind if isinstance(kind, str) else _get(kind, "kind") for kind in kinds),
             *(net if isinstance(net, str) else _get(net, "class_path") for net in nets),
         ]
@@ -97,7 +97,7 @@ def code_of_config(values: Any) -> list[str]:
 
 
 def _get(state: Any, *keys: str) -> Any:
-    """A part of nested dicts; None where there is none."""
+    """Return the value at nested keys, or None if a key is missing."""
     for key in keys:
         state = state.get(key) if isinstance(state, Mapping) else None
     return state
@@ -112,37 +112,37 @@ def _paths(found: Iterable[Any]) -> list[str]:
 
 
 def refusal(paths: Iterable[str]) -> str:
-    """Say that code is not allowed, and what to do."""
+    """Return a message that names code which is not allowed, and the option that allows it."""
     names = sorted(set(paths))
     modules = ",".join(sorted({name.partition(":")[0] for name in names}))
     return (
-        f"code that is not allowed is named: {', '.join(names)[:300]}. "
-        f"If you trust it, add plugins={modules[:300]}"
+        f"not allowed to import {', '.join(names)[:300]}. "
+        f"If you trust this code, add plugins={modules[:300]}"
     )
 
 
 def check_allowed(paths: Iterable[str], what: str) -> None:
-    """Raises NotAllowed, naming all of them, where code that is named is not allowed.
+    """Check that all paths are allowed. Raises NotAllowed, with all that are not.
 
-    what: names it, such as a bundle.
+    what: where the paths come from, such as a bundle; the message begins with it.
     """
     if wrong := [path for path in paths if not is_allowed(path)]:
         raise NotAllowed(f"{what}: {refusal(wrong)}.")
 
 
 def _check_place(module: str) -> None:
-    """Raises NotAllowed for a module that lies among data, before it is imported."""
+    """Raises NotAllowed for a module in a data folder, before it is imported."""
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
         name = ".".join(parts[:end])
-        # Imports the packages above it, which have been checked.
+        # Finding a module imports its parent packages, which earlier iterations have checked.
         spec = _spec(name)
         if spec is None:
-            return  # there is no such module, which importing it says
+            return  # the module does not exist; importing it raises the right error
         places = [*(spec.submodule_search_locations or []), spec.origin or ""]
         for place in map(Path, filter(None, places)):
             if any(place.resolve().is_relative_to(folder) for folder in _data):
-                raise NotAllowed(f"'{module}' lies at '{place}', among data, and is not imported")
+                raise NotAllowed(f"'{module}' is not imported: '{place}' is in a data folder")
 
 
 def _spec(name: str) -> Any:

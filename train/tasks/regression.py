@@ -15,23 +15,22 @@ from train.tasks.targets import GO_ON
 from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 from train.values.sentinels import robust_mean_scale
 
-# In deviations: errors beyond count no longer by their square.
+# In standard deviations of the target: larger errors count linearly instead of squared.
 HUBER = 0.5
-# Values that are read at once.
+# Number of values that are read at once, which bounds the memory of `fit`.
 PART = 50_000
 
 
 @dataclass(frozen=True)
 class ValueTarget:
-    """A number. It is learned scaled by the training records, and given in its own unit.
+    """Target that is a number. The network learns it scaled; predictions are in its own unit.
 
-    Mean and scale are of the usual values: a few that are absurdly far do not move them.
-
-    The loss is Huber's, squared up to half a deviation: a few far values would else rule the net.
-    quantile: what is predicted in place of the middle, such as 0.9 for a value that nine records of
-    ten stay below; the loss is then the quantile's.
-    decimal, unit: how the numbers are written as text, see NumberFormat; `fit` finds out those that
-    are None.
+    mean, scale: mean and standard deviation of the training values; a few extreme outliers do not
+    move them.
+    quantile: the quantile to predict, such as 0.9 for a value that nine of ten records stay below.
+    The loss is then the pinball loss; without a quantile it is the Huber loss, so that outliers do
+    not dominate training.
+    decimal, unit: how numbers are written as text, see NumberFormat; `fit` detects them if None.
     """
 
     column: str
@@ -51,7 +50,10 @@ class ValueTarget:
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:
-        """The coefficient of determination decides, or the quantile's loss."""
+        """The metrics that `metrics` returns, the main one first.
+
+        The main metric is the coefficient of determination R², or with a quantile its loss.
+        """
         found = [Metric("r2", "higher")]
         found += [Metric(name, "lower") for name in ("rmse", "mae", "quantile_loss", "loss")]
         if self.quantile is not None:
@@ -59,9 +61,9 @@ class ValueTarget:
         return tuple(found)
 
     def fit(self, values: Iterable[Any]) -> Self:
-        """Find out how numbers are written; take mean and deviation.
+        """Return the target with the number format, mean and scale of training values.
 
-        Raises InvalidRecord when all values are the same.
+        Raises InvalidRecord if all values are the same, or one is not a finite number.
         """
         rest = iter(values)
         first = list(islice(rest, PART))
@@ -77,22 +79,28 @@ class ValueTarget:
         return replace(fitted, mean=mean, scale=scale)
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float32 [N], scaled, at most FARTHEST deviations from the mean.
+        """Return scaled values, float32 [N], clipped to ±FARTHEST standard deviations.
 
-        Raises InvalidRecord for what is no finite number.
+        Raises InvalidRecord for a value that is not a finite number.
         """
         with np.errstate(over="ignore"):
             scaled_N = (self._numbers(values) - self.mean) / self.scale
         return np.clip(scaled_N, -FARTHEST, FARTHEST).astype(np.float32)
 
     def decode(self, outputs: Arrays) -> Arrays:
-        """{"logits": [N, 1]} → {"value": float32 [N]} in the column's own unit."""
+        """Return {"value": float32 [N]}, in the unit of the column.
+
+        outputs: {"logits": float [N, 1]}.
+        """
         return {"value": (outputs["logits"][:, 0] * self.scale + self.mean).astype(np.float32)}
 
     def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
-        """Coefficient of determination, errors in the column's unit, the loss.
+        """Return all metrics in `known_metrics` by name.
 
-        quantile_loss: of the quantile that is predicted, of 0.5 by default.
+        r2 is the coefficient of determination. rmse, mae and quantile_loss are in the unit of the
+        column; quantile_loss is that of `quantile`, by default 0.5. loss is the training loss, of
+        scaled values.
+        outputs: {"logits": float [N, 1]}. targets: scaled values, float [N].
         """
         error_N = outputs["logits"][:, 0].astype(np.float64) - targets
         spread = float(np.var(targets.astype(np.float64)))
@@ -109,7 +117,7 @@ class ValueTarget:
         }
 
     def _numbers(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
-        """Return the values, float64 [N]. Raises InvalidRecord for what is no finite number."""
+        """Return values, float64 [N]. Raises InvalidRecord if one is not a finite number."""
         number = Number(self.column, self.decimal, self.unit, missing=())
         if isinstance(values, np.ndarray):
             return self._finite(number, values, 0)

@@ -1,6 +1,6 @@
-"""Targets: the column to predict → numbers to learn, and a net's outputs → a prediction.
+"""Targets: encode the column to predict for training, and decode a network's outputs.
 
-Shapes: N records, K names.
+Shapes: N records, K classes or labels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,21 @@ from train.metrics import Metric
 from train.values.names import NameForm, to_name
 from train.values.records import Arrays, InvalidRecord, TensorSpec, shorten
 
-# What a user may do about a record whose target cannot be learned.
+# Remedy for records with an invalid target; part of error messages.
 GO_ON = "--data.bad_records drop leaves such records out"
 
 
 class Target(Protocol):
-    """How the column to predict is learned and how outputs are read back."""
+    """Encodes the column to predict for training, and decodes outputs into predictions."""
 
     @property
-    def column(self) -> str: ...
+    def column(self) -> str:
+        """Name of the column to predict."""
+        ...
 
     @property
     def loss(self) -> str:
-        """What a net learns by: a name in `train.nets.losses`, or package.module:function."""
+        """The training loss: a name in `train.nets.losses`, or package.module:function."""
         ...
 
     @property
@@ -35,36 +37,55 @@ class Target(Protocol):
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:
-        """What `metrics` returns, and which way each is better; the first decides."""
+        """The metrics that `metrics` returns, with their directions; the main one is first."""
         ...
 
     @property
     def num_outputs(self) -> int:
-        """Width of the net's last layer."""
+        """Width of the network's last layer."""
         ...
 
-    def fit(self, values: Iterable[Any]) -> Self: ...
+    def fit(self, values: Iterable[Any]) -> Self:
+        """Return the target fitted to training values. Raises InvalidRecord."""
+        ...
 
-    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray: ...
+    def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return N values as an array to learn, [N] or [N, K]. Raises InvalidRecord."""
+        ...
 
-    def decode(self, outputs: Arrays) -> Arrays: ...
+    def decode(self, outputs: Arrays) -> Arrays:
+        """Return the predictions by name, each [N, …] as `outputs` describes it.
 
-    def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]: ...
+        outputs: {"logits": float [N, num_outputs]}.
+        """
+        ...
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def metrics(self, outputs: Arrays, targets: np.ndarray) -> dict[str, float]:
+        """Return all metrics in `known_metrics` by name.
+
+        outputs: {"logits": float [N, num_outputs]}. targets: [N] or [N, K], from `encode`.
+        """
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values, with the "kind" by which the class is found."""
+        ...
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Self: ...
+    def from_dict(cls, state: dict[str, Any]) -> Self:
+        """Return the target of a state that `to_dict` returned."""
+        ...
 
 
 @dataclass(frozen=True)
 class NamedTarget:
-    """A target of K names. counts: how many training records each has.
+    """Base of targets with K names, which are classes or labels.
 
-    temperature: what outputs are divided by before they become probabilities.
-    costs: of the decision rule, what it costs to answer with the class of a column where the class
-    of the row is true; of several labels, of saying no or yes to one. thresholds: the least
-    probability at which a record is said to be of the rarer of two classes, or to have each label.
+    counts: number of training records of each class or with each label.
+    temperature: divisor of the logits, which calibrates the probabilities.
+    costs: [true class][predicted class], the cost of each decision; for labels [no, yes][no, yes].
+    thresholds: smallest probability for the prediction of the rarer of two classes, or of each
+    label. Costs and thresholds come from the decision rule; they are empty without one.
     """
 
     column: str
@@ -107,7 +128,7 @@ class NamedTarget:
 
 
 def label_name(column: str, value: Any, form: NameForm = "text") -> str:
-    """Return a class or label as text. Raises InvalidRecord for a value that cannot be a name."""
+    """Return a class or label as text. Raises InvalidRecord if the value cannot be a name."""
     try:
         return to_name(value, form)
     except ValueError as error:

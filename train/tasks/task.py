@@ -1,4 +1,4 @@
-"""A task: features and target together, as plain state."""
+"""A task: the features and the target of a model. Shapes: N records, K outputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,9 +21,10 @@ TARGETS: dict[str, type[Target]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is about. A user's own task is a subclass, named by package.module:Class.
+    """The features and the target of a model.
 
-    `of` says what it is made of; features and target are fitted apart.
+    A custom task is a subclass, which configs name as package.module:Class. `of` makes an unfitted
+    task; features and target are fitted separately.
     """
 
     features: Features
@@ -33,9 +34,10 @@ class Task:
     def of(
         cls, kinds: Mapping[str, Mapping[str, Any]], column: str, task_type: str, **options: Any
     ) -> Self:
-        """Return the task that predicts `column` from columns of the given kinds, not yet fitted.
+        """Return an unfitted task that predicts `column` from columns of the given kinds.
 
-        task_type: "classification", "multilabel" or "regression". options: of `Features.of`.
+        task_type: "classification", "multilabel" or "regression". kinds, options: arguments of
+        `Features.of`.
         """
         of_target = {}
         if task_type == ValueTarget.kind:
@@ -45,7 +47,10 @@ class Task:
 
     @property
     def known_metrics(self) -> tuple[Metric, ...]:
-        """The target's metrics. Raises ValueError for one that does not say which way is better."""
+        """The target's metrics, the main one first.
+
+        Raises ValueError if a custom target does not declare them as `Metric`.
+        """
         declared = getattr(self.target, "known_metrics", ())
         if not declared or not all(isinstance(each, Metric) for each in declared):
             raise ValueError(
@@ -56,14 +61,14 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The name of the metric that decides: the target's first."""
+        """Name of the main metric, which is the target's first."""
         return self.known_metrics[0].name
 
     def find_metric(self, name: str | None = None) -> Metric:
-        """Return the metric of a split by its name, such as "valid_loss".
+        """Return a metric by its name with the split, such as "valid_loss".
 
-        None stands for the one that decides, on the validation split; LAST for the epoch. Raises
-        ValueError for a name that is unknown.
+        name: None stands for the main metric on the validation split, LAST for the number of the
+        epoch. Raises ValueError for an unknown name.
         """
         if name == LAST:
             return LAST_EPOCH
@@ -79,22 +84,22 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """Where the class is found again."""
+        """The "kind" of the saved state, by which `from_dict` finds the class."""
         own = type(self)
         return "task" if own is Task else f"{own.__module__}:{own.__qualname__}"
 
     def with_target(self, **changes: Any) -> Self:
-        """Return the task with some fields of its target changed."""
+        """Return a copy of the task with fields of its target changed."""
         return replace(self, target=replace(self.target, **changes))  # type: ignore[type-var]
 
     def calibrated(self, temperature: float) -> Self:
-        """Return the task with another temperature of its probabilities, where it has any."""
+        """Return the task with this temperature; a task without probabilities is unchanged."""
         if not isinstance(self.target, NamedTarget):
             return self
         return self.with_target(temperature=temperature)
 
     def undecided(self) -> Self:
-        """Return the task without a net's temperature, a decision rule and a quantile."""
+        """Return the task without temperature, decision rule and quantile."""
         if isinstance(self.target, ValueTarget):
             return self.with_target(quantile=None)
         if not isinstance(self.target, NamedTarget):
@@ -102,12 +107,19 @@ class Task:
         return self.with_target(temperature=1.0, costs=(), thresholds=())
 
     def encode(self, columns: Columns) -> tuple[Arrays, np.ndarray]:
-        """Return the arrays of N records and their targets. Raises InvalidRecord."""
+        """Return the arrays of N records, [N, …] each, and their targets, [N] or [N, K].
+
+        Raises InvalidRecord.
+        """
         targets_N = self.target.encode(columns[self.target.column])
         return self.features.encode(columns), targets_N
 
     def metrics(self, outputs: Arrays, targets: np.ndarray, prefix: str) -> dict[str, float]:
-        """The target's metrics, named `{prefix}_{metric}`."""
+        """Return the target's metrics by name, as `{prefix}_{metric}`.
+
+        outputs: {"logits": float [N, K]}. targets: [N] or [N, K], from `encode`. Raises ValueError
+        if a custom target returns a metric that it does not declare.
+        """
         values = self.target.metrics(outputs, targets)
         if unknown := values.keys() - {each.name for each in self.known_metrics}:
             raise ValueError(
@@ -117,7 +129,10 @@ class Task:
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def metric_value(self, name: str, outputs: Arrays, targets: np.ndarray) -> float:
-        """One of the target's metrics, without the others where that is less work."""
+        """Return one of the target's metrics; the others are not computed if avoidable.
+
+        name: without the split. outputs: {"logits": float [N, K]}. targets: [N] or [N, K].
+        """
         if type(self.target) is ClassTarget:
             return self.target.metric(name, outputs, targets)
         return self.target.metrics(outputs, targets)[name]
@@ -131,10 +146,13 @@ class Task:
 
     @staticmethod
     def from_dict(state: dict[str, Any]) -> "Task":
-        """Raises ValueError for a kind that this version does not know."""
+        """Return the task of a state that `to_dict` returned.
+
+        Raises ValueError for an unknown kind or a class that is not a subclass of Task.
+        """
         features = Features.from_dict(state["features"])
         target = encoder_class(state["target"], TARGETS).from_dict(state["target"])
         own = encoder_class(state, {"task": Task})
         if not (isinstance(own, type) and issubclass(own, Task)):
-            raise ValueError(f"'{state['kind']}' is no subclass of train.tasks.Task")
+            raise ValueError(f"'{state['kind']}' is not a subclass of train.tasks.Task")
         return own(features, target)

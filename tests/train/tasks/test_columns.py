@@ -123,7 +123,7 @@ def test_a_long_text_is_cut_and_text_that_is_no_utf8_is_refused():
     with pytest.raises(InvalidRecord, match="not UTF-8") as caught:
         fitted.encode({"t": ["a", "é".encode("latin-1")]})
     assert caught.value.row == 1
-    with pytest.raises(InvalidRecord, match="is no text"):
+    with pytest.raises(InvalidRecord, match="is not text"):
         fitted.encode({"t": [7]})
 
 
@@ -233,7 +233,7 @@ def test_a_column_that_is_called_as_an_input_is_refused():
 
 
 def test_features_of_an_unknown_own_kind_say_what_is_wrong():
-    with pytest.raises(ValueError, match=r"not allowed is named: no\.such:Thing"):
+    with pytest.raises(ValueError, match=r"not allowed to import no\.such:Thing"):
         Features.of({"a": {"kind": "no.such:Thing"}})
 
 

@@ -1,1 +1,1 @@
-"""Kinds of columns: how each becomes arrays."""
+"""Encoders for the kinds of columns."""

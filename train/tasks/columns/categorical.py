@@ -1,4 +1,4 @@
-"""Features that are one of a set of names. Shapes: N records, C columns."""
+"""Categorical features: columns of names. Shapes: N records, C columns."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -19,20 +19,21 @@ from train.values.records import (
     shorten,
 )
 
-# Codes that every column has; the names follow.
+# The first codes of every column; the codes of its names follow from FIRST on.
 UNSEEN, MISSING, FIRST = 0, 1, 2
-# More names than this are the rarest ones' loss: they count as never seen.
+# Only this many names of a column get codes, the most frequent ones; the others count as unseen.
 MAX_NAMES = 10_000
 
 
 @dataclass(frozen=True)
 class Categories:
-    """Columns of names as one array of codes, int32 [N, C]; for numbers see train.values.names.
+    """Encodes columns of names as one array of codes, int32 [N, C].
 
-    A name that training never saw has the code 0, a missing value the code 1.
+    A name that `fit` did not see has the code 0, a missing value the code 1. For how numbers and
+    booleans become names see train.values.names.
 
-    names_C: for each column its names in the order of their codes, the most frequent first.
-    with_missing_C: whether training records lacked each column's value.
+    names_C: the names of each column in the order of their codes, the most frequent first.
+    with_missing_C: whether each column has missing values in the training records.
     """
 
     columns: tuple[str, ...]
@@ -51,10 +52,14 @@ class Categories:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many codes each column has."""
+        """Number of codes of each column."""
         return tuple(FIRST + len(names) for names in self.names_C)
 
     def fit(self, columns: Columns) -> Self:
+        """Return the encoder with the names of training records.
+
+        Raises InvalidRecord if a value is not a name.
+        """
         names_C, with_missing_C = [], []
         for column in self.columns:
             values = columns[column]
@@ -66,12 +71,12 @@ class Categories:
         return replace(self, names_C=tuple(names_C), with_missing_C=tuple(with_missing_C))
 
     def merge_names(self, columns: Collection[str]) -> Self:
-        """Return the encoder with all names of some columns counting as never seen."""
+        """Return the encoder without the names of these columns, which then count as unseen."""
         named = zip(self.columns, self.names_C, strict=True)
         return replace(self, names_C=tuple(() if name in columns else each for name, each in named))
 
     def encode(self, columns: Columns) -> Arrays:
-        """Return {"categories": int32 [N, C]}. Raises InvalidRecord for what is no name."""
+        """Return {"categories": int32 [N, C]}. Raises InvalidRecord if a value is not a name."""
         assert len(self.names_C) == len(self.columns), "fit first"
         codes = [
             [codes.get(key, UNSEEN) for key in _keys(column, columns[column], form)]
@@ -93,7 +98,7 @@ class Categories:
         return [find_form(names) for names in self.names_C]
 
     def missing(self, columns: Columns) -> dict[str, np.ndarray]:
-        """Whether each value of each column counts as missing, bool [N]. Raises InvalidRecord."""
+        """Return by column which values count as missing, bool [N]. Raises InvalidRecord."""
         codes_NC = self.encode(columns)[self.kind]
         return dict(zip(self.columns, (codes_NC == MISSING).T, strict=True))
 
@@ -115,7 +120,7 @@ class Categories:
 
 
 def _distinct(values: Sequence[Any] | np.ndarray) -> Iterable[Any]:
-    """The different texts among values, and all others."""
+    """Return the distinct strings among values, followed by all values of other types."""
     texts = {value for value in values if type(value) is str}
     return chain(texts, (value for value in values if type(value) is not str))
 
@@ -131,7 +136,7 @@ def _keys(column: str, values: Sequence[Any] | np.ndarray, form: NameForm) -> li
         if type(value) is not str:
             keys.append(_key(column, row, value, form))
             continue
-        if value not in known:  # most columns have few different ones
+        if value not in known:  # most columns have few distinct strings
             known[value] = _key(column, row, value, form)
         keys.append(known[value])
     return keys

@@ -1,4 +1,4 @@
-"""Features that are images. Shapes: N records, H height, W width, C channels."""
+"""Image features. Shapes: N records, H height, W width, C channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,23 @@ from train.values.pictures import (
 from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
 
 MODES = {1: "L", 3: "RGB"}
-# No side of a net's images is longer unless a size is given.
+# Longest side in pixels of encoded images, unless a size is given.
 MAX_SIDE = 224
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images in one column: files, see train.values.pictures, or uint8 arrays [H, W] or [H, W, C].
+    """Encodes a column of images as uint8 [N, H, W, C], RGB or grey, 0..255.
 
-    column: the record's field, and the tensor's name.
-    size: (height, width) that every image is brought to; if None, the median of the training images
-    within MAX_SIDE.
-    channels: 1 (grey) or 3 (RGB); if None, 3 where any training image has colours.
-    crop: keep the shape of what is seen, and cut off what is too much on two sides.
-    optional: a missing image counts as a black one; an error otherwise.
+    A value is the content of an image file, see train.values.pictures, or an array, uint8 [H, W] or
+    [H, W, C].
+
+    column: name of the field of a record, and of the encoded array.
+    size: (height, width) in pixels that every image is resized to; if None, `fit` uses the median
+    of the training images, reduced so that no side exceeds MAX_SIDE.
+    channels: 1 (grey) or 3 (RGB); if None, `fit` uses 3 if any training image has colour.
+    crop: crop an image to the aspect ratio of `size` before resizing, instead of stretching it.
+    optional: whether a missing image is encoded as black; otherwise it is an error.
     """
 
     column: str
@@ -43,13 +46,14 @@ class Images:
 
     @property
     def shape_HWC(self) -> tuple[int, int, int]:
+        """Shape (H, W, C) of an encoded image."""
         assert self.size is not None, "fit first"
         assert self.channels is not None, "fit first"
         return (*self.size, self.channels)
 
     @property
     def fields(self) -> tuple[TensorSpec, ...]:
-        if self.size is None or self.channels is None:  # not fitted: files of any size
+        if self.size is None or self.channels is None:  # not fitted: accepts files of any size
             return (TensorSpec(self.column, "BYTES", ()),)
         return self.inputs
 
@@ -58,9 +62,10 @@ class Images:
         return (TensorSpec(self.column, "UINT8", self.shape_HWC),)
 
     def fit(self, columns: Columns) -> Self:
-        """Take size and channels, where not given, from all images; a value may be a header.
+        """Return the encoder with size and channels set from training images, unless given.
 
-        Raises InvalidRecord where there is no image.
+        A value may also be a PictureHeader. Raises InvalidRecord if there is no image, or one
+        cannot be read.
         """
         if self.size is not None and self.channels is not None:
             return self
@@ -81,7 +86,10 @@ class Images:
         )
 
     def header(self, value: Any) -> PictureHeader:
-        """Return size and kind of an image without decoding it. Raises InvalidRecord."""
+        """Return the size of an image and whether it has colour, without decoding its pixels.
+
+        Raises InvalidRecord.
+        """
         if isinstance(value, np.ndarray):
             pixels = self._checked_array(value)
             height, width = pixels.shape[:2]
@@ -95,8 +103,8 @@ class Images:
     def encode(self, columns: Columns) -> Arrays:
         """Return {column: uint8 [N, H, W, C]}, RGB or grey, 0..255.
 
-        Raises InvalidRecord if a value is neither an image file nor a uint8 array, or the image is
-        larger than MAX_PIXELS.
+        Raises InvalidRecord if a value is neither an image file nor a uint8 array, or an image has
+        more than train.values.pictures.MAX_PIXELS pixels.
         """
         values = columns[self.column]
         if (
@@ -138,16 +146,17 @@ class Images:
         except ValueError as error:
             raise self._refused(error) from error
         if content is None:
-            came = "missing" if is_missing(value) else f"a {type(value).__name__}"
+            came = "missing" if is_missing(value) else f"of type {type(value).__name__}"
             raise InvalidRecord(
                 f"field '{self.column}' is {came}; expected an image. "
-                f"Send the bytes of a {KNOWN_PICTURES} file."
+                f"Send the content of a {KNOWN_PICTURES} file."
             )
         return content
 
     def _refused(self, error: ValueError) -> InvalidRecord:
         return InvalidRecord(
-            f"field '{self.column}' {error}. Send a whole {KNOWN_PICTURES} file of 8 or 16 bits."
+            f"field '{self.column}' {error}. Send a complete {KNOWN_PICTURES} file with 8 or 16 "
+            "bits per channel."
         )
 
     def _checked_array(self, value: np.ndarray) -> np.ndarray:
@@ -192,7 +201,7 @@ class Images:
 
 
 def _median_size(headers: Sequence[PictureHeader]) -> tuple[int, int]:
-    """The median height and width, made smaller alike where one is more than MAX_SIDE."""
+    """Return median height and width, shrunk by one factor if a side exceeds MAX_SIDE."""
     height = float(np.median([header.height for header in headers]))
     width = float(np.median([header.width for header in headers]))
     shrink = min(1.0, MAX_SIDE / max(height, width))

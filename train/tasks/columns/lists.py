@@ -1,6 +1,7 @@
 """Columns whose values are lists: vectors of numbers, and sets of labels.
 
-Both become places of the array of numbers. Shapes: N records, K places.
+Both become columns of the array of numbers, see `Numbers`. Shapes: N records, K numbers of a vector
+or labels of a set.
 """
 
 from collections import Counter
@@ -14,13 +15,13 @@ import orjson
 from train.values.label_lists import SEPARATOR, find_separator, split_labels
 from train.values.records import InvalidRecord, is_missing, shorten, with_row
 
-# Of more labels the rarest are left out; each has a place.
+# Only this many labels, the most frequent ones, are encoded: each takes a column of the array.
 MAX_LABELS = 100
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A list of `length` numbers, also as JSON text; `fit` finds out the length."""
+    """A column of lists of `length` numbers, also as JSON text; `fit` sets the length if None."""
 
     column: str
     length: int | None = None
@@ -34,11 +35,16 @@ class Vector:
 
     @property
     def places(self) -> list[str]:
+        """Names of the K columns of the array."""
         assert self.length is not None, "fit first"
         return [f"{self.column}[{place}]" for place in range(self.length)]
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> Self:
-        """Take the length of the first vector there is. Raises InvalidRecord."""
+        """Return the column with the length of the first vector in the values.
+
+        values: [N], as in the records. Raises InvalidRecord if all are missing, or the first one is
+        not a list of numbers.
+        """
         if self.length is not None:
             return self
         for row, value in enumerate(values):
@@ -48,7 +54,10 @@ class Vector:
         raise InvalidRecord(f"field '{self.column}' is missing in every record.")
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float64 [N, K], NaN where missing. Raises InvalidRecord."""
+        """Return float64 [N, K], NaN where a number is missing or infinite.
+
+        Raises InvalidRecord if a value is not a list of K numbers.
+        """
         assert self.length is not None, "fit first"
         found_NK = np.full((len(values), self.length), np.nan)
         for row, value in enumerate(values):
@@ -59,7 +68,7 @@ class Vector:
                 if len(numbers_K) != self.length:
                     raise InvalidRecord(
                         f"field '{self.column}' has {len(numbers_K)} numbers; expected "
-                        f"{self.length}. Send a list of that length, or null."
+                        f"{self.length}. Send a list of that length or null."
                     )
                 found_NK[row] = numbers_K
         return np.where(np.isfinite(found_NK), found_NK, np.nan)
@@ -85,9 +94,9 @@ class Vector:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Any number of labels: a list of names, or a text with a separator between them.
+    """A column with any number of labels per value: a list of names, or text with a separator.
 
-    Labels that training never saw are left out. labels, separator: found out by `fit`.
+    Labels that `fit` did not see are ignored. labels, separator: set by `fit`.
     """
 
     column: str
@@ -100,10 +109,15 @@ class LabelSet:
 
     @property
     def places(self) -> list[str]:
+        """Names of the K columns of the array."""
         return [f"{self.column}={label}" for label in self.labels]
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> Self:
-        """Take the most frequent labels. Raises InvalidRecord."""
+        """Return the column with the separator and the most frequent labels of the values.
+
+        values: [N], as in the records. Raises InvalidRecord if there is no label, or a value cannot
+        be read.
+        """
         fitted = replace(self, separator=find_separator(values) or self.separator)
         counts: Counter[str] = Counter()
         for row, value in enumerate(values):
@@ -114,7 +128,10 @@ class LabelSet:
         return replace(fitted, labels=tuple(ranked[:MAX_LABELS]))
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float64 [N, K] of 0 and 1, NaN where missing. Raises InvalidRecord."""
+        """Return float64 [N, K] of 0 and 1; rows of missing values are NaN.
+
+        Raises InvalidRecord if a value cannot be read.
+        """
         places = {label: place for place, label in enumerate(self.labels)}
         found_NK = np.zeros((len(values), len(places)))
         for row, value in enumerate(values):
@@ -132,6 +149,6 @@ class LabelSet:
         except ValueError as error:
             raise InvalidRecord(
                 f"field '{self.column}' is {shorten(value)}, which {error}; expected labels. "
-                f"Send a list of texts, or one text with '{self.separator}' between them.",
+                f"Send a list of texts, or one text of labels separated by '{self.separator}'.",
                 row,
             ) from None

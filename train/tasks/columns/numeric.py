@@ -1,7 +1,7 @@
-"""Features that become numbers, as one array.
+"""Numeric features: all columns that become numbers, encoded as one array.
 
-It is float32 [N, F], in which NaN stands for what is missing: a net learns from that too.
-Shapes: N records, F places of the array.
+The array is float32 [N, F]. NaN stands for a missing value, so that a network can learn from it.
+Shapes: N records, F numbers per record.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from train.values.sentinels import robust_mean_scale
 
 DAY_S = 86_400.0
 YEAR_S = 365.2425 * DAY_S
-# In deviations; a number that is scaled to more counts as this much.
+# Bound of scaled numbers, in standard deviations; larger ones are clipped.
 FARTHEST = 1e6
 
 Column = Number | Boolean | Date | Vector | LabelSet
@@ -27,12 +27,15 @@ COLUMNS: dict[str, type[Column]] = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """Columns of a record that are numbers in the end, as one array, scaled by training records.
+    """Encodes columns of numbers, booleans, dates, vectors and sets as one array, float32 [N, F].
 
-    A number or boolean takes one place; a date seven, and each date after the first one more, the
-    time since the first; a vector one for each of its numbers, a set one for each label.
+    A number or boolean becomes one number; a date seven (see `names`), and each date after the
+    first an eighth, the seconds since the first date; a vector one for each of its numbers; a set
+    one for each label. Each of the F numbers is scaled by its mean and standard deviation over the
+    training records.
 
-    with_missing_F: whether training records lacked the value of each place.
+    mean_F, scale_F: these means and standard deviations, robust against outliers.
+    with_missing_F: whether each number is missing in some training record.
     """
 
     columns: tuple[Column, ...]
@@ -55,17 +58,17 @@ class Numbers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each place of the array is."""
+        """Names of the F numbers, such as "age", "pickup.day_sin" or "tags=red"."""
         return tuple(name for _, name in self._places)
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """The column that each place of the array is of."""
+        """The column that each of the F numbers comes from."""
         return tuple(column for column, _ in self._places)
 
     @property
     def _places(self) -> list[tuple[str, str]]:
-        """Column and name of each place."""
+        """Column and name of each of the F numbers."""
         places: list[tuple[str, str]] = []
         first = None
         parts = ("trend", "day_sin", "day_cos", "week_sin", "week_cos", "year_sin", "year_cos")
@@ -84,7 +87,10 @@ class Numbers:
         return places
 
     def fit(self, columns: Columns) -> Self:
-        """Find out how numbers are written; take mean and deviation of every place."""
+        """Return the encoder with columns, means and scales fitted to training records.
+
+        Raises InvalidRecord if a value cannot be read.
+        """
         fitted = replace(
             self,
             columns=tuple(
@@ -99,7 +105,7 @@ class Numbers:
         return replace(fitted, mean_F=mean_F, scale_F=scale_F, with_missing_F=with_missing_F)
 
     def missing(self, columns: Columns) -> dict[str, np.ndarray]:
-        """Whether each value of each column counts as missing, bool [N]. Raises InvalidRecord."""
+        """Return by column which values count as missing, bool [N]. Raises InvalidRecord."""
         read = {each.column: each.read(columns[each.column]) for each in self.columns}
         return {
             column: np.isnan(values.reshape(len(values), -1)).all(axis=1)
@@ -109,12 +115,13 @@ class Numbers:
     def encode(self, columns: Columns) -> Arrays:
         """Return {"numbers": float32 [N, F]}. Raises InvalidRecord."""
         assert self.mean_F, "fit first"
-        # In float64, so that large numbers keep their differences.
+        # float64 keeps the differences between large numbers.
         with np.errstate(over="ignore"):
             scaled_NF = (self._raw(columns) - np.array(self.mean_F)) / np.array(self.scale_F)
         return {self.kind: np.clip(scaled_NF, -FARTHEST, FARTHEST).astype(np.float32)}
 
     def _raw(self, columns: Columns) -> np.ndarray:
+        """Return the numbers before scaling, float64 [N, F]; dates are in seconds."""
         parts: list[np.ndarray] = []
         first_N = None
         for each in self.columns:

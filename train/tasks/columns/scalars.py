@@ -1,4 +1,4 @@
-"""Columns whose values are one number each: numbers, booleans, dates. Shapes: N records."""
+"""Columns whose values become one number each: numbers, booleans, dates. Shapes: N records."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,17 +19,18 @@ from train.values.sentinels import find_sentinels
 
 BOOLEAN_PAIRS = (("true", "false"), ("t", "f"), ("yes", "no"), ("y", "n"), ("1", "0"))
 TRUE, FALSE = ({pair[place] for pair in BOOLEAN_PAIRS} for place in (0, 1))
-# Formats of dates written as one number, of which programs make floating-point ones.
+# Date formats that look like one number, which programs may write as a float: 20241231.0.
 DIGITS_FORMATS = ("%Y%m%d", "%Y%m%d%H%M%S")
+# strptime reads at most 6 digits of a fraction of a second; more are cut off.
 FRACTION, MOST_DIGITS = ".%f", 6
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number. Null, NaN, infinity and words such as NA count as missing.
+    """A column of numbers. Null, NaN, infinity and words such as NA count as missing.
 
-    decimal, unit: how it is written as text, see NumberFormat. missing: numbers that stand for a
-    missing one. `fit` finds out those that are None.
+    decimal, unit: how numbers are written as text, see NumberFormat. missing: numbers that mean a
+    missing value, such as -999. `fit` detects those that are None.
     """
 
     column: str
@@ -42,12 +43,13 @@ class Number:
 
     @property
     def format(self) -> NumberFormat:
+        """The format of numbers that are written as text."""
         return NumberFormat(self.decimal or ".", self.unit or "")
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> Self:
-        """Find out how numbers are written, and which stand for a missing one.
+        """Return the column with `decimal`, `unit` and `missing` detected in the values.
 
-        Raises InvalidRecord.
+        values: [N], as in the records. Raises InvalidRecord if one is not a number.
         """
         fitted = self
         if self.decimal is None or self.unit is None:
@@ -61,7 +63,7 @@ class Number:
         return fitted
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float64 [N], NaN where missing. Raises InvalidRecord."""
+        """Return float64 [N], NaN where missing. Raises InvalidRecord if one is not a number."""
         if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
             numbers_N = values.astype(np.float64)
         else:
@@ -90,14 +92,14 @@ class Number:
             if isinstance(value, date | np.datetime64):
                 raise TypeError("a date")
             return float(value)
-        except OverflowError:  # of a whole number that is too large
+        except OverflowError:  # an integer too large for a float
             return math.nan
         except (ValueError, TypeError):
             wanted, example = "a number", "37"
             if self.decimal == ",":
                 wanted, example = "a number with a decimal comma", "37,5"
             if self.unit:
-                wanted += f" or one in {self.unit}"
+                wanted += f", with or without the unit {self.unit}"
             raise InvalidRecord(
                 f"field '{self.column}' is {shorten(value)}; expected {wanted}. "
                 f"Send {example} or null.",
@@ -107,20 +109,23 @@ class Number:
 
 @dataclass(frozen=True)
 class Boolean:
-    """True or false, also as 1 and 0, yes and no, t and f."""
+    """A column of booleans, also written as 1 and 0, yes and no, or t and f."""
 
     column: str
     kind: ClassVar[str] = "boolean"
     datatype: ClassVar[str] = "BOOL"
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return float64 [N] of 0, 1 and NaN. Raises InvalidRecord."""
+        """Return float64 [N] of 0 and 1, NaN where missing.
+
+        Raises InvalidRecord if a value is not a boolean.
+        """
         return _read_each(values, lambda row, value: _truth(self.column, row, value))
 
 
 @dataclass(frozen=True)
 class Date:
-    """A date or a time: ISO 8601, or in `format` as strptime reads it. Without a zone it is UTC."""
+    """A column of dates or times in ISO 8601 or a strptime `format`. The default zone is UTC."""
 
     column: str
     format: str | None = None
@@ -128,7 +133,10 @@ class Date:
     datatype: ClassVar[str] = "BYTES"
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return seconds since 1970, float64 [N], NaN where missing. Raises InvalidRecord."""
+        """Return seconds since 1970, float64 [N], NaN where missing.
+
+        Raises InvalidRecord if a value is not a date.
+        """
         if isinstance(values, np.ndarray) and values.dtype.kind == "M":
             micros_N = values.astype("datetime64[us]")
             return np.where(np.isnat(micros_N), np.nan, micros_N.astype(np.int64) / 1e6)
@@ -142,7 +150,7 @@ class Date:
         try:
             moment = self._moment(value)
         except (ValueError, TypeError, OverflowError):
-            wanted = f"in the form {self.format}" if self.format else "like 2026-11-22T18:30:00"
+            wanted = f"in the format {self.format}" if self.format else "like 2026-11-22T18:30:00"
             raise InvalidRecord(
                 f"field '{self.column}' is {shorten(value)}; expected a date {wanted}. "
                 "Send such a text or null.",
@@ -174,7 +182,7 @@ class Date:
 
 
 def _read_each(values: Sequence[Any] | np.ndarray, read: Callable[[int, Any], float]) -> np.ndarray:
-    """Return what `read` makes of each row and value, float64 [N]; of equal texts once."""
+    """Return `read(row, value)` of each value, float64 [N]; equal strings are read only once."""
     known: dict[str, float] = {}
     found_N = np.empty(len(values))
     for row, value in enumerate(values):

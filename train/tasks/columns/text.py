@@ -1,6 +1,6 @@
-"""Features of words: text columns as the numbers of their tokens.
+"""Text features: columns of text as token numbers.
 
-Shapes: N records, L tokens.
+Shapes: N records, L tokens, V token numbers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,23 +21,23 @@ from train.values.records import (
     to_text,
 )
 
-# The first tokens of a vocabulary that is trained here.
+# The first tokens of a trained vocabulary: unknown words, and the border between two columns.
 UNKNOWN, BETWEEN = "[UNK]", "[SEP]"
-# What is beyond would be cut as tokens too, after it was read for nothing.
+# Text beyond max_tokens times this many characters is cut before tokenization, to save time.
 MAX_TOKEN_CHARS = 64
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Text columns, one after the other, as one array of token numbers, int32 [N, L].
+    """Encodes text columns, one after the other, as one array of token numbers, int32 [N, L].
 
-    A token's number is the vocabulary's plus 1; shorter rows are filled with 0, longer ones cut.
-    A missing text has no tokens.
+    A token number is the token's id in the vocabulary plus 1. Short rows are padded with 0, long
+    rows are cut. A missing text has no tokens.
 
     max_tokens: L.
-    vocabulary: most tokens of a vocabulary trained on the training records.
-    tokenizer: a Tokenizers JSON; trained by `fit` when empty.
-    idf_V: for each token the logarithm of how rare it is over training records, from 1.
+    vocabulary: maximum number of tokens if `fit` trains the tokenizer.
+    tokenizer: JSON of Hugging Face Tokenizers; if it is empty, `fit` trains one.
+    idf_V: smoothed inverse document frequency of each token number over the training records.
     """
 
     columns: tuple[str, ...]
@@ -58,30 +58,33 @@ class Texts:
 
     @property
     def size(self) -> int:
-        """How many token numbers there are."""
-        # A vocabulary may leave numbers out.
+        """Number V of token numbers, with 0 for padding."""
+        # A vocabulary may skip ids.
         return max(self._tokenizer.get_vocab().values()) + 2
 
     @property
     def unknown(self) -> int | None:
-        """The number in the arrays of what the vocabulary has no token for, if it has one."""
+        """Token number of unknown words, or None if the vocabulary has no such token."""
         number = self._tokenizer.token_to_id(UNKNOWN)
         return None if number is None else number + 1
 
     def fit(self, columns: Columns) -> Self:
-        """Train the tokenizer where none is given; measure how rare each token is."""
+        """Return the encoder with tokenizer and inverse document frequencies of training records.
+
+        Raises InvalidRecord if a value is not text.
+        """
         tokenizer = self.tokenizer or _trained(self._all(columns), self.vocabulary).to_str()
         fitted = replace(self, tokenizer=tokenizer, idf_V=())
         tokens_NL = fitted.encode(columns)[self.kind]
         seen_V = np.zeros(fitted.size, np.int64)
         for tokens_L in tokens_NL:
             seen_V[np.unique(tokens_L)] += 1
-        # As scikit-learn's TfidfTransformer smooths it.
+        # Smoothed as in scikit-learn's TfidfTransformer.
         idf_V = np.log((1 + len(tokens_NL)) / (1 + seen_V)) + 1
         return replace(fitted, idf_V=tuple(np.round(idf_V, 4).tolist()))
 
     def encode(self, columns: Columns) -> Arrays:
-        """Return {"tokens": int32 [N, L]}. Raises InvalidRecord for what is no text."""
+        """Return {"tokens": int32 [N, L]}. Raises InvalidRecord if a value is not text."""
         texts_C = [self._texts(column, columns) for column in self.columns]
         encoded_C = [self._tokenizer.encode_batch(texts) for texts in texts_C]
         tokens_NL = np.zeros((len(texts_C[0]), self.max_tokens), np.int32)
@@ -99,7 +102,9 @@ class Texts:
         try:
             tokenizer = Tokenizer.from_str(self.tokenizer)
         except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"the tokenizer is no Tokenizers JSON: {error}") from error
+            raise ValueError(
+                f"the tokenizer is not a Hugging Face Tokenizers JSON: {error}"
+            ) from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_tokens)
         return tokenizer
@@ -139,7 +144,7 @@ class Texts:
 
 
 def _trained(texts: Iterable[str], size: int) -> Tokenizer:
-    """A vocabulary of the words that occur at least twice, small letters without accents."""
+    """Train a tokenizer of lowercase words without accents that occur at least twice."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
@@ -158,7 +163,7 @@ def _text(column: str, row: int, value: Any) -> str:
     try:
         if isinstance(value, str | bytes):
             return to_text(value)
-        problem = "is no text"
+        problem = "is not text"
     except ValueError as error:
         problem = str(error)
     raise InvalidRecord(
