@@ -1,6 +1,6 @@
-"""The bundle: a model directory that describes itself, what runs it, and where it is registered.
+"""Bundles: self-describing model directories, the engines that run them, and the model registry.
 
-Imports no torch: serving needs none.
+It does not import torch, because serving does not need it.
 """
 
 from train.bundle.bundle import Bundle, BundleWriter, CorruptBundle

@@ -1,4 +1,4 @@
-"""Writing and reading the bundle directory."""
+"""Write and read bundle directories. Shapes: N golden records."""
 
 import io
 import json
@@ -26,40 +26,44 @@ WEIGHTS = "weights.safetensors"
 
 
 class CorruptBundle(Exception):
-    """A bundle that is incomplete, altered or of an unknown format. The message names the file."""
+    """A bundle is incomplete, altered or in an unknown format. The message names the file."""
 
 
 class OutdatedBundle(CorruptBundle):
-    """A bundle of an older format, which this version cannot read."""
+    """A bundle has an older format, which this version cannot read."""
 
 
 class BundleWriter:
-    """Collects a bundle's files in a directory aside; `commit` makes it appear, whole.
+    """Writes the files of a new bundle into a temporary directory.
 
-    Used by `Bundle.create`.
+    `Bundle.create` yields it, and moves the directory to its place when all files are written.
     """
 
     def __init__(self, aside: Path) -> None:
         self.path = aside
 
     def file(self, name: str) -> Path:
-        """Return the path at which to write the file `name`, its folder made."""
+        """Return the path at which to write the file `name`; its folder exists."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def json(self, name: str, value: Any) -> None:
+        """Write a value as the JSON file `name`."""
         self.file(name).write_text(json.dumps(value, indent=1) + "\n")
 
     def golden(self, inputs: Arrays, outputs: dict[str, Arrays]) -> None:
-        """Keep inputs and, for each variant, the outputs that a loaded bundle must give again."""
+        """Write the golden records: inputs, and outputs by variant that an engine must reproduce.
+
+        inputs: encoded records by name, [N, …] each. outputs: arrays [N, …] by variant and name.
+        """
         arrays = {f"inputs/{name}": array for name, array in inputs.items()}
         for variant, tensors in outputs.items():
             arrays |= {f"outputs/{variant}/{name}": array for name, array in tensors.items()}
         np.savez_compressed(self.file(GOLDEN), allow_pickle=False, **arrays)
 
     def files(self) -> dict[str, manifests.BundleFile]:
-        """Digest and size of every file written so far, by relative name."""
+        """Return digest and size of every file written so far, by relative path."""
         paths = sorted(path for path in self.path.rglob("*") if path.is_file())
         return {
             path.relative_to(self.path).as_posix(): manifests.BundleFile(
@@ -69,18 +73,21 @@ class BundleWriter:
         }
 
     def commit(self, manifest: Manifest, signing_key: str | None = None) -> None:
-        """Write the manifest, which ends the bundle, and sign it where there is a key.
+        """Write the manifest, which completes the bundle, and sign the bundle if there is a key.
 
-        signing_key: see `signature.sign`, whose errors it raises.
+        signing_key: see `signature.sign`. Raises UserError if the key cannot be used.
         """
-        # Last: readers take its presence as "complete".
+        # The manifest comes last: its presence means that the bundle is complete.
         self.file(manifests.FILENAME).write_text(manifest.model_dump_json(indent=1) + "\n")
         signature.sign(self.path, signing_key)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A complete bundle on disk whose digests have been checked."""
+    """A complete bundle on disk, with verified digests.
+
+    location: the path or URL that it was loaded from. path: its local directory.
+    """
 
     location: str
     path: Path
@@ -89,16 +96,19 @@ class Bundle:
     @classmethod
     @contextmanager
     def create(cls, location: str) -> Iterator[BundleWriter]:
-        """Write a bundle that appears at `location`, a path or URL, when the block ends well."""
+        """Yield a writer of a bundle, which appears at `location` if the block succeeds.
+
+        location: path or URL.
+        """
         with commit.atomic_folder(location, last=manifests.FILENAME, whole=_has_its_files) as aside:
             yield BundleWriter(aside)
 
     @classmethod
     def load(cls, location: str) -> "Bundle":
-        """Read the bundle at `location`, a path or URL; check its signature, where one is required,
-        and every file against its digest.
+        """Read the bundle at a path or URL; verify its files and, if required, its signature.
 
-        Raises CorruptBundle, naming the file, or the code that is named and not allowed.
+        Raises CorruptBundle if a file is missing or altered, the signature is not trusted, or the
+        bundle names code that is not allowed; UserError if nothing complete is at the URL.
         """
         path = commit.fetch(location, last=manifests.FILENAME)
         plugins.exclude_folder(path)
@@ -112,7 +122,7 @@ class Bundle:
             manifest = Manifest.model_validate_json(content)
         except OSError as error:
             raise CorruptBundle(
-                f"'{path}' has no readable {manifests.FILENAME}; it is no complete bundle. "
+                f"'{path}' is not a complete bundle: {manifests.FILENAME} cannot be read. "
                 "Train the model again or name another version."
             ) from error
         except ValidationError as error:
@@ -130,7 +140,7 @@ class Bundle:
         for name, expected in manifest.files.items():
             file = path / name
             if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
-                raise CorruptBundle(f"'{file}' is missing; the bundle is damaged. {_REMEDY}")
+                raise CorruptBundle(f"'{file}' is missing or not in the bundle's folder. {_REMEDY}")
             if (
                 file.stat().st_size != expected.size_bytes
                 or commit.file_digest(file) != expected.sha256
@@ -147,9 +157,9 @@ class Bundle:
         return bundle
 
     def _check_code(self) -> None:
-        """Raises CorruptBundle where the bundle names code that the operator has not allowed."""
+        """Raises CorruptBundle if the bundle names code that the operator has not allowed."""
         named = code_of_task(self.manifest.task) + code_of_config(self.manifest.config)
-        # The torch engine's files say what net to build, and for what task.
+        # The files of the torch engine name the network and the task to build.
         nets = [each.file for each in self.manifest.variants.values()]
         for name in [FEATURES, *(file for file in nets if file.endswith(".json"))]:
             try:
@@ -165,22 +175,23 @@ class Bundle:
 
     @property
     def task(self) -> Task:
+        """The fitted task of the model."""
         return Task.from_dict(json.loads((self.path / FEATURES).read_text()))
 
     @property
     def quantities(self) -> dict[str, Quantity]:
-        """What is watched of its traffic, with the counts of held-out records."""
+        """The quantities that drift detection monitors, with the counts of held-out records."""
         return read_baseline((self.path / BASELINE).read_bytes())
 
     def golden(self, variant: str) -> tuple[Arrays, Arrays]:
-        """Return the golden inputs and the variant's expected outputs."""
+        """Return the golden inputs and the variant's expected outputs, arrays [N, …] by name."""
         with np.load(io.BytesIO((self.path / GOLDEN).read_bytes()), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         return (_below(arrays, "inputs/"), _below(arrays, f"outputs/{variant}/"))
 
 
 def _has_its_files(path: Path) -> bool:
-    """Whether a local folder has a manifest and the files that it lists, undamaged."""
+    """Return whether a local folder has a manifest and all files that it lists, undamaged."""
     try:
         manifest = Manifest.model_validate_json((path / manifests.FILENAME).read_bytes())
         return all(
@@ -191,11 +202,14 @@ def _has_its_files(path: Path) -> bool:
 
 
 def _check_format(path: Path, content: bytes) -> None:
-    """Raises CorruptBundle for a manifest of another format, whose fields are others too."""
+    """Raises CorruptBundle or OutdatedBundle for a manifest of another format version.
+
+    It runs before validation, which would complain about fields that only the version explains.
+    """
     try:
         found = json.loads(content)["format_version"]
     except (ValueError, TypeError, KeyError):
-        return  # no manifest; validation says what is wrong
+        return  # not a manifest; validation raises the right error
     if found != manifests.FORMAT_VERSION:
         outdated = isinstance(found, int) and found < manifests.FORMAT_VERSION
         raise (OutdatedBundle if outdated else CorruptBundle)(
@@ -205,7 +219,7 @@ def _check_format(path: Path, content: bytes) -> None:
 
 
 def _read_without_digest(path: Path, manifest: Manifest) -> Iterator[Path]:
-    """Files that have no digest and could be read: links, and files where engines look for some."""
+    """Yield files without a digest that could be read: links, and files where engines look."""
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         looked_for = name in (BASELINE, WEIGHTS) or name.startswith("variants/")

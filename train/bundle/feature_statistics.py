@@ -1,7 +1,7 @@
-"""Quantities: what is watched of records and predictions, as counts of values in bins.
+"""Quantities of records and predictions that drift detection monitors, as histograms.
 
-The same code makes the baseline of training and the windows of serving. Of records it sees what the
-net does: encoded arrays. Shapes: N records, B bins, D dimensions.
+The same code counts the baseline in training and the windows in serving. Like the network, it works
+on encoded arrays. Shapes: N records, B counts of a histogram, D dimensions of an embedding.
 """
 
 import json
@@ -27,17 +27,17 @@ from train.tasks.columns.categorical import FIRST
 
 VERSION = 2
 NUM_BINS = 16
-# Names with a bin of their own; the rarer ones share one.
+# Number of names with their own bin; rarer names share one.
 MAX_NAMES, MAX_CLASSES = 20, 256
-# Dimensions that are watched of an embedding.
+# Number of dimensions of an embedding that are monitored.
 MAX_DIMENSIONS = 64
 UNSEEN_NAME, MISSING_NAME, OTHER_NAME = "(unseen)", "(missing)", "(others)"
-# Most probabilities are near 0 or 1.
+# The edges are dense near 0 and 1, where most probabilities are.
 PROBABILITY_EDGES = (
     *(0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4),
     *(0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99, 1.0),
 )
-# ITU-R BT.601, as Pillow makes grey of colours.
+# Weights of red, green and blue in grey: ITU-R BT.601, as in Pillow.
 LUMA = (0.299, 0.587, 0.114)
 CHANNELS = ("red", "green", "blue")
 
@@ -46,12 +46,12 @@ Kind = Literal["number", "category", "embedding"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One quantity, and how its values were spread over held-out records.
+    """A monitored quantity, with the histogram of its values over held-out records.
 
-    edges: of the bins of a number, or of each dimension of an embedding; the last one belongs to
-    the last bin. labels: of the bins of a category. counts: of a number [missing, below the first
-    edge, one for each bin, above the last]; of a category one for each label; of an embedding as of
-    a number, for each dimension.
+    edges: edges of the bins of a number, or of each dimension of an embedding; the last bin
+    includes its upper edge. labels: one for each bin of a category.
+    counts: int64; for a number [B] = missing, below the first edge, each bin, above the last edge;
+    for a category [B], one for each label; for an embedding [D, B], each row as for a number.
     """
 
     kind: Kind
@@ -61,9 +61,9 @@ class Quantity:
     labels: tuple[str, ...] = ()
 
     def count(self, values: np.ndarray) -> np.ndarray:
-        """Return the counts, int64 as `counts`, of other values.
+        """Return the histogram of values, int64 and with the shape of `counts`.
 
-        values: float [N] of a number, int [N] of a category, float [N, D] of an embedding.
+        values: float [N] for a number, int [N] for a category, float [N, D] for an embedding.
         """
         if self.kind == "embedding":
             counted = [self._count(column, self.counts.shape[1]) for column in values.T]
@@ -95,7 +95,7 @@ class Quantity:
 
 
 def read_baseline(content: bytes) -> dict[str, Quantity]:
-    """The quantities of a bundle's baseline.json; none where it is of another version."""
+    """Return the quantities in a bundle's baseline.json; empty if it has another version."""
     baseline = json.loads(content)
     if baseline.get("version") != VERSION:
         return {}
@@ -104,7 +104,10 @@ def read_baseline(content: bytes) -> dict[str, Quantity]:
 
 @dataclass(frozen=True)
 class QuantityValues:
-    """Values of one quantity. labels: of the codes of a category."""
+    """Values of one quantity of N records; for dtype and shape see `Quantity.count`.
+
+    labels: the label of each code of a category.
+    """
 
     kind: Kind
     of: Literal["inputs", "outputs"]
@@ -115,14 +118,17 @@ class QuantityValues:
 def measure_quantities(
     task: Task, inputs: Arrays, predictions: Arrays | None
 ) -> dict[str, QuantityValues]:
-    """Return the values of every quantity of N encoded records and, where given, predictions."""
+    """Return the values of all quantities of N records, by name.
+
+    inputs: encoded records, [N, …] each. predictions: decoded outputs, [N, …] each, or None.
+    """
     measured: dict[str, QuantityValues] = {}
     for encoder in task.features.encoders:
         for name, kind, values, labels in _of_inputs(encoder, inputs):
             measured[name] = QuantityValues(kind, "inputs", values, labels)
     found = _of_predictions(task, predictions) if predictions is not None else ()
     for name, kind, values, labels in found:
-        # A column may be called as a quantity of the predictions is.
+        # A column may have the same name as a quantity of the predictions.
         name = name if name not in measured else f"output.{name}"
         measured[name] = QuantityValues(kind, "outputs", values, labels)
     return measured
@@ -135,10 +141,10 @@ def _of_inputs(encoder: Encoder, inputs: Arrays) -> Found:
     if isinstance(encoder, Images):
         yield from _of_images(encoder.column, inputs[encoder.column])
     elif isinstance(encoder, Numbers):
-        # In float64 and the record's own units.
+        # Back to the units of the records, in float64.
         raw_NF = inputs[encoder.kind] * np.array(encoder.scale_F) + np.array(encoder.mean_F)
         for name, values_N in zip(encoder.names, raw_NF.T, strict=True):
-            # Time goes on: that alone is no drift.
+            # Dates always increase, which is not drift.
             if not name.endswith(".trend"):
                 yield name, "number", values_N, ()
     elif isinstance(encoder, Categories):
@@ -167,7 +173,7 @@ def _of_images(column: str, images_NHWC: np.ndarray) -> Found:
     grey_NHW = grey_NHW.reshape(pixels_NHWC.shape[:3])
     yield f"{column}.brightness", "number", grey_NHW.mean(axis=(1, 2)), ()
     yield f"{column}.contrast", "number", grey_NHW.std(axis=(1, 2)), ()
-    # Blur and compression take it away, noise adds to it.
+    # Detail: blur and compression lower it, noise raises it.
     across_N, down_N = (
         np.abs(np.diff(grey_NHW, axis=axis)).sum(axis=(1, 2)) / grey_NHW[0].size for axis in (1, 2)
     )
@@ -199,7 +205,11 @@ def _shortened(labels: tuple[str, ...], most: int) -> tuple[str, ...]:
 
 
 def bin_edges(measured: QuantityValues, name: str) -> tuple[float, ...]:
-    """Edges of bins: one around each of few values, else bins that hold about equally many."""
+    """Return the edges of the bins of a quantity.
+
+    Up to NUM_BINS distinct values have one bin each; otherwise the bins hold about equally many
+    values.
+    """
     if name == "probabilities":
         return PROBABILITY_EDGES
     values = measured.values[np.isfinite(measured.values)]

@@ -1,4 +1,4 @@
-"""manifest.json: what a bundle holds, what it was made of, and how each variant measured."""
+"""manifest.json: the contents of a bundle, its origin, and the measurements of each variant."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -10,16 +10,18 @@ from train.tasks import TensorSpec
 
 FORMAT_VERSION = 3
 FILENAME = "manifest.json"
-# Sizes of batches whose latency a profile tells.
+# Batch sizes whose latency is measured.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class StrictModel(BaseModel):
+    """Base of all parts of a manifest. Unknown fields are errors; instances are immutable."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TensorMetadata(StrictModel):
-    """A tensor on the wire; -1 is the free batch dimension."""
+    """Name, datatype and shape of a tensor in requests; -1 stands for the batch dimension."""
 
     name: str
     datatype: str
@@ -27,16 +29,19 @@ class TensorMetadata(StrictModel):
 
     @classmethod
     def of(cls, spec: TensorSpec) -> "TensorMetadata":
+        """Return the metadata of a tensor, with the batch dimension added."""
         return cls(name=spec.name, datatype=spec.datatype, shape=[-1, *spec.shape])
 
 
 class BundleFile(StrictModel):
+    """Digest and size of one file of a bundle."""
+
     sha256: str
     size_bytes: int
 
 
 class Timing(StrictModel):
-    """How long one engine took for batches of one size: the median and the quartiles."""
+    """Latency of one engine for one batch size: median, lower and upper quartile."""
 
     engine: str
     threads: int
@@ -47,49 +52,58 @@ class Timing(StrictModel):
 
 
 class Variant(StrictModel):
-    """One form of the net: what runs it, what it measured, and what the gate said."""
+    """One form of the model: its engine and file, its measurements, and the gate's verdict."""
 
-    engine: str = Field(description="Name of the engine that runs it.")
-    file: str = Field(description="The engine's file, relative to the bundle.")
-    recipe: dict[str, Any] = Field(description="How it was made.")
+    engine: str = Field(description="Name of the engine that runs the variant.")
+    file: str = Field(description="The file that the engine loads, relative to the bundle.")
+    recipe: dict[str, Any] = Field(description="How the variant was made.")
     verdict: Literal["accepted", "refused", "undecided"]
-    reason: str = Field(description="Why the gate accepted or refused it, with the figures.")
-    metrics: dict[str, float] = Field(description="valid_… and test_… metrics of this variant.")
+    reason: str = Field(description="Why the gate decided so, with the figures.")
+    metrics: dict[str, float] = Field(description="valid_… and test_… metrics of the variant.")
     drop: list[float] = Field(
-        description="How much worse than fp32, and the ends of the 95 % confidence interval; on "
-        "the validation split, and where `reason` says so on training records too."
+        description="How much worse the metric is than that of fp32, and the ends of the 95 % "
+        "confidence interval. Measured on the validation split, and also on training records if "
+        "`reason` says so."
     )
-    agreement: float = Field(description="Share of these records answered as by fp32.")
+    agreement: float = Field(
+        description="Fraction of these records with the same prediction as fp32; for numbers the "
+        "R² between both predictions."
+    )
     change: float = Field(
-        description="Mean change of these answers from fp32: half the sum over probabilities, "
-        "or of values in standard deviations of the target."
+        description="Mean change of these predictions from fp32: half the sum of the absolute "
+        "differences of probabilities, or of values in standard deviations of the target."
     )
     batch_difference: float | None = Field(
-        description="How far answers differ between batches of 1, 7 and 64; null where labels do."
+        description="Largest difference between predictions for the same record in batches of 1, 7 "
+        "and 64; null if labels differ or a value is not finite."
     )
     size_bytes: int
-    profile: list[Timing] = Field(description="Measured on the host that the manifest names.")
+    profile: list[Timing] = Field(description="Latencies on the host that the manifest describes.")
     golden_tolerance: float = Field(
-        description="Largest accepted difference from the golden outputs, relative to the largest "
-        "output of the record, or to 1 where that is less."
+        description="Largest accepted difference from the golden outputs, relative to the record's "
+        "largest output, or to 1 if that is larger."
     )
 
     @property
     def accepted(self) -> bool:
+        """Whether the gate accepted the variant."""
         return self.verdict == "accepted"
 
     @property
     def p50_ms(self) -> float:
-        """Median latency of one record on one thread of its engine."""
+        """Median latency of a single record, in milliseconds, on one thread."""
         return self.ms(1)
 
     @property
     def records_per_s(self) -> float:
-        """Throughput at batches of 32 on one thread of its engine."""
+        """Throughput in records per second, in batches of 32 on one thread."""
         return 32e3 / self.ms(32)
 
     def ms(self, batch_size: int) -> float:
-        """Median milliseconds for a batch of one of the measured sizes, on one thread."""
+        """Return the median latency of a batch in milliseconds, on one thread.
+
+        batch_size: one of BATCH_SIZES.
+        """
         return next(
             timing.p50_ms
             for timing in self.profile
@@ -98,10 +112,10 @@ class Variant(StrictModel):
 
 
 def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
-    """The accepted variants, the best first.
+    """Return the names of the accepted variants, the best first.
 
-    optimize_for: "latency" of one record, "throughput" of the best batch, both on one thread, or
-    "size" in bytes, and of equal ones the throughput.
+    optimize_for: "latency" ranks by the latency of a single record, "throughput" by the time per
+    record at the best batch size, both on one thread; "size" ranks by bytes, then by throughput.
     """
 
     def cost(name: str) -> tuple[float, float]:
@@ -120,49 +134,51 @@ def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[st
 
 
 class SimpleModelFigures(StrictModel):
-    """A simple model of the same records, to compare the net with."""
+    """Figures of a simple model of the same records, to compare the network with."""
 
     name: str
     metrics: dict[str, float] = Field(description="valid_… and test_… metrics.")
-    seconds: float = Field(description="To fit it.")
+    seconds: float = Field(description="Seconds to fit the model.")
 
 
 class Manifest(StrictModel):
+    """Content of manifest.json."""
+
     format_version: int = FORMAT_VERSION
-    name: str = Field(pattern=MODEL_NAME, description="As it is registered.")
-    created: str = Field(description="UTC, ISO 8601.")
+    name: str = Field(pattern=MODEL_NAME, description="Name of the registered model.")
+    created: str = Field(description="Time of creation, UTC, ISO 8601.")
     task: dict[str, Any]
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
     nullable: list[str] = Field(
-        [], description="Inputs that training records lacked; requests may leave them out."
+        [], description="Inputs with missing values in training; requests may leave them out."
     )
     files: dict[str, BundleFile] = Field(description="Digest and size of every other file.")
-    versions: dict[str, str] = Field(description="Of the packages that made it.")
+    versions: dict[str, str] = Field(description="Versions of the packages that made the bundle.")
     seed: int
     data: dict[str, Any] = Field(description="Source, digest and number of records per split.")
     config: dict[str, Any]
-    metrics: dict[str, float] = Field(description="valid_… and test_… metrics of the net itself.")
+    metrics: dict[str, float] = Field(description="valid_… and test_… metrics of fp32.")
     simple_models: list[SimpleModelFigures] = Field(
-        [], description="The better by validation loss first; none for images."
+        [], description="Simple models, the best validation loss first; empty for images."
     )
-    comparison: str = Field("", description="How the net did beside the better simple model.")
+    comparison: str = Field("", description="Result of the comparison with the best simple model.")
     variants: dict[Annotated[str, StringConstraints(pattern=FILE_NAME)], Variant]
     skipped: dict[str, str] = Field(description="Variants that could not be made, and why.")
     default_variant: str
-    optimize_for: str = Field(description="By what the default variant was chosen.")
-    eager: list[Timing] = Field(description="The net as torch runs it, uncompiled, to compare.")
-    host: dict[str, Any] = Field(description="The machine that was measured.")
+    optimize_for: str = Field(description="Criterion by which the default variant was chosen.")
+    eager: list[Timing] = Field(description="Latencies of the network in torch, not compiled.")
+    host: dict[str, Any] = Field(description="The machine on which latencies were measured.")
     training_seconds: float
     lineage: dict[str, Any] = Field(
         {},
-        description="Where it comes from: the study and the trial that found its options; the "
-        "bundle that its weights began from.",
+        description="Origin of the model: the study and the trial that found its options, or the "
+        "bundle whose weights training started from.",
     )
 
     @property
     def interface(self) -> dict[str, Any]:
-        """What clients rely on: the task, the inputs with their types, the outputs, the classes."""
+        """The parts that clients depend on: task, inputs and outputs with their types, classes."""
         target = self.task["target"]
         return {
             "task": target["kind"],
@@ -173,14 +189,14 @@ class Manifest(StrictModel):
 
 
 def interface_change(before: Manifest, after: Manifest) -> str | None:
-    """Say what differs between the interfaces of two bundles; None if nothing does."""
+    """Return which parts of the interfaces of two bundles differ, or None if they are equal."""
     one, other = before.interface, after.interface
     changed = [name for name in one if one[name] != other[name]]
     return f"its {' and '.join(changed)} differ{'s' * (changed == ['task'])}" if changed else None
 
 
 def flatten_options(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return options in sections by their dotted names."""
+    """Return nested options as a flat mapping by dotted name, such as "optim.lr"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key

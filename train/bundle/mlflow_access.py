@@ -1,4 +1,4 @@
-"""MLflow: the client, what its errors mean, and what one process at a time makes."""
+"""Access to MLflow: its client, its errors, and objects that only one process may create."""
 
 import fcntl
 import logging
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 
-# MLflow's settings where the user has none.
+# MLflow's environment variables, where the user has not set them.
 SETTINGS = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    # Its own wait four minutes for a server that answers 500.
+    # The default retries take four minutes if a server responds with status 500.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-    # It would print between what a command prints.
+    # Progress bars and URLs would mix with the output of commands.
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -33,12 +33,15 @@ LOCK_FILE = "mlflow.lock"
 
 
 class RegistryError(CommandFailed):
-    """The registry could not be asked or changed; what it holds is not known."""
+    """The registry could not be read or changed, so its content is unknown."""
 
 
 @contextmanager
 def registry_errors(root: str) -> Iterator[None]:
-    """Turn what MLflow raises into a RegistryError of one line."""
+    """Raise errors of MLflow in the block as a RegistryError of one line.
+
+    Errors of a full disk are raised unchanged, because the user can remedy them.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -50,17 +53,21 @@ def registry_errors(root: str) -> Iterator[None]:
             raise
         raise RegistryError(
             f"the registry at {shown(root)} failed: {' '.join(str(error).split())[:300]}. Nothing "
-            "was decided by this; run the command again once it answers."
+            "was decided, as its content is unknown; run the command again when it responds."
         ) from error
 
 
 def already_exists(error: Exception) -> bool:
+    """Return whether an error of MLflow means that the object exists already."""
     return getattr(error, "error_code", None) == "RESOURCE_ALREADY_EXISTS"
 
 
 def mlflow_client(root: str) -> "MlflowClient":
-    """Return a client; the embedded registry is made if there is none. Raises UserError."""
-    # A database that is new prints a page of migration steps.
+    """Return a client of the registry; create the embedded one if it does not exist.
+
+    Raises UserError if the storage path cannot have a registry.
+    """
+    # Creating a database would log a page of migration steps.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in SETTINGS.items():
@@ -76,10 +83,10 @@ def mlflow_client(root: str) -> "MlflowClient":
 
 
 def _make_database(root: str) -> None:
-    """Make the embedded registry's database, complete or not at all.
+    """Create the embedded registry's database, complete or not at all.
 
-    MLflow makes its tables in many steps, and cannot use what is left where one of them failed,
-    or where two processes took them at once.
+    MLflow creates the tables in many steps. It cannot use a database in which one step failed, or
+    on which two processes worked at once.
     """
     from mlflow import MlflowClient
 
@@ -93,42 +100,49 @@ def _make_database(root: str) -> None:
 
 @contextmanager
 def lock_file(root: str) -> Iterator[None]:
+    """Hold the lock of the embedded registry, which one process at a time can have."""
     with Path(root, LOCK_FILE).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def find_model(client: "MlflowClient", name: str) -> "RegisteredModel | None":
-    """Return a registered model, with its versions by alias; None if there is none."""
+    """Return a registered model, with its versions by alias, or None if it does not exist."""
     return _unless_absent(lambda: client.get_registered_model(name))
 
 
 def find_version(client: "MlflowClient", name: str, version: str) -> "ModelVersion | None":
+    """Return a model version, or None if it does not exist."""
     return _unless_absent(lambda: client.get_model_version(name, version))
 
 
 def _unless_absent(ask: Callable[[], Found]) -> Found | None:
+    """Return the result of a request, or None if the object does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
         return ask()
     except MlflowException as error:
-        # Anything else leaves open whether it is there.
+        # After any other error it is unknown whether the object exists.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
 
 
 def find_alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
-    """Return the model version that has an alias; None if none has. Raises what MLflow raises."""
+    """Return the model version with an alias, or None if no version has it.
+
+    Errors of MLflow are raised unchanged.
+    """
     model = find_model(client, name)
-    # Asking for the alias itself, MLflow has one code for one that is missing and for a bad name.
+    # A request for the alias itself would fail with one error code for a missing alias and for an
+    # invalid name.
     version = model.aliases.get(alias) if model is not None else None
     return None if version is None else client.get_model_version(name, str(version))
 
 
 def ensure_model(client: "MlflowClient", name: str) -> None:
-    """Register a model's name if it is not there; several processes may do so at once."""
+    """Create a registered model unless it exists; several processes may call this at once."""
     from mlflow.exceptions import MlflowException
 
     if find_model(client, name) is None:
@@ -140,12 +154,12 @@ def ensure_model(client: "MlflowClient", name: str) -> None:
 
 
 def ensure_experiment(client: "MlflowClient", root: str, name: str) -> str:
-    """Return the id of an experiment, created if it is not there."""
+    """Return the id of an experiment; create it if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     if (found := client.get_experiment_by_name(name)) is not None:
         return found.experiment_id
-    # A tracking server chooses its own place; the embedded one would take the current directory.
+    # A tracking server chooses the location; the embedded one would use the current directory.
     location = None if has_server() else Path(root, "artifacts", name).as_uri()
     try:
         return client.create_experiment(name, artifact_location=location)
@@ -157,9 +171,10 @@ def ensure_experiment(client: "MlflowClient", root: str, name: str) -> str:
 
 
 def has_server() -> bool:
+    """Return whether the registry is an MLflow server rather than the embedded one."""
     return "MLFLOW_TRACKING_URI" in os.environ
 
 
 def shown(root: str) -> str:
-    """Return how a message calls the registry."""
+    """Return the address of the registry for messages: the server's URI or the storage path."""
     return os.environ.get("MLFLOW_TRACKING_URI", root)

@@ -1,4 +1,4 @@
-"""The predictor: bundle and engine, records to predictions."""
+"""The predictor: runs records through a variant of a bundle. Shapes: N records, R rounds."""
 
 import logging
 import time
@@ -16,14 +16,14 @@ from train.tasks import Arrays, Columns, Record, Task
 
 logger = logging.getLogger(__name__)
 
-# The variant that the others were compared with.
+# The variant with which the gate compares the others.
 REFERENCE = "fp32"
-# How many records are in a batch where throughput counts.
+# Batch size for comparisons of throughput.
 MANY_ROWS = 32
-# Share of the default's time below which fp32 is served in its place, if it is faster in so large a
-# share of the rounds.
+# fp32 replaces the default variant if it takes at most this fraction of the default's time and is
+# faster in at least this fraction of the rounds.
 FASTER, AGREEING = 0.9, 0.75
-# Most rounds after a first one that warms up, and seconds after which no more begin.
+# Largest number of rounds after a warm-up round, and seconds after which no round starts.
 MOST_ROUNDS, MEASURE_S = 100, 1.0
 
 
@@ -38,13 +38,14 @@ class Predictor:
 
     @classmethod
     def load(cls, bundle: Bundle, variant: str | None = None, *, num_threads: int = 1) -> Self:
-        """Load `variant` and run the golden self-test.
+        """Load a variant and run the self-test on the golden records.
 
-        When None, the bundle's default; the next best, told in the log, where this machine lacks
-        its engine or computes it differently.
+        variant: None stands for the bundle's default. If this machine lacks its engine or computes
+        other outputs, the next best accepted variant is loaded, and the log has a warning.
+        num_threads: threads of the engine.
 
-        Raises CorruptBundle when no such variant answers as it did when the bundle was made,
-        ValueError for a variant that is unknown or that the gate did not accept.
+        Raises CorruptBundle if no such variant reproduces its golden outputs, ValueError for an
+        unknown variant or one that the gate did not accept.
         """
         manifest = bundle.manifest
         accepted = rank_variants(manifest.variants, manifest.optimize_for)
@@ -74,11 +75,11 @@ class Predictor:
     def load_fastest(
         cls, bundle: Bundle, variant: str | None = None, *, num_threads: int = 1
     ) -> Self:
-        """Load as `load` does; when None, fp32 where this machine runs that clearly faster.
+        """Load a variant as `load` does, but fp32 instead of the default if it is clearly faster.
 
-        The default variant was the fastest where the bundle was made, and another processor may
-        lack the instructions for it. Both run in turns for about a second. A bundle that was
-        optimized for size keeps its default.
+        The default variant was the fastest on the machine that made the bundle; this processor may
+        lack the instructions for it. Both variants run in turns for about a second. A bundle that
+        is optimized for size keeps its default.
 
         Raises CorruptBundle and ValueError as `load` does.
         """
@@ -98,27 +99,27 @@ class Predictor:
         if reference_ms > FASTER * chosen_ms or agreeing < AGREEING:
             return chosen
         logger.warning(
-            "variant '%s' of '%s' takes %.3g ms for %d records on this machine, and fp32 %.3g ms: "
-            "fp32 is served. Name a variant to serve that one.",
+            "variant '%s' of '%s' takes %.3g ms for %d records on this machine, fp32 %.3g ms: "
+            "fp32 is served. To serve another variant, name it.",
             *(chosen.variant, bundle.path, chosen_ms, rows, reference_ms),
         )
         return reference
 
     def encode(self, columns: Columns) -> Arrays:
-        """Return the arrays of N records. Raises InvalidRecord."""
+        """Return the arrays of N records by name, [N, …] each. Raises InvalidRecord."""
         return self.task.features.encode(columns)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Return the predictions for a batch of encoded records."""
+        """Return the predictions for encoded records, both arrays [N, …] by name."""
         return self.task.target.decode(self.engine.run(inputs))
 
     def predict(self, records: Sequence[Record]) -> Arrays:
-        """Return the predictions for records, one row each. Raises InvalidRecord."""
+        """Return the predictions for N records, arrays [N, …] by name. Raises InvalidRecord."""
         return self.run(self.task.features.encode_records(records))
 
 
 def _compare_speed(one: Predictor, other: Predictor, rows: int) -> np.ndarray:
-    """Return the milliseconds [R, 2] that both take for the same batch, in R rounds."""
+    """Return the milliseconds that both take for the same batch, float64 [R, 2]."""
     golden, _ = one.bundle.golden(one.variant)
     batch = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in golden.items()}
     times: list[list[float]] = []
@@ -135,11 +136,14 @@ def _compare_speed(one: Predictor, other: Predictor, rows: int) -> np.ndarray:
 
 
 class _Unfit(Exception):
-    """A variant that this machine cannot run as it was."""
+    """This machine cannot run a variant, or computes other outputs with it."""
 
 
 def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
-    """Load a variant's engine and let it answer the golden inputs. Raises _Unfit."""
+    """Load a variant's engine and check that it reproduces the golden outputs.
+
+    Raises _Unfit if not, CorruptBundle if the bundle has no golden outputs of the variant.
+    """
     entry = bundle.manifest.variants[variant]
     inputs, expected = bundle.golden(variant)
     if not expected:
@@ -149,7 +153,7 @@ def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
             bundle.path / entry.file, num_threads=num_threads
         )
         outputs = engine.run(inputs)
-    except Exception as error:  # engines raise many kinds
+    except Exception as error:  # engines raise many types of errors
         raise _Unfit(
             f"variant '{variant}' of '{bundle.path}' cannot be run by {entry.engine} here "
             f"({' '.join(str(error).split())[:200]}): name another variant."
@@ -160,9 +164,9 @@ def _tested(bundle: Bundle, variant: str, num_threads: int) -> Engine:
         difference = float(np.max(differences / sizes))
         if not difference <= entry.golden_tolerance:
             raise _Unfit(
-                f"variant '{variant}' of '{bundle.path}' answers '{name}' {difference:.3g} "
-                f"away from its golden outputs, relative to them; at most "
-                f"{entry.golden_tolerance:.3g} is accepted. This processor computes it "
-                "differently: name another variant."
+                f"variant '{variant}' of '{bundle.path}' returns '{name}' with a relative "
+                f"difference of {difference:.3g} from its golden outputs; at most "
+                f"{entry.golden_tolerance:.3g} is accepted. This processor computes other results: "
+                "name another variant."
             )
     return engine

@@ -1,4 +1,4 @@
-"""Publishing: a bundle becomes a version of its model in MLflow, perhaps in production."""
+"""Publishing: register a bundle as a version of its model in MLflow, perhaps in production."""
 
 import math
 import sys
@@ -32,12 +32,12 @@ from train.bundle.registry_lock import lock_registry
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# What MLflow takes in one call.
+# Largest number of parameters that MLflow accepts in one call.
 PARAM_LIMIT = 100
 
 
 def bundle_summary(bundle: Bundle) -> dict[str, Any]:
-    """Return what a training command prints of a bundle."""
+    """Return the JSON that a training command prints about a bundle."""
     manifest = bundle.manifest
     return {
         "model": manifest.name,
@@ -65,10 +65,10 @@ def bundle_summary(bundle: Bundle) -> dict[str, Any]:
 
 
 class RunRecorder:
-    """An MLflow run that is written while its training goes on.
+    """An MLflow run that is written during training.
 
-    It begins with the first event, so that a run that is refused leaves nothing.
-    name: of the experiment. tags: of the run. run_id: of a run that began before, to go on with.
+    The run is created at the first event, so that a command which fails before leaves no run.
+    name: of the experiment. options, tags: of the run. run_id: an existing run to continue.
     """
 
     def __init__(
@@ -94,11 +94,14 @@ class RunRecorder:
         try:
             with registry_errors(self._root):
                 self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "FAILED")
-        except RegistryError as error:  # what the block did has its own outcome
-            print(f"MLflow shows the run {self.run_id} as running: {error}", file=sys.stderr)
+        except RegistryError as error:  # must not hide the outcome of the block
+            print(f"MLflow still shows run {self.run_id} as running: {error}", file=sys.stderr)
 
     def observe(self, event: dict[str, Any]) -> None:
-        """Log an event's figures, by step or by epoch."""
+        """Log the figures of a training event by step or epoch; other events only begin the run.
+
+        Raises RegistryError.
+        """
         from mlflow.entities import Metric
 
         client, run_id = self.begin()
@@ -117,7 +120,10 @@ class RunRecorder:
             client.log_batch(run_id, figures)
 
     def begin(self) -> tuple["MlflowClient", str]:
-        """Return the client and the run, created with its options the first time."""
+        """Return the client and the run's id; the first call creates the run with its options.
+
+        Raises RegistryError.
+        """
         from mlflow.entities import Param
 
         with registry_errors(self._root):
@@ -143,19 +149,22 @@ def publish(
     candidate: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Add the bundle to its run and register it as a new version of its model.
+    """Add the bundle to its MLflow run and register it as a new version of its model.
 
-    The version becomes production if none is, if it is the same net as production with other
-    variants, or if it has the interface of production and is no worse in `metric` (the task's own
-    on the validation split when None) on the same records; else candidate. stderr says which and
-    why. Returns {"version", "alias", "uri"}. Raises RegistryError where the registry cannot be
-    asked or changed; production is then what it was.
+    The version becomes production if no version is in production, or if production has the same
+    weights, or if it has production's interface and is not worse in `metric` on the same validation
+    records. Otherwise it becomes the candidate. The decision and its reason go to stderr. Returns
+    {"version", "alias", "uri"}.
 
-    figure: what stands for the metric where the bundle's own is of records it was trained on.
-    score: (another bundle, metric) → its figure on this bundle's validation records, to compare
-    with a production that was measured on others. Raises UserError where it cannot be computed.
-    candidate: why the version becomes candidate and never production, whatever its figures.
-    tags: of the version, besides its figures and its lineage.
+    metric: name with the split, such as "valid_loss"; None stands for the task's main metric.
+    figure: replaces the bundle's own value of the metric, if that is of records it was trained on.
+    score: (other bundle, metric) → value on this bundle's validation records; it is called if
+    production was measured on other records, and raises UserError if it cannot compute the value.
+    candidate: a reason to make the version candidate, whatever its figures.
+    tags: of the version, in addition to its figures and lineage.
+
+    Raises RegistryError if the registry cannot be read or changed, which leaves production as it
+    is; UserError if the bundle does not have the metric.
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
@@ -183,13 +192,13 @@ def publish(
     while True:
         with registry_errors(root):
             current = find_alias(client, manifest.name, PRODUCTION)
-        # Scoring production may take a while, and is not done while others wait for the lock.
+        # Scoring production may take long, so it is done without the lock, for which others wait.
         no_worse, reason = (False, candidate) if candidate else challenger.compare(current)
         alias = PRODUCTION if no_worse else CANDIDATE
         with registry_errors(root), lock_registry(client, root) as lock:
             now = find_alias(client, manifest.name, PRODUCTION)
             if candidate is None and _number(now) != _number(current):
-                continue  # another version became production meanwhile
+                continue  # another version has become production: compare with that one
             if no_worse:
                 set_production(client, lock, manifest.name, str(version))
             else:
@@ -203,7 +212,7 @@ def publish(
 
 @dataclass(frozen=True)
 class _Challenger:
-    """A new version, to be compared with the one in production."""
+    """A new version that is compared with the version in production."""
 
     bundle: Bundle
     root: str
@@ -212,14 +221,14 @@ class _Challenger:
     score: Callable[[Bundle, str], float] | None
 
     def compare(self, current: Any | None) -> tuple[bool, str]:
-        """Return whether it may replace a model version (None: there is none), and why."""
+        """Return whether this version may replace `current`, or become the first, and why."""
         if current is None:
             return True, "no version is in production yet"
         number = current.version
         try:
             production = load_version(current, self.root)
         except OutdatedBundle:
-            return True, f"version {number} has an older format, which can no longer be served"
+            return True, f"version {number} has an older format that can no longer be served"
         except (CorruptBundle, UserError, ValueError) as error:
             return False, f"version {number} in production cannot be read: {error}"
         if change := interface_change(production.manifest, self.bundle.manifest):
@@ -227,7 +236,7 @@ class _Challenger:
         before = float(current.tags.get(self.metric, math.nan))
         words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"
         if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
-            reason = "which is the same net, compressed anew and accepted by the gate"
+            reason = "which has the same weights; its variants were compressed and accepted again"
             return True, f"{words.format(before)}, {reason}"
         if not _same_records(production, self.bundle):
             if self.score is None:
@@ -247,23 +256,26 @@ def _number(version: Any | None) -> str | None:
 
 
 def _same_records(one: Bundle, other: Bundle) -> bool:
-    """Whether two bundles were measured on the same validation records."""
+    """Return whether two bundles were measured on the same validation records."""
     digests = [bundle.manifest.data["valid"].get("digest") for bundle in (one, other)]
     return digests[0] is not None and digests[0] == digests[1]
 
 
 def check_publishable(root: str, metric: str | None) -> None:
-    """Raises UserError for what `publish` would refuse, before any work is done."""
+    """Check the options of `publish` before any work is done.
+
+    Raises UserError if the registry cannot be used or the metric is not of the validation split.
+    """
     storage.tracking_uri(root)
     if metric is not None and not metric.startswith("valid_"):
         raise UserError(
             f"registry.metric is '{metric}'; accepted are metrics of the validation split, such as "
-            "valid_accuracy, as no choice sees the test split."
+            "valid_accuracy, because decisions must not use the test split."
         )
 
 
 def _log(client: "MlflowClient", run_id: str, bundle: Bundle) -> None:
-    """Log the final figures of the net and of each variant, and the pictures."""
+    """Log the final figures of the model and of each variant, and the report's pictures."""
     from mlflow.entities import Metric
 
     manifest = bundle.manifest

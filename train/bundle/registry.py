@@ -1,6 +1,6 @@
 """The registry: bundles as model versions in MLflow, with the aliases production and candidate.
 
-Only drivers talk to it, never workers or replicas.
+Only drivers use it, never workers or replicas.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
 
-# Tag of a version whose rollout has ended: what was decided, and its figures, as JSON.
+# Tag of a version whose rollout has ended: the decision and its figures, as JSON.
 DECISION = "decision"
 
 ARTIFACT = "bundle"
@@ -37,21 +37,21 @@ SCHEME = "models:/"
 
 
 class ProductionChanged(Exception):
-    """Another version became production while a candidate was compared."""
+    """Another version became production while a candidate was being compared."""
 
 
 def resolve_model(uri: str, root: str) -> tuple[str, str]:
     """Return (location of the bundle, version) for models:/NAME/VERSION or models:/NAME@ALIAS.
 
-    Anything else is taken as the location of a bundle itself. Raises UserError if the registry
-    has no such version, RegistryError if it cannot be asked.
+    Any other `uri` is the path or URL of a bundle, with version "1". Raises UserError if the
+    registry has no such version, RegistryError if it cannot be read.
     """
     if not uri.startswith(SCHEME):
         return storage.resolve_path(uri), "1"
     name, alias, version = _parse(uri)
     if not storage.has_registry(root):
         raise UserError(
-            f"'{uri}' cannot be found, as there is no registry at '{root}'; "
+            f"'{uri}' cannot be found because there is no registry at '{root}'; "
             f"train a model with: {TRAIN}"
         )
     with registry_errors(root):
@@ -66,23 +66,24 @@ def resolve_model(uri: str, root: str) -> tuple[str, str]:
 
 
 def load_bundle(uri: str, root: str) -> tuple[Bundle, str]:
-    """Return (bundle, version) for what `resolve` takes.
+    """Return (bundle, version) for a `uri` as in `resolve_model`.
 
-    Raises UserError as it does, CorruptBundle for a bundle that is damaged, that names code which
-    the operator has not allowed, or that is of another model than the one it is registered as.
+    Raises UserError and RegistryError as `resolve_model` does; CorruptBundle if the bundle is
+    damaged, names code that the operator has not allowed, or is registered under another model's
+    name.
     """
     location, version = resolve_model(uri, root)
     bundle = Bundle.load(location)
     if uri.startswith(SCHEME) and bundle.manifest.name != model_name(uri):
         raise CorruptBundle(
             f"'{location}' is registered as '{model_name(uri)}' version {version}, but its "
-            f"manifest says '{bundle.manifest.name}'. Register the bundle that belongs there."
+            f"manifest has the name '{bundle.manifest.name}'. Register the right bundle."
         )
     return bundle, version
 
 
 def load_version(version: Any, root: str) -> Bundle:
-    """Return the bundle of an MLflow model version. Raises CorruptBundle, UserError."""
+    """Return the bundle of an MLflow model version. Raises CorruptBundle or UserError."""
     return Bundle.load(_local(version, root))
 
 
@@ -92,7 +93,7 @@ def model_name(uri: str) -> str:
 
 
 def alias_versions(root: str, name: str) -> dict[str, str]:
-    """Return a model's versions by alias; none without the model. Raises RegistryError."""
+    """Return a model's versions by alias, empty for an unknown model. Raises RegistryError."""
     if not storage.has_registry(root):
         return {}
     with registry_errors(root):
@@ -101,9 +102,9 @@ def alias_versions(root: str, name: str) -> dict[str, str]:
 
 
 def pending_candidate(root: str, name: str) -> tuple[str, str] | None:
-    """Return (location of the bundle, version) of a candidate that nothing was decided of yet.
+    """Return (location of the bundle, version) of the candidate, or None if it is decided.
 
-    Raises RegistryError.
+    None also stands for a model without a candidate. Raises RegistryError.
     """
     with registry_errors(root):
         client = mlflow_client(root)
@@ -116,12 +117,12 @@ def pending_candidate(root: str, name: str) -> tuple[str, str] | None:
 def promote_candidate(
     root: str, name: str, version: str, production: str, decision: dict[str, Any]
 ) -> None:
-    """Record the decision and make the candidate production, and what was production previous.
+    """Record the decision, make the candidate production, and the old production previous.
 
     production: the version that the candidate was compared with.
 
-    May be repeated, as after a failure in the middle. Raises ProductionChanged where another
-    version is production by now, RegistryError.
+    It may be called again after a failure. Raises ProductionChanged if a third version is now in
+    production, RegistryError if the registry fails.
     """
     with registry_errors(root):
         client = mlflow_client(root)
@@ -129,7 +130,7 @@ def promote_candidate(
             now = find_alias(client, name, PRODUCTION)
             if now is not None and str(now.version) not in (production, version):
                 raise ProductionChanged(
-                    f"version {now.version} is in production by now; version {version} was "
+                    f"version {now.version} is now in production; version {version} was "
                     f"compared with version {production}."
                 )
             _record(client, lock, name, version, decision)
@@ -138,9 +139,9 @@ def promote_candidate(
 
 
 def roll_back_candidate(root: str, name: str, version: str, decision: dict[str, Any]) -> None:
-    """Record the decision; production stays, and the version is no candidate any more.
+    """Record the decision and remove the version's candidate alias; production is unchanged.
 
-    May be repeated. Raises RegistryError.
+    It may be called again after a failure. Raises RegistryError.
     """
     with registry_errors(root):
         client = mlflow_client(root)
@@ -150,7 +151,10 @@ def roll_back_candidate(root: str, name: str, version: str, decision: dict[str, 
 
 
 def set_production(client: "MlflowClient", lock: RegistryLock, name: str, version: str) -> None:
-    """Make a version production, and what was production previous. May be repeated."""
+    """Make a version production and the old one previous. It may be called again.
+
+    Raises RegistryError if the lock may end too early.
+    """
     before = find_alias(client, name, PRODUCTION)
     if before is not None and str(before.version) != version:
         lock.check()
@@ -174,7 +178,7 @@ def _end_candidacy(client: "MlflowClient", lock: RegistryLock, name: str, versio
 
 
 def list_decisions(root: str, name: str) -> list[dict[str, Any]]:
-    """What was decided of candidates, the oldest first. Raises RegistryError."""
+    """Return the decisions on a model's candidates, the oldest first. Raises RegistryError."""
     with registry_errors(root):
         versions = mlflow_client(root).search_model_versions(f"name = '{name}'")
     found = [version.tags[DECISION] for version in versions if DECISION in version.tags]
@@ -191,11 +195,11 @@ def _parse(uri: str) -> tuple[str, str, str]:
     name, _, version = rest.partition("/")
     if name and version.isdecimal():
         return storage.check_name(name, storage.MODEL_NAME, f"the model of '{uri}'"), "", version
-    raise UserError(f"'{uri}' names no model; expected models:/NAME@ALIAS or models:/NAME/VERSION.")
+    raise UserError(f"'{uri}' is not a model; expected models:/NAME@ALIAS or models:/NAME/VERSION.")
 
 
 def _local(version: Any, root: str) -> str:
-    """The place of a version's bundle: a path, or a copy of what an MLflow server keeps."""
+    """Return the local path of a version's bundle; artifacts of a server are downloaded."""
     source = urlparse(version.source)
     if source.scheme in ("", "file"):
         return url2pathname(source.path)

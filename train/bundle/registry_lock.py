@@ -1,6 +1,6 @@
 """A lock that one process at a time holds while it changes a registry's aliases.
 
-MLflow cannot compare and set an alias.
+It is needed because MLflow has no compare-and-set for aliases.
 """
 
 import random
@@ -20,44 +20,46 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
-# A lock at a server is a registered model of this name and a number.
+# On a server, a lock is a registered model whose name is this prefix and a number.
 LOCK_NAME = "halyard-lock-"
 OWNER, RELEASED = "owner", "released"
-# A lock at a server whose holder cannot be asked is taken over after this time. What is done under
-# it is a few requests; the last of them begins early enough to end before.
+# Seconds after which another process takes over a lock on a server whose holder it cannot check.
+# The holder starts no change in the last WORK_S seconds; a change is a few requests.
 LEASE_S = 600.0
 WORK_S = 120.0
 POLL_S = 0.2
 TELL_S = 5.0
 
 
-# The threads of this process: of two that wait for a server's lock, one would take the other's.
+# Lets one thread of this process at a time wait for a server's lock: `_is_stale` regards a lock
+# that this process holds as abandoned.
 _own_turn = threading.Lock()
 
 
 @dataclass(frozen=True)
 class RegistryLock:
-    """The right to change a registry's aliases. until: when it ends, by the monotonic clock."""
+    """The right to change a registry's aliases. until: its end, in seconds of time.monotonic."""
 
     until: float
 
     def check(self) -> None:
-        """Call before each change. Raises RegistryError where the lock may end before it is done.
+        """Check before each change that there is time for it. Raises RegistryError if not.
 
-        A server that answers very slowly could otherwise be changed by two at once.
+        Otherwise two processes could change a very slow server at once.
         """
         if time.monotonic() > self.until:
             raise RegistryError(
-                "the registry answers too slowly to change it safely; run the command again later."
+                "the registry responds too slowly to change it safely; run the command again later."
             )
 
 
 @contextmanager
 def lock_registry(client: "MlflowClient", root: str) -> Iterator[RegistryLock]:
-    """Hold the one lock of a registry, waiting for it if need be. Raises what MLflow raises.
+    """Wait for the lock of a registry and hold it during the block.
 
-    The embedded registry has a file that is locked, which ends with the process. MLflow servers
-    have no such thing, but names that can be created only once: see `_lock_at_server`.
+    The lock of the embedded registry is a file lock, which ends with the process. MLflow servers
+    have no locks, but a name on them can be created only once: see `_lock_at_server`. Errors of
+    MLflow are raised unchanged.
     """
     if has_server():
         with _own_turn, _lock_at_server(client) as lock:
@@ -69,10 +71,10 @@ def lock_registry(client: "MlflowClient", root: str) -> Iterator[RegistryLock]:
 
 @contextmanager
 def _lock_at_server(client: "MlflowClient") -> Iterator[RegistryLock]:
-    """Hold the lock of a server: the registered model with the highest number, not released.
+    """Hold the lock of a server: the unreleased registered model with the highest number.
 
-    Numbers only grow and the highest is never deleted, so a number that was created late, after
-    others have gone on, is not the highest, and is no lock.
+    Numbers only increase, and the highest is never deleted. So a process that creates a number too
+    late, after others have created higher ones, sees that it does not have the lock.
     """
     seen, since = None, time.monotonic()
     owner, silent = _new_owner(), True
@@ -86,8 +88,8 @@ def _lock_at_server(client: "MlflowClient") -> Iterator[RegistryLock]:
                 if silent and waited_s > TELL_S:
                     silent = False
                     print(
-                        "waiting for another registration; if its command has died on another "
-                        f"host, this one goes on after {LEASE_S / 60:.0f} minutes",
+                        "waiting for another registration; if its command was killed on another "
+                        f"host, this one continues after {LEASE_S / 60:.0f} minutes",
                         file=sys.stderr,
                     )
                 time.sleep(POLL_S * random.uniform(0.5, 1))
@@ -109,7 +111,7 @@ def _new_owner() -> str:
 
 
 def _is_stale(owner: str) -> bool:
-    """Whether a lock's holder has ended, or is this process, which could not give it back."""
+    """Return whether a lock's holder has ended, or is this process, which failed to release it."""
     try:
         _, pid, started, boot, machine, host = owner.split("/", 5)
         process = ProcessIdentity(host, int(pid), machine, boot, int(started))
@@ -119,7 +121,7 @@ def _is_stale(owner: str) -> bool:
 
 
 def _highest(client: "MlflowClient") -> tuple[int, str | None]:
-    """Return the highest number of a lock, 0 if there is none, and who holds it."""
+    """Return the highest lock number, 0 if there is none, and its holder, None if released."""
     found = _locks(client)
     if not found:
         return 0, None
@@ -135,25 +137,25 @@ def _locks(client: "MlflowClient") -> "dict[int, RegisteredModel]":
 
 
 def _create(client: "MlflowClient", number: int, owner: str) -> bool:
-    """Create a lock; return whether this process did."""
+    """Create a lock. Return whether this process created it."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(
             f"{LOCK_NAME}{number}",
             tags={OWNER: owner},
-            description="Held for a moment while the alias of a model changes; not a model.",
+            description="A lock that is held while an alias of a model changes; not a model.",
         )
     except MlflowException as error:
         if not already_exists(error):
             raise
-        # The client repeats a request whose response it did not get.
+        # The client repeats a request whose response was lost, so the first one may have succeeded.
         return _highest(client) == (number, owner)
     return True
 
 
 def _release(client: "MlflowClient", number: int) -> None:
-    """Give a lock back, and delete those before it; what fails here ends with the lease."""
+    """Release a lock and delete older ones. If a request fails, the lease ends the lock."""
     from mlflow.exceptions import MlflowException
 
     with suppress(MlflowException):

@@ -1,9 +1,9 @@
-"""Signatures of bundles: who made one, which its own digests do not show.
+"""Signatures of bundles. They prove who made a bundle, which its digests alone do not.
 
-A signature is a file of the bundle in the format of OpenSSF model-signing, over all the others. The
-private key signs a bundle when it is written; whoever loads it has the public key. Both are PEM
-files of an elliptic curve (P-256, P-384 or P-521). A process that is to load only signed bundles
-calls `require` once.
+A signature is a file of the bundle in the format of OpenSSF model-signing that covers all other
+files. Bundles are signed with a private key when they are written, and verified with the public key
+when they are loaded. Both keys are PEM files of an elliptic curve (P-256, P-384 or P-521). A
+process that must load only signed bundles calls `require` once.
 """
 
 import os
@@ -20,7 +20,7 @@ from cluster.private import SIGNING_KEY
 SIGNATURE = "model.sig"
 INSTALL = "pip install 'halyard[signing]'"
 
-# In the words of model-signing, which shows a list, with quotes escaped here and there.
+# Parts of the error messages of model-signing, which contain a list with some escaped quotes.
 CHANGED = "Signature mismatch"
 CHANGED_FILES = re.compile(
     r"Hash mismatch for \\?'([^'\\]+)|(?:Extra|Missing) files[^:]+: ([^'\"]+)"
@@ -30,13 +30,14 @@ _trusted: tuple[str, ...] = ()
 
 
 class NotTrusted(ValueError):
-    """A bundle without a signature by one of the keys that are required."""
+    """A bundle has no valid signature by one of the required keys."""
 
 
 def require(public_keys: Iterable[str]) -> None:
-    """Let this process load only bundles that one of these keys has signed; any for none.
+    """Let this process load only bundles that one of these keys has signed.
 
-    public_keys: paths of PEM files. Raises UserError where one cannot be used.
+    public_keys: paths of PEM files; if empty, bundles need no signature. Raises UserError if a key
+    cannot be used.
     """
     global _trusted
     keys = tuple(public_keys)
@@ -46,21 +47,24 @@ def require(public_keys: Iterable[str]) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raises NotTrusted unless a required key has signed the files of a bundle as they are."""
+    """Verify a bundle's signature, if this process requires one.
+
+    Raises NotTrusted unless one of the required keys has signed the files in their present state.
+    """
     if not _trusted:
         return
     file = folder / SIGNATURE
     if not file.is_file():
         raise NotTrusted(f"'{folder}' is not signed; {_required()}")
     for link in (each for each in folder.rglob("*") if each.is_symlink()):
-        raise NotTrusted(f"'{link}' is a link, whose target is not signed")
+        raise NotTrusted(f"'{link}' is a symbolic link, whose target is not signed")
     for key in _trusted:
         try:
             _verifier(key).set_hashing_config(_hashing(folder)).verify(folder, file)
             return
         except OSError as error:
             raise NotTrusted(f"'{folder}' cannot be verified: {error}") from error
-        except Exception as error:  # what a file from anywhere makes of a parser
+        except Exception as error:  # an untrusted file may cause any error in a parser
             if str(error).startswith(CHANGED):
                 found = [one or other for one, other in CHANGED_FILES.findall(str(error))]
                 what = ", ".join(found) or "a file"
@@ -71,14 +75,14 @@ def check(folder: Path) -> None:
 
 
 def _required() -> str:
-    return f"required is a signature by {' or '.join(_trusted)}"
+    return f"a signature by {' or '.join(_trusted)} is required"
 
 
 def sign(folder: Path, private_key: str | None = None) -> None:
-    """Sign a bundle in place of any earlier signature, if there is a key.
+    """Sign a bundle if there is a key, and replace an earlier signature.
 
-    private_key: path of a PEM file; by default what HALYARD_SIGNING_KEY holds, a path or the key
-    itself, as a secret has it. Raises UserError where it cannot be used.
+    private_key: path of a PEM file. By default the environment variable HALYARD_SIGNING_KEY, which
+    has a path or, as secrets do, the key itself. Raises UserError if the key cannot be used.
     """
     with _signer(private_key) as signer:
         if signer is not None:
@@ -87,18 +91,18 @@ def sign(folder: Path, private_key: str | None = None) -> None:
 
 
 def has_key(private_key: str | None = None) -> bool:
-    """Whether `sign` would sign. Raises UserError where the key cannot be used."""
+    """Return whether `sign` would sign. Raises UserError if the key cannot be used."""
     with _signer(private_key) as signer:
         return signer is not None
 
 
 def _hashing(folder: Path) -> Any:
-    """What is signed: all files but the signature."""
+    """Return the configuration of what is signed: all files except the signature."""
     return _import("hashing").Config().set_ignored_paths(paths=[folder / SIGNATURE])
 
 
 def _verifier(public_key: str) -> Any:
-    """Raises UserError."""
+    """Return the verifier of a key. Raises UserError if the key cannot be used."""
     verifying = _import("verifying")
     try:
         return verifying.Config().use_elliptic_key_verifier(public_key=Path(public_key))
@@ -108,7 +112,7 @@ def _verifier(public_key: str) -> Any:
 
 @contextmanager
 def _signer(private_key: str | None) -> Iterator[Any]:
-    """None without a key. Raises UserError."""
+    """Yield the signer, or None without a key. Raises UserError if the key cannot be used."""
     named = private_key or os.environ.get(SIGNING_KEY)
     if not named:
         yield None
@@ -125,7 +129,7 @@ def _signer(private_key: str | None) -> Iterator[Any]:
             signer = _import("signing").Config().use_elliptic_key_signer(private_key=path)
         except UserError:
             raise
-        except Exception as error:  # cryptography has several kinds
+        except Exception as error:  # cryptography raises several types
             raise _unusable(shown, "private", error) from error
         yield signer
 
@@ -134,14 +138,14 @@ def _unusable(path: str, kind: str, error: Exception) -> UserError:
     reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:100]
     return UserError(
         f"'{path}' cannot be used to {'sign' if kind == 'private' else 'verify'} bundles "
-        f"({reason}); expected a {kind} key of an elliptic curve, without password, in PEM format."
+        f"({reason}); expected a {kind} key of an elliptic curve in PEM format, without password."
     )
 
 
 def _import(name: str) -> Any:
-    """Raises UserError."""
+    """Return a module of model-signing. Raises UserError if the package is not installed."""
     try:
         import model_signing
     except ImportError as error:
-        raise UserError(f"signed bundles need model-signing; {INSTALL}.") from error
+        raise UserError(f"signed bundles need the package model-signing: {INSTALL}.") from error
     return getattr(model_signing, name)

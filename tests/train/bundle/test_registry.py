@@ -269,7 +269,7 @@ def test_a_candidate_replaces_only_what_it_was_compared_with(bundle, tmp_path):
     publish(with_metric(bundle, 0.5), root, METRIC)
     publish(with_metric(bundle, 0.1), root, METRIC)
     publish(with_metric(bundle, 0.9), root, METRIC)
-    with pytest.raises(registry.ProductionChanged, match="version 3 is in production by now"):
+    with pytest.raises(registry.ProductionChanged, match="version 3 is now in production"):
         registry.promote_candidate(root, "digits", "2", "1", registry_faults.DECISION)
     assert aliases(root, "digits")["production"] == "3"
     assert registry.pending_candidate(root, "digits")[1] == "2"

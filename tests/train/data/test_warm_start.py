@@ -179,7 +179,7 @@ def check(config):
         ({"target": "digit"}, ["option 'target' is 'label', not 'digit'"]),
         ({"features": {"scan": "image"}}, ["option 'features' is image, not scan"]),
         ({"init": "models:/nothing/1"}, ["models:/nothing/1", "train/main.py"]),
-        ({"init": "nowhere"}, ["init is 'nowhere'", "no complete bundle"]),
+        ({"init": "nowhere"}, ["init is 'nowhere'", "is not a complete bundle"]),
     ],
 )
 def test_a_bundle_that_does_not_fit_is_refused_in_one_line(bundle, storage_path, options, words):

@@ -1,7 +1,7 @@
-"""Engines: what runs a variant. Arrays in, arrays out, one batch dimension first.
+"""Engines, which run variants. Inputs and outputs are arrays whose first dimension is the batch.
 
-A new engine is one file with a class, named here. It is imported when a variant asks for it, so
-that a server holds only what it needs.
+A new engine is a class in a file of its own, listed in ENGINES. It is imported only when a variant
+uses it, so that a server loads only the packages that it needs. Shapes: N records of a batch.
 """
 
 from importlib import import_module
@@ -12,25 +12,30 @@ from train.tasks import Arrays
 
 
 class Engine(Protocol):
-    """Runs one variant of a net."""
+    """Runs one variant of a model."""
 
     suffix: ClassVar[str]
-    """How the files end that it reads."""
+    """Suffix of the files that the engine reads, such as ".onnx"."""
 
     @classmethod
     def available(cls) -> bool:
-        """Whether this machine has what it takes."""
+        """Return whether the engine can run on this machine."""
         ...
 
     @classmethod
-    def load(cls, path: Path, *, num_threads: int) -> Self: ...
+    def load(cls, path: Path, *, num_threads: int) -> Self:
+        """Load a variant's file. Errors are those of the library."""
+        ...
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Return the outputs for a batch. Safe to call from any one thread at a time."""
+        """Return the outputs for a batch, both arrays [N, …] by name.
+
+        It may be called from any thread, but only from one at a time.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What runs it: device or provider, threads, precision."""
+        """Return what runs the variant: engine version, device or provider, threads, precision."""
         ...
 
 
@@ -46,16 +51,19 @@ ENGINES = {
 
 
 def find_engine(name: str) -> type[Engine]:
-    """Return an engine's class. Raises ValueError for an unknown name, ImportError without it."""
+    """Return an engine's class.
+
+    Raises ValueError for an unknown name, ImportError if the engine's package is not installed.
+    """
     if name not in ENGINES:
-        raise ValueError(f"engine '{name}' is unknown; known are {', '.join(ENGINES)}")
+        raise ValueError(f"engine '{name}' is unknown; expected one of {', '.join(ENGINES)}")
     module, _, kind = ENGINES[name].partition(":")
     engine: type[Engine] = getattr(import_module(module), kind)
     return engine
 
 
 def engines_for(path: Path) -> list[str]:
-    """The names of the engines of this machine that read a file such as `path`."""
+    """Return the names of this machine's engines that read files with the suffix of `path`."""
     names = []
     for name in ENGINES:
         try:

@@ -1,4 +1,4 @@
-"""OpenVINO, which reads ONNX files itself; where the package is installed."""
+"""OpenVINO, which reads ONNX files itself, if its package is installed. Shapes: N records."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +8,7 @@ from train.tasks import Arrays
 
 
 class OpenVinoEngine:
-    """OpenVINO on the processor."""
+    """OpenVINO on the CPU."""
 
     suffix: ClassVar[str] = ".onnx"
 
@@ -29,12 +29,13 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": num_threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
-            # It would take bf16 by itself where the processor has it.
+            # The default is bf16 on CPUs that support it, which changes the outputs.
             "INFERENCE_PRECISION_HINT": "f32",
         }
         return cls(openvino.Core().compile_model(str(path), "CPU", options), num_threads)
 
     def run(self, inputs: Arrays) -> Arrays:
+        """Return the outputs for a batch, both arrays [N, …] by name."""
         results = self._request.infer(inputs, share_inputs=True)
         return {name: results[output].copy() for output, name in self._outputs.items()}
 
