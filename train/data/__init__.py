@@ -1,1 +1,1 @@
-"""Data for training: where records come from, their order, and how images are varied."""
+"""Training data: reading, splitting, encoding, order of samples and image augmentation."""

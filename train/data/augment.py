@@ -1,7 +1,7 @@
-"""Augmentation of images, a whole batch at a time, on the device where the batch is.
+"""Image augmentation, one whole batch at a time, on the batch's device.
 
-What happens to a sample depends on seed, epoch and sample id alone, never on its batch.
-Shapes: B batch, H height, W width, C channels.
+How a sample is augmented depends only on seed, epoch and sample id, not on the batch it is in.
+Shapes: N samples of the training split, B batch, H height, W width, C channels.
 """
 
 import math
@@ -21,7 +21,10 @@ WHOLE = Stage()
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Inputs of which `share` is of targets_B and the rest of others_B."""
+    """A batch that mixes pairs of samples.
+
+    The loss weighs targets_B by `share` and others_B by 1 - `share`; both are int64 [B].
+    """
 
     inputs: list[Tensor]
     targets_B: Tensor
@@ -30,35 +33,39 @@ class MixedBatch:
 
 
 class Augmentation:
-    """Draws an epoch's variations and applies them to batches."""
+    """Random augmentation of images, drawn per epoch and applied per batch."""
 
     def __init__(
         self, config: Augment, seed: int, num_samples: int, images: tuple[str, ...] = ()
     ) -> None:
-        """images: names of the inputs that are images."""
+        """images: names of the image inputs. num_samples: size N of the training split."""
         self._config = config
         self.images = images
         self._seed = seed
         self._num_samples = num_samples
-        # Whether a sample is mirrored in even epochs; in odd ones it is the other way round, so
-        # that two epochs show both sides of every image.
+        # Which samples are mirrored in even epochs. Odd epochs mirror the others, so two
+        # consecutive epochs show both orientations of every image.
         self._flip_even_N = random_stream(seed, 0, "flip").random(num_samples) < 0.5
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw for every sample how it will look in this epoch."""
+        """Draw the augmentation of every sample for this epoch."""
         config, count = self._config, self._num_samples
         self._place_N2 = random_stream(self._seed, epoch, "shift").random((count, 2))
         self._flip_N = self._flip_even_N ^ bool(epoch % 2) if config.flip else None
         self._cutout_N2 = random_stream(self._seed, epoch, "cutout").random((count, 2))
-        # Area, aspect ratio and place of crops, each from 0 to 1.
+        # Area, aspect ratio, x and y of each crop, all in [0, 1).
         self._crop_N4 = random_stream(self._seed, epoch, "crop").random((count, 4))
 
     def stage(self, share: float) -> Stage:
-        """The stage after this share of the steps, from 0 to below 1."""
+        """Return the stage that is active after this share of the steps, in [0, 1)."""
         return next(stage for stage in self._config.stages if share < stage.until)
 
     def apply(self, images_BHWC: Tensor, ids_B: np.ndarray, stage: Stage = WHOLE) -> Tensor:
-        """Return the batch varied, sample by sample. uint8, or float32 0..255 after a zoom."""
+        """Return the batch with each sample augmented.
+
+        images_BHWC: uint8 [B, H, W, C], 0..255. ids_B: int64 [B], sample ids. The result is uint8,
+        or float32 0..255 if `crop_area` is set; H and W shrink with the stage's crop and scale.
+        """
         config = self._config
         if config.crop_area is not None:
             images_BHWC = _zoom(images_BHWC, self._crop_N4[ids_B], config.crop_area)
@@ -71,7 +78,11 @@ class Augmentation:
         return images_BHWC
 
     def mix(self, inputs: list[Tensor], targets_B: Tensor, key: int) -> MixedBatch:
-        """Mix the images of a batch in pairs; what is drawn depends on seed and `key` alone."""
+        """Mix the batch with a permutation of itself by mixup or cutmix, if configured.
+
+        inputs: the image batch [B, H, W, C] alone. targets_B: int64 [B]. The random draws depend
+        only on the seed and `key`.
+        """
         config = self._config
         if not config.mixup and not config.cutmix:
             return MixedBatch(inputs, targets_B, targets_B, 1.0)
@@ -79,7 +90,7 @@ class Augmentation:
         draws = random_stream(self._seed, key, "mix")
         order_B = torch.from_numpy(draws.permutation(len(targets_B))).to(targets_B.device)
         others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
-        # With both configured, each is used half of the time.
+        # If both are configured, each is used for half of the batches.
         if config.cutmix and (not config.mixup or draws.random() < 0.5):
             rows, columns = _box(
                 images_BHWC.shape[1:3], draws.beta(config.cutmix, config.cutmix), draws
@@ -94,7 +105,7 @@ class Augmentation:
         return MixedBatch([mixed_BHWC], targets_B, others_B, share)
 
     def _cut(self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float) -> Tensor:
-        """Mirror, shift and crop; what a shift uncovers is filled by reflection."""
+        """Mirror, shift and crop. Pixels uncovered by a shift are filled by reflection."""
         device, reach = images_BHWC.device, self._config.translate
         batch, height, width, _ = images_BHWC.shape
         sides = np.array([height, width])
@@ -112,7 +123,7 @@ class Augmentation:
 
 
 def _shrink(images_BHWC: Tensor, scale: float) -> Tensor:
-    """Resize bilinearly, each pixel the mean of what it covers."""
+    """Downscale bilinearly with antialiasing."""
     size = [max(round(side * scale), 1) for side in images_BHWC.shape[1:3]]
     small_BCHW = F.interpolate(
         images_BHWC.permute(0, 3, 1, 2), size=size, mode="bilinear", antialias=True
@@ -121,7 +132,7 @@ def _shrink(images_BHWC: Tensor, scale: float) -> Tensor:
 
 
 def _zoom(images_BHWC: Tensor, draws_B4: np.ndarray, least_area: float) -> Tensor:
-    """Fill the image with a random crop, of aspect ratio 3/4 to 4/3, by bilinear interpolation."""
+    """Resize a random crop, of aspect ratio 3/4 to 4/3, to the full image by bilinear sampling."""
     area_B = least_area + (1 - least_area) * draws_B4[:, 0]
     stretch_B = (3 / 4) ** (1 - 2 * draws_B4[:, 1])
     sides_B2 = np.minimum(np.sqrt(area_B[:, None] * np.stack([stretch_B, 1 / stretch_B], 1)), 1)
@@ -137,7 +148,7 @@ def _zoom(images_BHWC: Tensor, draws_B4: np.ndarray, least_area: float) -> Tenso
 
 
 def _cut_out(images_BHWC: Tensor, draws_B2: np.ndarray, size: int) -> Tensor:
-    """Grey out a square at a random place, wholly inside where it fits."""
+    """Grey out a square at a random position, entirely inside the image if it fits."""
     inside_B = torch.ones(len(draws_B2), 1, 1, dtype=torch.bool)
     for axis, length in enumerate(images_BHWC.shape[1:3]):
         start_B = np.floor(draws_B2[:, axis] * (max(length - size, 0) + 1))
@@ -148,7 +159,10 @@ def _cut_out(images_BHWC: Tensor, draws_B2: np.ndarray, size: int) -> Tensor:
 
 
 def _box(shape: tuple[int, ...], share: float, draws: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a box of about 1 − share of the area around a random centre."""
+    """Return rows and columns of a box that covers about 1 − share of the area.
+
+    The box has a random centre and is clipped at the borders.
+    """
     slices = []
     for length in shape:
         centre, half = draws.integers(length), length * math.sqrt(1 - share) / 2
@@ -157,5 +171,5 @@ def _box(shape: tuple[int, ...], share: float, draws: np.random.Generator) -> tu
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices outside 0..size-1 back at the borders, the border itself not repeated."""
+    """Reflect indices outside 0..size-1 at the borders, without repeating the border pixel."""
     return (size - 1) - ((size - 1) - index.abs()).abs()

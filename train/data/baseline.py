@@ -1,7 +1,7 @@
-"""Baseline: how the held-out records, and the answers to them, are spread; to tell drift from.
+"""Baseline: distributions of held-out records and their predictions, for drift detection.
 
-Bins are made of the training split, and counts of the validation split: what training saw itself
-looks better known than any new record will be.
+Bin edges come from the training split, counts from the validation split: a model is more confident
+on its own training records than on any new record, so counting those would look like drift later.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from train.data.dataset import EncodedDataset, batch_slices
 from train.tasks import Arrays
 
 BATCH_SIZE = 1024
-# Training records that bins are made of.
+# Largest number of training records that bin edges are computed from.
 MAX_RECORDS = 50_000
 
 
 def build_baseline(shards: EncodedDataset, outputs: Arrays) -> dict[str, Any]:
-    """Return the baseline of a bundle, as `train.bundle.feature_statistics.read_baseline` reads it.
+    """Return the baseline of a bundle; `train.bundle.feature_statistics.read_baseline` reads it.
 
-    outputs: what the net that will be served answers to the validation split.
+    outputs: {"logits": float32 [N, K]} of the model to be served, for the N validation records.
     """
     trained = _measured(shards, "train", None)
     held_out = _measured(shards, "valid", outputs)
@@ -49,7 +49,7 @@ def _quantity(name: str, held_out: QuantityValues, trained: QuantityValues) -> Q
 def _measured(
     shards: EncodedDataset, split: str, outputs: Arrays | None
 ) -> dict[str, QuantityValues]:
-    """Measure a split; of the inputs alone where there are no outputs."""
+    """Measure the quantities of a split, those of the inputs only if outputs is None."""
     inputs, targets_N = shards.open(split)
     task = shards.task
     count = len(targets_N) if outputs is not None else min(len(targets_N), MAX_RECORDS)

@@ -1,4 +1,7 @@
-"""Data report: what the records are like, before any training, as text and as a picture."""
+"""Data report: statistics and warnings about the records, as text and as a plot.
+
+Shapes: N records.
+"""
 
 import textwrap
 import warnings
@@ -14,7 +17,7 @@ from train.data.splits import NAMES, TEST, TRAIN, VALID
 from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
 
 REPORT, PICTURE = "report.txt", "report.png"
-# A column that alone predicts this well is probably known only together with the target.
+# A column that alone reaches this accuracy or R² on unseen records probably leaks the target.
 SUSPECT_ACCURACY, SUSPECT_R2 = 0.98, 0.9
 MAX_LEAVES = 256
 MAX_ROWS_TRIED = 20_000
@@ -23,18 +26,18 @@ MAX_CLASSES_SHOWN = 12
 
 
 class DataReport:
-    """Collects what is told of the records while they are encoded."""
+    """Statistics of the records, collected while they are encoded."""
 
     def __init__(self, task: Task, sample: Columns, notes: Sequence[str] = ()) -> None:
-        """sample: training records, those that the features were fitted on.
+        """sample: the training records that the features were fitted on.
 
-        notes: what is to be told besides.
+        notes: further lines for the report, printed before those of `fit_notes`.
         """
         self._task, self._notes = task, [*notes, *fit_notes(task, sample)]
         self._columns = {
             column: {"missing": share} for column, share in missing_shares(task, sample).items()
         }
-        # Black images, which stand for missing ones where they may be.
+        # A missing image of an optional column is encoded as a black one, so black ones count.
         optional = [each for each in task.features.encoders if isinstance(each, Images)]
         self._black = {each.column: 0 for each in optional if each.optional}
         self._num_records = 0
@@ -46,6 +49,7 @@ class DataReport:
         self.bad: list[tuple[str, str]] = []
 
     def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
+        """Add encoded records. codes_N: int8 [N], the split of each: TRAIN, VALID or TEST."""
         self.num_bad += len(encoded.bad)
         self.bad += encoded.bad[: MAX_BAD_KEPT - len(self.bad)]
         for code, found in self._digests.items():
@@ -53,7 +57,7 @@ class DataReport:
         targets_N = encoded.targets_N[codes_N == TRAIN]
         if isinstance(self._task.target, ValueTarget):
             self._targets.append(targets_N)
-        elif isinstance(self._task.target, NamedTarget):  # not so one of a user's own
+        elif isinstance(self._task.target, NamedTarget):  # custom targets have no class counts
             self._counts = self._counts + _counted(self._task.target, targets_N)
         self._num_records += len(encoded.rows_N)
         for name in self._black:
@@ -61,6 +65,7 @@ class DataReport:
             self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON data; `report_text` turns it into text."""
         train_N, valid_N, test_N = (np.concatenate(self._digests[code]) for code in range(3))
         return {
             "columns": self._columns
@@ -91,6 +96,7 @@ class DataReport:
         return {"counts": dict(zip(classes, counts, strict=True))}
 
     def write(self, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write REPORT and PICTURE. counts: {split: {"num_records": int, …}}."""
         facts = self.to_dict()
         words = report_text(facts, {name: counts[name]["num_records"] for name in NAMES})
         (folder / REPORT).write_text(words + "\n")
@@ -98,7 +104,10 @@ class DataReport:
 
 
 def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
-    """The report in lines of at most 100 columns."""
+    """Return the report as text.
+
+    facts: from `DataReport.to_dict`. counts: number of records in each split.
+    """
     lines = ["records: " + ", ".join(f"{count:,} {name}" for name, count in counts.items())]
     target = facts["target"]
     if "quantiles" in target:
@@ -119,22 +128,22 @@ def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
         )
     for name, count in facts["duplicates"].items():
         if count:
-            lines.append(f"duplicates: {count:,} records ({name}) have equal inputs")
+            lines.append(f"duplicates ({name}): {count:,} records repeat another record's inputs")
     for note in facts["notes"]:
         lines += textwrap.wrap(note, 100, subsequent_indent="  ")
     for name, value in facts["leakage_suspects"].items():
         lines.append(
-            f"leakage? '{name}' alone predicts the target ({value:.3f}); leave it out (of "
-            "features, or by --data.drop) unless it is known beforehand"
+            f"leakage? '{name}' alone predicts the target (score {value:.3f}); if it is unknown "
+            "at prediction time, remove it from features or add it to --data.drop"
         )
     if facts["num_bad"]:
         place, reason = facts["bad"][0]
-        lines.append(f"left out: {facts['num_bad']:,} bad records, the first {place}: {reason}")
+        lines.append(f"dropped: {facts['num_bad']:,} bad records; the first is {place}: {reason}")
     return "\n".join(lines)
 
 
 def plot_report(facts: Mapping[str, Any], column: str, path: Path) -> None:
-    """How the target is spread, and how much of each column is missing."""
+    """Plot the distribution of the target and the missing share of each column."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -167,16 +176,17 @@ def plot_report(facts: Mapping[str, Any], column: str, path: Path) -> None:
         if label.get_text() in facts["leakage_suspects"]:
             label.set_color("tab:red")
     right.invert_yaxis()
-    with warnings.catch_warnings():  # of names in a script that the font lacks
+    with warnings.catch_warnings():  # matplotlib's font lacks the glyphs of some scripts
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def leakage_suspects(task: Task, sample: Columns) -> dict[str, float]:
-    """Columns that alone predict the target, by a small tree on the half it has not seen.
+    """Return the columns that alone predict the target, each with its accuracy or R².
 
-    Returns the accuracy or R² of those that do; images and texts are not tried.
+    A small decision tree per column is fitted to one half of the sample and scored on the other.
+    Images and texts are not tested.
     """
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
@@ -189,7 +199,8 @@ def leakage_suspects(task: Task, sample: Columns) -> dict[str, float]:
         return found
     regression = isinstance(task.target, ValueTarget)
     tree = DecisionTreeRegressor if regression else DecisionTreeClassifier
-    # Where one class is frequent, it alone would look like a good guess: halve what is left.
+    # Predicting the most frequent class alone scores `usual`. If that is high, a column is
+    # suspect only if it halves the remaining errors.
     usual = 0.0 if regression else _usual(targets_N[half:])
     limit = SUSPECT_R2 if regression else max(SUSPECT_ACCURACY, (1 + usual) / 2)
     for encoder in task.features.encoders:
@@ -208,11 +219,12 @@ def leakage_suspects(task: Task, sample: Columns) -> dict[str, float]:
 
 
 def _counted(target: NamedTarget, targets_N: np.ndarray) -> np.ndarray:
-    """Records of each class, or of each label."""
+    """Return the number of records of each class or label."""
     if targets_N.ndim == 2:
         return targets_N.sum(axis=0, dtype=np.int64)
     return np.bincount(targets_N, minlength=len(target.classes))
 
 
 def _usual(targets_N: np.ndarray) -> float:
+    """Return the share of the most frequent class."""
     return float(np.unique(targets_N, return_counts=True)[1].max() / len(targets_N))

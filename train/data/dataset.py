@@ -1,4 +1,4 @@
-"""Shards: encoded records as memory-mapped arrays, found again by the digest of their origin."""
+"""Encoded datasets: splits as memory-mapped arrays, cached under a digest of source and config."""
 
 import hashlib
 import inspect
@@ -27,7 +27,7 @@ from train.decision import apply_options
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
 
-# Part of every digest: raise it when encoding changes.
+# Part of every digest. Increase it whenever the encoding changes, so that caches are rebuilt.
 ENCODING_VERSION = 6
 
 SUMMARY = "summary.json"
@@ -35,7 +35,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Encoded splits on disk, and the task that encoded them."""
+    """Encoded splits on disk or at a URL, and the task that encoded them."""
 
     url: str
     summary: dict[str, Any]
@@ -46,23 +46,28 @@ class EncodedDataset:
 
     @property
     def nullable(self) -> list[str]:
-        """The columns that had missing values."""
+        """Names of the columns that have missing values."""
         columns = self.summary["report"]["columns"]
         return [name for name, facts in columns.items() if facts["missing"]]
 
     def with_task(self, task: Task) -> "EncodedDataset":
-        """Return the same records with a task that reads outputs in another way."""
+        """Return the same records with another task, such as one with a decision rule.
+
+        The task must have the features and target that the records were encoded with.
+        """
         return replace(self, summary=self.summary | {"task": task.to_dict()})
 
     @property
     def folder(self) -> Path:
+        """The local folder of the arrays; downloaded first if the dataset is at a URL."""
         return commit.fetch(self.url, last=commit.DIGESTS)
 
     def open(self, name: str) -> tuple[Arrays, np.ndarray]:
         """Return the inputs and targets of a split, memory-mapped and read-only.
 
-        Each file is compared with its digest when a process first opens it. Raises CommandFailed
-        for one that differs.
+        inputs: {name: array [N, …]}, shapes and dtypes as `task.features.inputs` lists them.
+        targets: [N], or [N, K] for labels. Each process compares each file with its digest when it
+        first opens it; raises CommandFailed if one differs.
         """
         folder = self.folder
         inputs = {
@@ -82,27 +87,30 @@ def _open_array(folder: Path, name: str) -> np.ndarray:
         _check_once(folder, name)
     except commit.DamagedFile as error:
         raise CommandFailed(
-            f"{error}; run the same command again, which encodes the records again."
+            f"{error}; run the same command again to re-encode the records."
         ) from error
     array: np.ndarray = np.load(folder / name, mmap_mode="r")
     return array
 
 
 def read_at_random(inputs: Arrays) -> None:
-    """Tell the system not to read ahead: it may be megabytes for a sample, for nothing."""
+    """Turn off read-ahead for memory-mapped arrays [N, …] that are read in random order.
+
+    Otherwise the operating system may read megabytes for each sample.
+    """
     for array in inputs.values():
         if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             array.base.madvise(mmap.MADV_RANDOM)
 
 
 def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> EncodedDataset:
-    """Return the encoded data of a run; encode and keep it under `root` if it is not there yet.
+    """Return the encoded data of a run, from the cache under `root` or encoded and stored there.
 
-    fitted: the task of a bundle that the run begins from, whose temperature is of another net;
-    fitted to the training records if None.
+    fitted: the task of the bundle that the run starts from, reused without its temperature,
+    decision rule and quantile; if None, the task is fitted to the training records.
     Raises UserError that names source and row of a record that cannot be encoded.
     """
-    assert config.features, "train.data.schema.inference names them"
+    assert config.features, "train.data.schema.inference fills them in"
     assert config.task_type is not None
     data, fitted = config.data, fitted and fitted.undecided()
     urls = {"train": data.train, "valid": data.valid, "test": data.test, "extra": data.extra}
@@ -110,7 +118,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
     depends_on = [
         ENCODING_VERSION,
         [(source.url, source.fingerprint) for source in found.values()],
-        # Without extra records the digest is that of before there were any.
+        # Without extra records, leave out their options: digests predate these options.
         data.model_dump(exclude=set() if data.extra else {"extra", "extra_fraction"}),
         {column: feature.model_dump() for column, feature in config.features.items()},
         config.text.model_dump(),
@@ -140,7 +148,7 @@ def prepare_dataset(config: Config, root: str, fitted: Task | None = None) -> En
 
 
 def _is_complete(url: str) -> bool:
-    """Whether encoded data are there and, where they are local files, undamaged."""
+    """Whether the encoded data exists and, if local, is undamaged."""
     if storage.is_url(url):
         return storage.exists(storage.join_path(url, commit.DIGESTS))
     folder = Path(url)
@@ -150,13 +158,13 @@ def _is_complete(url: str) -> bool:
         for name in commit.committed_files(folder):
             _check_once(folder, name)
     except commit.DamagedFile as error:
-        print(f"{error}; encoding the records again", file=sys.stderr)
+        print(f"{error}; encoding the records again.", file=sys.stderr)
         return False
     return True
 
 
 def _texts_of(config: Config) -> list[str]:
-    """What a run depends on that is named by the config and kept elsewhere: a tokenizer, code."""
+    """Return the tokenizer and the source of custom classes that the config refers to."""
     texts = [read_text_file(config.text.tokenizer)] if config.text.tokenizer else []
     paths = [*(feature.kind for feature in config.features.values()), config.task or ""]
     try:
@@ -165,7 +173,7 @@ def _texts_of(config: Config) -> list[str]:
             for path in paths
             if ":" in path
         ]
-    except (ValueError, OSError, TypeError):  # which `define_task` reports
+    except (ValueError, OSError, TypeError):  # `define_task` reports the error later
         return texts
 
 
@@ -181,7 +189,7 @@ def _write(
     drop_bad = config.data.bad_records == "drop"
     for name, blocks in opened.items():
         wanted: list[str | None] = [*preprocess.source_columns(task)]
-        if name != "extra":  # which is not divided
+        if name != "extra":  # extra records are never split
             wanted += [config.data.split_key, config.data.split_time]
         url = getattr(config.data, name)
         needed = [column for column in wanted if column]
@@ -219,8 +227,8 @@ def _write(
     for name, split in counts.items():
         if not split["num_records"]:
             raise UserError(
-                f"no record is left in the {name} split of '{split['source']}'; "
-                f"{report.num_bad} were bad, the first: {': '.join(report.bad[0])}"
+                f"the {name} split of '{split['source']}' is empty after {report.num_bad} bad "
+                f"records were dropped; the first is {': '.join(report.bad[0])}"
                 if report.bad
                 else f"the {name} split of '{split['source']}' is empty."
             )
@@ -235,5 +243,5 @@ def _write(
 
 
 def batch_slices(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover 0..count in order, each of at most `size`."""
+    """Return slices of at most `size` items that cover 0..count-1 in order."""
     return (slice(start, start + size) for start in range(0, count, size))

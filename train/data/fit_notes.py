@@ -1,4 +1,7 @@
-"""Notes on what fitting took for something else than what is written, for the data report."""
+"""Notes for the data report on values that are read differently from how they are written.
+
+Shapes: N records, F features.
+"""
 
 import unicodedata
 from collections import defaultdict
@@ -18,19 +21,19 @@ from train.values.pictures import PictureHeader
 from train.values.records import is_missing, shorten
 from train.values.sentinels import find_sentinels
 
-# Least share of a column's different values that stay different when encoded.
+# A note is made if a smaller share of a column's distinct values stays distinct when encoded.
 MIN_DISTINCT_KEPT = 0.5
 MOST_SHOWN = 3
-# Years of two digits that span more are probably of another century than they are read as.
+# If two-digit years span more than this, some were probably assigned to the wrong century.
 LONGEST_YEARS = 50
-# A column with more different texts is one of amounts.
+# A column with more distinct texts holds amounts, whose spelling carries no meaning.
 MOST_SPELLINGS = 100
 
 
 def fit_notes(task: Task, sample: Columns) -> list[str]:
-    """Return a sentence on each thing that a user of the records may not expect.
+    """Return one sentence for each interpretation of the records that may surprise a user.
 
-    sample: training records, those that the features were fitted on.
+    sample: the training records that the features were fitted on.
     """
     notes: list[str] = []
     for encoder in task.features.encoders:
@@ -55,7 +58,7 @@ def fit_notes(task: Task, sample: Columns) -> list[str]:
 
 
 def missing_shares(task: Task, sample: Columns) -> dict[str, float]:
-    """Return the share of values of each column that count as missing."""
+    """Return the share of values that count as missing, for each column."""
     found: dict[str, np.ndarray] = {}
     for encoder in task.features.encoders:
         if isinstance(encoder, Numbers | Categories):
@@ -76,15 +79,15 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
                 count = int(np.sum(raw_N == sentinel))
                 yield (
                     f"'{each.column}': {count:,} values ({format_share(count / len(raw_N))}) are "
-                    f"{sentinel:g} and count as missing, as they are far from all others; "
-                    f"features.{each.column}.missing: [] keeps them as numbers"
+                    f"{sentinel:g} and count as missing because they are far from all others; "
+                    f"set features.{each.column}.missing: [] to keep them as numbers"
                 )
         if isinstance(each, Number):
             yield from _on_spellings(each, values)
         if isinstance(each, Date) and "%y" in (each.format or ""):
             yield from _on_short_years(each, values)
         if isinstance(each, LabelSet) and len(each.labels) == MAX_LABELS:
-            yield f"'{each.column}': only its {MAX_LABELS} most frequent labels are read"
+            yield f"'{each.column}': only the {MAX_LABELS} most frequent labels are used"
     scaled_NF = encoder.encode(sample)[encoder.kind]
     places = {column: place for place, column in enumerate(encoder.names)}
     for each in encoder.columns:
@@ -93,19 +96,19 @@ def _on_numbers(encoder: Numbers, sample: Columns) -> Iterator[str]:
             kept = _num_distinct(scaled_NF[:, places[each.column]])
             if kept < MIN_DISTINCT_KEPT * given:
                 yield (
-                    f"'{each.column}': its {given:,} different values are {kept:,} once they are "
-                    "scaled, as some are too far from the others; name those in "
+                    f"'{each.column}': {given:,} different values become {kept:,} after scaling "
+                    "because some are too far from the others; list those in "
                     f"features.{each.column}.missing"
                 )
 
 
 def _on_short_years(column: Date, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
-    """Years of two digits that may be of two centuries."""
+    """Note two-digit years whose range suggests that they belong to two centuries."""
     seconds_N = column.read(values)
     years_N = 1970 + seconds_N[~np.isnan(seconds_N)] / YEAR_S
     if len(years_N) and years_N.max() - years_N.min() > LONGEST_YEARS:
         yield (
-            f"'{column.column}': its years of two digits are read as {int(years_N.min())} to "
+            f"'{column.column}': two-digit years are read as {int(years_N.min())} to "
             f"{int(years_N.max())}; write four digits if some of them are earlier"
         )
 
@@ -117,28 +120,28 @@ def _on_target(target: ValueTarget, values: Sequence[Any] | np.ndarray) -> Itera
         count = int(np.sum(numbers_N == sentinel))
         yield (
             f"target '{target.column}': {count:,} values ({format_share(count / len(numbers_N))}) "
-            f"are {sentinel:g}, far from all others, and are learned as numbers; if they stand "
+            f"are {sentinel:g}, far from all others, and are used as numbers; if they stand "
             "for missing values, remove those records"
         )
 
 
 def _on_images(encoder: Images, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
     headers = [value for value in values if isinstance(value, PictureHeader)]
-    if len(headers) < 2:  # where size and kind are given, one is looked at
+    if len(headers) < 2:  # with size and channels configured, only one header is read
         return
     heights, widths = ([getattr(each, side) for each in headers] for side in ("height", "width"))
     seen = f"{min(heights)}×{min(widths)} to {max(heights)}×{max(widths)} pixels"
     colours = sum(header.has_colour for header in headers)
     height, width, channels = encoder.shape_HWC
     yield (
-        f"images '{encoder.column}': {seen}, {colours:,} of {len(headers):,} in colour; all become "
-        f"{height}×{width} (height × width), {'grey' if channels == 1 else 'colour'}; "
-        f"features.{encoder.column}.size and .channels change that"
+        f"images '{encoder.column}': {seen}, {colours:,} of {len(headers):,} in colour; all are "
+        f"converted to {height}×{width} (height × width), {'grey' if channels == 1 else 'colour'}; "
+        f"set features.{encoder.column}.size and .channels to change that"
     )
 
 
 def _on_spellings(column: Number, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
-    """Of few different numbers, those that are written in several ways, as 1.1 and 1.10 are."""
+    """Note numbers that are written in several ways, such as 1.1 and 1.10, if there are few."""
     texts = {value.strip() for value in values if isinstance(value, str) and not is_missing(value)}
     if not texts or len(texts) > MOST_SPELLINGS:
         return
@@ -148,9 +151,9 @@ def _on_spellings(column: Number, values: Sequence[Any] | np.ndarray) -> Iterato
     several = [each for number, each in written.items() if len(each) > 1 and number == number]
     if several:
         yield (
-            f"'{column.column}': texts that are one number count as one: "
+            f"'{column.column}': different texts of the same number count as one value: "
             + _listed(" and ".join(map(shorten, each[:2])) for each in several)
-            + "; if they are names, such as versions, write them so that they are no numbers"
+            + "; if they are names, such as versions, add a letter to them, as in v1.10"
         )
 
 
@@ -164,18 +167,21 @@ def _on_names(column: str, values: Sequence[Any] | np.ndarray) -> Iterator[str]:
     if merged:
         shown = _listed(" and ".join(map(_told_apart, each[:2])) for each in merged)
         yield (
-            f"'{column}': values that differ in spaces at their ends, Unicode form or final zeros "
-            f"alone are one name: {shown}"
+            f"'{column}': values that differ only in spaces at their ends, Unicode form or "
+            f"trailing zeros count as one name: {shown}"
         )
     if len(written) > MAX_NAMES:
         yield (
-            f"'{column}': of its {len(written):,} names only the {MAX_NAMES:,} most frequent are "
-            "told apart; the others count as never seen"
+            f"'{column}': only the {MAX_NAMES:,} most frequent of {len(written):,} names are "
+            "kept; the others count as unseen"
         )
 
 
 def _told_apart(name: Any) -> str:
-    """A name as a message shows it, in which é of one character and of two look different."""
+    """Return a name for a message, escaped if it is not NFC: é has a one- and a two-character form.
+
+    Both forms look the same on screen, so the note would otherwise list two equal names.
+    """
     composed = not isinstance(name, str) or unicodedata.is_normalized("NFC", name)
     return shorten(name) if composed else ascii(name)
 
@@ -191,5 +197,5 @@ def _num_distinct(values_N: np.ndarray) -> int:
 
 
 def format_share(share: float) -> str:
-    """A share as a percentage; small ones keep their digits."""
+    """Return a share as a percentage, with two significant digits below 0.1 %."""
     return f"{share:.1%}" if share == 0 or share >= 0.001 else f"{100 * share:.2g}%"

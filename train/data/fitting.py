@@ -1,4 +1,7 @@
-"""Fitting a task on training records, or checking that a fitted one can read them."""
+"""Fitting a task on training records, or checking that a fitted task can read them.
+
+Shapes: N records, K classes or labels.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -28,27 +31,31 @@ from train.tasks.plugins import import_object
 from train.values.pictures import PictureHeader
 from train.values.records import is_missing
 
-# Features are fitted on at most so many training records, drawn at random.
+# Features are fitted on at most this many training records, drawn at random.
 FIT_RECORDS = 50_000
 
-# If a target has more classes, only the most frequent ones are tested.
+# `target_numbers` returns columns for this many of the most frequent classes only.
 MOST_CLASSES = 16
 
-# The most bad records to leave out while fitting; more mean that a column is not what it is said.
+# More bad records than this end the fit: a column's configured kind is probably wrong.
 MAX_BAD_FITTED = 100
 
 Fitted = TypeVar("Fitted")
 
 
 def define_task(config: Config) -> Task:
-    """Return a config's task, not yet fitted. Raises UserError for a class that is not there."""
+    """Return the unfitted task of a config.
+
+    Raises UserError if a custom class cannot be imported, `task` is not a subclass of Task, or the
+    kinds, their options or the tokenizer are invalid.
+    """
     assert config.task_type is not None
     kinds = {column: feature.model_dump() for column, feature in config.features.items()}
     options = config.text.model_dump(exclude={"tokenizer"})
     try:
         own = import_object(config.task) if config.task else Task
         if not (isinstance(own, type) and issubclass(own, Task)):
-            raise UserError(f"task is '{config.task}', which is no subclass of train.tasks.Task.")
+            raise UserError(f"task is '{config.task}'; expected a subclass of train.tasks.Task.")
         tokenizer = read_text_file(config.text.tokenizer) if config.text.tokenizer else ""
         return own.of(
             kinds,
@@ -63,13 +70,18 @@ def define_task(config: Config) -> Task:
 
 
 def read_text_file(url: str) -> str:
+    """Return the text of a file at a path or URL. Raises UserError if it cannot be read."""
     fs, path = storage.filesystem(url)
     with reading_errors(url), fs.open(path, "r") as file:
         return str(file.read())
 
 
 def target_numbers(target: Target, values: Any) -> np.ndarray | None:
-    """Targets as numbers [N], or as 0 and 1 of the most frequent names [N, K]."""
+    """Return targets as numbers; None for custom targets.
+
+    float32 [N], scaled, for regression; otherwise 0/1 indicators, bool or uint8 [N, K], of the
+    K ≤ MOST_CLASSES most frequent classes or labels.
+    """
     if isinstance(target, ValueTarget):
         return target.encode(values)
     if isinstance(target, NamedTarget):
@@ -84,15 +96,16 @@ def target_numbers(target: Target, values: Any) -> np.ndarray | None:
 def fit_task(task: Task, part: SplitSource, drop_bad: bool) -> tuple[Task, Columns]:
     """Fit a task on training records; return it with the sample that its features were fitted on.
 
-    The target sees every training record, the features at most FIT_RECORDS. Raises UserError.
+    The target is fitted on all training records, the features on at most FIT_RECORDS.
+    drop_bad: skip unreadable records. Raises UserError that names a record which cannot be read.
     """
     return _seen(task, part, drop_bad, task.target.fit, task.features.fit)
 
 
 def check_fitted_task(task: Task, part: SplitSource, drop_bad: bool) -> tuple[Task, Columns]:
-    """See whether a fitted task can read training records; return it with a sample of them.
+    """Check that a fitted task can read training records; return it with a sample of them.
 
-    Raises UserError.
+    drop_bad: skip unreadable records. Raises UserError that names a record which cannot be read.
     """
 
     def encode_target(values: Iterable[Any]) -> Any:
@@ -101,7 +114,7 @@ def check_fitted_task(task: Task, part: SplitSource, drop_bad: bool) -> tuple[Ta
 
     def encode_features(columns: Columns) -> Any:
         for encoder in task.features.encoders:
-            if not isinstance(encoder, Images):  # of which the sample has one
+            if not isinstance(encoder, Images):  # of images, the sample holds headers only
                 encoder.encode(columns)
         return task.features
 
@@ -115,14 +128,16 @@ def _seen(
     of_target: Callable[[Iterable[Any]], Any],
     of_features: Callable[[Columns], Any],
 ) -> tuple[Task, Columns]:
-    """Return what is made of training records: target, features and the sample for the latter."""
+    """Apply of_target and of_features to training records; return the task and the sample."""
     rows_N = np.flatnonzero(part.codes_N == TRAIN)
 
     def fit_target(rows_N: np.ndarray) -> Any:
         values = _values(part, task.target.column, rows_N)
         return of_target(value for _, value in values)
 
-    if drop_bad and not isinstance(task.target, LabelsTarget):  # by far the most frequent
+    # Missing targets are by far the most frequent kind of bad record and would soon exceed
+    # MAX_BAD_FITTED, so they are removed first. For labels a missing value means "no label".
+    if drop_bad and not isinstance(task.target, LabelsTarget):
         values = _values(part, task.target.column, rows_N)
         rows_N = np.array([row for row, value in values if not is_missing(value)], np.int64)
     target, good_N = _without_bad(fit_target, part, rows_N, drop_bad)
@@ -143,7 +158,7 @@ def _values(part: SplitSource, column: str, rows_N: np.ndarray) -> Iterator[tupl
 
 
 def _sample(task: Task, part: SplitSource, rows_N: np.ndarray) -> Columns:
-    """The records of some rows; of images, which are large, only the headers."""
+    """Return the given rows as columns; images are large, so only their headers are kept."""
     images = {each.column: each for each in task.features.encoders if isinstance(each, Images)}
     names = [name for name in preprocess.source_columns(task) if name not in images]
     collected: dict[str, list[Any]] = {name: [] for name in names}
@@ -156,9 +171,10 @@ def _sample(task: Task, part: SplitSource, rows_N: np.ndarray) -> Columns:
 
 
 def _headers(encoder: Images, values: Iterable[Any]) -> list[PictureHeader | None]:
-    """The headers of images, None of what is missing or none, which is said when it is encoded.
+    """Return the headers of images, None for missing and unreadable ones.
 
-    Raises InvalidRecord if no image can be read.
+    Unreadable images are reported later, when they are encoded. Raises InvalidRecord if no image
+    can be read.
     """
     headers: list[PictureHeader | None] = []
     first_error = None
@@ -170,7 +186,7 @@ def _headers(encoder: Images, values: Iterable[Any]) -> list[PictureHeader | Non
             first_error = first_error or error
             headers.append(None)
         if headers[-1] is not None and encoder.size and encoder.channels:
-            break  # nothing more is to be found out
+            break  # size and channels are configured, so one readable image suffices
     if first_error and not any(headers):
         raise first_error
     return headers
@@ -179,7 +195,10 @@ def _headers(encoder: Images, values: Iterable[Any]) -> list[PictureHeader | Non
 def _without_bad(
     function: Callable[[np.ndarray], Fitted], part: SplitSource, rows_N: np.ndarray, drop_bad: bool
 ) -> tuple[Fitted, np.ndarray]:
-    """Call with rows of a source; where bad ones are dropped, again without those it names."""
+    """Call `function` with rows; if drop_bad, repeat without each row that it reports as bad.
+
+    Returns the result and the remaining rows. Raises UserError that names the row.
+    """
     for _ in range(MAX_BAD_FITTED + 1):
         try:
             return function(rows_N), rows_N
@@ -191,13 +210,13 @@ def _without_bad(
             if not drop_bad:
                 raise last from error
             rows_N = np.delete(rows_N, error.row)
-    raise UserError(f"more than {MAX_BAD_FITTED} records are bad; the last is {last}")
+    raise UserError(f"more than {MAX_BAD_FITTED} records are bad; the last one is {last}")
 
 
 def _read_rows(
     part: SplitSource, columns: list[str], rows_N: np.ndarray
 ) -> Iterator[tuple[np.ndarray, Columns]]:
-    """The given rows of a source, which are in order, batch by batch."""
+    """Yield the given rows of a source, batch by batch. rows_N must be sorted."""
     for block in part.blocks:
         start = block.start
         first, end = np.searchsorted(rows_N, [start, start + block.num_rows])

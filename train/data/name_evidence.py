@@ -1,6 +1,6 @@
-"""Whether columns of names say something about the target, alone or two together.
+"""Tests whether categorical columns are related to the target, alone or in pairs.
 
-Shapes: N records, R factors.
+Shapes: N records, C columns, K target columns, R factors.
 """
 
 import math
@@ -13,24 +13,26 @@ from train.data.fitting import target_numbers
 from train.stats import association_p_value
 from train.tasks import Categories, Columns, Task
 
-# Columns with fewer names keep them: what is learned of them by chance is little.
+# Columns with fewer names keep them: a model can overfit little on so few.
 MANY_NAMES = 20
 MAX_P = 0.05
-# How many columns, those with the most names, are tried in pairs, for how many targets.
+# Pairs are formed from this many columns, those with the most names, and tested on this many
+# target columns.
 MOST_COLUMNS, MOST_TARGETS = 5, 3
-# In standard errors: names that say more than that together with others are no noise.
+# In standard errors: columns whose interaction gain exceeds this keep their names.
 MIN_GAIN = 4.0
 NUM_FACTORS, NUM_ROUNDS = 4, 12
-# What factors and means lean to zero by, in records.
+# Shrinkage of factors and means towards zero, as a number of pseudo-records.
 RIDGE = 3.0
 
 
 def merge_noise(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task, list[str]]:
-    """Merge the names of columns with many of them where they say nothing about the target, neither
-    alone nor together with those of another column, as those of users and items do.
+    """Merge the names of columns with at least MANY_NAMES names that are unrelated to the target.
 
-    A net would learn the chance differences between names by heart. Returns the task, and the notes
-    with one on each such column. sample: training records.
+    A column is unrelated if neither its names alone nor their combination with another column's,
+    as of users and items, predict the target. A model would memorise chance differences between
+    such names. Returns the task and the notes, with one more for each merged column.
+    sample: training records.
     """
     notes = list(notes)
     targets_N = target_numbers(task.target, sample[task.target.column])
@@ -54,9 +56,9 @@ def merge_noise(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task
             together = _say_more_together(many, targets_N)
             merged = [column for column in merged if column not in together]
         notes += [
-            f"the {int(many[column].max()) - 1:,} names of '{column}' are merged, as the target "
-            f"does not differ between them by more than chance (p = {p_values[column]:.2g}); "
-            "--data.merge_noise false keeps them"
+            f"the {int(many[column].max()) - 1:,} names of '{column}' are merged because the "
+            f"target differs between them by no more than chance (p = {p_values[column]:.2g}); "
+            "give --data.merge_noise false to keep them"
             for column in merged
         ]
         encoders[place] = encoder.merge_names(merged)
@@ -64,7 +66,7 @@ def merge_noise(task: Task, sample: Columns, notes: Sequence[str]) -> tuple[Task
 
 
 def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> set[str]:
-    """The columns whose names say more together with those of another one."""
+    """Return the columns whose names predict the target in combination with another column's."""
     columns = sorted(codes, key=lambda column: -int(codes[column].max()))[:MOST_COLUMNS]
     targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)[:, :MOST_TARGETS]
     found: set[str] = set()
@@ -77,12 +79,14 @@ def _say_more_together(codes: dict[str, np.ndarray], targets_N: np.ndarray) -> s
 
 
 def interaction_gain(first_N: np.ndarray, second_N: np.ndarray, targets_N: np.ndarray) -> float:
-    """Return by how many standard errors a target is better predicted by products of factors of two
-    columns' names than by the sum of a value for each.
+    """Return the gain, in standard errors, of modelling interactions between two columns' names.
 
-    Factors are fitted to one half of the records by alternating least squares, see Koren, Bell and
-    Volinsky, Matrix Factorization Techniques for Recommender Systems, 2009, and judged on the
-    other, in turns. first_N, second_N: codes from 0. targets_N: numbers.
+    Compares an additive model (a value per name) with one that adds products of R factors per
+    name. Both are fitted to one half of the records and scored on the other, then the halves swap
+    roles. Factors are fitted by alternating least squares: Koren, Bell and Volinsky, Matrix
+    Factorization Techniques for Recommender Systems, 2009.
+
+    first_N, second_N: integer codes [N] of the names, from 0. targets_N: float64 [N].
     """
     halves_N = np.random.Generator(np.random.Philox(0)).permutation(len(targets_N)) % 2
     gains_N = np.zeros(len(targets_N))
@@ -105,7 +109,10 @@ def _additive(
     learned: np.ndarray,
     sizes: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The prediction of each record by a value for each name, and what it leaves of the learned."""
+    """Fit a value for each name to the `learned` records.
+
+    Returns the predictions of all records [N], and the residuals of the learned ones.
+    """
     mean = targets_N[learned].mean()
     parts = [np.zeros(size) for size in sizes]
     codes = first_N, second_N
@@ -122,7 +129,7 @@ def _additive(
 def _factors(
     first_N: np.ndarray, second_N: np.ndarray, rest_N: np.ndarray, sizes: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of the names of two columns whose products are near what is to be explained."""
+    """Return factors of two columns' names whose products approximate the residuals rest_N."""
     rng = np.random.Generator(np.random.Philox(1))
     factors: list[np.ndarray] = [rng.normal(0, 0.3, (size, NUM_FACTORS)) for size in sizes]
     codes = first_N, second_N

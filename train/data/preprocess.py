@@ -1,7 +1,7 @@
-"""Encoding: blocks of a source → arrays, in parallel and in order, whatever the size.
+"""Encoding: turns the blocks of a source into arrays, in parallel and in order.
 
-Small sources are encoded by threads, large ones by Ray Data on all of the cluster. Either way only
-a few batches are in memory at once.
+Small sources are encoded by threads, large ones by Ray Data on the whole cluster. Either way only
+a few batches are in memory at once. Shapes: N records.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from train.data.reading.sources import RowBlock
 from train.tasks import Arrays, InvalidRecord, Task, plugins
 from train.values.records import encode_valid, num_rows
 
-# Sources larger than this are worth the seconds that Ray Data takes to start.
+# Ray Data takes seconds to start; larger sources save more time than that.
 LARGE_BYTES = 256 << 20
 
 Item = TypeVar("Item")
@@ -32,9 +32,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Some records of a source, encoded. rows_N: their numbers in the source.
+    """Encoded records of a source.
 
-    digests_N: a digest of each record's inputs. bad: place and reason of those left out.
+    rows_N: int64 [N], row numbers in the source. digests_N: uint64 [N], see `record_digests`.
+    bad: location and reason of each record that was dropped.
     """
 
     rows_N: np.ndarray
@@ -47,10 +48,10 @@ class EncodedBlock:
 def encode_source(
     task: Task, blocks: Sequence[RowBlock], *, size_bytes: int, drop_bad: bool
 ) -> Iterator[EncodedBlock]:
-    """Encode a source's records, in their order.
+    """Yield a source's records, encoded and in order.
 
-    drop_bad: leave out a record that cannot be encoded, and tell of it.
-    Raises UserError that names file and row of one otherwise.
+    drop_bad: drop records that cannot be encoded and list them in EncodedBlock.bad; otherwise
+    raises UserError that names file and row. size_bytes: decides between threads and Ray Data.
     """
     if size_bytes > LARGE_BYTES:
         yield from _by_ray_data(task, blocks, drop_bad)
@@ -66,7 +67,7 @@ def encode_source(
 
 
 def _read(task: Task, block: RowBlock) -> Iterator[tuple[RowBlock, int, pa.RecordBatch]]:
-    """The batches of a block, each with the number of its first row in the source."""
+    """Yield the batches of a block, each with the number of its first row in the source."""
     row = block.start
     for batch in block.read(source_columns(task), task.features.row_bytes):
         yield block, row, batch
@@ -74,7 +75,7 @@ def _read(task: Task, block: RowBlock) -> Iterator[tuple[RowBlock, int, pa.Recor
 
 
 def source_columns(task: Task) -> list[str]:
-    """What is read of a source, each column once."""
+    """Return the columns that a task reads from a source, each once."""
     return list(dict.fromkeys([*task.features.columns, task.target.column]))
 
 
@@ -100,7 +101,7 @@ def _encode_batch(
 
 
 def record_digests(inputs: Arrays) -> np.ndarray:
-    """A 64-bit digest of each record's inputs, uint64 [N]."""
+    """Return a 64-bit digest of each record's inputs, uint64 [N]. inputs: {name: array [N, …]}."""
     arrays = [np.ascontiguousarray(array) for array in inputs.values()]
     found_N = np.zeros(num_rows(inputs), np.uint64)
     for row in range(len(found_N)):
@@ -117,7 +118,7 @@ def _ahead(
     items: Iterable[Item],
     most: int,
 ) -> Iterator[Result]:
-    """Results in the order of the items, at most `most` of them computed ahead."""
+    """Yield results in the order of the items, computing at most `most` of them ahead."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -161,7 +162,7 @@ def _by_ray_data(task: Task, blocks: Sequence[RowBlock], drop_bad: bool) -> Iter
 
 
 def _packed(encoded: EncodedBlock) -> dict[str, Any]:
-    """One row for Ray Data: the arrays as bytes, whose datatypes and shapes the task knows."""
+    """Return one row for Ray Data: the arrays as bytes; dtypes and shapes follow from the task."""
     arrays = (encoded.rows_N, encoded.targets_N, encoded.digests_N, *encoded.inputs.values())
     return {
         **{f"{number}": [array.tobytes()] for number, array in enumerate(arrays)},

@@ -1,4 +1,4 @@
-"""Arrays of the splits on disk, written block by block."""
+"""Writing the arrays of the splits to disk, block by block."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ from train.tasks import Task
 
 
 class SplitWriter:
-    """Appends encoded records to the arrays of their splits.
+    """Context manager that appends encoded records to the .npy files of their splits.
 
-    train_on_valid: those of the validation split are in the training split too.
+    train_on_valid: write the records of the validation split to the training split too.
     """
 
     def __init__(self, folder: Path, task: Task, train_on_valid: bool = False) -> None:
@@ -40,11 +40,11 @@ class SplitWriter:
 
     @property
     def digest(self) -> str:
-        """Of all that was written."""
+        """SHA-256 of all arrays written, in hex."""
         return self._digest(sorted(self._digests))
 
     def digest_of(self, name: str) -> str:
-        """Of what was written of one split."""
+        """Return the SHA-256 of the arrays of one split, in hex."""
         return self._digest([path for path in sorted(self._digests) if path.parent.name == name])
 
     def _digest(self, paths: Iterable[Path]) -> str:
@@ -52,7 +52,7 @@ class SplitWriter:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def add(self, encoded: EncodedBlock, codes_N: np.ndarray) -> None:
-        """codes_N: the split of each record, or NOWHERE."""
+        """Append records to their splits. codes_N: int8 [N], the split of each, or NOWHERE."""
         for code, name in enumerate(NAMES):
             chosen_N = np.isin(codes_N, self._members.get(code, [code]))
             if not chosen_N.any():
@@ -74,7 +74,8 @@ class SplitWriter:
         self._digests[path].update(data)
 
     def _write_header(self, path: Path, count: int) -> None:
-        # numpy leaves room in the header for a count that grows, so it keeps its length.
+        # numpy pads the header so that it keeps its length when the count grows, so __exit__ can
+        # overwrite it.
         dtype, shape = self._shapes[path]
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),

@@ -1,4 +1,7 @@
-"""Splits: which records train, which choose, which test. They never overlap."""
+"""Splits: assignment of each record to training, validation or test, without overlap.
+
+Shapes: N records.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +19,10 @@ from train.tasks.columns.scalars import Date, Number
 from train.values import value_hash
 
 MIN_TRAINING = 2
-# Of a source that is divided.
+# Least number of records in a source that is split.
 MIN_RECORDS = 20
-# With a smaller share of distinct records, equal ones are different cases rather than copies.
+# If a smaller share of records is distinct, equal records are taken for different cases of few
+# possible values rather than for copies, and may be in different splits.
 MIN_DISTINCT = 0.5
 TRAIN, VALID, TEST, NOWHERE = 0, 1, 2, -1
 NAMES = ("train", "valid", "test")
@@ -26,9 +30,10 @@ NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class SplitSource:
-    """A source and the split that each of its rows is in.
+    """A source with the split of each of its rows.
 
-    copies_N: how often each row is in it; once if None. note: for the data report.
+    codes_N: int8 [N], TRAIN, VALID or TEST. copies_N: int64 [N], how many copies of each row are
+    in the split; 1 each if None. note: for the data report.
     """
 
     url: str
@@ -38,7 +43,10 @@ class SplitSource:
     note: str = ""
 
     def turns(self, rows_N: np.ndarray) -> Iterator[np.ndarray]:
-        """The splits of some rows, once for each time that one of them is in it, else NOWHERE."""
+        """Yield the splits of the rows rows_N, int8 [N], once for each copy.
+
+        In turn t, from 0, rows with at most t copies are NOWHERE.
+        """
         codes_N = self.codes_N[rows_N]
         copies_N = np.ones(len(rows_N)) if self.copies_N is None else self.copies_N[rows_N]
         for turn in range(int(copies_N.max(initial=0))):
@@ -53,16 +61,19 @@ def assign_splits(
     class_column: str | None = None,
     date_format: str | None = None,
 ) -> list[SplitSource]:
-    """Return the sources, those of the training records first.
+    """Return the sources with their splits, that of `data.train` first.
 
-    opened: the blocks of `data.train` and, where given, of `data.valid`, `data.test` and
-    `data.extra`. columns: what makes records equal. class_column: of a target that is a class.
-    date_format: of the dates of `split_time`, ISO 8601 if None.
+    opened: the blocks of "train" and, if configured, of "valid", "test" and "extra".
+    columns: records are equal if they are equal in these columns. class_column: the target's
+    column if it is a class. date_format: strptime format of `split_time`; ISO 8601 if None.
 
-    A split without a source of its own is taken from the training records: by a hash of the record,
-    or of its `split_key`, so that equal ones are in one split and stay there when records are
-    added; or by `split_time` the latest. Shares by hashes are approximate. Extra records are for
-    training alone, come last, and are never those that are held out.
+    A split without its own source is taken from the training records, either by a hash of the
+    record or its `split_key`, or the latest records by `split_time`. With hashes, equal records
+    are in one split, records keep their split when others are added, and shares are approximate.
+    Extra records come last and are only for training; those that equal a held-out record or share
+    its `split_key` are not used.
+
+    Raises UserError if there are too few records, a split is empty, or a date cannot be read.
     """
     blocks = opened["train"]
     count = sum(block.num_rows for block in blocks)
@@ -72,8 +83,8 @@ def assign_splits(
     )
     if any(shares) and count < MIN_RECORDS:
         raise UserError(
-            f"'{config.train}' has {count} records; at least {MIN_RECORDS} are needed to train, "
-            "to choose by and to test with, or give --data.valid and --data.test."
+            f"'{config.train}' has {count} records; at least {MIN_RECORDS} are needed to split "
+            "them into train, valid and test. Add records, or give --data.valid and --data.test."
         )
     notes = []
     if config.split_time is not None:
@@ -82,27 +93,25 @@ def assign_splits(
         hash_N = _hash_records(blocks, columns if config.split_key is None else [config.split_key])
         if config.split_key is None and len(np.unique(hash_N)) < MIN_DISTINCT * count:
             hash_N = _told_apart(hash_N)
-            notes.append("most records equal another one; equal ones may be in several splits")
+            notes.append("most records equal another; equal records may be in different splits")
         places_N = value_hash.fractions(hash_N, config.split_seed)
         class_N = None
         if class_column is not None:
             class_N = np.unique(_hash_records(blocks, [class_column]), return_inverse=True)[1]
         codes_N, moved = _by_hash(places_N, class_N, shares)
         if moved:
-            notes.append(
-                f"{moved:,} records were moved, so that no split lacks a class or is empty"
-            )
+            notes.append(f"{moved:,} records were moved so that no split lacks a class or is empty")
     left = int(np.sum(codes_N == TRAIN))
     if left < MIN_TRAINING:
         raise UserError(
-            f"'{config.train}' has {count} records, which leaves {left} to train on; "
+            f"'{config.train}' has {count} records, of which {left} are left to train on; "
             f"at least {MIN_TRAINING} are needed."
         )
     for code, share in ((VALID, shares[0]), (TEST, shares[1])):
         if share and not np.any(codes_N == code):
             raise UserError(
                 f"no record of '{config.train}' falls into the {NAMES[code]} split; give "
-                f"--data.{NAMES[code]} or a column with more different values."
+                f"--data.{NAMES[code]}, or a --data.split_key with more different values."
             )
     parts = [SplitSource(config.train, blocks, codes_N, note="; ".join(notes))]
     for name, code in (("valid", VALID), ("test", TEST)):
@@ -125,7 +134,7 @@ def _held_out(
     columns: Sequence[str],
     training: Sequence[int],
 ) -> np.ndarray:
-    """Which extra records equal one that is held out, or have its key, bool [N]."""
+    """Return which extra records equal a held-out record or share its split_key, bool [N]."""
     found_N = np.zeros(sum(block.num_rows for block in extra), bool)
     has = sources.source_schema(extra).names
     for names in (columns, [config.split_key] if config.split_key else None):
@@ -143,9 +152,9 @@ def _held_out(
 def _extra(
     config: Data, blocks: list[RowBlock], allowed_N: np.ndarray, num_training: int
 ) -> SplitSource:
-    """Training records besides `num_training` others, as many copies of them as their share is.
+    """Return the extra training records, with as many copies as extra_fraction needs.
 
-    allowed_N: those that may be trained on.
+    num_training: number of other training records. allowed_N: which extra records may be used.
     """
     assert config.extra is not None
     allowed = np.flatnonzero(allowed_N)
@@ -160,7 +169,9 @@ def _extra(
         copies_N[allowed[order[:left]]] += 1
     held_out = len(allowed_N) - rows
     note = (
-        f"{held_out:,} extra records are not trained on, as they are held out" if held_out else ""
+        f"{held_out:,} extra records are not trained on because they are held out"
+        if held_out
+        else ""
     )
     return SplitSource(
         config.extra, blocks, np.full(len(allowed_N), TRAIN, np.int8), copies_N, note
@@ -168,7 +179,7 @@ def _extra(
 
 
 def _hash_records(blocks: Sequence[RowBlock], columns: Sequence[str]) -> np.ndarray:
-    """A hash of each record of a source by its values in these columns, uint64 [N]."""
+    """Return a hash of each record of a source by its values in these columns, uint64 [N]."""
     parts = [
         value_hash.hash_columns(sources.batch_columns(batch), columns, batch.num_rows)
         for block in blocks
@@ -178,7 +189,7 @@ def _hash_records(blocks: Sequence[RowBlock], columns: Sequence[str]) -> np.ndar
 
 
 def _told_apart(hash_N: np.ndarray) -> np.ndarray:
-    """Hashes in which the first, second, … of equal ones differ, in the order of the records."""
+    """Return hashes that also depend on how often an equal hash occurred before, uint64 [N]."""
     order_N = np.argsort(hash_N, kind="stable")
     starts_N = np.r_[True, np.diff(hash_N[order_N]) != 0]
     first_N = np.maximum.accumulate(np.where(starts_N, np.arange(len(hash_N)), 0))
@@ -190,10 +201,11 @@ def _told_apart(hash_N: np.ndarray) -> np.ndarray:
 def _by_hash(
     places_N: np.ndarray, class_N: np.ndarray | None, shares: tuple[float, float]
 ) -> tuple[np.ndarray, int]:
-    """Return each record's split by its place in [0, 1), and how many were moved for a class.
+    """Return each record's split by its position in [0, 1), and how many records were moved.
 
-    Records of one place stay together. class_N: codes of the classes from 0, or None. The first
-    places test, those after them choose, the last ones train.
+    The lowest positions are test, the next validation, the rest training. Records at the same
+    position stay together. class_N: class codes from 0, or None. Records are moved so that no
+    split lacks a class, or is empty, if possible.
     """
     valid_share, test_share = shares
     ends = [test_share, test_share + valid_share]
@@ -205,7 +217,7 @@ def _by_hash(
     for code in wanted:
         has = np.bincount(class_N[codes_N == code], minlength=class_N.max(initial=-1) + 1)
         for lacking in np.flatnonzero(has == 0):
-            # Not if it came with another class.
+            # An earlier move for another class may have brought this one along.
             if not np.any((codes_N == code) & (class_N == lacking)):
                 _move_one(codes_N, places_N, class_N, int(lacking), code)
     return codes_N, int(np.sum(codes_N != before_N))
@@ -214,10 +226,10 @@ def _by_hash(
 def _move_one(
     codes_N: np.ndarray, places_N: np.ndarray, class_N: np.ndarray, lacking: int, code: int
 ) -> None:
-    """Move the records of one place with a class into a split that lacks it.
+    """Move the records at one position with class `lacking` into split `code`, which lacks it.
 
-    From the training split those with the first places, unless it would then lack a class itself;
-    into it those with the last places.
+    Into training, move the highest position of the class. Into another split, move the lowest
+    position in training whose removal leaves training with all of its classes.
     """
     of_class_N = class_N == lacking
     if code == TRAIN:
@@ -232,7 +244,10 @@ def _move_one(
 
 
 def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
-    """The last of `order_N` test, those before them choose, all others train."""
+    """Return splits by order: the last records are test, those before validation, the rest train.
+
+    order_N: row numbers, earliest first.
+    """
     valid_share, test_share = shares
     count = len(order_N)
     num_test = max(1, round(test_share * count)) if test_share else 0
@@ -244,7 +259,10 @@ def _by_order(order_N: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
 
 
 def _order_in_time(blocks: Sequence[RowBlock], column: str, date_format: str | None) -> np.ndarray:
-    """Rows by a column of dates, or of numbers that grow with time."""
+    """Return row numbers sorted by a column of dates or of numbers that increase with time.
+
+    Raises UserError that names the row of a missing or unreadable value.
+    """
     parts = []
     for block in blocks:
         start = block.start
@@ -257,8 +275,8 @@ def _order_in_time(blocks: Sequence[RowBlock], column: str, date_format: str | N
             if np.isnan(times_N).any():
                 row = start + int(np.flatnonzero(np.isnan(times_N))[0])
                 raise UserError(
-                    f"{block.place(row)}: column '{column}' is missing; data.split_time needs a "
-                    "date in every record."
+                    f"{block.place(row)}: column '{column}' is missing; data.split_time requires "
+                    "a date in every record."
                 )
             parts.append(times_N)
             start += batch.num_rows
@@ -273,6 +291,6 @@ def _times(column: str, values: Sequence[Any] | np.ndarray, date_format: str | N
 
 
 def row_location(blocks: Sequence[RowBlock], row: int) -> str:
-    """Where a row of a source is, in a user's words."""
+    """Return the file and row number of a source's row, for messages."""
     block = next(each for each in blocks if each.start <= row < each.start + each.num_rows)
     return block.place(row)

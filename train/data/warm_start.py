@@ -1,4 +1,4 @@
-"""The bundle that a run begins from: its options, and its task as it was fitted."""
+"""Warm start: the options and the fitted task that a run inherits from its `init` bundle."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from train.bundle import Bundle, CorruptBundle, registry
 from train.config import Config, bundle_config, validate_config
 from train.values.records import shorten
 
-# What fits a bundle's weights, and is taken over with them.
+# Options that the weights depend on, so they are inherited with the weights.
 OF_THE_TASK = ("target", "task_type", "features", "task", "text")
 
 
 @dataclass(frozen=True)
 class CompletedConfig:
-    """The options of a run with nothing left open, and the bundle that it begins from, if any."""
+    """A run's config with all options filled in, and the bundle that it starts from, if any."""
 
     config: Config
     init_bundle: Bundle | None = None
 
 
 def inherit_options(config: Config) -> tuple[Config, Bundle]:
-    """Return the options with those that the bundle `init` decides, and the bundle.
+    """Return the config completed with options of the `init` bundle, and the bundle.
 
-    `init` names a version afterwards: an alias may move on, a version does not. Raises UserError
-    for a bundle that is not there or not complete, and for an option of the task that is given and
-    differs from the bundle's.
+    In the returned config an alias in `init` is resolved to a version, because an alias may move
+    later. Raises UserError if the bundle is missing or damaged, or if an option of OF_THE_TASK is
+    given and differs from the bundle's.
     """
     assert config.init is not None
     try:
@@ -42,7 +42,7 @@ def inherit_options(config: Config) -> tuple[Config, Bundle]:
         if name in config.model_fields_set and came and came != wanted:
             raise UserError(
                 f"init is '{config.init}', whose option '{name}' is {_shown(wanted)}, not "
-                f"{_shown(came)}; leave {name} out, or train without init."
+                f"{_shown(came)}; omit {name}, or train without init."
             )
     given = {**config.model_dump(mode="json", exclude_unset=True), "init": init}
     inherited = own.model_dump(mode="json", include={*OF_THE_TASK, "net"})
@@ -53,12 +53,12 @@ def inherit_options(config: Config) -> tuple[Config, Bundle]:
 
 
 def _shown(value: Any) -> str:
-    """The names of columns, and what else an option may be."""
+    """Return an option's value for a message; a mapping is shown as its column names."""
     return ", ".join(value) if isinstance(value, dict) else shorten(value)
 
 
 def fill_missing(given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is given, and what was found where nothing is."""
+    """Return `given`, with missing keys filled in from `found`, recursively."""
     merged = dict(given)
     for key, value in found.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):

@@ -1,1 +1,1 @@
-"""Values: what records hold, as files and clients write it, and when two values are the same."""
+"""Values of records: parsing text from files and clients, and comparing values by content."""

@@ -1,4 +1,4 @@
-"""JSON whose whole numbers keep all of their digits."""
+"""JSON parsing that keeps all digits of integers."""
 
 import json
 import re
@@ -6,11 +6,12 @@ from typing import Any
 
 import orjson
 
-# Of 64 bits a whole number has at most twenty digits; orjson makes longer ones floating-point.
+# 64-bit integers have at most 20 digits. orjson parses longer ones as floats, so texts with 20 or
+# more digits in a row are parsed by json instead.
 LONG_NUMBER = re.compile(rb"[0-9]{20}")
 
 
 def loads_exact(text: bytes | memoryview) -> Any:
-    """Parse JSON. Raises ValueError."""
+    """Parse JSON with integers of any size. Raises ValueError if the text is not JSON."""
     value = orjson.loads(text)
     return json.loads(bytes(text)) if LONG_NUMBER.search(text) else value

@@ -1,4 +1,7 @@
-"""Several labels in one value: a list of names, or a text with a separator between them."""
+"""Several labels in one value: a list of names, or a text with separators.
+
+Shapes: N values.
+"""
 
 import json
 import re
@@ -11,22 +14,25 @@ from train.values.names import to_name
 from train.values.number_text import share_of_numbers
 from train.values.records import is_missing
 
-# What predictions have between labels. It is read in every text.
+# Separator of labels in predictions; always accepted in input texts too.
 SEPARATOR = "|"
-# What else may stand between labels in a text, and in what share of the texts at least.
+# Separators that are detected, if more than this share of the texts contains one.
 SEPARATORS, MIN_SHARE = "|;,", 0.05
-# Names in quotes of either kind, as pandas writes a column of lists: ['red', 'blue', None].
+# Items in single or double quotes, as pandas writes a column of lists: ['red', 'blue', None].
 _ITEM = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None|nan"
 ITEMS = re.compile(_ITEM)
 LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})\s*(?:,\s*|(?=\])))*\]")
 ESCAPED = re.compile(r"\\(.)")
 SPACES = {"n": "\n", "t": "\t", "r": "\r"}
-# Texts of which more are numbers are no lists of labels: 1,5 and 2 beside n/a.
+# If a larger share of texts is numbers, as in 1,5 and 2 with some n/a, they are not label lists.
 MOST_NUMBERS = 0.5
 
 
 def find_separator(values: Sequence[Any] | np.ndarray) -> str | None:
-    """Return what stands between the labels of texts, None where nothing does."""
+    """Return the separator of the labels in texts [N], None if there is none.
+
+    values: [N]; values that are not texts are ignored.
+    """
     texts = [value for value in values if isinstance(value, str)]
     for separator in SEPARATORS:
         if sum(separator in text for text in texts) > MIN_SHARE * len(texts):
@@ -35,9 +41,9 @@ def find_separator(values: Sequence[Any] | np.ndarray) -> str | None:
 
 
 def split_labels(value: Any, separator: str) -> list[str]:
-    """Return the labels of a value; none where it is missing.
+    """Return the labels of a list or text; an empty list if the value is missing.
 
-    Raises ValueError for what is no name.
+    Raises ValueError if an item is not a name, see `to_name`.
     """
     if isinstance(value, list | tuple | np.ndarray):
         return [to_name(item, "text") for item in value]
@@ -55,8 +61,10 @@ def split_labels(value: Any, separator: str) -> list[str]:
 
 
 def read_name_list(text: str) -> list[str] | None:
-    """Return the names of a list as Python writes it, without those that are not known; None of
-    other text."""
+    """Return the names in the repr of a Python list of strings, without None and nan.
+
+    None if the text has another form.
+    """
     if LIST.fullmatch(text.strip()) is None:
         return None
     return [
@@ -67,7 +75,7 @@ def read_name_list(text: str) -> list[str] | None:
 
 
 def read_lists(values: Sequence[Any]) -> list[list[Any]] | None:
-    """Return lists of numbers or of names that are all written as text, None where one is not."""
+    """Return lists of numbers or of names from texts; None if a value is not such a text."""
     if not all(isinstance(value, str) and value.strip().startswith("[") for value in values):
         return None
     try:
@@ -81,7 +89,10 @@ def read_lists(values: Sequence[Any]) -> list[list[Any]] | None:
 
 
 def are_label_lists(values: Sequence[Any], most_labels: int) -> bool:
-    """Whether texts are several labels each: few of them, in many combinations of any length."""
+    """Return whether texts hold several labels each: few labels in many combinations.
+
+    The combinations must differ in length, and some label must also occur alone.
+    """
     if not all(isinstance(value, str) for value in values):
         return False
     separator = find_separator(values)
@@ -89,7 +100,7 @@ def are_label_lists(values: Sequence[Any], most_labels: int) -> bool:
         return False
     try:
         lists = [split_labels(value, separator) for value in set(values)]
-    except ValueError:  # JSON lists of what is no name
+    except ValueError:  # JSON lists whose items are not names
         return False
     labels = {label for each in lists for label in each}
     alone = {each[0] for each in lists if len(each) == 1}

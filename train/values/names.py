@@ -1,7 +1,7 @@
-"""Names of classes and categories: one for each value, whatever file, format or request it is in.
+"""Names of classes and categories: the same value has the same name in every file and request.
 
-The type of a whole column decides, as one value does not say whether "1.0" is the number 1 or the
-name of a version.
+The form of names is decided for a whole column, because a single value does not show whether "1.0"
+is the number 1 or the name of a version.
 """
 
 import re
@@ -14,8 +14,8 @@ import numpy as np
 
 from train.values.records import is_missing
 
-# How the values of a column become names: plain numbers in their shortest form, booleans as true
-# and false, all else as it is written.
+# How a column's values become names: "number" writes plain numbers in their shortest form,
+# "boolean" writes true and false in lower case, and "text" keeps values as they are written.
 NameForm = Literal["number", "boolean", "text"]
 
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")
@@ -23,9 +23,9 @@ TRUTHS = {"true", "false"}
 
 
 def find_form(values: Iterable[Any]) -> NameForm:
-    """Return the form of a column's names by all of its values, those that are missing aside.
+    """Return the form of a column's names, from all of its non-missing values.
 
-    Numbers with zeros before them, such as postal codes, are text.
+    Numbers with leading zeros, such as postal codes, are text.
     """
     numbers = truths = True
     for value in values:
@@ -40,9 +40,9 @@ def find_form(values: Iterable[Any]) -> NameForm:
 
 
 def to_name(value: Any, form: NameForm) -> str:
-    """Return a value as a name, without spaces at its ends and in Unicode's composed form (NFC).
+    """Return a value as a name, stripped and in Unicode's composed form (NFC).
 
-    Raises ValueError for bytes that are not UTF-8 and for what is no single value.
+    Raises ValueError if the value is a list, array or object, or bytes that are not UTF-8.
     """
     if isinstance(value, bytes):
         try:
@@ -56,7 +56,7 @@ def to_name(value: Any, form: NameForm) -> str:
     elif isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     elif isinstance(value, dict | list | tuple | np.ndarray):
-        raise ValueError("is no name")
+        raise ValueError("is not a name")
     else:
         name = _number_name(value)
     if form == "number" and PLAIN_NUMBER.fullmatch(name):
@@ -65,7 +65,7 @@ def to_name(value: Any, form: NameForm) -> str:
 
 
 def shortest(number: str) -> str:
-    """Return a plain number without zeros that say nothing: 1.50 is 1.5, and 1.0 and 1e0 are 1."""
+    """Return a plain number in its shortest form: 1.50 becomes 1.5, and 1.0 and 1e0 become 1."""
     if "e" in number or "E" in number:
         number = f"{Decimal(number):f}"
     if "." in number:
@@ -77,6 +77,6 @@ def _number_name(value: Any) -> str:
     if isinstance(value, Decimal):
         return shortest(f"{value:f}")
     if isinstance(value, float | np.floating) and np.isfinite(value):
-        # The fewest digits that tell it from other numbers of as many bits.
+        # The fewest digits that identify the value among floats of its type.
         return shortest(str(np.format_float_positional(value, trim="-")))
     return str(value)

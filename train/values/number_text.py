@@ -1,4 +1,4 @@
-"""Numbers as people and programs write them: 1,234.50 or 1.234,50, $7,876.50, 54 %."""
+"""Parsing numbers as people and programs write them: 1,234.50 or 1.234,50, $7,876.50, 54 %."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-# What programs write for a value that is not known.
+# Texts that programs write for a missing value, in lower case.
 MISSING_WORDS = {
     *("", "na", "n/a", "n.a.", "#n/a", "nan", "null", "none", "nil", "nat", "<na>", "(null)"),
     *("0000-00-00", "0000-00-00 00:00:00"),
@@ -15,7 +15,7 @@ MISSING_WORDS = {
     *("#div/0!", "#value!", "#ref!", "#num!", "#name?"),
 }
 DECIMALS = (".", ",")
-# Between groups of three digits, besides the other decimal mark; the last three are spaces.
+# Separators of digit groups, in addition to the other decimal mark. The last four are spaces.
 SEPARATORS = "'’ \u00a0\u2009\u202f"
 MINUS = "-\u2212\u2013"
 SYMBOLS = "$€£¥₩₹₽₺₫₴₦₱฿₪¢"
@@ -25,14 +25,15 @@ CURRENCIES = (
     *("US$", "A$", "C$", "R$", "Fr.", "kr", "zł", "Kč", "Ft", "Rs.", "Rs"),
 )
 PERCENT = "%"
-# A decimal mark and a dash in place of the fraction, as in 49,- and CHF 5.–
+# A decimal mark with dashes instead of a fraction, as in 49,- and CHF 5.–
 NO_CENTS = re.compile(r"(?<=[0-9])([.,])[-–—]{1,2}(?![0-9])")
 _UNIT = "|".join(
     [f"[{re.escape(SYMBOLS + PERCENT)}]"]
     + [re.escape(each) for each in sorted(CURRENCIES, key=len, reverse=True)]
 )
-# After each number alone, as letters before it are those of a code: 70 kg, 5.5 km/h, 21 °C.
+# Units of measure follow the number: 70 kg, 5.5 km/h, 21 °C. Letters before it make it a code.
 _MEASURE = r"°?[^\W\d_]{1,8}[²³]?(?:/[^\W\d_]{1,4}[²³]?)?|°"
+# Longer units lose a plural s, see `_singular`.
 SHORT_UNIT = 3
 _PARTS = re.compile(
     rf"(?P<outer>[+{re.escape(MINUS)}])?\s*(?P<before>{_UNIT})?\s*(?P<inner>[+{re.escape(MINUS)}])?\s*"
@@ -45,19 +46,20 @@ _PARTS = re.compile(
 class NumberFormat:
     """How a column writes its numbers.
 
-    decimal: the mark before the fraction, "." or ",". The other one, an apostrophe or a space may
-    stand between groups of three digits.
-    unit: a currency or "%" that values may have on either side, or letters that may follow them,
-    such as kg, without the s of a plural; what it says is not applied, so that 54 % is 54.
+    decimal: the decimal mark, "." or ",". The other mark, an apostrophe or a space may separate
+    groups of three digits.
+    unit: a currency or "%" before or after the number, or letters after it, such as kg, in the
+    singular. Values may omit it. It does not change the number: 54 % is 54.
     """
 
     decimal: str = "."
     unit: str = ""
 
     def parse(self, text: str) -> float:
-        """Return the number that a text is; infinite where it is too large for one.
+        """Return the number in a text; infinity for inf, or if it is too large for a float.
 
-        Raises ValueError for other text, also for other units, digits and separators.
+        Raises ValueError if the text is not a number, or has another unit, other digits than 0-9 or
+        other separators.
         """
         if _is_infinite(text):
             return math.inf
@@ -67,11 +69,11 @@ class NumberFormat:
         return _value(number, self.decimal)
 
     def parse_all(self, texts: Sequence[str]) -> list[float] | None:
-        """Return the numbers of texts of the plainest form; None where one of them is not."""
+        """Return the numbers in texts by a fast path for plain floats; None if one is not plain."""
         if self.decimal != ".":
             return None
         joined = "".join(texts)
-        # Python's own reading of these is no data format: 1_000, and digits of other scripts.
+        # float() also accepts 1_000 and digits of other scripts, which `parse` rejects.
         if "_" in joined or not joined.isascii():
             return None
         try:
@@ -81,15 +83,15 @@ class NumberFormat:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """Return the unit of a number and the rest of it, with a plain minus where it is negative.
+    """Return the unit of a number, "" if it has none, and its digits, after "-" if negative.
 
-    Raises ValueError for text that is no number with at most one unit.
+    Raises ValueError if the text is not a number with at most one sign and one unit.
     """
     text = NO_CENTS.sub(r"\g<1>0", text.strip())
-    negative = text.startswith("(") and text.endswith(")")  # as accountants write it
+    negative = text.startswith("(") and text.endswith(")")  # the accounting format (12.50)
     found = _PARTS.fullmatch(text[1:-1].strip() if negative else text)
     if found is None:
-        raise ValueError("no number")
+        raise ValueError("not a number")
     signs = [found["outer"], found["inner"], found["trailing"], "-" if negative else None]
     given = [sign for sign in signs if sign]
     if len(given) > 1 or (found["before"] and found["after"]):
@@ -100,17 +102,20 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _singular(unit: str) -> str:
-    """A unit without the s of a plural: 1 year, 2 years."""
+    """Return a unit without a plural s: years becomes year."""
     return unit.removesuffix("s") if len(unit) > SHORT_UNIT else unit
 
 
 def is_measure(unit: str) -> bool:
-    """Whether a unit is neither a currency nor "%", which may stand beside some numbers alone."""
+    """Return whether a unit is a measure such as kg, and not a currency or "%".
+
+    A currency or "%" may be missing from some values of a column; a measure may not.
+    """
     return bool(unit) and unit not in {*SYMBOLS, PERCENT, *CURRENCIES}
 
 
 def most_frequent_format(texts: Sequence[str], decimal: str | None = None) -> NumberFormat:
-    """Return the format in which most texts are numbers, as some of them may be wrong."""
+    """Return the format that reads most of the texts as numbers; some texts may not fit it."""
     read = [found for text in texts if (found := _unit_or_none(text))]
     units = Counter(unit for unit, _ in read if unit)
     unit = max(units, key=lambda each: units[each], default="")
@@ -122,8 +127,10 @@ def most_frequent_format(texts: Sequence[str], decimal: str | None = None) -> Nu
 
 
 def share_of_numbers(texts: Sequence[str]) -> tuple[float, str]:
-    """Return in what share of texts the most frequent format reads numbers, and the first text in
-    which it does not, "" if there is none."""
+    """Return the share of texts that are numbers or missing, and the first other text or "".
+
+    Numbers are read in the texts' most frequent format.
+    """
     form = most_frequent_format(texts)
     others = [text for text in texts if not _is_number(form, text)]
     return 1 - len(others) / len(texts), others[0] if others else ""
@@ -140,10 +147,11 @@ def _is_number(form: NumberFormat, text: str) -> bool:
 def find_format(
     texts: Iterable[str], decimal: str | None = None
 ) -> tuple[NumberFormat | None, bool]:
-    """Return the format in which all texts are numbers, and whether another one fits as well.
+    """Return the format that reads all texts as numbers, and whether it is ambiguous.
 
-    decimal: the only mark to try. Where two marks fit and give other numbers, as of 1,234 alone,
-    it is the point. None if no format fits: one text is no number, or two units are used.
+    It is ambiguous if both decimal marks fit and give different numbers, as for 1,234; then the
+    format has the point. None if no format fits: a text is not a number, there are two units, or
+    only some texts have a measure. decimal: the only mark to try; both if None.
     """
     units: set[str] = set()
     numbers: list[str] = []
@@ -158,7 +166,7 @@ def find_format(
         units.add(found[0])
         numbers.append(found[1])
     if "" in units and any(map(is_measure, units)):
-        return None, False  # 879 and 7.2K, or the houses 17 and 17a
+        return None, False  # such as 879 and 7.2K, or house numbers 17 and 17a
     units.discard("")
     if len(units) > 1 or not numbers:
         return None, False
@@ -189,10 +197,10 @@ def _is_infinite(text: str) -> bool:
 
 
 def _value(number: str, decimal: str) -> float:
-    """Return the number that digits with marks are."""
+    """Return the number in digits with separators. Raises ValueError if they are malformed."""
     found = _digits(decimal).fullmatch(number)
     if found is None:
-        raise ValueError("no number")
+        raise ValueError("not a number")
     if separator := found["separator"] or found.groupdict().get("comma"):
         number = number.replace(separator, "")
     return float(number.replace(decimal, "."))
@@ -203,7 +211,7 @@ def _digits(decimal: str) -> re.Pattern[str]:
     other = "," if decimal == "." else "."
     groups = rf"[1-9][0-9]{{0,2}}(?P<separator>[{other}{SEPARATORS}])[0-9]{{3}}"
     groups += r"(?:(?P=separator)[0-9]{3})*"
-    if decimal == ".":  # lakhs and crores: 12,34,567.50
+    if decimal == ".":  # Indian digit groups: 12,34,567.50
         groups = rf"(?:{groups}|[1-9][0-9]?(?P<comma>,)(?:[0-9]{{2}},)+[0-9]{{3}})"
     mark = re.escape(decimal)
     whole = rf"(?:{groups}|[0-9]+)"

@@ -1,4 +1,7 @@
-"""Records as a user has them, arrays as a net takes them, and what describes the arrays."""
+"""Types of records, columns and arrays, and helpers to convert and describe them.
+
+Shapes: N records.
+"""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 Record = Mapping[str, Any]
-# Records side by side: for each field, its values, one for each record.
+# Records by column: {field: [N] values}, one value for each record.
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
 Arrays = dict[str, np.ndarray]
 Encoded = TypeVar("Encoded")
@@ -26,9 +29,9 @@ DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class InvalidRecord(ValueError):
-    """A record that cannot be encoded. The message names the field, what came and what to send.
+    """A record that cannot be encoded. The message names the field, its value and what to send.
 
-    row: which of the records that were encoded together, from 0; None where all are wrong alike.
+    row: index of the record in the batch, from 0; None if the error concerns all records.
     """
 
     def __init__(self, message: str, row: int | None = None) -> None:
@@ -38,7 +41,7 @@ class InvalidRecord(ValueError):
 
 @contextmanager
 def with_row(row: int) -> Iterator[None]:
-    """Add to what is wrong with a record which one it is."""
+    """Context manager that sets `row` on InvalidRecord errors raised inside."""
     try:
         yield
     except InvalidRecord as error:
@@ -47,13 +50,12 @@ def with_row(row: int) -> Iterator[None]:
 
 
 def plain_name(name: str) -> str:
-    """Return a column's name in one line and without spaces at its ends, in Unicode's composed
-    form (NFC)."""
+    """Return a column's name stripped, on one line, and in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", " ".join(name.split("\n")).replace("\r", "").strip())
 
 
 def flatten_record(record: Record) -> Record:
-    """Return a record with nested ones as fields `outer.inner`; images' structs stay."""
+    """Return a record with nested objects as fields `outer.inner`; file structs are kept."""
     if not any(isinstance(value, dict) for value in record.values()):
         return record
     flat: dict[str, Any] = {}
@@ -67,17 +69,18 @@ def flatten_record(record: Record) -> Record:
 
 
 def is_file(value: Any) -> bool:
-    """Whether a value is a file as datasets have it: {"bytes": …, "path": …}."""
+    """Return whether a value is a file struct, as in datasets: {"bytes": …, "path": …}."""
     return isinstance(value, dict) and isinstance(value.get("bytes", ""), bytes | None)
 
 
 def encode_valid(
     encode: Callable[[Columns], Encoded], columns: Columns, count: int
 ) -> tuple[Encoded | None, np.ndarray, list[tuple[int, str]]]:
-    """Encode those of `count` records that can be.
+    """Encode those of `count` records that are valid.
 
-    Returns what `encode` made of them (None of none), which they are, and which of the others is
-    wrong why. Raises InvalidRecord for what is wrong with all alike.
+    Returns the result of `encode` for the valid records (None if there are none), their indices,
+    int64 [N], and the index and error of each invalid one. Raises InvalidRecord if the error has no
+    row because it concerns all records.
     """
     try:
         return encode(columns), np.arange(count), []
@@ -95,7 +98,7 @@ def encode_valid(
 def _bad(
     encode: Callable[[Columns], Any], columns: Columns, first: int, end: int
 ) -> Iterator[tuple[int, str]]:
-    """Which of the records first..end-1 cannot be encoded, and why, found by halving."""
+    """Yield index and error of each invalid record in first..end-1, found by bisection."""
     try:
         encode({name: values[first:end] for name, values in columns.items()})
     except InvalidRecord as error:
@@ -113,7 +116,10 @@ def _taken(values: Sequence[Any] | np.ndarray, rows_N: np.ndarray) -> Sequence[A
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, datatype and shape of one tensor, without the batch dimension."""
+    """Name, datatype and shape of a tensor, without the batch dimension.
+
+    datatype: a key of DTYPES.
+    """
 
     name: str
     datatype: str
@@ -125,31 +131,32 @@ class TensorSpec:
 
 
 def to_columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
-    """Lay records side by side. Raises InvalidRecord for a record without one of the fields."""
+    """Convert records to columns. Raises InvalidRecord if a record lacks one of the fields."""
     for row, record in enumerate(records):
         for name in names:
             if name not in record:
                 raise InvalidRecord(
                     f"field '{name}' is missing; expected {', '.join(names)}. "
-                    "Send null where a value is not known.",
+                    "Send null for an unknown value.",
                     row,
                 )
     return {name: [record[name] for record in records] for name in names}
 
 
 def concatenate(batches: Sequence[Arrays]) -> Arrays:
-    """Join batches along their first dimension; a single batch is returned as it is."""
+    """Concatenate batches {name: array [N, …]} along N; a single batch is not copied."""
     if len(batches) == 1:
         return batches[0]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def num_rows(arrays: Arrays) -> int:
+    """Return N of arrays {name: array [N, …]}."""
     return len(next(iter(arrays.values())))
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is not known: None, NaN, NaT, a blank string, a file without bytes."""
+    """Return whether a value is missing: None, NaN, NaT, blank text, no bytes, or an empty file."""
     if is_file(value):
         value = value["bytes"]
     if value is None:
@@ -164,9 +171,9 @@ def is_missing(value: Any) -> bool:
 
 
 def to_text(value: Any) -> str:
-    """Return a value as text: bytes as UTF-8, whole floats as whole numbers.
+    """Return a value as text: bytes decoded as UTF-8, integral floats written as integers.
 
-    Raises ValueError for bytes that are not UTF-8.
+    Raises ValueError if bytes are not UTF-8.
     """
     if isinstance(value, str):
         return value
@@ -181,6 +188,6 @@ def to_text(value: Any) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: short, whatever came."""
+    """Return the repr of a value for messages, cut to at most 60 characters."""
     words = repr(value.item() if isinstance(value, np.generic) else value)
     return words if len(words) <= 60 else f"{words[:57]}…"

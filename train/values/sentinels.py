@@ -1,31 +1,34 @@
-"""Numbers that stand for a missing value, and statistics that a few wrong values do not move.
+"""Detection of numbers that stand for a missing value, and statistics robust to outliers.
 
-Shapes: N values, all finite.
+Shapes: N values, all finite, D distinct values.
 """
 
 import re
 
 import numpy as np
 
-# A value that stands for "missing" is repeated.
+# A sentinel occurs at least this often, and in at least this share of the values.
 MIN_REPEATS, MIN_SHARE = 3, 0.001
-# How far it is from all others, in the width of the range that holds 98 % of them: a number that
-# is often used so, and any other.
+# Least distance of a sentinel from all other values, in widths of their central 98 % range: for
+# numbers of the form USUAL, and for any other number.
 FAR, VERY_FAR = 1.0, 10.0
 MOST_SENTINELS = 4
 USUAL = re.compile(r"-?(9{2,}|1e[0-9]+|10{4,}|2147483647|2147483648|9223372036854775807)")
-# Of fewer different values, such as doses of 5, 10 and 100, it must be one of these.
+# With fewer distinct values than this, only NINES can be sentinels: in doses of 5, 10 and 100, the
+# 100 is not one.
 FEW = 10
 NINES = re.compile(r"-?9{2,}")
-# Beyond so many interquartile ranges a value counts as if it lay there.
+# Values further than this many interquartile ranges beyond the quartiles are clipped to there.
 BEYOND_QUARTILES = 30.0
-# Larger values count as this one: their squares could not be added up.
+# Larger values are clipped, because the sum of their squares could overflow.
 LARGEST = 1e140
 
 
 def find_sentinels(values_N: np.ndarray) -> tuple[float, ...]:
-    """Return the values that stand for a missing one, such as -999: repeated, and far from all
-    others."""
+    """Return the values that stand for a missing one, such as -999.
+
+    They are repeated and far from all others. values_N: numbers [N], all finite.
+    """
     found: list[float] = []
     distinct_D, counts_D = np.unique(values_N, return_counts=True)
     least = max(MIN_REPEATS, MIN_SHARE * len(values_N))
@@ -49,16 +52,16 @@ def find_sentinels(values_N: np.ndarray) -> tuple[float, ...]:
 
 
 def robust_mean_scale(values_N: np.ndarray) -> tuple[float, float]:
-    """Return mean and standard deviation, without the weight of values that are absurdly far.
+    """Return mean and standard deviation after clipping extreme outliers, see BEYOND_QUARTILES.
 
-    Those beyond BEYOND_QUARTILES interquartile ranges of the quartiles count as if they lay there.
-    0 and 1 where there are no values, and a deviation of 1 where all are the same.
+    values_N: numbers [N], all finite. Returns (0, 1) for no values, and a deviation of 1 if all
+    values are equal.
     """
     if not len(values_N):
         return 0.0, 1.0
     values_N = np.clip(values_N, -LARGEST, LARGEST)
     low, high = np.quantile(values_N, (0.25, 0.75))
-    if low == high:  # most are the same: how the others are spread is what counts
+    if low == high:  # most values are equal, so use the spread of the distinct values
         low, high = np.quantile(np.unique(values_N), (0.25, 0.75))
     reach = BEYOND_QUARTILES * (high - low)
     values_N = np.clip(values_N, low - reach, high + reach)
@@ -68,7 +71,7 @@ def robust_mean_scale(values_N: np.ndarray) -> tuple[float, float]:
 
 
 def _is_usual(value: float, *, few: bool) -> bool:
-    """Whether a number is one that programs and people write for a missing one."""
+    """Return whether a number is commonly written for a missing value."""
     if abs(value) > 1e30:
         return True
     known = NINES if few else USUAL

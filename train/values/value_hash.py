@@ -1,6 +1,6 @@
-"""Hashes of records by their values, whatever file, format or row they are in.
+"""Hashes of records by their values, independent of file, format and row.
 
-Shapes: N records.
+Shapes: N records or values.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ import numpy as np
 from train.values.names import TRUTHS, to_name
 from train.values.records import Columns, is_file, is_missing
 
-# What a missing value is hashed as.
+# Hash of a missing value: the bits of NaN.
 MISSING = 0x7FF8000000000000
-# Larger whole numbers are not all different as floating-point ones.
+# float64 represents all integers up to this one exactly, but not all larger ones.
 EXACT = 2**53
 WHOLE = re.compile(r"[+-]?[0-9]+", re.ASCII)
 
 
 def hash_columns(columns: Columns, names: Sequence[str], count: int) -> np.ndarray:
-    """Return a hash of each of `count` records by its values in these columns, uint64 [N].
+    """Return a hash of each of `count` records by its values in the columns `names`, uint64 [N].
 
-    Equal values have equal hashes: 1, 1.0 and "1", missing values of every kind, and images with
-    the same bytes. The order of the columns does not matter.
+    Equal values have equal hashes: 1, 1.0 and "1"; missing values of every type; images with the
+    same bytes. The order of the columns does not matter.
     """
     hash_N = np.zeros(count, np.uint64)
     for name in names:
@@ -35,7 +35,10 @@ def hash_columns(columns: Columns, names: Sequence[str], count: int) -> np.ndarr
 
 
 def hash_values(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Return a hash of each value, uint64 [N]; that of a number is the number's bits."""
+    """Return a hash of each value, uint64 [N].
+
+    The hash of a number is its float64 bits; integers beyond 2^53 are hashed as text.
+    """
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
         return _number_bits(values)
     known: dict[Any, int] = {}
@@ -43,9 +46,9 @@ def hash_values(values: Sequence[Any] | np.ndarray) -> np.ndarray:
 
 
 def mix(hash_N: np.ndarray) -> np.ndarray:
-    """Return hashes in which each bit depends on all bits.
+    """Return hashes, uint64 [N], in which each bit depends on all bits of the input.
 
-    The finaliser of SplitMix64: Steele, Lea and Flood, Fast splittable pseudorandom number
+    This is the finaliser of SplitMix64: Steele, Lea and Flood, Fast splittable pseudorandom number
     generators, OOPSLA 2014.
     """
     hash_N = hash_N + np.uint64(0x9E3779B97F4A7C15)
@@ -55,12 +58,13 @@ def mix(hash_N: np.ndarray) -> np.ndarray:
 
 
 def fractions(hash_N: np.ndarray, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for each hash, another one for each seed."""
+    """Return a number in [0, 1) for each hash, float64 [N], that depends on the seed."""
     mixed_N = mix(hash_N ^ hash_text(f"seed {seed}"))
     return (mixed_N >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def hash_text(text: str) -> np.uint64:
+    """Return a 64-bit hash of a text's UTF-8 bytes."""
     return _hash_bytes(text.encode())
 
 
@@ -72,7 +76,7 @@ def _hash_bytes(content: bytes) -> np.uint64:
 def _number_bits(numbers_N: np.ndarray) -> np.ndarray:
     if numbers_N.dtype.kind == "b":
         return np.where(numbers_N, np.uint64(TRUE), np.uint64(FALSE))
-    values_N = np.asarray(numbers_N, np.float64) + 0.0  # which turns -0.0 into 0.0
+    values_N = np.asarray(numbers_N, np.float64) + 0.0  # turns -0.0 into 0.0
     hash_N = np.where(np.isnan(values_N), np.uint64(MISSING), values_N.view(np.uint64))
     if numbers_N.dtype.kind in "iu":
         for row in np.flatnonzero(np.abs(values_N) > EXACT):
@@ -92,7 +96,7 @@ def _hash_value(value: Any, known: dict[Any, int]) -> int:
     if isinstance(value, float):
         return _float_bits(value)
     if isinstance(value, str | int):
-        # Most columns have few different ones.
+        # Cached, because most columns have few distinct values.
         found = known.get(value)
         if found is None:
             found = known[value] = _hash_scalar(value)

@@ -260,7 +260,7 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
         ([{"image": b"", "other": 1}], ["no column 'label'", "'image', 'other'"]),
         ([{"image": b"", "label": 1}], ["1 records", "at least 2"]),
         ("one class", ["only the value ['0']"]),
-        ("damaged", ["row 17", "no PNG, JPEG"]),
+        ("damaged", ["row 17", "not a PNG, JPEG"]),
         ("unlabelled", ["row ", "missing"]),
     ],
 )
@@ -299,7 +299,7 @@ def test_an_unreadable_first_training_image_is_named_by_row(write_parquet, rng, 
     first = int(np.flatnonzero(part.codes_N == splits.TRAIN)[0])
     rows[first]["image"] = b"?"
     config = make_config(data={"train": write_parquet(rows)})
-    with pytest.raises(UserError, match=f"row {first}: .*no PNG, JPEG"):
+    with pytest.raises(UserError, match=f"row {first}: .*not a PNG, JPEG"):
         dataset.prepare_dataset(config, str(tmp_path))
 
 

@@ -32,7 +32,7 @@ def test_folders_beside_splits_are_no_classes(others, tmp_path, rng, capsys):
         write(tmp_path / "pets" / other, 5, rng)
     assert prepared(tmp_path / "pets").task.target.classes == ("cat", "dog")
     assert (
-        f"not read, as they are no splits with a folder for each class: {', '.join(sorted(others))}"
+        f"Ignored because they are not splits with class folders: {', '.join(sorted(others))}."
         in " ".join(capsys.readouterr().err.split())
     )
 

@@ -24,7 +24,7 @@ def unquoted(tmp_path):
 
 
 def test_a_quote_that_swallows_records_is_refused(unquoted):
-    with pytest.raises(UserError, match="lines together that look like records") as caught:
+    with pytest.raises(UserError, match="lines that look like records") as caught:
         read(unquoted)
     assert "--data.quotes" in str(caught.value)
     assert "Yes, he said" in str(caught.value)

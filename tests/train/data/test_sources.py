@@ -106,7 +106,7 @@ def test_image_folders_are_classes(rng, tmp_path):
     images = [prepared.open(name)[0]["image"] for name in splits.NAMES]
     assert np.concatenate(images).shape == (40, 6, 6, 3)
     (tmp_path / "pets" / "dog" / "3.png").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"dog/3\.png': .*no PNG, JPEG"):
+    with pytest.raises(UserError, match=r"dog/3\.png': .*not a PNG, JPEG"):
         dataset.prepare_dataset(config, str(tmp_path / "again"))
 
 
@@ -135,7 +135,9 @@ def test_csv_in_another_encoding_is_refused_by_line_or_read(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes("c,y\nx,1\nmüde,2\n".encode("latin-1"))
     source = sources.find_source(str(path))
-    with pytest.raises(UserError, match=r"line 3 is not utf-8 text; give its --data\.encoding"):
+    with pytest.raises(
+        UserError, match=r"line 3 is not utf-8 text; give the file's --data\.encoding"
+    ):
         sources.open_source(source, str(tmp_path / "scratch"))
     (block,) = sources.open_source(source, str(tmp_path / "other"), CsvOptions("latin-1"))
     (batch,) = block.read(["c"])
@@ -147,7 +149,7 @@ def test_csv_in_another_encoding_is_refused_by_line_or_read(tmp_path):
     [
         ("", "empty"),
         ("a,y\n", "no records"),
-        ("a,a,y\n1,2,3\n", "'a' is there twice"),
+        ("a,a,y\n1,2,3\n", "'a' occurs twice"),
     ],
 )
 def test_a_csv_file_that_holds_no_table_is_named(tmp_path, content, words):

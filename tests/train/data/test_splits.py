@@ -60,7 +60,7 @@ def test_records_of_few_values_are_told_apart_by_their_order(rng, tmp_path):
     frame = pd.DataFrame({"x": rng.integers(0, 3, 1000), "name": "a"})
     frame["label"] = np.where(frame["x"] == 0, "no", "yes")
     part = assign(frame, tmp_path / "before")
-    assert "equal ones may be in several splits" in part.note
+    assert "equal records may be in different splits" in part.note
     counts = pd.crosstab(frame["x"], part.codes_N, normalize="index").to_numpy()
     np.testing.assert_allclose(counts, [[0.75, 0.1, 0.15]] * 3, atol=0.09)
     more = frame.assign(x=rng.integers(0, 3, 1000))
@@ -88,7 +88,7 @@ def test_no_split_lacks_a_class_that_has_enough_records(rng, tmp_path, count):
         assert set(frame["label"][part.codes_N == code]) == {"usual", "rare"}
     moved = assign(frame, tmp_path, class_column=None).codes_N != part.codes_N
     assert part.note == (
-        f"{moved.sum()} records were moved, so that no split lacks a class or is empty"
+        f"{moved.sum()} records were moved so that no split lacks a class or is empty"
         if moved.any()
         else ""
     )
@@ -108,7 +108,7 @@ def test_no_split_of_few_records_is_empty(rng, tmp_path):
         frame = pd.DataFrame({"x": rng.normal(size=20), "name": "a", "label": rng.normal(size=20)})
         codes_N = assign(frame, tmp_path, class_column=None, split_seed=seed).codes_N
         assert set(codes_N) == {TRAIN, VALID, TEST}
-    with pytest.raises(UserError, match="has 8 records; at least 20 are needed to train"):
+    with pytest.raises(UserError, match="has 8 records; at least 20 are needed to split"):
         assign(frame[:8], tmp_path, class_column=None)
 
 

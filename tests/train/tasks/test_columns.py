@@ -99,7 +99,7 @@ def test_categories_count_unseen_and_missing_apart():
     codes = fitted.encode({"c": given})["categories"]
     # Among other names "3.0" is a name of its own, such as that of a version.
     assert codes[:, 0].tolist() == [2, 2, 0, 3, 4, 0, 0, 1, 1, 1]
-    with pytest.raises(InvalidRecord, match="which is no name") as caught:
+    with pytest.raises(InvalidRecord, match="which is not a name") as caught:
         fitted.encode({"c": ["a", {"b": 1}]})
     assert caught.value.row == 1
 

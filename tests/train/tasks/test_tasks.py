@@ -50,7 +50,7 @@ def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
     [
         (None, "missing"),
         ("text", "str"),
-        (b"not an image", "no PNG, JPEG"),
+        (b"not an image", "not a PNG, JPEG"),
         (np.zeros((4, 4, 2), np.uint8), "1 or 3"),
         (np.zeros((4, 4), np.float32), "float32"),
         (np.zeros((0, 4), np.uint8), "[0, 4]"),

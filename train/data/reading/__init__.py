@@ -1,1 +1,1 @@
-"""Reading: files of every format as records, part by part."""
+"""Reading: files of all supported formats as tables of records, in parts that fit in memory."""

@@ -1,4 +1,4 @@
-"""CSV files as tables, part by part: every column as text, null where empty."""
+"""CSV files as tables, in parts: every column is text, and empty fields are null."""
 
 import codecs
 import csv
@@ -19,17 +19,22 @@ from train.values.records import shorten
 CSV_BLOCK_BYTES = 8 << 20
 DELIMITERS = ",;\t|"
 SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
-# A quoted value of more line breaks is looked at, whether it is records that lack an end quote.
+# Quoted values with more line breaks than this are checked: a missing end quote may have joined
+# several records.
 SWALLOWED_LINES = 3
-# What is looked at to find the delimiter.
+# How much of a file is examined to find the delimiter.
 SNIFFED_CHARACTERS, SNIFFED_ROWS = 1 << 20, 100
+# How many bytes are searched for zeros, which indicate UTF-16.
 SNIFFED_ZEROS = 1000
 
 
 @dataclass(frozen=True)
 class CsvOptions:
-    """How CSV files are written. delimiter: found out if None. quotes: whether they hold a field
-    together; if None they do, and fields that seem to be many records are refused."""
+    """Dialect of CSV files.
+
+    delimiter: detected if None. quotes: whether double quotes enclose fields; if None they do, and
+    a quoted field that looks like several records is an error.
+    """
 
     encoding: str = "utf-8"
     delimiter: str | None = None
@@ -37,7 +42,7 @@ class CsvOptions:
 
     @property
     def quoting(self) -> Literal[0, 3]:
-        """As csv.reader takes it."""
+        """The `quoting` argument for csv.reader."""
         return csv.QUOTE_NONE if self.quotes is False else csv.QUOTE_MINIMAL
 
 
@@ -46,7 +51,7 @@ UNKNOWN_CSV = CsvOptions()
 
 @dataclass(frozen=True)
 class CsvHeader:
-    """What stands at the beginning of a file. skipped: lines before that with the names."""
+    """Header of a CSV file. skipped: number of lines before the one with the column names."""
 
     names: list[str]
     encoding: str
@@ -55,23 +60,27 @@ class CsvHeader:
 
 
 def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
-    """Raises ValueError for a file without names of columns, or with one name twice."""
+    """Return column names, encoding and delimiter from the start of a file.
+
+    Raises ValueError if the file is empty, a column has no name or a repeated one, or the file
+    looks like UTF-16 without a byte order mark.
+    """
     with fs.open(path, "rb", compression="infer") as stream:
         content = stream.read(CSV_BLOCK_BYTES)
-    # Its mark leaves no doubt; spreadsheets write it as "Unicode text".
+    # A UTF-16 byte order mark overrides data.encoding; spreadsheets' "Unicode text" has one.
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else options.encoding
     if b"\0" in content[:SNIFFED_ZEROS] and encoding == "utf-8":
         raise ValueError(
-            "it has bytes of zero, as text in UTF-16 does; give --data.encoding utf-16-le, or "
-            "convert the file"
+            "it has zero bytes, as UTF-16 text does; give --data.encoding utf-16-le, or convert "
+            "the file to UTF-8"
         )
     start = content.decode(encoding, errors="replace")
     start, skipped, delimiter = start.removeprefix("\ufeff"), 0, options.delimiter
-    if found := SEPARATOR_LINE.match(start):  # as spreadsheets write it
+    if found := SEPARATOR_LINE.match(start):  # Excel writes such a line
         start, skipped, delimiter = start[found.end() :], 1, delimiter or found[1]
     if not start.strip():
-        raise ValueError("it is empty; expected a line with the names of the columns")
+        raise ValueError("it is empty; expected a line with the column names")
     delimiter = delimiter or find_delimiter(start, options)
     names = next(row for row in _rows(start, delimiter, options) if row)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -80,14 +89,15 @@ def read_column_names(fs: Any, path: str, options: CsvOptions) -> CsvHeader:
             raise ValueError(
                 f"columns {', '.join(places)} have no name in the header; name them or remove them"
             )
-        raise ValueError(f"the column '{twice[0]}' is there twice; rename one of them")
+        raise ValueError(f"the column name '{twice[0]}' occurs twice; rename one of the columns")
     return CsvHeader(names, encoding, delimiter, skipped)
 
 
 def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
-    """Read a file. Raises ValueError that names the line of what is wrong with it."""
+    """Yield the tables of a file. Raises ValueError that names the malformed line."""
     header = read_column_names(fs, path, options)
-    # Arrow's threads read ahead; with a stream of Python's they would do so when Python is gone.
+    # Arrow's threads read ahead. From a Python stream they might still read while the interpreter
+    # shuts down, so local files are opened by Arrow itself.
     local = isinstance(fs, LocalFileSystem)
     try:
         with (
@@ -102,17 +112,17 @@ def read_csv(fs: Any, path: str, options: CsvOptions) -> Iterator[pa.Table]:
 
 
 def find_delimiter(start: str, options: CsvOptions = UNKNOWN_CSV) -> str:
-    """Return the delimiter that divides header and rows alike, of several the one that divides
-    them into most fields; a comma if none does.
+    """Return the delimiter that gives the most rows as many fields as the header.
 
-    start: the beginning of a file.
+    Ties go to the delimiter with the most fields; the result is a comma if none divides the
+    header. start: the beginning of a file.
     """
     best = (0.0, 1, ",")
     for delimiter in DELIMITERS:
         rows = _rows(start[:SNIFFED_CHARACTERS], delimiter, options)
         counts = [len(row) for row, _ in zip(rows, range(SNIFFED_ROWS), strict=False) if row]
         if len(counts) > 2 and len(start) > SNIFFED_CHARACTERS:
-            counts.pop()  # which may be cut
+            counts.pop()  # the last row may be truncated
         if counts[:1] > [1]:
             alike = sum(count == counts[0] for count in counts) / len(counts)
             best = max(best, (round(alike, 1), counts[0], delimiter))
@@ -120,7 +130,7 @@ def find_delimiter(start: str, options: CsvOptions = UNKNOWN_CSV) -> str:
 
 
 def _rows(text: str, delimiter: str, options: CsvOptions) -> Iterator[list[str]]:
-    """The fields of each row, header first; line breaks may stand in quotes."""
+    """Yield the fields of each row, header first; quoted fields may contain line breaks."""
     csv.field_size_limit(CSV_BLOCK_BYTES)
     lines = io.StringIO(text, newline="")
     return csv.reader(lines, delimiter=delimiter, quoting=options.quoting)
@@ -152,7 +162,7 @@ def _tables(stream: BinaryIO, header: CsvHeader, options: CsvOptions) -> Iterato
 
 
 def _check_quotes(table: pa.Table, header: CsvHeader) -> None:
-    """Raises ValueError where a quote holds many lines together that look like records."""
+    """Raise ValueError if a quoted field spans several lines that look like records."""
     between = len(header.names) - 1
     for column in table.columns if between else []:
         counts = pa.compute.count_substring(column, "\n")
@@ -161,27 +171,27 @@ def _check_quotes(table: pa.Table, header: CsvHeader) -> None:
             _, *inner, _ = text.split("\n")
             if all(line.count(header.delimiter) == between for line in inner):
                 raise ValueError(
-                    f"a quote before {shorten(text.split(header.delimiter)[0])} holds "
-                    f"{len(inner) + 2} lines together that look like records. Give --data.quotes "
-                    "false if the file is written without quotes, true if they are one value"
+                    f"the quote before {shorten(text.split(header.delimiter)[0])} encloses "
+                    f"{len(inner) + 2} lines that look like records. Give --data.quotes false if "
+                    "quotes do not enclose fields in this file, true if the lines are one value"
                 )
 
 
 def _explained(
     error: Exception, stream: BinaryIO, header: CsvHeader, options: CsvOptions
 ) -> Exception:
-    """Name the line of a CSV file that is wrong, or return what is known."""
+    """Return a ValueError that names the malformed line, or `error` if no line is found."""
     encoding = header.encoding
     if "UTF8" in str(error) or isinstance(error, UnicodeError):
         for number, line in enumerate(stream, 1):
             try:
                 line.decode(encoding)
             except UnicodeError:
-                # Control characters in latin-1, the euro among others in cp1252.
+                # 0x80..0x9F are control characters in latin-1 and printable ones in cp1252.
                 likely = "cp1252" if any(0x80 <= byte < 0xA0 for byte in line) else "latin-1"
                 return ValueError(
-                    f"line {number} is not {encoding} text; give its --data.encoding, such as "
-                    f"{likely}, or convert the file"
+                    f"line {number} is not {encoding} text; give the file's --data.encoding, such "
+                    f"as {likely}, or convert the file"
                 )
     text = io.TextIOWrapper(stream, encoding, newline="")
     for _ in range(header.skipped):
@@ -193,13 +203,12 @@ def _explained(
             number = rows.line_num + header.skipped
             if count == 1:
                 return ValueError(
-                    f"line {number} has {len(fields)} fields, and the header has one, "
+                    f"line {number} has {len(fields)} fields, but the header has one, "
                     f"{shorten(header.names[0])}. Remove the lines before the header, if there "
                     "are any"
                 )
             return ValueError(
-                f"line {number} has {len(fields)} fields; expected {count}, as the "
-                "header has. Mend the line, or quote a field that holds the delimiter, which is "
-                f"{header.delimiter!r}"
+                f"line {number} has {len(fields)} fields; expected {count}, as in the header. Fix "
+                f"the line, or quote fields that contain the delimiter {header.delimiter!r}"
             )
     return error

@@ -1,4 +1,4 @@
-"""Folders of a source, and what goes wrong with files."""
+"""Split folders of a source, hidden files, and errors of reading files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from cluster import storage
 from cluster.errors import UserError
 from train.data.reading.readers import DIGITS, KNOWN
 
-# What folders of the splits are called.
+# Accepted names of split folders.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "valid"),
@@ -19,10 +19,12 @@ SPLIT_NAMES = {
 
 
 def split_folders(url: str) -> tuple[dict[str, str], list[str]]:
-    """Return the folders of a folder of images that are splits, by "train", "valid" and "test", and
-    those beside them that are none.
+    """Return the split folders of an image folder, and the names of its other subfolders.
 
-    A split has its name and a folder for each class. There are none without a folder for training.
+    The split folders are keyed by "train", "valid" and "test". A split folder has a name from
+    SPLIT_NAMES and a subfolder for each class. Without a training folder the result is ({}, []).
+    Raises UserError, converted from ValueError or OSError, if two folders are the same split or a
+    folder cannot be read.
     """
     if url == DIGITS or any(character in url for character in "*?["):
         return {}, []
@@ -42,8 +44,8 @@ def split_folders(url: str) -> tuple[dict[str, str], list[str]]:
             if name.lower() in SPLIT_NAMES and has_classes:
                 if other := found.get(SPLIT_NAMES[name.lower()]):
                     raise ValueError(
-                        f"'{name}' and '{PurePosixPath(other).name}' are the same split; give one "
-                        "of them another name"
+                        f"'{name}' and '{PurePosixPath(other).name}' are the same split; rename "
+                        "one of them"
                     )
                 found[SPLIT_NAMES[name.lower()]] = storage.join_path(url, name)
             else:
@@ -53,7 +55,7 @@ def split_folders(url: str) -> tuple[dict[str, str], list[str]]:
 
 @contextmanager
 def reading_errors(file: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into one line that names it."""
+    """Convert errors of reading `file` to UserError with a one-line message that names it."""
     try:
         yield
     except OSError as error:
@@ -67,5 +69,5 @@ def reading_errors(file: str) -> Iterator[None]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file is one that a program keeps for itself: .name or _name."""
+    """Return whether a path has a part like .name or _name, which programs use internally."""
     return any(part.startswith((".", "_")) for part in PurePosixPath(path).parts if part != "/")

@@ -1,4 +1,4 @@
-"""JSON lines as tables, part by part, with types and fields that hold for the whole file."""
+"""JSON lines as tables, in parts, with fields and types inferred from the whole file."""
 
 import codecs
 import json
@@ -17,7 +17,7 @@ INT64, UINT64 = range(-(2**63), 2**63), range(2**64)
 
 
 class _Seen:
-    """What values of a field are: their types, the range of whole numbers, and what lists hold."""
+    """Types of a field's values, with the range of its integers and the types of list items."""
 
     def __init__(self) -> None:
         self.types: set[type] = set()
@@ -36,7 +36,7 @@ class _Seen:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """The type that holds all values; if none does, text with the others as JSON."""
+        """The Arrow type for all values; string if they have no common type, see `_as`."""
         types = self.types - {type(None)}
         if types == {bool}:
             return pa.bool_()
@@ -54,10 +54,10 @@ class _Seen:
 
 
 def read_json(stream: BinaryIO) -> Iterator[pa.Table]:
-    """Read JSON lines, nested objects as columns `outer.inner`.
+    """Yield tables of JSON lines, with nested objects as columns `outer.inner`.
 
-    The stream is read twice: no part of it knows the types and fields of the others.
-    Raises ValueError that names the line of what is wrong.
+    The stream is read twice: first for the fields and types of the whole file, then for values.
+    Raises ValueError that names the malformed line.
     """
     fields: dict[str, _Seen] = {}
     for record in _records(stream):
@@ -86,20 +86,22 @@ def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
         try:
             record = _loaded(line)
         except ValueError as error:
-            array = " it may be one array; write an object on each line, as jq -c '.[]' does"
+            array = " it may be one array; write one object per line, as jq -c '.[]' does"
             hint = array if number == 1 and line.lstrip().startswith(b"[") else f" {error}"
             raise ValueError(f"line {number} is not JSON:{hint}") from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"line {number} is a JSON {type(record).__name__}; expected an object on each "
-                "line, as jq -c '.[]' makes of an array"
+                f"line {number} is a JSON {type(record).__name__}; expected one object per line, "
+                "as jq -c '.[]' writes an array"
             )
         yield flatten_record(record)
 
 
 def _loaded(line: bytes) -> Any:
-    """Parse JSON, also with NaN and Infinity, which are no JSON but written by many programs; they
-    count as missing. Raises ValueError."""
+    """Parse JSON, reading NaN and Infinity as missing. Raises ValueError.
+
+    NaN and Infinity are not valid JSON, but many programs write them.
+    """
     try:
         return loads_exact(line)
     except orjson.JSONDecodeError:
@@ -109,7 +111,7 @@ def _loaded(line: bytes) -> Any:
 
 
 def _as(kind: pa.DataType, value: Any) -> Any:
-    """Return a value for an array of that type; other values as JSON where it is text."""
+    """Return a value for an Arrow array of type `kind`; for strings, encode others as JSON."""
     if kind != pa.string() or value is None or isinstance(value, str):
         return value
     return str(value) if type(value) is int else orjson.dumps(value).decode()

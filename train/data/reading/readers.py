@@ -1,7 +1,7 @@
-"""Formats: files as tables, part by part.
+"""File formats: reading files as tables, in parts.
 
-Text formats are not guessed at: CSV gives every column as text, JSON lines the types that the whole
-file bears out. What a value is, its column's encoder says.
+Values are not interpreted here: CSV columns are text, and JSON lines columns have the type that
+fits the whole file. The column's encoder parses the values. Images are files in an `image` column.
 """
 
 import io
@@ -33,21 +33,21 @@ KNOWN = (
     f"CSV, Parquet, JSON lines, Arrow, or folders of {KNOWN_PICTURES} images named by their class"
 )
 PART_IMAGES = 64
-# The columns of larger files of JSON lines are known once these are read.
+# Column names of JSON lines need a scan of the file; `column_names` skips larger files.
 MAX_SCANNED_JSON = 16 << 20
 
 
 def file_format(path: str) -> str | None:
-    """The format that a file's ending says."""
+    """Return the format by the file's ending, None if it is unknown."""
     name = PurePosixPath(path).name.lower()
     return next((kind for ending, kind in ENDINGS.items() if name.endswith(ending)), None)
 
 
 def read_tables(kind: str, files: Sequence[str], options: CsvOptions) -> Iterator[pa.Table]:
-    """Read a file of a format, or all files of a folder of images.
+    """Yield the tables of one file, or of all files of an image folder.
 
-    Names of columns lose spaces at their ends; what is nested becomes columns `outer.inner`.
-    Raises ValueError, or of pyarrow, for what is wrong with it.
+    Column names are stripped and normalised, see `plain_name`; nested structs become columns
+    `outer.inner`. Raises ValueError or pyarrow.ArrowException if a file is malformed.
     """
     for table in _read(kind, files, options):
         yield plain_columns(table)
@@ -75,7 +75,7 @@ def _read(kind: str, files: Sequence[str], options: CsvOptions) -> Iterator[pa.T
 
 
 def column_names(kind: str, file: str, options: CsvOptions) -> list[str] | None:
-    """Return the columns of a file, None where that takes long or some of Parquet are nested."""
+    """Return a file's column names; None if it has structs or finding names needs a long scan."""
     fs, path = storage.filesystem(file)
     if kind == "csv":
         return read_column_names(fs, path, options).names
@@ -92,9 +92,9 @@ def column_names(kind: str, file: str, options: CsvOptions) -> list[str] | None:
 
 
 def open_parquet(stream: BinaryIO) -> pa.parquet.ParquetFile:
-    """Open Parquet to be read a page at a time, not a whole row group.
+    """Open a Parquet file that is read page by page instead of by whole row groups.
 
-    Raises ValueError, see `check_types`.
+    Raises ValueError for an extension type, see `check_types`.
     """
     file = pa.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
     check_types(file.schema_arrow)
@@ -102,9 +102,10 @@ def open_parquet(stream: BinaryIO) -> pa.parquet.ParquetFile:
 
 
 def plain_columns(table: pa.Table) -> pa.Table:
-    """Return a table with plain names of columns, and what is nested as columns of their own.
+    """Return a table with plain column names and types, and with structs flattened to columns.
 
-    A struct of an image file, {"bytes", "path"}, stays one. Raises ValueError if names are alike.
+    An image file's struct, {"bytes", "path"}, is kept. Raises ValueError if two columns then have
+    the same name.
     """
     while nested := [field.name for field in table.schema if _is_nested(field.type)]:
         names: list[str] = []
@@ -126,12 +127,15 @@ def plain_columns(table: pa.Table) -> pa.Table:
     names = [plain_name(name) for name in table.schema.names]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two columns are called '{twice}', but for spaces; rename one of them")
+        raise ValueError(
+            f"two columns are called '{twice}', ignoring spaces and Unicode form; rename one of "
+            "them"
+        )
     return table if names == table.schema.names else table.rename_columns(names)
 
 
 def is_plain(schema: pa.Schema) -> bool:
-    """Whether `plain_columns` leaves tables of a schema as they are."""
+    """Return whether `plain_columns` would not change tables of this schema."""
     return all(
         field.name == plain_name(field.name)
         and not _is_nested(field.type)
@@ -141,7 +145,10 @@ def is_plain(schema: pa.Schema) -> bool:
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType | None:
-    """What a type is read as that Arrow has no functions for, or whose values are no numbers."""
+    """Return the type that values of `kind` are converted to, None if it is kept.
+
+    Arrow lacks functions for views and run-end encoding; times and durations are not numbers.
+    """
     if pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_binary_view(kind):
@@ -154,7 +161,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _is_nested(kind: pa.DataType) -> bool:
-    """Whether a type is a struct other than a file's, {"bytes", "path"}."""
+    """Return whether a type is a struct other than that of a file, {"bytes", "path"}."""
     if not pa.types.is_struct(kind):
         return False
     place = kind.get_field_index("bytes")
@@ -165,21 +172,24 @@ def _is_nested(kind: pa.DataType) -> bool:
 
 
 def check_types(schema: pa.Schema) -> None:
-    """Raises ValueError for a column of an extension type that is implemented in Python.
+    """Raise ValueError if a column has an extension type that is implemented in Python.
 
-    Libraries register such types for the whole process, and Ray Data's for objects unpickles each
-    value that is read.
+    Libraries register such types for the whole process. That of Ray Data unpickles each value that
+    is read, so a file could run arbitrary code.
     """
     for field in schema:
         if name := _extension(field.type):
             raise ValueError(
                 f"the column '{field.name}' has the extension type '{name}', whose values may run "
-                "code when they are read; write it as a plain type, or leave it out"
+                "code when they are read; write it as a plain type, or remove it"
             )
 
 
 def _extension(kind: pa.DataType) -> str | None:
-    """The name of an extension type that is implemented in Python, in a type or nested in it."""
+    """Return the name of a Python extension type that `kind` is or contains, None if there is none.
+
+    Built-in extension types, implemented in C++, are accepted.
+    """
     if isinstance(kind, pa.ExtensionType):
         return str(kind.extension_name)
     nested = [kind.field(index).type for index in range(kind.num_fields)]
@@ -205,7 +215,7 @@ def _arrow(stream: BinaryIO) -> Iterator[pa.Table]:
 
 
 def _images(files: Sequence[str]) -> Iterator[pa.Table]:
-    """Files in folders named by their class as {"image": bytes, "label": str}."""
+    """Yield image files as {"image": bytes, "label": str}; the label is the folder's name."""
     for start in range(0, len(files), PART_IMAGES):
         part = files[start : start + PART_IMAGES]
         contents = []
@@ -217,12 +227,12 @@ def _images(files: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _digits() -> pa.Table:
-    """scikit-learn's 1,797 digits as {"image": PNG bytes of 8×8 pixels, "label": 0..9}."""
+    """Return scikit-learn's 1,797 digits as {"image": PNG bytes of 8×8 pixels, "label": 0..9}."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # Values are 0..16; 255 makes them an ordinary grey image that PNG holds without loss.
+    # Pixels are 0..16; scale them to 0..255 for an ordinary grey PNG, which is lossless.
     images_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
     files = []
     for image_HW in images_NHW:

@@ -1,4 +1,4 @@
-"""Samples of a source: its first records, and those further on that show what these do not."""
+"""Samples of a source: its first records, and later ones that differ from these in kind."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,15 @@ from train.data.reading.sources import Source
 from train.values.number_text import MISSING_WORDS
 from train.values.records import Columns, plain_name
 
-# What is looked at to find out what a source holds.
+# Largest size of the first records, in memory.
 HEAD_BYTES = 64 << 20
-# Larger sources are known by their first records alone.
+# Of larger sources, only the first records are read.
 MAX_SCANNED_BYTES = 4 << 30
-# Records that are added for each column.
+# Most later records that are added for each column.
 MOST_SURPRISES = 50
-# One of so many of the records that follow is looked at too.
+# In addition, one in this many of the later records is added.
 SPREAD = 500
-# Text that is a number, or stands for a missing one.
+# Text that is a number or stands for a missing value.
 NUMBER = (
     r"(?i)^\s*([^\pL\d]{0,4}[0-9.,' ]*[0-9][0-9.,]*(e[+-]?[0-9]+)?[^\pL\d]{0,4}|"
     + "|".join(map(re.escape, sorted(MISSING_WORDS)))
@@ -33,10 +33,11 @@ NUMBER = (
 
 
 def sample_source(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV) -> Columns:
-    """Return the first records of a source, at most HEAD_BYTES, every column of them.
+    """Return all columns of the first `count` records of a source, and of informative later ones.
 
-    Further records follow, in which a column has other text than numbers where it had only these,
-    or any value where it had none or one alone, and a few others from the rest. Raises UserError.
+    The first records end early at HEAD_BYTES. Later records are added if a column that held only
+    numbers has other text, or a column that was empty or constant has another value; so is one in
+    SPREAD of all later records. Raises UserError if the source is empty or cannot be read.
     """
     parts = _parts(source, options)
     first: list[pa.Table] = []
@@ -60,8 +61,11 @@ def sample_source(source: Source, count: int, options: CsvOptions = UNKNOWN_CSV)
 
 
 def _together(tables: Sequence[pa.Table]) -> pa.Table:
-    """Put tables of several files together, a column as text where they have it in types that do
-    not go together, such as whole numbers and text. Raises ValueError where that cannot be."""
+    """Concatenate tables of several files.
+
+    A column with incompatible types, such as integers and text, becomes text. Raises ValueError if
+    a type cannot be converted.
+    """
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -83,7 +87,7 @@ def _as_text(table: pa.Table, name: str) -> pa.Table:
         return table.set_column(place, name, column.cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
-            f"the column '{name}' is {column.type} in one file and of another type in others"
+            f"the column '{name}' is {column.type} in one file and has another type in others"
         ) from None
 
 
@@ -95,8 +99,10 @@ def _parts(source: Source, options: CsvOptions) -> Iterator[pa.Table]:
 
 
 def _surprises(head: pa.Table, rest: pa.Table, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Records that show of a column what the head does not, and a few from everywhere else, as
-    files are often sorted."""
+    """Yield records with values of a kind that the head lacks, and one in SPREAD of the rest.
+
+    Files are often sorted, so the head alone is not representative.
+    """
     numbers = {name for name in head.schema.names if _all_numbers(_decoded(head[name]))}
     constant = {name: _only_value(_decoded(head[name])) for name in head.schema.names}
     left = dict.fromkeys(head.schema.names, MOST_SURPRISES)
@@ -135,7 +141,7 @@ def _all_numbers(column: pa.ChunkedArray) -> bool:
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column's values, where it has them as places in a dictionary."""
+    """Return a column's values, decoded if it is dictionary-encoded."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
@@ -144,8 +150,10 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:
-    """The one value that a column has, a null where it has none; None where it has several, or
-    where Arrow cannot compare values of its type."""
+    """Return the only value of a column, null if it has none.
+
+    None if it has several values, or if Arrow cannot compare values of its type.
+    """
     if column.null_count == len(column):
         return pa.scalar(None, column.type)
     try:
@@ -157,9 +165,10 @@ def _only_value(column: pa.ChunkedArray) -> pa.Scalar | None:
 
 
 def check_names(url: str, wanted: Sequence[str], options: CsvOptions = UNKNOWN_CSV) -> None:
-    """See whether a source is there and has columns, as far as that is known without reading it.
+    """Check that a source exists and has the `wanted` columns, without reading all of it.
 
-    Raises UserError that names what is not there.
+    Columns are not checked if their names need a long scan. Raises UserError that names the missing
+    source or column.
     """
     source = sources.find_source(url)
     with reading_errors(source.files[0]):

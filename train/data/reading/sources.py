@@ -1,8 +1,8 @@
-"""Sources: where records are kept, and how they are read in parts that fit in memory.
+"""Sources: locating records and reading them in parts that fit in memory.
 
-A source is files of one format. What cannot be read from the middle (CSV, JSON lines, folders of
-images, huge row groups) is first written as Parquet to a scratch place; from there on there are
-only blocks of Parquet.
+A source is a set of files of one format. Formats without random access (CSV, JSON lines, image
+folders, Parquet with huge row groups) are first converted to Parquet in a scratch folder, so that
+all later code reads row groups of Parquet files.
 """
 
 import json
@@ -24,20 +24,20 @@ from train.data.reading.folders import is_hidden, reading_errors
 from train.data.reading.readers import DIGITS, KNOWN, file_format
 from train.tasks import Columns
 
-# Rows read at once, and rows and bytes of a scratch file's row group.
+# Rows and bytes that are read at once, and of a row group in scratch files.
 BATCH_ROWS, BATCH_BYTES = 1024, 16 << 20
 GROUP_ROWS, GROUP_BYTES = 16_384, 64 << 20
-# Larger row groups of a Parquet file are read once and written as smaller ones.
+# Parquet files with larger row groups are rewritten with smaller ones.
 MAX_GROUP_ROWS = 131_072
 MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Consecutive rows of a source, in one row group of a Parquet file.
+    """Consecutive rows of a source: one row group of a Parquet file.
 
-    origin: the file that a user knows them from; first_row: the first one's number in it.
-    start: the first one's number in the source. names: the file of each row, where each has one.
+    origin: the user's file; first_row: number of the block's first row in it. start: number of the
+    first row in the source. names: for images, the file of each row.
     """
 
     path: str
@@ -49,13 +49,13 @@ class RowBlock:
     names: tuple[str, ...] = ()
 
     def place(self, row: int) -> str:
-        """Where a row of the source is, in a user's words."""
+        """Return the file and row number of a source's row, for messages."""
         if self.names:
             return f"'{self.names[row - self.start]}'"
         return f"'{self.origin}', row {self.first_row + row - self.start}"
 
     def read(self, columns: Sequence[str], row_bytes: int = 1) -> Iterator[pa.RecordBatch]:
-        """Read in batches; row_bytes: how large a record will be once it is encoded."""
+        """Yield the rows in batches of at most BATCH_BYTES. row_bytes: size of an encoded row."""
         batch_rows = int(np.clip(BATCH_BYTES // max(row_bytes, 1), 1, BATCH_ROWS))
         fs, path = storage.filesystem(self.path)
         with reading_errors(self.origin), fs.open(path, "rb") as stream:
@@ -66,9 +66,9 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Source:
-    """The files behind a path or URL. Found without reading them.
+    """The files behind a path or URL, found without reading them.
 
-    notes: what is read otherwise than may be expected, or not read.
+    notes: warnings about files that are skipped or folder names that are ignored.
     """
 
     url: str
@@ -80,9 +80,9 @@ class Source:
 
 
 def find_source(url: str) -> Source:
-    """Return the source at a path, a folder, a glob or any fsspec URL, or sklearn:digits.
+    """Return the source at a file, folder, glob or fsspec URL, or sklearn:digits.
 
-    Raises UserError if there is none, or none of a known format.
+    Raises UserError if there are no files of a known format, or files of several formats.
     """
     if url == DIGITS:
         return Source(url, "digits", (url,), 0, url)
@@ -98,7 +98,7 @@ def find_source(url: str) -> Source:
         files = sorted(paths)
         kinds = {file_format(each) for each in files} - {None}
         if not files or not kinds:
-            ending = f" with a known ending, but {PurePosixPath(files[0]).name}" if files else ""
+            ending = f" of a known format, only {PurePosixPath(files[0]).name}" if files else ""
             raise UserError(
                 f"'{url}' does not exist or holds no file{ending}; give a file, folder or glob: "
                 f"{KNOWN}."
@@ -111,14 +111,12 @@ def find_source(url: str) -> Source:
         (kind,) = kinds
         kept = [each for each in files if file_format(each) == kind]
         if kind == "images" and kept == [path]:
-            raise UserError(
-                f"'{url}' is one image; give the folder that has a folder for each class."
-            )
+            raise UserError(f"'{url}' is one image; give a folder with a subfolder for each class.")
         assert kind is not None
         notes = []
         if skipped := [PurePosixPath(each).name for each in files if file_format(each) is None]:
             notes.append(
-                f"{len(skipped):,} files of '{url}' are of no known format and not read: "
+                f"{len(skipped):,} files of '{url}' have an unknown format and are skipped: "
                 + _listed(skipped)
             )
         if fs.isdir(path):
@@ -139,12 +137,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _notes_on_folders(files: Sequence[str], root: str, kind: str) -> list[str]:
-    """What of the folders below a root is not read as some programs do."""
+    """Return notes on subfolders whose names other programs would read as columns or classes."""
     below = root.rstrip("/") + "/"
     parents = [PurePosixPath(file.removeprefix(below)).parent for file in files]
     if kind != "images":
         partitions = sorted({part for each in parents for part in each.parts if "=" in part})
-        text = "names of folders are not read as columns"
+        text = "folder names are not read as columns"
         return [f"{text}: {_listed(partitions)}"] if partitions else []
     notes = []
     outer = sorted(
@@ -153,21 +151,21 @@ def _notes_on_folders(files: Sequence[str], root: str, kind: str) -> list[str]:
     beside = sum(not each.parts for each in parents)
     if outer:
         notes.append(
-            "the class of an image is the folder that holds it; these folders above are not "
-            f"read as classes: {_listed(outer)}"
+            "an image's class is its innermost folder; these outer folders are not read as "
+            f"classes: {_listed(outer)}"
         )
     if beside and beside < len(parents):
         notes.append(
-            f"{beside:,} images are beside the folders of the classes; their class is "
+            f"{beside:,} images are outside the class folders; their class is "
             f"'{PurePosixPath(root).name}'"
         )
     return notes
 
 
 def open_source(source: Source, scratch: str, options: CsvOptions = UNKNOWN_CSV) -> list[RowBlock]:
-    """Return the blocks of a source in order; write it as Parquet into `scratch` if need be.
+    """Return the blocks of a source in order, converted to Parquet in `scratch` if needed.
 
-    Raises UserError that names the file, and the line where it is known, of what cannot be read.
+    Raises UserError that names the unreadable file and, if known, the line.
     """
     blocks: list[RowBlock] = []
     together = source.format in ("images", "digits")
@@ -191,7 +189,7 @@ def open_source(source: Source, scratch: str, options: CsvOptions = UNKNOWN_CSV)
 
 
 def _is_readable(path: str) -> bool:
-    """Whether a Parquet file's rows can be read as they are, in groups that are not too large."""
+    """Return whether a Parquet file has plain columns and no row group above MAX_GROUP_ROWS."""
     fs, inner = storage.filesystem(path)
     with fs.open(inner, "rb") as stream:
         file = pa.parquet.ParquetFile(stream)
@@ -215,7 +213,7 @@ def _blocks(path: str, origin: str, start: int) -> list[RowBlock]:
 
 
 def source_schema(blocks: Sequence[RowBlock]) -> pa.Schema:
-    """Columns of a source. Raises UserError for files whose columns are not the same."""
+    """Return the columns of a source. Raises UserError if its files have different columns."""
     schemas: dict[str, tuple[str, pa.Schema]] = {}
     for block in blocks:
         if block.path not in schemas:
@@ -228,30 +226,30 @@ def source_schema(blocks: Sequence[RowBlock]) -> pa.Schema:
             differs = sorted(set(other.names) ^ set(first.names))
             raise UserError(
                 f"'{file}' and '{first_file}' have different columns ({', '.join(differs)}); "
-                "a source's files must have the same."
+                "all files of a source must have the same columns."
             )
     return first
 
 
 def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None:
-    """Raises UserError for a column that is not there or is there twice."""
+    """Raise UserError if a wanted column is missing or occurs twice in `names`."""
     for column in wanted:
         if column not in names:
             alike = [name for name in names if name.lower() == column.lower()]
             alike = alike or get_close_matches(column, names, 1)
             hint = f" Did you mean '{alike[0]}'?" if alike else ""
             if len(names) == 1 and column in names[0]:
-                hint = " Give --data.delimiter, as that looks like a line of several names."
+                hint = " Give --data.delimiter: that name looks like several names in one."
             raise UserError(
                 f"'{url}' has no column '{column}'; it has {', '.join(map(repr, names))}.{hint} "
-                "Set target, features or data.drop to what is there."
+                "Set target, features or data.drop to existing columns."
             )
         if list(names).count(column) > 1:
-            raise UserError(f"'{url}' has the column '{column}' twice; rename one of them.")
+            raise UserError(f"'{url}' has two columns named '{column}'; rename one of them.")
 
 
 def batch_columns(batch: pa.RecordBatch) -> Columns:
-    """The values of a batch: numbers and dates as arrays, all else as lists."""
+    """Return a batch's columns: numbers and dates as arrays, integers with nulls etc. as lists."""
     return {name: _values(column) for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
@@ -259,7 +257,7 @@ def _values(column: pa.Array) -> Sequence[Any] | np.ndarray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _values(column.dictionary_decode())
-    # Of whole numbers with gaps numpy would make floating-point ones, which lose digits.
+    # to_numpy turns integers with nulls into floats, which lose digits beyond 2^53.
     whole = pa.types.is_integer(kind) and not column.null_count
     if whole or pa.types.is_floating(kind) or pa.types.is_timestamp(kind):
         return column.to_numpy(zero_copy_only=False)
@@ -267,7 +265,7 @@ def _values(column: pa.Array) -> Sequence[Any] | np.ndarray:
 
 
 def _write(tables: Iterator[pa.Table], path: str) -> bool:
-    """Write tables of one schema as Parquet. Returns whether there was any row."""
+    """Write tables of one schema as Parquet. Return whether there was any row."""
     fs, inner = storage.filesystem(path)
     groups = _grouped(tables)
     first = next(groups, None)
@@ -288,7 +286,7 @@ def _write(tables: Iterator[pa.Table], path: str) -> bool:
 
 
 def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Tables of a row group's size, where the parts are smaller."""
+    """Yield tables of at least a row group's size, concatenated from smaller ones."""
     parts: list[pa.Table] = []
     for table in tables:
         parts.append(table)

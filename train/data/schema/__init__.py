@@ -1,1 +1,1 @@
-"""Schema inference: what each column of a source is, and the options that suit it."""
+"""Schema inference: the kind of each column of a source, and options to train on it."""

@@ -1,4 +1,7 @@
-"""Inference of columns: what each one is, found by looking at its values."""
+"""Inference of columns: the kind of each column, from its values.
+
+Shapes: N records, K target columns.
+"""
 
 import re
 from collections.abc import Sequence
@@ -33,24 +36,25 @@ from train.values.number_text import NumberFormat, share_of_numbers
 from train.values.pictures import has_signature, is_data_uri
 from train.values.records import is_file, is_missing, shorten, to_text
 
-# How a column is called that pandas makes of a frame's index.
+# Names that pandas gives to the column of a frame's index.
 INDEX_NAMES = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
 IP_ADDRESS = re.compile(r"\s*\d{1,3}(\.\d{1,3}){3}\s*")
+# Average number of words per value from which a column is text.
 TEXT_WORDS = 3.0
-# Least share of records in which a flag is set, and not set, where the other value is missing.
+# A column with one value and missing ones is a flag if both make up at least this share.
 MIN_FLAGGED = 0.01
-# Least share of numbers with a 0 before them where they are of several lengths.
+# Share of zero-padded numbers above which a column of varying lengths holds codes.
 MIN_PADDED = 0.02
-# Share of numbers from which the report names a value that is not a number.
+# If at least this share of a category's values are numbers, the reason names one that is not.
 MOSTLY_NUMBERS = 0.8
-MIXED_UNITS = "all are numbers, some with a unit or letter and some without"
+MIXED_UNITS = "all are numbers, but only some have a unit or letter"
 
 
 @dataclass(frozen=True)
 class InferredColumn:
-    """What a column is, or None where it is left out, and why.
+    """The kind of a column, None if the column is not used, and the reason for the decision.
 
-    options: of the column in the config, besides its kind.
+    options: further options of the column in the config, such as a date's format.
     """
 
     column: str
@@ -66,9 +70,10 @@ def infer_column(
     style: FileStyle = UNKNOWN_STYLE,
     targets_N: np.ndarray | None = None,
 ) -> InferredColumn:
-    """Say what a column is by its values.
+    """Return the kind of a column, inferred from its name and values.
 
-    targets_N: the target as numbers [N] or [N, K], by which codes are told from numbers.
+    values: [N], as read from the source. targets_N: the target as numbers [N] or [N, K], to tell
+    codes from quantities.
     """
     known_N = np.array([not is_missing(value) for value in values], bool)
     known = [value for value, is_known in zip(values, known_N, strict=True) if is_known]
@@ -84,10 +89,10 @@ def infer_column(
     if (lists := read_lists(known)) is not None:
         return _lists(column, lists)
     if isinstance(first, dict | bytes):
-        return InferredColumn(column, None, f"{type(first).__name__} values are of no known kind")
+        return InferredColumn(column, None, f"{type(first).__name__} values are not supported")
     distinct = len({to_text(value).strip() for value in known})
     if INDEX_NAMES.fullmatch(column) and distinct == len(known):
-        return InferredColumn(column, None, "an index of pandas")
+        return InferredColumn(column, None, "a pandas index")
     is_boolean = isinstance(first, bool | np.bool_)
     if distinct == 1:
         share = known_N.mean()
@@ -125,17 +130,17 @@ def infer_column(
     if date is not None:
         return date
     if are_label_lists(known, MAX_LABELS):
-        return InferredColumn(column, "set", f"labels with '{find_separator(known)}' between them")
+        return InferredColumn(column, "set", f"labels separated by '{find_separator(known)}'")
     names = _names(column, known, distinct)
     texts = [value for value in known if isinstance(value, str)]
     share, other = share_of_numbers(texts) if texts else (0.0, "")
     if share >= MOSTLY_NUMBERS:
         count = round((1 - share) * len(texts))
-        numbers = f"all but {count:,} of {len(texts):,} are numbers; {shorten(other)} is not"
+        numbers = f"all but {count:,} of {len(texts):,} are numbers; {shorten(other)} is not one"
         what = numbers if other else MIXED_UNITS
         return replace(names, why=f"{names.why}; {what}")
     if no_date := mostly_dates([text for text in texts if is_word(text)]):
-        return replace(names, why=f"{names.why}; most are dates, {shorten(no_date)} is none")
+        return replace(names, why=f"{names.why}; most are dates, but {shorten(no_date)} is not one")
     return names
 
 
@@ -145,11 +150,11 @@ def _lists(column: str, known: Sequence[Any]) -> InferredColumn:
         return InferredColumn(column, "set", f"lists of {len(set(items))} different texts")
     lengths = {len(value) for value in known}
     if not all(isinstance(item, int | float | np.number) for item in items):
-        return InferredColumn(column, None, "lists of what is neither numbers nor texts")
+        return InferredColumn(column, None, "lists of items other than numbers or texts")
     if not items:
         return InferredColumn(column, None, "empty lists in all records")
     if len(lengths) > 1:
-        why = f"lists of {min(lengths)} to {max(lengths)} numbers; a vector has one length"
+        why = f"lists of {min(lengths)} to {max(lengths)} numbers; vectors need one length"
         return InferredColumn(column, None, why)
     return InferredColumn(column, "vector", f"lists of {lengths.pop()} numbers")
 
@@ -172,11 +177,13 @@ def _number(
     if style.unit:
         options["unit"], why = style.unit, f"{why}, in {style.unit}"
     if style.unit and not has_unit_everywhere:
-        why += " where that stands, and the others alike"
+        why += " where given; values without it are read as the same unit"
     if in_doubt and file_style.decimal == ",":
-        why += f"; features: {{{column}: {{kind: number, decimal: .}}}} reads points as decimal"
+        why += (
+            f"; if its points are decimal, set features: {{{column}: {{kind: number, decimal: .}}}}"
+        )
     elif in_doubt and not file_style.decimal:
-        why += "; if its commas and points are the other way round, give --data.decimal ,"
+        why += "; if its decimal mark is a comma, give --data.decimal ,"
     return InferredColumn(column, "number", why, options)
 
 
@@ -189,17 +196,17 @@ def _date(column: str, known: Sequence[Any], style: FileStyle) -> InferredColumn
     if style.day_first:
         fitting.sort(key=lambda each: not each.startswith("%d"))
     chosen, others = fitting[0], other_orders(fitting)
-    why = f"{chosen}; {' and '.join(others)} fits as well" if others else chosen
+    why = f"{chosen}; {' and '.join(others)} would also fit" if others else chosen
     return InferredColumn(column, "date", why, {"format": chosen})
 
 
 def _names(
     column: str, known: Sequence[Any], distinct: int, why: str | None = None
 ) -> InferredColumn:
-    """What a column of names is: a category, text, or left out as it names records."""
+    """Return the kind of a column of names: category, text, or None if it identifies records."""
     words = float(np.mean([len(to_text(value).split()) for value in known]))
     if not any(character.isalpha() for value in known for character in to_text(value)):
-        words = 1.0  # such as phone numbers
+        words = 1.0  # not words but, for example, phone numbers
     if words >= TEXT_WORDS and distinct > 0.1 * len(known):
         return InferredColumn(column, "text", f"{words:.0f} words on average")
     if distinct > max(MAX_DISTINCT_SHARE * len(known), 20):
@@ -211,8 +218,10 @@ def _names(
 
 
 def _looks_padded(known: Sequence[Any]) -> bool:
-    """Whether digits begin with a 0 that a number would lose, as postal codes do; not a single one
-    among numbers of all lengths."""
+    """Return whether values are zero-padded digits, such as postal codes.
+
+    One padded value is enough if all values have the same length; otherwise MIN_PADDED of them.
+    """
     texts = [value.strip() for value in known if isinstance(value, str)]
     num_padded = sum(PADDED.fullmatch(text) is not None for text in texts)
     alike = len({len(text) for text in texts}) == 1

@@ -1,6 +1,6 @@
-"""Inference of the task: what each column is, and what of a run suits it, found by looking.
+"""Inference of a run's config: task type, kinds of columns, and training defaults for them.
 
-Only what the config leaves open is filled in.
+Only options that the config does not set are filled in. Shapes: N records, K classes or labels.
 """
 
 import sys
@@ -25,31 +25,33 @@ from train.data.warm_start import CompletedConfig, fill_missing
 from train.tasks import TARGETS, InvalidRecord, ValueTarget
 from train.values.records import is_missing
 
+# Number of first records that inference examines.
 LOOKED_AT = 10_000
+# Sources with fewer records use cross-validation and longer training.
 SMALL = 2_000
-# A table of more bytes has some hundred thousand records.
+# A table of this size has some hundred thousand records.
 LARGE_BYTES = 32 << 20
 LOSS = "valid_loss"
-# Parts for cross-validation where records are few.
+# Number of folds in cross-validation of small sources.
 FOLDS = 5
 
 
 def check_source(config: Config) -> None:
-    """See whether the data is there, with the columns that the config names, before Ray starts.
+    """Check, before Ray starts, that the training source exists and has the configured columns.
 
-    Raises UserError that names what is missing.
+    Raises UserError that names the missing source or column.
     """
     data = config.data
-    # A run that begins from a bundle takes the columns from there.
+    # With init, the columns come from the bundle.
     wanted = [config.target, *config.features, *data.drop] if config.init is None else []
     check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter, data.quotes))
 
 
 def complete_config(config: Config) -> CompletedConfig:
-    """Fill in what is left open: the features, the task type, and defaults that suit them.
+    """Fill in the options that are not set: features, task type, and training defaults for them.
 
-    A run that begins from a bundle takes these from the bundle. Raises UserError if the records or
-    the bundle do not allow it.
+    With `init`, features and task type come from the bundle. Raises UserError if an option cannot
+    be inferred from the records or conflicts with the bundle.
     """
     if config.init is None:
         return CompletedConfig(_inferred(config))
@@ -58,10 +60,10 @@ def complete_config(config: Config) -> CompletedConfig:
 
 
 def _inferred(config: Config) -> Config:
-    """Infer from the records what is left open."""
+    """Return the config with unset options inferred from the training records."""
     if config.task is not None and not config.features:
         raise UserError(
-            f"task is '{config.task}', and features are not listed; a task of your own needs them."
+            f"task is '{config.task}', but features are not given; list them for a custom task."
         )
     config = _with_split_folders(config)
     if config.features and config.task_type is not None and _is_settled(config):
@@ -99,7 +101,7 @@ def _inferred(config: Config) -> Config:
         if not found["features"]:
             raise UserError(
                 f"'{config.data.train}' has no column to predict '{config.target}' from: "
-                + ("; ".join(f"{each.column}: {each.why}" for each in chosen) or "it has no other")
+                + ("; ".join(f"{each.column}: {each.why}" for each in chosen) or "no other columns")
             )
     if decisions:
         _show(decisions)
@@ -115,24 +117,24 @@ def _inferred(config: Config) -> Config:
         is_large=source.size_bytes > LARGE_BYTES,
         train_on_valid=config.data.train_on_valid,
     )
-    if config.checkpoint.metric is not None:  # which chooses an epoch of one run
+    if config.checkpoint.metric is not None:  # a configured metric chooses an epoch of a single run
         suited.get("stop", {}).pop("folds", None)
     return validate_config(fill_missing(given, {**suited, **found}))
 
 
 def _with_split_folders(config: Config) -> Config:
-    """Take the folders train, val and test of a folder of images for splits, not for classes."""
+    """Set data.train, valid and test to the split folders of an image folder, if it has any."""
     found, others = split_folders(config.data.train)
     given = {name: getattr(config.data, name) for name in ("valid", "test")}
     if "train" not in found or any(given.values()):
         return config
     print(
-        f"'{config.data.train}' has a folder for each split: " + ", ".join(found.values()),
+        f"'{config.data.train}' has a folder for each split: {', '.join(found.values())}.",
         file=sys.stderr,
     )
     if others:
         print(
-            f"not read, as they are no splits with a folder for each class: {', '.join(others)}",
+            f"Ignored because they are not splits with class folders: {', '.join(others)}.",
             file=sys.stderr,
         )
     data = config.model_dump(mode="json", exclude_unset=True)
@@ -141,7 +143,7 @@ def _with_split_folders(config: Config) -> Config:
 
 
 def _is_settled(config: Config) -> bool:
-    """Whether nothing that `suited` would say is left open."""
+    """Return whether the config sets all options that `suited_defaults` would fill in."""
     kinds = {feature.kind for feature in config.features.values()}
     given = config.model_dump(mode="json", exclude_unset=True)
     suited = suited_defaults(kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid)
@@ -151,10 +153,11 @@ def _is_settled(config: Config) -> bool:
 def suited_defaults(
     kinds: set[str], num_looked_at: int, *, is_large: bool = False, train_on_valid: bool = False
 ) -> dict[str, Any]:
-    """What of a run suits columns of these kinds; the defaults are for images.
+    """Return training options for columns of these kinds; {} for images, as the defaults fit them.
 
-    The epoch is chosen by the validation loss, where records are few by that of folds, and training
-    ends when it no longer falls.
+    The epoch is chosen by validation loss, or by the loss over folds if records are few, and
+    training stops early when that loss no longer falls. num_looked_at: number of records in the
+    sample, about LOOKED_AT at most. is_large: whether the source has more than LARGE_BYTES.
     """
     if "image" in kinds or any(":" in kind for kind in kinds):
         return {}
@@ -170,30 +173,30 @@ def suited_defaults(
         if not small:
             optim |= {"batch_size": 256, "epochs": 100}
         patience = 16
-        if is_large:  # an epoch has steps enough for several of a small table's
+        if is_large:  # one epoch has as many steps as several epochs of a small table
             optim |= {"batch_size": 1024, "epochs": 50}
             patience = 4
     chosen: dict[str, Any] = {
         "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0}
     }
-    if train_on_valid:  # which leaves no records to choose by
+    if train_on_valid:  # no held-out records are left to choose the epoch by
         optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}
         chosen = {"checkpoint": {"metric": LAST}}
-    # In bf16 a number would lose its last digits.
+    # bf16 would round the input numbers.
     return {"optim": optim, "net": net, "precision": "fp32", **chosen}
 
 
 def _target_numbers(
     column: str, values: Sequence[Any] | np.ndarray, task_type: str, style: FileStyle
 ) -> np.ndarray | None:
-    """The target as numbers [N] or as 0 and 1 of its names [N, K], NaN where it is missing."""
+    """Return the target as numbers [N] or 0/1 indicators [N, K], NaN where it is missing."""
     known_N = np.array([not is_missing(value) for value in values], bool)
     known = [value for value, is_known in zip(values, known_N, strict=True) if is_known]
     options = {"decimal": style.decimal} if task_type == ValueTarget.kind else {}
     try:
         target = TARGETS[task_type](column, **options).fit(known)  # type: ignore[call-arg]
         numbers_N = fitting.target_numbers(target, known)
-    except InvalidRecord:  # which is said when the target is fitted to all records
+    except InvalidRecord:  # reported when the target is fitted to all records
         return None
     if numbers_N is None:
         return None
@@ -203,7 +206,7 @@ def _target_numbers(
 
 
 def _show(decisions: Sequence[InferredColumn]) -> None:
-    table = Table("column", "taken as", "because", box=None, header_style="bold")
+    table = Table("column", "used as", "reason", box=None, header_style="bold")
     for each in decisions:
-        table.add_row(each.column, each.kind or "left out", each.why)
+        table.add_row(each.column, each.kind or "not used", each.why)
     Console(stderr=True).print(table)

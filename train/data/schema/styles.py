@@ -1,4 +1,7 @@
-"""How a file writes its values: what reads all of a column's, and what is in doubt."""
+"""Formats of numbers, dates and booleans in text: which ones fit all values of a column.
+
+Shapes: N values.
+"""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from train.tasks.columns.scalars import BOOLEAN_PAIRS, DIGITS_FORMATS, Boolean, 
 from train.values.number_text import MISSING_WORDS, NumberFormat, find_format
 from train.values.records import Columns, to_text
 
-# Other than ISO 8601. The first in which all dates of a column can be read is taken.
+# Date formats other than ISO 8601. The first one that reads all dates of a column is used.
 DATE_FORMATS = (
     *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%y"),
     *("%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M:%S %p"),
@@ -27,20 +30,20 @@ DATE_FORMATS = (
     *("%Y-%m-%d %H:%M:%S UTC", "%Y-%m-%d %H:%M:%S.%f UTC", "%Y-%m-%d %H:%M:%S GMT"),
     *("%d/%b/%Y:%H:%M:%S %z", "%a, %d %b %Y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"),
 )
-# Times of day. Unlike the ratio 4:3 or the score 5:16 they have two digits everywhere.
+# Times of day. Two digits in each part tell them from ratios such as 4:3 and scores such as 5:16.
 TIME = re.compile(r"\s*(\d\d:\d\d(:\d\d(\.\d+)?)?|\d{1,2}:\d\d(:\d\d)?\s*[AaPp][Mm])\s*")
 TIME_FORMATS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M%p", "%I:%M:%S %p")
-# Texts that are tried whether they are dates, and what share of them has to be.
+# `mostly_dates` tests this many texts, and a larger share than this must be dates.
 LOOKED_AT, MOSTLY = 20, 0.7
-# Of dates written as one number.
+# Numbers such as 20241231 are dates only if all years are in this range.
 FIRST_YEAR, LAST_YEAR = 1800, 2099
 
 
 @dataclass(frozen=True)
 class FileStyle:
-    """How a file writes what can be read in two ways; None where nothing in it says.
+    """How a file writes ambiguous values; a field is None if the file gives no evidence.
 
-    decimal: the mark of its numbers, "." or ",". day_first: whether 01/02 is the first of February.
+    decimal: the decimal mark, "." or ",". day_first: whether 01/02 is the first of February.
     """
 
     decimal: str | None = None
@@ -51,14 +54,15 @@ UNKNOWN_STYLE = FileStyle()
 
 
 def infer_style(columns: Columns) -> FileStyle:
-    """Say how a file writes numbers and dates by those of its columns that leave no doubt."""
+    """Return the decimal mark and day order of a file, from its unambiguous columns."""
     marks, first = set(), set()
     for values in columns.values():
         texts = [value for value in values if isinstance(value, str) and is_word(value)]
         if not texts or not any(character.isdigit() for character in texts[0]):
             continue
         found, ambiguous = find_format(texts)
-        # Codes such as 16.125.148 have points, and no fraction.
+        # Without the decimal mark in a text there is no evidence: codes such as 16.125.148 read as
+        # integers with points between thousands.
         if found and not ambiguous and any(found.decimal in text for text in texts):
             marks.add(found.decimal)
         dates = [each for each in fitting_dates(texts) if each in DATE_FORMATS]
@@ -70,17 +74,20 @@ def infer_style(columns: Columns) -> FileStyle:
 
 
 def is_word(text: str) -> bool:
-    """Whether a text is neither blank nor one that stands for a missing value."""
+    """Return whether a text is neither blank nor a word for a missing value, such as NA."""
     return text.strip().lower() not in MISSING_WORDS
 
 
 def _order(date_format: str) -> str:
-    """What a format has first: the day, the month or the year."""
+    """Return which part comes first in a date format: "%d", "%m", "%y", and so on."""
     return date_format[:2].lower()
 
 
 def other_orders(formats: Sequence[str]) -> list[str]:
-    """Of formats that all fit, those that read the same text as another date than the first."""
+    """Return the formats that start with another part than the first format does, one per part.
+
+    Such formats read the same text as a different date.
+    """
     found: dict[str, str] = {}
     for each in formats:
         found.setdefault(_order(each), each)
@@ -90,9 +97,11 @@ def other_orders(formats: Sequence[str]) -> list[str]:
 def read_numbers(
     column: str, known: Sequence[Any], decimal: str | None
 ) -> tuple[np.ndarray | None, tuple[NumberFormat, bool]]:
-    """The numbers of a column, NaN where missing, and their format, with whether it is in doubt.
+    """Return a column's numbers, their format, and whether another format would also fit.
 
-    None in place of the numbers where it holds others or none at all.
+    The numbers are float64 [N], NaN where a value stands for a missing one; None if a value is not
+    a number or none is finite. known: [N], the non-missing values. decimal: decides if both decimal
+    marks fit.
     """
     texts = [value for value in known if isinstance(value, str)]
     found, ambiguous = NumberFormat(), False
@@ -112,14 +121,17 @@ def read_numbers(
 
 
 def fitting_dates(known: Sequence[Any]) -> list[str]:
-    """Return the formats in which all of a column's values are dates, or all are times of day."""
+    """Return the formats that read all values of a column as dates, or all as times of day."""
     are_times = all(isinstance(value, str) and TIME.fullmatch(value) for value in known)
     formats = TIME_FORMATS if are_times else DATE_FORMATS
     return [form for form in formats if read_all(Date("date", form), known) is not None]
 
 
 def mostly_dates(texts: Sequence[str]) -> str | None:
-    """Return the first text that is no date among those of which most are, by their first ones."""
+    """Return the first text that is not a date if most others are, in one format; else None.
+
+    Whether most are dates is tested on the first LOOKED_AT texts.
+    """
     for form in (None, *DATE_FORMATS):
         date = Date("date", form)
         if sum(_is_date(date, text) for text in texts[:LOOKED_AT]) > LOOKED_AT * MOSTLY:
@@ -132,7 +144,10 @@ def _is_date(date: Date, text: str) -> bool:
 
 
 def digits_format(known: Sequence[Any], numbers_N: np.ndarray) -> str | None:
-    """Return the format of whole numbers that are dates, such as 20241231; None if they are not."""
+    """Return the format of integers that are dates, such as 20241231; None if they are not.
+
+    known: the values as written. numbers_N: float64 [N], the same values as numbers.
+    """
     for form, after_year in zip(DIGITS_FORMATS, (1e4, 1e10), strict=True):
         years_N = numbers_N // after_year
         if len(years_N) and years_N.min() >= FIRST_YEAR and years_N.max() <= LAST_YEAR:
@@ -142,6 +157,7 @@ def digits_format(known: Sequence[Any], numbers_N: np.ndarray) -> str | None:
 
 
 def read_all(kind: Number | Boolean | Date, known: Sequence[Any]) -> np.ndarray | None:
+    """Return the finite values, float64 [M], M ≤ N; None if there are none or one is unreadable."""
     try:
         values_N = kind.read(known)
     except InvalidRecord:
@@ -151,9 +167,9 @@ def read_all(kind: Number | Boolean | Date, known: Sequence[Any]) -> np.ndarray 
 
 
 def are_booleans(known: Sequence[Any]) -> bool:
-    """Whether all are words for true and false, and not all of them digits.
+    """Return whether all values are words for true and false, and not only the digits 0 and 1.
 
-    T and N, or F alone, are letters of another meaning.
+    For each word the opposite one must occur too: T and N, or F alone, may mean something else.
     """
     found = {to_text(value).strip().lower() for value in known if not isinstance(value, bytes)}
     pairs = [{true, false} for true, false in BOOLEAN_PAIRS if {true, false} <= found]
