@@ -90,7 +90,7 @@ class Augmentation:
         draws = random_stream(self._seed, key, "mix")
         order_B = torch.from_numpy(draws.permutation(len(targets_B))).to(targets_B.device)
         others_BHWC, others_B = images_BHWC[order_B], targets_B[order_B]
-        # If both are configured, each is used for half of the batches.
+        # If both are configured, each batch uses one of them with equal probability.
         if config.cutmix and (not config.mixup or draws.random() < 0.5):
             rows, columns = _box(
                 images_BHWC.shape[1:3], draws.beta(config.cutmix, config.cutmix), draws

@@ -28,8 +28,8 @@ UNREAD_SIGNATURES = (b"GIF8", b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ")
 HEIF = b"ftyp"
 # Larger pictures are rejected by their header, before any pixel is decoded.
 MAX_PIXELS = 4096 * 4096
-# Decoding a progressive JPEG takes one pass over all pixels per scan. Encoders write about ten; a
-# file with thousands would keep the decoder busy for minutes.
+# Decoding a progressive JPEG takes one pass over all pixels per scan. Encoders write about ten
+# scans; a crafted file with thousands would block the decoder.
 SCAN, MAX_SCANS = b"\xff\xda", 64
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"}
 # EXIF tag of the orientation. Values 5 to 8 swap height and width.

@@ -14,8 +14,8 @@ MIN_REPEATS, MIN_SHARE = 3, 0.001
 FAR, VERY_FAR = 1.0, 10.0
 MOST_SENTINELS = 4
 USUAL = re.compile(r"-?(9{2,}|1e[0-9]+|10{4,}|2147483647|2147483648|9223372036854775807)")
-# With fewer distinct values than this, only NINES can be sentinels: in doses of 5, 10 and 100, the
-# 100 is not one.
+# With fewer distinct values than this, only NINES and values beyond ±1e30 can be sentinels: in
+# doses of 5, 10 and 100, the 100 is not one.
 FEW = 10
 NINES = re.compile(r"-?9{2,}")
 # Values further than this many interquartile ranges beyond the quartiles are clipped to there.

@@ -92,7 +92,7 @@ def _records(stream: BinaryIO) -> Iterator[Mapping[str, Any]]:
         if not isinstance(record, dict):
             raise ValueError(
                 f"line {number} is a JSON {type(record).__name__}; expected one object per line, "
-                "as jq -c '.[]' writes an array"
+                "as jq -c '.[]' writes from an array"
             )
         yield flatten_record(record)
 

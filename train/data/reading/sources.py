@@ -249,7 +249,7 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
 
 
 def batch_columns(batch: pa.RecordBatch) -> Columns:
-    """Return a batch's columns: numbers and dates as arrays, integers with nulls etc. as lists."""
+    """Return columns: floats, timestamps, integers without nulls as arrays; other types as lists."""
     return {name: _values(column) for name, column in zip(batch.schema.names, batch, strict=True)}
 
 

@@ -35,7 +35,7 @@ EXACT = 2.0**53
 # In standard errors: numbers are codes if the target is predicted this much better from each value
 # than from ranges of values.
 MIN_GAIN = 4.0
-# Least share of the integers between smallest and largest that consecutive codes use.
+# Nearly consecutive codes cover more than this share of the integers in their range.
 MIN_DENSITY = 0.8
 # With fewer distinct values, the piecewise encoding of numbers already separates them.
 MIN_CODES = 20

@@ -15,7 +15,8 @@ from train.tasks.columns.scalars import BOOLEAN_PAIRS, DIGITS_FORMATS, Boolean, 
 from train.values.number_text import MISSING_WORDS, NumberFormat, find_format
 from train.values.records import Columns, to_text
 
-# Date formats other than ISO 8601. The first one that reads all dates of a column is used.
+# Date formats other than ISO 8601. The first one that reads all dates of a column is used, or the
+# first with the day in front if other columns of the file show that order.
 DATE_FORMATS = (
     *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%y"),
     *("%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %I:%M:%S %p"),
