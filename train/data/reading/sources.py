@@ -249,7 +249,7 @@ def check_columns(url: str, wanted: Sequence[str], names: Sequence[str]) -> None
 
 
 def batch_columns(batch: pa.RecordBatch) -> Columns:
-    """Return columns: floats, timestamps, integers without nulls as arrays; other types as lists."""
+    """Return columns: floats, timestamps and integers without nulls as arrays, others as lists."""
     return {name: _values(column) for name, column in zip(batch.schema.names, batch, strict=True)}
 
 
