@@ -28,6 +28,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     ready: str = "/v2/health/ready",
     tls: ssl.SSLContext | None = None,
+    cwd: Path = REPOSITORY,
 ) -> subprocess.Popen[bytes]:
     """Start the server; its output goes to `log`. Returns once the path `ready` answers 200.
 
@@ -41,7 +42,7 @@ def start(
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=cwd,
             env={**os.environ, **(environment or {})},
             stdout=file,
             stderr=subprocess.STDOUT,

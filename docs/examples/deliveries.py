@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-START = datetime(2025, 1, 6, 8)
+START, YEAR = datetime(2025, 1, 1), timedelta(days=365)
 COURIERS = ("Ada", "Ben", "Cem", "Dot", "Eli")
 # Additional risk of delay of each courier, in the logit.
 SLOWNESS = (0.0, 0.2, -0.3, 0.9, 0.0)
@@ -21,11 +21,11 @@ COLUMNS = ("ordered", "courier", "weather", "distance_km", "items", "delayed")
 
 
 def make_deliveries(rows: int, seed: int, rain: float) -> list[dict[str, object]]:
-    """Return deliveries in the order of their time. rain: fraction of them in rain."""
+    """Return the deliveries of one year, by time. rain: fraction of them in rain."""
     rng = np.random.default_rng(seed)
     deliveries: list[dict[str, object]] = []
     for number in range(rows):
-        ordered = START + timedelta(minutes=17 * number)
+        ordered = START + YEAR * number / rows
         courier = int(rng.integers(len(COURIERS)))
         is_wet = bool(rng.random() < rain)
         distance_km = float(rng.gamma(2.0, 2.5))
