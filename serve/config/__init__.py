@@ -1,4 +1,4 @@
-"""Every option of a server."""
+"""All options of `serve run`."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,50 +37,87 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
-# Resolved by the process that reads the options: others may have another current directory.
+# Made absolute by the process that reads the options, because replicas may run in another
+# current directory.
 StoragePath = Annotated[str, AfterValidator(storage.resolve_path)]
 
 
 class ServeConfig(ServeSection):
-    """What `serve run serve.app key=value …` accepts."""
+    """Options of `serve run serve.app key=value …`, also as `args` of a Ray Serve config file."""
 
     model: str = Field(
         "models:/digits@production",
         min_length=1,
-        description="models:/NAME@ALIAS, models:/NAME/VERSION, or the location of a bundle.",
+        description="Model to serve: models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URL "
+        "of a bundle. When an alias moves to another version, the server loads that version.",
     )
     extra_versions: Names = Field(
-        (), description="Versions and aliases to serve beside the default one: candidate,2."
+        (),
+        description="Further versions and aliases of the model to serve, such as candidate,2, at "
+        "/v2/models/NAME/versions/VERSION.",
     )
     variant: str | None = Field(
-        None, description="Variant to serve; the bundle's default when not given."
+        None,
+        description="Variant to serve, one that the gate accepted. By default the bundle's default "
+        "variant, or fp32 if it runs clearly faster on this machine.",
     )
     storage: StoragePath = Field(
-        "runs", validate_default=True, description="Storage path whose registry has the model."
+        "runs",
+        validate_default=True,
+        description="Storage path, a directory or fsspec URL, that holds the registry. The server "
+        "writes its request log, audit log and serving state below it.",
     )
     replicas: str = Field(
-        "1", description="Number of replicas, or MIN-MAX; 0-MAX scales to zero when idle."
+        "1",
+        description="Number of replicas, or MIN-MAX to scale with the load. 0-MAX scales to zero "
+        "when idle; the next request then waits until a replica has started.",
     )
-    threads: int = Field(1, ge=1, le=256, description="Threads of each replica's engine.")
+    threads: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="CPU threads of each replica's engine, and the cores that Ray reserves for it. "
+        "Raise it for large models; for many small requests, raise replicas instead.",
+    )
     shadow: float = Field(
-        0, ge=0, le=1, description="Fraction of requests that are copied to the candidate."
+        0,
+        ge=0,
+        le=1,
+        description="Fraction of requests that are copied to the candidate version; its "
+        "predictions are compared with production's and never returned. 0 skips this phase. Needs "
+        "log.sample_rate > 0.",
     )
     canary: float = Field(
-        0, ge=0, le=1, description="Fraction of clients whose requests the candidate answers."
+        0,
+        ge=0,
+        le=1,
+        description="Fraction of clients, by API key or X-Client-Id, that the candidate version "
+        "answers, after the shadow phase if there is one. 0 skips this phase. Needs "
+        "log.sample_rate > 0.",
     )
     plugins: Names = Field(
         (),
-        description="Modules whose classes a model may name: my_package, and what is below it. "
-        "A model is data; code that it names is imported only from these.",
+        description="Modules whose classes a model may name; my_package includes its submodules. "
+        "Classes are imported from these modules only. Set it for models with tasks, encoders or "
+        "networks of your own.",
     )
-    host: str = Field(HOST, min_length=1, description="Address to listen on.")
+    host: str = Field(
+        HOST,
+        min_length=1,
+        description="Address to listen on. The default accepts connections from this machine only; "
+        "0.0.0.0 accepts them from other machines.",
+    )
     port: int = Field(HTTP_PORT, ge=1, le=65535, description="HTTP port.")
-    grpc_port: int = Field(GRPC_PORT, ge=0, le=65535, description="gRPC port; 0 is none.")
+    grpc_port: int = Field(GRPC_PORT, ge=0, le=65535, description="gRPC port; 0 turns gRPC off.")
     access_log: Literal["all", "errors", "none"] = Field(
-        "all", description="Requests to write to the access log, JSON lines in Ray's session logs."
+        "all",
+        description="Requests to write to the access log, JSON lines in Ray's session logs: all, "
+        "errors (status 400 and above) or none.",
     )
     traces: str | None = Field(
-        None, description="OTLP endpoint (http://HOST:4318/v1/traces) that traces are sent to."
+        None,
+        description="OTLP endpoint to send a trace of each request to, such as "
+        "http://HOST:4318/v1/traces. Off by default. Needs pip install 'halyard[traces]'.",
     )
     autoscaling: AutoscalingOptions = AutoscalingOptions()
     batching: BatchingOptions = BatchingOptions()
@@ -98,13 +135,13 @@ class ServeConfig(ServeSection):
         if match is None and (not value.isdecimal() or not 1 <= int(value) <= 1000):
             raise ValueError("expected a number from 1 to 1000, or MIN-MAX such as 1-4")
         if match and not 0 <= int(match[1]) < int(match[2]) <= 1000:
-            raise ValueError("the first of MIN-MAX must be less than the second, at most 1000")
+            raise ValueError("expected MIN-MAX with MIN less than MAX, and MAX at most 1000")
         return value
 
     @model_validator(mode="after")
     def _tls_whole(self) -> "ServeConfig":
         if (self.security.tls_cert is None) != (self.security.tls_key is None):
-            raise ValueError("security.tls_cert and security.tls_key go together")
+            raise ValueError("security.tls_cert and security.tls_key must be given together")
         if self.security.tls_client_ca and not self.security.tls_cert:
             raise ValueError("security.tls_client_ca needs security.tls_cert and security.tls_key")
         return self
@@ -114,26 +151,34 @@ class ServeConfig(ServeSection):
         if (self.shadow or self.canary) and not self.model.endswith("@production"):
             raise ValueError("shadow and canary need model=models:/NAME@production")
         if (self.shadow or self.canary) and not self.log.sample_rate:
-            raise ValueError("shadow and canary need log.sample_rate; feedback on the log decides")
+            raise ValueError(
+                "shadow and canary need log.sample_rate > 0, because they decide by feedback on "
+                "logged requests"
+            )
         if (self.shadow or self.canary) and "candidate" in self.extra_versions:
-            raise ValueError("shadow and canary find the candidate; leave it out of extra_versions")
+            raise ValueError(
+                "shadow and canary load the candidate; remove candidate from extra_versions"
+            )
         return self
 
     @property
     def phases(self) -> list[tuple[str, float]]:
-        """What a candidate goes through, with its share, in order."""
+        """Phases of a rollout in order, each with its fraction of requests or clients."""
         found = [("shadow", self.shadow), ("canary", self.canary)]
         return [(phase, share) for phase, share in found if share]
 
     @property
     def replica_range(self) -> tuple[int, int]:
-        """Least and most replicas; equal without autoscaling."""
+        """Minimum and maximum number of replicas; equal without autoscaling."""
         match = RANGE.fullmatch(self.replicas)
         return (int(match[1]), int(match[2])) if match else (int(self.replicas),) * 2
 
     @property
     def of_a_replica(self) -> "ServeConfig":
-        """Without what is not a replica's: that may change, and the replicas that run stay."""
+        """These options, with defaults for those that a replica does not use.
+
+        Ray Serve restarts replicas whose options change; changes of the others restart nothing.
+        """
         fields = type(self).model_fields
         outside = ("replicas", "autoscaling")
         return self.model_copy(update={name: fields[name].default for name in outside})
@@ -146,7 +191,7 @@ class ServeConfig(ServeSection):
 
     @property
     def references(self) -> list[str]:
-        """`model`, and the others to serve beside it, in the words of the registry."""
+        """Registry references of all versions to serve, `model` first."""
         name = re.split(r"[@/]", self.model.removeprefix("models:/"))[0]
         return [
             self.model,
@@ -158,10 +203,11 @@ class ServeConfig(ServeSection):
 
 
 class GatewayConfig(ServeSection):
-    """What the gateway of several models accepts."""
+    """Options of the gateway of several models; see serve/configs/multi.yaml."""
 
     models: list[str] = Field(
-        min_length=1, description="Applications of models, named as their models are."
+        min_length=1,
+        description="Applications that serve the models. Each has the name of its model.",
     )
     security: AccessOptions = AccessOptions()
     limits: BodyLimits = BodyLimits()
@@ -171,20 +217,20 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 def set_bundle_policy(modules: Sequence[str], root: str, public_keys: Sequence[str]) -> None:
-    """Let this process import classes that a model names, of some modules, and load bundles that
-    one of the keys has signed; any for no keys.
+    """Set which modules this process imports for models, and which signatures bundles need.
 
-    root: the storage path, absolute, below which nothing is imported. Raises UserError where a key
-    cannot be used.
+    modules: those whose classes a model may name. root: the absolute storage path; nothing below it
+    is imported. public_keys: PEM files; without any, bundles need no signature. Raises UserError if
+    a key cannot be read.
     """
     plugins.allow_modules(modules, storage=None if storage.is_url(root) else root)
     signature.require(public_keys)
 
 
 def validate_options(values: Mapping[str, Any]) -> ServeConfig:
-    """Raises UserError for the first key that is unknown or wrong."""
+    """Return a server's options. Raises UserError for the first unknown or invalid one."""
     given = dict(values)
-    # A config file has numbers and lists where a command line has words.
+    # A config file has numbers and lists where a command line has strings.
     if isinstance(given.get("replicas"), int):
         given["replicas"] = str(given["replicas"])
     if isinstance(given.get("extra_versions"), int):
@@ -199,7 +245,7 @@ def validate_options(values: Mapping[str, Any]) -> ServeConfig:
 
 
 def validate_gateway_options(values: Mapping[str, Any]) -> GatewayConfig:
-    """Raises UserError for the first key that is unknown or wrong."""
+    """Return a gateway's options. Raises UserError for the first unknown or invalid one."""
     return _validated(values, GatewayConfig)
 
 
@@ -212,7 +258,7 @@ def _names(kind: type[BaseModel]) -> Iterator[str]:
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give `section.option` to its section."""
+    """Return the values with each `section.option` inside its section."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         section, dot, option = key.partition(".")
@@ -234,7 +280,7 @@ def _validated(values: Mapping[str, Any], kind: type[Options]) -> Options:
         problem = problem[0].lower() + problem[1:]
         if first["type"] == "extra_forbidden":
             known = ", ".join(_names(kind))
-            raise UserError(f"unknown option '{key}'; accepted are {known}.") from error
+            raise UserError(f"unknown option '{key}'; accepted options are {known}.") from error
         if first["type"] in ("model_type", "model_attributes_type"):
             raise UserError(f"'{key}' is a section; give {key}.OPTION=VALUE.") from error
         if not key:

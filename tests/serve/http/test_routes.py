@@ -313,9 +313,9 @@ def test_keys_open_what_they_are_for(bundle):
     [
         ({"replica": "2"}, "replicas"),
         ({"replicas": "two"}, "two"),
-        ({"replicas": "3-2"}, "first of MIN-MAX"),
+        ({"replicas": "3-2"}, "MIN less than MAX"),
         ({"threads": "0"}, "threads"),
-        ({"security.tls_cert": "a"}, "go together"),
+        ({"security.tls_cert": "a"}, "must be given together"),
         ({"security.tls_client_ca": "a"}, "needs security.tls_cert"),
         ({"model": "/some/path", "extra_versions": "2"}, "registered model"),
         ({"limits": "1024"}, "limits.OPTION=VALUE"),
