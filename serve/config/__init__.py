@@ -64,8 +64,8 @@ class ServeConfig(ServeSection):
     storage: StoragePath = Field(
         "runs",
         validate_default=True,
-        description="Storage path, a directory or fsspec URL, that holds the registry. The server "
-        "writes its request log, audit log and serving state below it.",
+        description="Directory or URL of the storage that contains the registry. The server writes "
+        "its request log, audit log and serving state there.",
     )
     replicas: str = Field(
         "1",
@@ -97,9 +97,8 @@ class ServeConfig(ServeSection):
     )
     plugins: Names = Field(
         (),
-        description="Modules whose classes a model may name; my_package includes its submodules. "
-        "Classes are imported from these modules only. Set it for models with tasks, encoders or "
-        "networks of your own.",
+        description="Modules from which the model's custom classes may be imported; my_package "
+        "includes its submodules. Set it for models with tasks, encoders or networks of your own.",
     )
     host: str = Field(
         HOST,

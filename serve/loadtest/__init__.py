@@ -1,9 +1,9 @@
-"""Load tests of HTTP inference servers: what a server gives, how late, and what it refuses.
+"""Load tests of HTTP inference servers: throughput, latency, refused and failed requests.
 
 `python -m serve.loadtest URL [options]`, or from Python:
 
-    target = Target(url, [request(url, "/predict", body=image, content_type="image/png")])
-    report = run(target, Poisson(rate_per_s=200), duration_s=10)
+    request = build_request(url, "/predict", body=image, content_type="image/png")
+    report = run_load(LoadTarget(url, [request]), PoissonLoad(rate_per_s=200), duration_s=10)
     print(report.ok_per_s, report.latency_ms["p99"])
 """
 

@@ -1,4 +1,4 @@
-"""`python -m serve.loadtest URL [options]`: see the package."""
+"""The command `python -m serve.loadtest URL [options]`."""
 
 import sys
 from collections.abc import Sequence
@@ -22,59 +22,83 @@ MAX_SHOWN = 300
 
 
 class LoadTestOptions(CommandOptions):
-    """Load an HTTP inference server and report how many answers arrived, and how late."""
+    """Send load to an HTTP inference server and report throughput, latency and errors."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.loadtest")
 
-    url: CliPositionalArg[str] = Field(description="The server, http://HOST:PORT.")
+    url: CliPositionalArg[str] = Field(description="URL of the server, http://HOST:PORT.")
     connections: int | None = Field(
         None,
         ge=1,
         le=10_000,
-        description=f"Closed loop: each sends its next request when it has its answer "
-        f"({CLOSED_CONNECTIONS}). With --rate: most that are open at once ({OPEN_CONNECTIONS}).",
+        description="Without --rate, a closed loop: connections that each send the next request "
+        f"after the response to the last (default {CLOSED_CONNECTIONS}). With --rate: maximum open "
+        f"connections (default {OPEN_CONNECTIONS}).",
     )
     rate: float | None = Field(
-        None, gt=0, le=1e6, description="Poisson arrivals, requests/s; with --find-rate, the first."
+        None,
+        gt=0,
+        le=1e6,
+        description="Requests per second, as Poisson arrivals that do not wait for responses. With "
+        "--find-rate, the rate to start from.",
     )
-    duration: float = Field(10, gt=0, le=86_400, description="Seconds that are measured.")
-    warmup: float = Field(3, ge=0, le=3600, description="Seconds before, left out.")
-    timeout: float = Field(10, gt=0, le=3600, description="Seconds that a request may take.")
+    duration: float = Field(10, gt=0, le=86_400, description="Measured time in seconds.")
+    warmup: float = Field(
+        3, ge=0, le=3600, description="Seconds of load before the measured time, not reported."
+    )
+    timeout: float = Field(
+        10, gt=0, le=3600, description="Seconds after which a request counts as a timeout."
+    )
     retry: int = Field(
-        0, ge=0, le=100, description="Tries again after a failed connection or a 503."
+        0, ge=0, le=100, description="Retries of a request after a failed connection or a 503."
     )
-    seed: int = Field(0, ge=0, description="Of arrivals and of random requests.")
-    p99: float | None = Field(None, gt=0, description="Milliseconds that count as in time.")
+    seed: int = Field(0, ge=0, description="Random seed of arrivals and of request contents.")
+    p99: float | None = Field(
+        None,
+        gt=0,
+        description="Latency bound in milliseconds: successful responses within it are counted. "
+        "Required by --find-rate.",
+    )
     find_rate: bool = Field(
         False,
-        description="Find the highest Poisson rate at which 99 % of all requests are in time.",
+        description="Find the highest Poisson rate at which 99 % of all requests succeed within "
+        "--p99.",
     )
     model: str | None = Field(
-        None, min_length=1, description="Model to ask; the one that /v2/models names if not given."
+        None,
+        min_length=1,
+        description="Model to send random requests to; default: the only one in /v2/models.",
     )
-    rows: int = Field(1, ge=1, le=100_000, description="Random rows in each request to a model.")
-    pool: int = Field(64, ge=1, le=10_000, description="Different requests of random rows.")
+    rows: int = Field(1, ge=1, le=100_000, description="Rows of random values in each request.")
+    pool: int = Field(
+        64, ge=1, le=10_000, description="Number of different random requests, sent in turn."
+    )
     path: str | None = Field(
-        None, description="For any other server: the path, asked by POST with --body, else by GET."
+        None,
+        description="Path to request instead of a model's, for other servers: POST with --body, "
+        "otherwise GET.",
     )
     body: list[Path] = Field(
-        [], description="File to post to --path; several, given one by one, are sent in turn."
+        [], description="File to post to --path. May be repeated; the files are sent in turn."
     )
-    content_type: str = Field(targets.BYTES, description="Of --body.")
+    content_type: str = Field(targets.BYTES, description="Content-Type of --body.")
     header: list[str] = Field(
-        [], description='"Name: value", sent with each request; may be repeated.'
+        [], description='Header "Name: value" of each request. May be repeated.'
     )
-    api_key: str | None = Field(None, description="Sent as 'Authorization: Bearer …'.")
-    picture: Path | None = Field(None, description="PNG to draw latencies and throughput into.")
+    api_key: str | None = Field(None, description="API key, sent as 'Authorization: Bearer KEY'.")
+    picture: Path | None = Field(
+        None, description="PNG file to write plots of latency and throughput to."
+    )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the command; return the figures that it prints. Raises UserError and CommandFailed."""
     options = parse(argv)
     target = _target(options)
     status, answer = targets.send_first(target, options.timeout)
     if not 200 <= status < 300:
         shown = " ".join(answer.decode(errors="replace").split())[:MAX_SHOWN]
-        _tell(f"warning: the first answer is {status}: {shown}")
+        _tell(f"warning: the first response has status {status}: {shown}")
     if options.find_rate:
         return _find_rate(options, target)
     report = _measure(options, target, _load(options))
@@ -83,27 +107,27 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str]) -> LoadTestOptions:
-    """Raises UserError with one line that names the option."""
+    """Return the options of a command line. Raises UserError, which names the invalid option."""
     options = parse_options(LoadTestOptions, argv, verbatim=("--body", "--header"))
     _check(options)
     return options
 
 
 def _check(options: LoadTestOptions) -> None:
-    """Raises UserError for options that do not go together."""
+    """Raise UserError for options that cannot be combined."""
     targets.split_url(options.url)
     if options.find_rate and options.p99 is None:
-        raise UserError("--find-rate needs the bound: give --p99 MILLISECONDS.")
+        raise UserError("--find-rate needs a latency bound: give --p99 MILLISECONDS.")
     if options.body and options.path is None:
-        raise UserError("--body needs the path to post to: give --path, such as /predict.")
+        raise UserError("--body needs a path to post to: give --path, such as /predict.")
     if options.path is not None and not options.path.startswith("/"):
         raise UserError(f"--path is '{options.path[:100]}'; it must begin with /.")
     if options.path is not None and options.model is not None:
-        raise UserError("give --model, or --path for a server of another kind; not both.")
-    # Before the run, not after it.
+        raise UserError("give either --model or, for another kind of server, --path; not both.")
+    # Checked before the run, so that a mistake does not cost its results.
     drawn = options.picture
     if drawn is not None and not (drawn.suffix == ".png" and drawn.parent.is_dir()):
-        raise UserError(f"--picture is '{drawn}'; expected a name.png in a folder that is there.")
+        raise UserError(f"--picture is '{drawn}'; expected a .png file in an existing folder.")
 
 
 def _target(options: LoadTestOptions) -> LoadTarget:
@@ -180,7 +204,7 @@ def _find_rate(options: LoadTestOptions, target: LoadTarget) -> dict[str, Any]:
         _tell,
     )
     if search.best is None:
-        _tell(f"no rate held a p99 of {options.p99:g} ms")
+        _tell(f"at no rate did 99 % of the requests succeed within {options.p99:g} ms")
         return {"find_rate": search.as_dict()}
     _show(options, search.best)
     return {**search.best.as_dict(options.p99), "find_rate": search.as_dict()}
@@ -189,7 +213,7 @@ def _find_rate(options: LoadTestOptions, target: LoadTarget) -> dict[str, Any]:
 def _show(options: LoadTestOptions, report: LoadTestReport) -> None:
     _tell(report.table(options.p99))
     if options.picture is not None:
-        # Imported here: it takes half a second, and most runs draw nothing.
+        # Imported here because matplotlib takes half a second and most runs draw nothing.
         from serve.loadtest import plot
 
         plot.plot_load_test(report, options.picture, options.p99)

@@ -1,4 +1,4 @@
-"""Wake-ups at exact times: event loops round their timers to whole milliseconds."""
+"""Exact timers, because event loops round theirs to whole milliseconds."""
 
 import asyncio
 import ctypes
@@ -12,14 +12,16 @@ CLOCK_MONOTONIC, TFD_NONBLOCK, TFD_TIMER_ABSTIME = 1, 0o4000, 1
 
 
 class Timer(Protocol):
+    """A timer that calls a function at a set time."""
+
     def at(self, when_s: float) -> None:
-        """Call back once at this time of time.monotonic(); it replaces what was set before."""
+        """Set the time of the next call, by time.monotonic(); replaces an earlier setting."""
 
     def close(self) -> None: ...
 
 
 def create_timer(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Timer:
-    """Return the most exact alarm of this system."""
+    """Return the most exact timer that this system has."""
     if hasattr(ctypes.CDLL(None), "timerfd_create"):
         return KernelTimer(loop, call)
     return LoopTimer(loop, call)
@@ -37,7 +39,7 @@ class _Times(ctypes.Structure):
 
 
 class KernelTimer:
-    """By Linux's timerfd, within some 50 microseconds."""
+    """A timer by Linux's timerfd, exact to about 50 microseconds. Raises OSError if it fails."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         self._loop, self._call = loop, call
@@ -48,7 +50,7 @@ class KernelTimer:
         loop.add_reader(self._file, self._ring)
 
     def at(self, when_s: float) -> None:
-        # A time that has passed rings at once; zero would mean never.
+        # A time in the past fires at once; zero would disarm the timer.
         seconds, nanoseconds = divmod(max(1, round(when_s * 1e9)), 1_000_000_000)
         times = _Times(0, 0, seconds, nanoseconds)
         self._libc.timerfd_settime(self._file, TFD_TIMER_ABSTIME, ctypes.byref(times), None)
@@ -63,7 +65,7 @@ class KernelTimer:
 
 
 class LoopTimer:
-    """By the event loop's timers: a millisecond early or late."""
+    """A timer by the event loop, exact to a millisecond."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         self._loop, self._call = loop, call

@@ -1,7 +1,7 @@
-"""The client: one event loop, plain connections, requests as bytes.
+"""The load test's client: one event loop that sends prepared bytes over plain connections.
 
-It shares the machine with what it measures, so what it does for a request is kept to little:
-parsing is httptools', and a request is an entry of a list when it is done.
+The client may share the machine with the server that it measures, so it does little per request:
+httptools parses responses, and a finished request is one tuple in a list.
 """
 
 import asyncio
@@ -24,12 +24,13 @@ try:
     import uvloop
 
     new_loop = uvloop.new_event_loop
-except ImportError:  # not on Windows; the same, slower
+except ImportError:  # uvloop does not exist for Windows; asyncio's loop is slower
     pass
 
-# Requests that took too long are looked for this often.
+# Interval of the search for requests that have timed out.
 TICK_S = 0.1
-# Before another try: this, doubled with each, at most the last, and what Retry-After says.
+# Delay before a retry: BACKOFF_S, doubled with each retry up to MAX_BACKOFF_S, and at least the
+# response's Retry-After, up to MAX_RETRY_AFTER_S.
 BACKOFF_S, MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 0.1, 2.0, 5.0
 
 clock = time.monotonic
@@ -45,11 +46,11 @@ def run_load(
     retries: int = 0,
     seed: int = 0,
 ) -> LoadTestReport:
-    """Load a server and return what was measured after the warm-up.
+    """Send load to a server and return what was measured after the warm-up.
 
-    timeout_s: longest that a request may take, waiting and all its tries included; so the run
-    takes at most warmup_s + duration_s + timeout_s. retries: tries again after a connection that
-    failed or a 503.
+    timeout_s: limit for a request, including its wait and its retries; so the run takes at most
+    warmup_s + duration_s + timeout_s. retries: maximum retries of a request after a failed
+    connection or a 503.
     """
     with asyncio.Runner(loop_factory=new_loop) as runner, pause_gc():
         client = _Client(target, load, timeout_s, retries)
@@ -69,7 +70,7 @@ def run_load(
 
 @contextmanager
 def pause_gc() -> Iterator[None]:
-    """Keep the collector of cycles out: it would hold up requests by tens of milliseconds."""
+    """Disable garbage collection of cycles, which would delay requests by tens of milliseconds."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -80,9 +81,9 @@ def pause_gc() -> Iterator[None]:
 
 
 class _Job:
-    """One request on its way.
+    """One request in progress.
 
-    due_s: when it is to be sent, by the clock. retries: how often it was tried again.
+    due_s: when it is to be sent, by `clock`. retries: how often it was retried.
     """
 
     __slots__ = ("due_s", "request", "retries")
@@ -108,7 +109,7 @@ class _Connection(asyncio.Protocol):
         self.transport.write(job.request)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not asserted: uvloop's is of no class of asyncio's.
+        # Cast, not asserted: uvloop's transports do not inherit from asyncio's classes.
         self.transport = cast(asyncio.Transport, transport)
         self._client.connected(self)
 
@@ -116,7 +117,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
-            raise  # a mistake of this file
+            raise  # a bug in this module
         except httptools.HttpParserError:
             self.transport.abort()
 
@@ -126,7 +127,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         job, self.job = self.job, None
-        if job is None:  # unasked: servers tell idle clients so that they close
+        if job is None:  # a response without a request: servers send one before they close
             self.transport.abort()
             return
         retry_after, self._retry_after = self._retry_after, None
@@ -141,7 +142,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Client:
-    """Sends what the load says over as many connections as it needs and may open."""
+    """Sends the requests of a load over as many connections as it needs and may open."""
 
     def __init__(self, target: LoadTarget, load: Load, timeout_s: float, retries: int) -> None:
         self._target, self._load = target, load
@@ -151,13 +152,13 @@ class _Client:
         self.num_opened = 0
         self._num_sent = 0
         self._connections: set[_Connection] = set()
-        # Used as a stack: few connections stay busy, the others are closed by the server.
+        # Used as a stack, so that few connections stay busy and the server closes the others.
         self._idle: dict[_Connection, None] = {}
         self._opening: set[asyncio.Task[None]] = set()
         self._waiting: deque[_Job] = deque()
 
     async def run(self, warmup_s: float, duration_s: float, seed: int) -> float:
-        """Load the server for that long and wait for the last answer; return the time of start."""
+        """Run the load and wait for the last outcome; return the time of the start."""
         self._loop = asyncio.get_running_loop()
         self._address, self._tls = self._target.address, self._target.tls
         ended = asyncio.Event()
@@ -193,7 +194,7 @@ class _Client:
             self._grow()
 
     def _grow(self) -> None:
-        """Open connections for those that wait, as far as allowed."""
+        """Open connections for waiting requests, up to the load's maximum."""
         room = self._load.connections - len(self._connections) - len(self._opening)
         for _ in range(min(room, len(self._waiting) - len(self._opening))):
             task = self._loop.create_task(self._open())
@@ -243,11 +244,11 @@ class _Client:
             self._finish(job, Outcome.CONNECTION_ERROR)
 
     def _try_again(self, job: _Job, retry_after: bytes | None) -> bool:
-        """Send a request again later; return whether it still may and has the time."""
+        """Schedule a retry; return False if no retry or no time is left for one."""
         if job.retries == self._retries:
             return False
         delay_s = min(BACKOFF_S * 2**job.retries, MAX_BACKOFF_S)
-        # Spread: those that were refused together do not come back together.
+        # Jitter, so that requests that were refused together do not return together.
         delay_s *= random.uniform(0.5, 1)
         if retry_after is not None and retry_after.isdigit():
             delay_s = max(delay_s, min(int(retry_after), MAX_RETRY_AFTER_S))
@@ -262,18 +263,18 @@ class _Client:
         self._pacer.finished(outcome)
 
     async def _expire(self) -> None:
-        """Give up on requests that took too long."""
+        """End requests that have timed out, for as long as the load runs."""
         while True:
             await asyncio.sleep(min(TICK_S, self._timeout_s / 20))
             oldest_s = clock() - self._timeout_s
             for connection in list(self._connections):
                 job = connection.job
                 if job is not None and job.due_s < oldest_s:
-                    # The answer may still come, so that no other request can use it.
+                    # Its response may still arrive, so no other request can use this connection.
                     connection.job = None
                     connection.transport.abort()
                     self._finish(job, Outcome.TIMEOUT)
-            # Those that are tried again stand behind others that were due later.
+            # The queue is not ordered by due time: retries are appended behind later requests.
             late = [job for job in self._waiting if job.due_s < oldest_s]
             if late:
                 self._waiting = deque(job for job in self._waiting if job.due_s >= oldest_s)

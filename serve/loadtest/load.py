@@ -1,4 +1,7 @@
-"""When requests are sent: as answers come in, or at times of their own."""
+"""When requests are sent: after the previous response, or at random times.
+
+Shapes: N arrivals.
+"""
 
 import asyncio
 import time
@@ -11,16 +14,16 @@ import numpy as np
 from serve.loadtest.alarm import create_timer
 from serve.loadtest.report import Outcome
 
-# A closed loop's connections are opened over this part of the warm-up: of those that come at once,
-# one process of a server whose processes share a socket would take all.
+# Fraction of the warm-up over which a closed loop opens its connections. If all were opened at
+# once, a server whose processes share a socket could accept all of them in one process.
 RAMP = 0.5
-# In a closed loop, after a connection that failed: a server that is down is not asked in a spin.
+# Pause of a closed loop after a failed connection, so that it does not spin while a server is down.
 PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
 class ClosedLoad:
-    """Each connection sends its next request when it has its answer."""
+    """A closed loop: each connection sends its next request after the response to the last."""
 
     connections: int = 32
 
@@ -30,10 +33,10 @@ class ClosedLoad:
 
 @dataclass(frozen=True)
 class PoissonLoad:
-    """Requests come at random times, however the server fares.
+    """Requests at the random times of a Poisson process, independent of the responses.
 
-    connections: most that are open at once; a request that finds none free waits, and its wait
-    counts.
+    connections: maximum open at once. A request that finds none free waits, and this wait is part
+    of its latency.
     """
 
     rate_per_s: float
@@ -47,14 +50,17 @@ Load = ClosedLoad | PoissonLoad
 
 
 class Pacer(Protocol):
-    """Calls `send` with the time at which a request is due, and `end` after the last answer."""
+    """Calls `send` with the time at which a request is due, and `end` after the last outcome.
+
+    lags_s: see `OpenPacer`; empty for a closed loop.
+    """
 
     lags_s: list[float]
 
     def start(self) -> None: ...
 
     def finished(self, outcome: Outcome) -> None:
-        """One of the requests sent has its outcome."""
+        """Register the outcome of one of the requests that were sent."""
 
     def close(self) -> None: ...
 
@@ -68,7 +74,7 @@ def create_pacer(
     send: Callable[[float], None],
     end: Callable[[], None],
 ) -> Pacer:
-    """Return what carries out a load from start_s, a time of time.monotonic()."""
+    """Return the pacer of a load that starts at start_s, a time of time.monotonic()."""
     seconds = warmup_s + duration_s
     if isinstance(load, ClosedLoad):
         return ClosedPacer(load.connections, RAMP * warmup_s, start_s + seconds, send, end)
@@ -78,6 +84,8 @@ def create_pacer(
 
 @dataclass
 class ClosedPacer:
+    """Pacer of a closed loop of `num_users` connections, started over `ramp_s` seconds."""
+
     num_users: int
     ramp_s: float
     end_s: float
@@ -109,7 +117,11 @@ class ClosedPacer:
 
 
 class OpenPacer:
-    """lags_s: how much later than due each request was handed out; the client's own fault."""
+    """Pacer that sends each request when it is due.
+
+    lags_s: for each request, how many seconds after it was due the client sent it. Large values
+    mean that the client itself is overloaded.
+    """
 
     def __init__(
         self, times_s: list[float], send: Callable[[float], None], end: Callable[[], None]
@@ -145,9 +157,9 @@ class OpenPacer:
 
 
 def poisson_arrivals(rate_per_s: float, seconds: float, seed: int) -> np.ndarray:
-    """Return the times in [0, seconds) of a Poisson process, in order."""
+    """Return the arrival times of a Poisson process in [0, seconds), float64 [N], ascending."""
     mean = rate_per_s * seconds
-    # Six standard deviations more than the mean: enough but once in a billion draws.
+    # Six standard deviations above the mean: too few in one of a billion draws.
     count = int(mean + 6 * mean**0.5 + 20)
     times_N = np.cumsum(np.random.default_rng(seed).exponential(1 / rate_per_s, count))
     return times_N[times_N < seconds]

@@ -1,4 +1,4 @@
-"""What a load test measured."""
+"""The results of a load test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ PERCENTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max":
 class Outcome(IntEnum):
     """How a request ended.
 
-    SHED: refused as too much, by 503 or 429. CLIENT_ERROR: another 4xx, or a redirect.
+    SHED: refused because of load, with 503 or 429. CLIENT_ERROR: another 4xx, or a redirect.
     """
 
     OK = 0
@@ -24,11 +24,13 @@ class Outcome(IntEnum):
     CONNECTION_ERROR = 5
 
 
-# When it was due, when it ended, its outcome, whether Retry-After came, how often tried again.
+# A finished request: when it was due, when it ended, its outcome, whether the response had
+# Retry-After, and how often it was retried.
 Done = tuple[float, float, Outcome, bool, int]
 
 
 def classify(status: int) -> Outcome:
+    """Return the outcome of a response with an HTTP status."""
     if 200 <= status < 300:
         return Outcome.OK
     if status in (429, 503):
@@ -38,14 +40,17 @@ def classify(status: int) -> Outcome:
 
 @dataclass(frozen=True)
 class LoadTestReport:
-    """Figures of the requests that were due while it was measured, each followed to its end.
+    """Figures of all requests that were due in the measured time, each followed to its end.
 
-    Latency is counted from when a request was due, not from when the client came to send it: a
-    server that stalls is charged for all that waited. A timeout counts with the time after which it
-    was given up, which is less than the answer would have taken. ok_per_s counts the good answers
-    that came while it was measured. failed_after_retries: of the `retried`, those that did not end
-    well. sent: all requests, those of the warm-up too. send_lag_p99_ms: how late the client itself
-    was; None in a closed loop. client_us_per_request: processor time of the client's process.
+    Latency counts from when a request was due, not from when it was sent, so that a stall of the
+    server also counts for the requests that waited. A timeout counts as its timeout, although the
+    response would have taken longer. ok_per_s: successful responses that arrived in the measured
+    time, per second. failed_after_retries: requests among `retried` that did not succeed. sent: all
+    requests, including the warm-up's. send_lag_p99_ms: how late the client itself sent requests;
+    None for a closed loop. client_us_per_request: processor time of the client's process, in
+    microseconds. latencies_ms, ok_latencies_ms, shed_latencies_ms: float64 [N], ascending, of
+    successes and timeouts, of successes, and of refused requests. answered_s: float64 [N], times of
+    the successful responses, seconds since the end of the warm-up.
     """
 
     load: str
@@ -84,7 +89,7 @@ class LoadTestReport:
         connections_opened: int = 0,
         client_cpu_s: float = 0.0,
     ) -> "LoadTestReport":
-        """start_s: end of the warm-up, by the clock of `done`."""
+        """Return the report of finished requests. start_s: end of the warm-up, by their clock."""
         table = np.array(done, np.float64).reshape(-1, 5)
         is_ok_N = table[:, 2] == Outcome.OK
         came_s = table[is_ok_N, 1] - start_s
@@ -124,7 +129,7 @@ class LoadTestReport:
 
     @property
     def latency_ms(self) -> dict[str, float] | None:
-        """Mean and percentiles of good answers and timeouts; None without any."""
+        """Mean and percentiles of successful responses and timeouts; None without any."""
         if not len(self.latencies_ms):
             return None
         mean = float(np.mean(self.latencies_ms))
@@ -135,20 +140,21 @@ class LoadTestReport:
 
     @property
     def shed_p99_ms(self) -> float | None:
+        """99th percentile latency of refused requests; None without any."""
         if not len(self.shed_latencies_ms):
             return None
         return round(float(np.percentile(self.shed_latencies_ms, 99)), 3)
 
     def within(self, bound_ms: float) -> int:
-        """Return how many good answers took no longer."""
+        """Return how many successful responses took at most `bound_ms` milliseconds."""
         return int(np.searchsorted(self.ok_latencies_ms, bound_ms, side="right"))
 
     def holds(self, bound_ms: float, min_ok: float = 0.99) -> bool:
-        """Whether that share of all requests was answered well within the bound."""
+        """Return whether at least `min_ok` of all requests succeeded within `bound_ms`."""
         return self.requests > 0 and self.within(bound_ms) >= min_ok * self.requests
 
     def as_dict(self, bound_ms: float | None = None) -> dict[str, Any]:
-        """Return the figures as JSON; with a bound, how many good answers were within it."""
+        """Return the figures for JSON; with a bound, also how many responses were within it."""
         arrays = ("latencies_ms", "ok_latencies_ms", "shed_latencies_ms", "answered_s")
         figures = {name: value for name, value in vars(self).items() if name not in arrays}
         figures |= {"latency_ms": self.latency_ms, "shed_p99_ms": self.shed_p99_ms}
@@ -157,7 +163,7 @@ class LoadTestReport:
         return figures
 
     def table(self, bound_ms: float | None = None) -> str:
-        """Return the figures as text for people."""
+        """Return the figures as a text table."""
         latency_ms = self.latency_ms or {}
         lines = {
             "load": f"{self.load}, {self.duration_s:g} s",
@@ -172,11 +178,11 @@ class LoadTestReport:
             "shed": f"{self.shed:,}{shed if self.shed else ''}",
             "errors": f"{self.client_errors:,} client, {self.server_errors:,} server, "
             f"{self.timeouts:,} timeouts, {self.connection_errors:,} connections",
-            "retried": f"{self.retried:,}, of them failed {self.failed_after_retries:,}",
+            "retried": f"{self.retried:,}, {self.failed_after_retries:,} of them failed",
             "latency ms": "  ".join(f"{name} {value:.2f}" for name, value in latency_ms.items()),
-            "client": f"{self.client_us_per_request:.0f} µs of processor per request, "
+            "client": f"{self.client_us_per_request:.0f} µs of processor time per request, "
             f"{self.connections_opened:,} connections opened",
         }
         if self.send_lag_p99_ms is not None:
-            lines["client"] += f", p99 {self.send_lag_p99_ms:.2f} ms late in sending"
+            lines["client"] += f", p99 of send lag {self.send_lag_p99_ms:.2f} ms"
         return "\n".join(f"{name:<11} {line}" for name, line in lines.items())

@@ -1,4 +1,4 @@
-"""The highest rate at which a server still answers in time."""
+"""The search for the highest rate at which a server answers in time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,14 +6,19 @@ from typing import Any
 
 from serve.loadtest.report import LoadTestReport
 
-# The rate is known when the highest that held and the lowest that did not differ by less.
+# The search ends when the lowest rate that failed is at most this fraction above the highest rate
+# that held.
 PRECISION = 0.05
 MIN_RATE_PER_S = 1.0
 
 
 @dataclass
 class RateSearch:
-    """rate_per_s: the highest that held, 0.0 if none did; best: what was measured at it."""
+    """The result of a search.
+
+    bound_ms: latency bound. rate_per_s: highest rate that held, 0.0 if none did. best: the report
+    at that rate.
+    """
 
     bound_ms: float
     rate_per_s: float = 0.0
@@ -21,6 +26,7 @@ class RateSearch:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
         goodput = self.best.ok_per_s if self.best else 0.0
         return {
             "p99_bound_ms": self.bound_ms,
@@ -36,14 +42,15 @@ def find_rate(
     start_per_s: float = 100,
     tell: Callable[[str], None] = lambda line: None,
 ) -> RateSearch:
-    """Double the rate while the p99 is within the bound and 99 % end well, then halve the gap.
+    """Return the highest rate at which 99 % of all requests succeed within the bound.
 
-    measure: loads the server at a rate. tell: is given a line for each step.
+    The rate is doubled until it fails, then bisected. measure: runs the load at a rate, requests
+    per second. tell: called with a line of progress for each step.
     """
     search = RateSearch(bound_ms)
 
     def holds(rate_per_s: float) -> bool:
-        # Twice before it counts as too much: one short stall of the machine is not the server's.
+        # A rate must fail twice, because one failure may be a short stall of the machine.
         return step(rate_per_s) or step(rate_per_s)
 
     def step(rate_per_s: float) -> bool:
@@ -52,8 +59,8 @@ def find_rate(
         share = report.within(bound_ms) / max(1, report.requests)
         figures = {"rate_per_s": round(rate_per_s, 1), "p99_ms": p99, "in_time": round(share, 4)}
         search.steps.append({**figures, "held": held})
-        shown = f"p99 {p99:.1f} ms" if p99 is not None else "no good answer"
-        tell(f"{rate_per_s:8.1f}/s  {shown}, {share:.1%} in time: {'held' if held else 'too much'}")
+        shown = f"p99 {p99:.1f} ms" if p99 is not None else "no response"
+        tell(f"{rate_per_s:8.1f}/s  {shown}, {share:.1%} in time: {'held' if held else 'too high'}")
         if held:
             search.rate_per_s, search.best = round(rate_per_s, 1), report
         return held
@@ -63,9 +70,9 @@ def find_rate(
 
 
 def highest_rate(holds: Callable[[float], bool], start_per_s: float) -> float:
-    """Return a rate that holds, to PRECISION the highest; 0.0 if not even MIN_RATE_PER_S does.
+    """Return the highest rate that holds, to PRECISION; 0.0 if even MIN_RATE_PER_S fails.
 
-    holds: whether a rate does; if one does, so do those below it.
+    holds: returns whether a rate holds; all rates below one that holds must hold too.
     """
     low, high = 0.0, start_per_s
     while holds(high):

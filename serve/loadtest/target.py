@@ -1,4 +1,4 @@
-"""What is sent where: whole HTTP requests, made once."""
+"""The target of a load test: a server's URL and complete HTTP requests, built before the run."""
 
 import contextlib
 import http.client
@@ -21,19 +21,24 @@ JSON, BYTES = "application/json", "application/octet-stream"
 
 @dataclass(frozen=True)
 class LoadTarget:
-    """url: of the server, "http://HOST:PORT". requests: whole HTTP/1.1 requests, sent in turn."""
+    """A server and the requests to send.
+
+    url: "http://HOST:PORT". requests: complete HTTP/1.1 requests, sent in turn.
+    """
 
     url: str
     requests: Sequence[bytes]
 
     @property
     def address(self) -> tuple[str, int]:
+        """Host and port of the server."""
         parts = split_url(self.url)
         assert parts.hostname is not None
         return parts.hostname, parts.port or (443 if self.tls else 80)
 
     @property
     def tls(self) -> ssl.SSLContext | None:
+        """TLS settings for an https URL; None for http."""
         return ssl.create_default_context() if split_url(self.url).scheme == "https" else None
 
 
@@ -41,8 +46,8 @@ EXAMPLE = "http://127.0.0.1:8000"
 
 
 def split_url(url: str) -> SplitResult:
-    """Return the parts of a URL. Raises UserError unless it is one of HTTP."""
-    with contextlib.suppress(ValueError):  # a port that is none
+    """Return the parts of an HTTP or HTTPS URL. Raises UserError for anything else."""
+    with contextlib.suppress(ValueError):  # of an invalid port
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
@@ -57,7 +62,7 @@ def build_request(
     content_type: str = BYTES,
     headers: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return an HTTP/1.1 request for a path below the URL's own: POST, or GET without a body."""
+    """Return an HTTP/1.1 request for a path below the URL's: POST with a body, otherwise GET."""
     parts = split_url(url)
     lines = [f"{'GET' if body is None else 'POST'} {parts.path.rstrip('/')}{path} HTTP/1.1"]
     given = {"Host": parts.netloc.rpartition("@")[2], "Accept": "*/*"}
@@ -68,9 +73,9 @@ def build_request(
 
 
 def send_first(target: LoadTarget, timeout_s: float) -> tuple[int, bytes]:
-    """Send the first request and return the answer's status and body.
+    """Send the first request and return the status and body of the response.
 
-    Raises CommandFailed if there is no answer in time.
+    Raises CommandFailed if there is no response within timeout_s seconds.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -85,22 +90,22 @@ def send_first(target: LoadTarget, timeout_s: float) -> tuple[int, bytes]:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise CommandFailed(
-            f"no answer from {target.url}: {reason.lower()}; is the server up?"
+            f"no response from {target.url}: {reason.lower()}; is the server up?"
         ) from error
 
 
 def served_model(url: str, headers: Mapping[str, str], timeout_s: float) -> str:
-    """Return the name of the one model of an inference server.
+    """Return the name of a server's only model.
 
-    Raises UserError if the server does not tell or has several, Failed if it does not answer.
+    Raises UserError if the server lists no model or several, CommandFailed if it does not respond.
     """
     answer = _get(url, "/v2/models", headers, timeout_s)
     models = answer.get("models") if answer else None
     if not isinstance(models, list) or not models:
-        raise UserError(f"{url} does not tell what it serves; give --model NAME, or --path PATH.")
+        raise UserError(f"{url}/v2/models lists no models; give --model NAME or --path PATH.")
     if len(models) > 1:
         names = ", ".join(map(str, models))
-        raise UserError(f"{url} serves {names}; choose one by --model NAME.")
+        raise UserError(f"{url} serves {names}; choose one with --model NAME.")
     return str(models[0])
 
 
@@ -114,14 +119,15 @@ def infer_requests(
     seed: int,
     timeout_s: float,
 ) -> list[bytes]:
-    """Return requests of random rows for a model, as its metadata says (Open Inference Protocol).
+    """Return requests with random rows that fit a model's metadata (Open Inference Protocol).
 
-    Raises UserError if there is no such model, Failed if the server does not answer.
+    Raises UserError if there is no such model or it has an input of an unknown datatype,
+    CommandFailed if the server does not respond.
     """
     path = f"/v2/models/{quote(model, safe='')}"
     metadata = _get(url, path, headers, timeout_s)
     if metadata is None:
-        raise UserError(f"{url} has no model '{model}': {path} was answered with an error.")
+        raise UserError(f"{url} has no model '{model}': a request for {path} failed.")
     draws = np.random.default_rng(seed)
     made = []
     for _ in range(num_requests):
@@ -142,10 +148,10 @@ def infer_requests(
 def _infer_body(
     tensors: Sequence[Mapping[str, Any]], rows: int, draws: np.random.Generator
 ) -> tuple[bytes, bytes]:
-    """Return the JSON and the binary data that follows it."""
+    """Return the JSON of a request and the binary data that follows it."""
     inputs, raws = [], []
     for tensor in tensors:
-        # The first dimension is the rows; another that is free may as well be one.
+        # The first dimension is the rows; other free dimensions, given as -1, become 1.
         shape = [rows, *(max(1, size) for size in tensor["shape"][1:])]
         entry = {"name": tensor["name"], "shape": shape, "datatype": tensor["datatype"]}
         if tensor["datatype"] == "UINT8":
@@ -157,10 +163,10 @@ def _infer_body(
 
 
 def random_values(datatype: str, shape: Sequence[int], draws: np.random.Generator) -> list[Any]:
-    """Return values of a datatype, row-major. Raises UserError for one that is not known."""
+    """Return random values of a tensor, row-major. Raises UserError for an unknown datatype."""
     count = math.prod(shape)
     if datatype == "BYTES":
-        # A date is also a text, and a category that no one has seen.
+        # A date is valid for columns of dates, texts and categories (as an unseen name).
         days = np.datetime64("2000-01-01") + draws.integers(0, 10_000, count)
         return [str(day) for day in days]
     if datatype == "BOOL":
@@ -168,14 +174,17 @@ def random_values(datatype: str, shape: Sequence[int], draws: np.random.Generato
     if datatype.startswith("FP"):
         return [float(value) for value in draws.standard_normal(count).round(4)]
     if datatype not in DTYPES:
-        raise UserError(f"an input has the datatype '{datatype}'; give --body FILE instead.")
+        raise UserError(
+            f"an input has the datatype '{datatype}', for which random values are not supported; "
+            "give --path PATH --body FILE instead."
+        )
     return [int(value) for value in draws.integers(0, 100, count)]
 
 
 def _get(
     url: str, path: str, headers: Mapping[str, str], timeout_s: float
 ) -> dict[str, Any] | None:
-    """Return the JSON object at a path, or None. Raises CommandFailed without an answer."""
+    """Return the JSON object at a path; None for an error. Raises CommandFailed as `send_first`."""
     asked = build_request(url, path, headers={"Connection": "close", **headers})
     status, body = send_first(LoadTarget(url, [asked]), timeout_s)
     try:

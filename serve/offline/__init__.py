@@ -1,1 +1,1 @@
-"""Offline inference: `python -m serve.offline` predicts all records of a source."""
+"""Offline inference: `python -m serve.offline` writes predictions for all records of a source."""

@@ -1,9 +1,9 @@
-"""Offline inference: predictions for all records of a source, by Ray Data over the predictor.
+"""Offline inference: predictions for all records of a source, computed in parallel by Ray Data.
 
 `python -m serve.offline --model models:/NAME@production --input URL --output URL`
 
-The input is divided into parts; a part's predictions are one Parquet file that appears when they
-are whole. The same command, run again, makes those that are missing.
+The input is divided into parts. The predictions of a part are written to one Parquet file, which
+appears only when it is complete. Running the same command again writes the missing parts.
 """
 
 import hashlib
@@ -36,45 +36,73 @@ from train.data.reading.sources import RowBlock
 
 
 class OfflineOptions(CommandOptions):
-    """Predict all records of a source. The same command continues after an interruption."""
+    """Write predictions for all records of a source. The same command continues after a stop."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.offline")
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle.")
+    model: str = Field(
+        description="Model: models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URL of a "
+        "bundle."
+    )
     input: str = Field(
-        description="Records: path, folder, glob or URL of CSV, Parquet, JSON lines, Arrow or "
-        "image folders."
+        description="Records to predict: path, folder, glob or URL of CSV, Parquet, JSON lines or "
+        "Arrow files, or of image folders."
     )
-    output: str = Field(description="Folder, a path or URL, for the predictions.")
-    variant: str | None = Field(None, description="Variant; the bundle's default if not given.")
-    keep: list[str] = Field([], description="Columns of the input to write beside predictions.")
+    output: str = Field(description="Folder or URL for the predictions, as Parquet files.")
+    variant: str | None = Field(
+        None, description="Variant to use; default: the bundle's default variant."
+    )
+    keep: list[str] = Field(
+        [], description="Input columns to copy to the predictions, such as an id."
+    )
     storage: StoragePath = Field(
-        "runs", validate_default=True, description="Storage path whose registry has the model."
+        "runs",
+        validate_default=True,
+        description="Directory or URL of the storage that contains the registry.",
     )
-    plugins: Names = Field((), description="Modules whose classes the model may name.")
+    plugins: Names = Field(
+        (), description="Modules from which the model's custom classes may be imported."
+    )
     require_signature: PublicKeys = Field(
-        (), description="Public keys, PEM files, of which one must have signed the model."
+        (),
+        description="Public keys, PEM files; only bundles signed by one of these keys are loaded. "
+        "By default signatures are not checked.",
     )
-    encoding: str = Field("utf-8", description="Of CSV files.")
+    encoding: str = Field("utf-8", description="Encoding of CSV files.")
     delimiter: str | None = Field(
         None,
         min_length=1,
         max_length=1,
-        description="Between the fields of CSV files; found out by default.",
+        description="Field delimiter of CSV files, one character; detected by default.",
     )
-    quotes: bool | None = Field(None, description="Whether quotes hold fields of CSV together.")
+    quotes: bool | None = Field(
+        None,
+        description="Whether double quotes enclose fields of CSV files. By default they do, and "
+        "fields that seem to contain many records are an error.",
+    )
     unknown_fields: UnknownFields = Field(
-        "ignore", description="ignore or refuse columns that the model does not take; but --keep."
+        "ignore",
+        description="What to do with input columns that the model does not use: ignore them, or "
+        "refuse the input. Columns in --keep are always accepted.",
     )
-    workers: int | None = Field(None, ge=1, le=4096, description="Processes; a core each.")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Worker processes, one core each; default: one per core of this machine.",
+    )
 
 
 def parse(argv: Sequence[str]) -> OfflineOptions:
-    """Raises UserError with one line that names the option."""
+    """Return the options of a command line. Raises UserError, which names the invalid option."""
     return parse_options(OfflineOptions, argv)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the command; return the summary that it prints and writes to the output.
+
+    Raises UserError for invalid options, a model that cannot be loaded, or a wrong input.
+    """
     options = parse(argv)
     started = time.perf_counter()
     try:
@@ -121,9 +149,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def _plan(
     options: OfflineOptions, source: sources.Source, bundle: Bundle, variant: str, output: str
 ) -> dict[str, Any]:
-    """Return how the input is divided: as it was when the output was begun, or anew.
+    """Return how the input is divided into parts: the plan stored in the output, or a new one.
 
-    Raises UserError if the output is of another input, model or variant.
+    Raises UserError if the stored plan is for another input, model or variant.
     """
     manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
     of = {
@@ -137,18 +165,18 @@ def _plan(
         plan: dict[str, Any] = json.loads(content)
         if changed := [key for key, value in of.items() if plan["of"][key] != value]:
             raise UserError(
-                f"'{options.output}' was begun with another {', '.join(changed)}; give another "
-                "--output, or the same options to go on."
+                f"'{options.output}' was started with another {', '.join(changed)}; give another "
+                "--output, or the same options to continue."
             )
         return plan
     outputs = {spec.name for spec in bundle.task.target.outputs} | {"row", "model"}
     if taken := sorted(outputs & set(options.keep)):
         raise UserError(
-            f"--keep has '{taken[0]}', as a column of the predictions is called; leave it out, or "
-            "rename it in the input."
+            f"--keep has '{taken[0]}', which is the name of a prediction column; remove it from "
+            "--keep, or rename the column in the input."
         )
     features = bundle.task.features.columns
-    # A name of its own, as another run may have begun at the same time.
+    # A unique name, because another run may start at the same time.
     place = f"{INPUT}-{secrets.token_hex(6)}"
     written = CsvOptions(options.encoding, options.delimiter, options.quotes)
     blocks = sources.open_source(source, storage.join_path(output, place), written)
@@ -160,13 +188,13 @@ def _plan(
     except BadRequest as error:
         raise UserError(str(error)) from error
     plan = {"of": of, "input": place, "blocks": [asdict(block) for block in blocks]}
-    # Last: what it names is there.
+    # Written last, so that the files it names exist.
     write_json(storage.join_path(output, PLAN), plan)
     return plan
 
 
 def _run(blocks: list[RowBlock], numbers: list[int], worker: dict[str, Any], workers: int) -> None:
-    """Predict the given parts, each by one of the processes."""
+    """Predict the parts with the given numbers, each in one of the worker processes."""
     from ray.exceptions import RayTaskError
 
     ray_data = connect.import_ray_data()

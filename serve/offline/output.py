@@ -1,4 +1,4 @@
-"""The files of an offline inference: parts, their counts, and what was left out."""
+"""The output files of offline inference: parts, row counts, and records that were rejected."""
 
 import json
 from typing import Any
@@ -8,11 +8,12 @@ import pyarrow.parquet
 
 from cluster import commit, storage
 
-# Readers of a folder of Parquet pass over names that begin with _.
+# Readers of a Parquet folder skip names that begin with _.
 PLAN, SUMMARY, BAD, INPUT = "_plan.json", "_summary.json", "_bad", "_input"
 
 
 def part_path(output: str, number: int, *folder: str) -> str:
+    """Return the path of a part's file; folder: a subfolder of the output, such as BAD."""
     return storage.join_path(output, *folder, f"part-{number:06}.parquet")
 
 
@@ -21,7 +22,7 @@ def part_exists(output: str, number: int) -> bool:
 
 
 def count_rows(output: str, num_parts: int) -> dict[str, int]:
-    """Rows predicted and rows left out, as the files say."""
+    """Return how many rows were predicted and how many were rejected, read from the files."""
     counts = {"rows": 0, "bad": 0}
     for number in range(num_parts):
         for name, folder in (("rows", ()), ("bad", (BAD,))):
@@ -34,9 +35,11 @@ def count_rows(output: str, num_parts: int) -> dict[str, int]:
 
 
 def write_parquet(table: pa.Table, target: str) -> None:
+    """Write a Parquet file at a path or URL, complete or not at all."""
     with commit.atomic_file(target) as stream:
         pa.parquet.write_table(table, stream)
 
 
 def write_json(target: str, value: Any) -> None:
+    """Write a JSON file at a path or URL, complete or not at all."""
     commit.write_atomic(target, json.dumps(value).encode())

@@ -1,4 +1,4 @@
-"""The worker of offline inference: the predictions of one part."""
+"""The worker of offline inference, which predicts one part at a time."""
 
 import json
 import math
@@ -18,14 +18,15 @@ from train.data.reading.sources import RowBlock
 from train.tasks import Arrays
 from train.values.records import concatenate, encode_valid, num_rows
 
-# Rows that an engine is given at once.
+# Rows per call of the engine.
 RUN_ROWS = 256
 
+# Characters of a value that are written to the file of rejected records.
 MAX_SHOWN = 1000
 
 
 class OfflinePredictor:
-    """Predicts parts in a process of its own."""
+    """A Ray Data actor that predicts parts and writes their files."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class OfflinePredictor:
         return {"number": batch["number"], "rows": np.array(rows)}
 
     def _predict(self, number: int) -> int:
-        """Write a part's predictions, and before them what is bad in it."""
+        """Write a part's rejected records, then its predictions, which mark it as complete."""
         block = self._blocks[number]
         bad: list[dict[str, Any]] = []
         tables = list(self._tables(block, bad))
@@ -65,7 +66,7 @@ class OfflinePredictor:
             columns = sources.batch_columns(batch)
             inputs, kept_N, wrong = encode_valid(
                 self._predictor.encode,
-                # What the input lacks is missing in every record.
+                # A column that the input lacks is missing in every record.
                 {name: columns.get(name, [None] * batch.num_rows) for name in features.columns},
                 batch.num_rows,
             )
@@ -102,7 +103,7 @@ class OfflinePredictor:
         )
 
     def _nothing(self) -> Arrays:
-        """Predictions of no record."""
+        """Empty predictions, with the names, dtypes and shapes of the model's outputs."""
         outputs = self._predictor.task.target.outputs
         return {spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in outputs}
 

@@ -1,1 +1,1 @@
-"""The request log: its schema, its files, how it is written and read."""
+"""The request log: schema, files, writers and readers."""

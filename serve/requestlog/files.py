@@ -1,9 +1,9 @@
-"""Files of a log: small Parquet files in a folder of the storage path, several writers at once.
+"""Files of a log: small Parquet files in a folder of the storage path, written by all replicas.
 
-A file is called by the time at which it was begun, in milliseconds, and random letters: writers
-never meet, and clocks that differ only order them differently. A file that is still small is
-written again under its name with the next rows, whole as the first time, so that few requests do
-not make many files.
+A file's name is the time at which it was begun, in milliseconds, and random characters. Writers
+therefore never use the same name, and clocks that differ only affect the order of files. While a
+file is small, it is rewritten atomically with the next rows, so that few requests do not make many
+files.
 """
 
 import logging
@@ -22,21 +22,22 @@ from train.data.reading import readers
 logger = logging.getLogger(__name__)
 
 REQUESTS, FEEDBACK = "requests", "feedback"
-# What people asked is for the server's own user.
+# Only the server's user may read logged requests.
 PRIVATE = 0o600
 SUFFIX = ".parquet"
-# A file below this size and age is written again with the next rows.
+# A file below this size and age is rewritten with the next rows.
 SMALL_BYTES, YOUNG_S = 256 * 1024, 3600
 DAY_S = 86_400
 
 
 def log_folder(root: str, kind: str, model: str) -> str:
+    """Return the folder of a model's log. kind: REQUESTS or FEEDBACK."""
     return storage.join_path(root, kind, model)
 
 
 @dataclass(frozen=True)
 class LogFile:
-    """A file of a log. path: inside its file system."""
+    """A file of a log. path: within its file system."""
 
     path: str
     size_bytes: int
@@ -47,16 +48,16 @@ class LogFile:
 
     @property
     def time_s(self) -> float:
-        """When it was begun, by the clock of its writer; 0 for what is none of ours."""
-        # A part of a file that is being written has an underscore before its name.
+        """When the file was begun, seconds since 1970 by its writer's clock; 0 for other names."""
+        # The name of a file that is being written begins with an underscore.
         digits = self.name.removeprefix("_").partition("-")[0]
         return int(digits) / 1e3 if digits.isdecimal() else 0.0
 
 
 def list_files(folder: str) -> list[LogFile]:
-    """The files of a folder, the oldest first; none where there is no folder. Raises OSError."""
+    """Return the files of a folder, oldest first; none if there is no folder. Raises OSError."""
     fs, path = storage.filesystem(folder)
-    # Other machines write there too.
+    # Other machines write there too, so a cached listing may be stale.
     fs.invalidate_cache(path)
     try:
         found = fs.ls(path, detail=True)
@@ -67,7 +68,7 @@ def list_files(folder: str) -> list[LogFile]:
 
 
 class LogWriter:
-    """Appends tables to one log of a model. Belongs to one thread."""
+    """Appends tables to one log of a model. Not thread-safe."""
 
     def __init__(self, root: str, kind: str, model: str, file_rows: int) -> None:
         self._folder = log_folder(root, kind, model)
@@ -76,7 +77,9 @@ class LogWriter:
         self._begun_s = 0.0
 
     def append(self, table: pa.Table, now_s: float) -> None:
-        """Raises OSError and what a file system raises besides; what was there before, stays."""
+        """Write a table. Raises OSError and other errors of the file system; the rows that were
+        written before remain.
+        """
         whole = self._continued(table, now_s)
         name, begun_s = self._name, self._begun_s
         if whole is None:
@@ -90,7 +93,7 @@ class LogWriter:
         self._name, self._table, self._begun_s = name, whole if small else None, begun_s
 
     def _continued(self, table: pa.Table, now_s: float) -> pa.Table | None:
-        """The rows of the last file and the new ones, where they belong into one file."""
+        """Return the rows of the last file and the new ones; None if a new file must begin."""
         last = self._table
         if (
             last is None
@@ -105,9 +108,9 @@ class LogWriter:
 def apply_retention(
     root: str, model: str, max_bytes: int, keep_s: float, now_s: float
 ) -> dict[str, int]:
-    """Delete the oldest files of a model's logs that are too old, or too many in bytes.
+    """Delete files that are older than `keep_s` seconds, and the oldest files beyond `max_bytes`.
 
-    Returns how many bytes each log has left. Raises OSError.
+    Returns the remaining bytes of each log, by REQUESTS and FEEDBACK. Raises OSError.
     """
     logs = {kind: list_files(log_folder(root, kind, model)) for kind in (REQUESTS, FEEDBACK)}
     left = {kind: sum(file.size_bytes for file in files) for kind, files in logs.items()}
@@ -116,20 +119,20 @@ def apply_retention(
     for file, kind in sorted(both, key=lambda each: each[0].name):
         if file.name.endswith(SUFFIX):
             goes = sum(left.values()) > max_bytes or file.time_s < now_s - keep_s
-        else:  # not whole: being written, or left by a writer that was killed
+        else:  # incomplete: being written, or left by a writer that was killed
             goes = file.time_s < now_s - DAY_S
         if not goes:
             continue
-        with suppress(FileNotFoundError):  # another replica was first
+        with suppress(FileNotFoundError):  # deleted by another replica
             fs.rm_file(file.path)
         left[kind] -= file.size_bytes
     return left
 
 
 def read_log_tables(folder: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """What a folder's files hold, the newest first, all columns by default.
+    """Yield the tables of a folder's files, newest first. columns: None for all.
 
-    Raises OSError where the folder cannot be read. A damaged file is told of and passed over.
+    Raises OSError if the folder cannot be read. Damaged files are logged and skipped.
     """
     fs, _ = storage.filesystem(folder)
     for file in reversed(list_files(folder)):
@@ -138,12 +141,12 @@ def read_log_tables(folder: str, columns: Sequence[str] | None = None) -> Iterat
         try:
             with fs.open(file.path, "rb") as stream:
                 yield readers.open_parquet(stream).read(columns)
-        except FileNotFoundError:  # retention deleted it meanwhile
+        except FileNotFoundError:  # deleted by retention in the meantime
             continue
         except ValueError as error:
-            logger.warning("%s cannot be read and is passed over: %s", file.path, error)
+            logger.warning("%s cannot be read and is skipped: %s", file.path, error)
 
 
 def wall_clock() -> float:
-    """Seconds since 1970, by this machine's clock."""
+    """Return the seconds since 1970 by this machine's clock."""
     return time.time()

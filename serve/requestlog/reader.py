@@ -1,4 +1,4 @@
-"""What the request log holds: one request, all of them, and those whose truth is known."""
+"""Readers of the request log: one request, all requests, and requests with feedback."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +31,7 @@ NO_ROWS = {
 
 @dataclass(frozen=True)
 class LoggedRow:
-    """A row of a request, without its record. confidence: None for values."""
+    """A row of a logged request, without its record. confidence: None for predicted numbers."""
 
     id: str
     row: int
@@ -44,10 +44,10 @@ class LoggedRow:
 
 
 def find_request(root: str, model: str, request_id: str) -> list[LoggedRow] | None:
-    """Return the rows of a request, of the newest file that has it; None where none does.
+    """Return the rows of a request from the newest file that contains it; None if none does.
 
-    Reads ids of files one after the other: for feedback that comes too late for memory. Raises
-    OSError where the storage cannot be read.
+    Searches file by file, for feedback on requests that are no longer in memory. Raises OSError if
+    the storage cannot be read.
     """
     columns = NO_ROWS[REQUESTS].names
     for table in read_log_tables(log_folder(root, REQUESTS, model), columns):
@@ -58,23 +58,24 @@ def find_request(root: str, model: str, request_id: str) -> list[LoggedRow] | No
 
 
 def read_requests(root: str, model: str) -> pa.Table:
-    """Return all rows of the request log, the oldest files first. Raises OSError.
+    """Return all rows of the request log, oldest files first. Raises OSError.
 
-    What a file does not have of what others have, as of a version with other fields, is null.
+    Fields that some files lack, because they are of a version with other fields, are null there.
     """
     return _read(root, REQUESTS, model)
 
 
 def read_feedback(root: str, model: str) -> pa.Table:
-    """Return all feedback, the oldest files first: also what was corrected. Raises OSError."""
+    """Return all feedback, oldest files first, including corrected labels. Raises OSError."""
     return _read(root, FEEDBACK, model)
 
 
 def read_labelled(root: str, model: str) -> pa.Table:
-    """Return the logged rows whose truth is known, with a column `truth`. Raises OSError.
+    """Return the logged rows that have feedback, with a column `truth`. Raises OSError.
 
-    Of several truths of a row the last given counts; of several requests by one id, the last.
-    No time of a request is compared with one of feedback: they may be of different clocks.
+    If a row has several labels, the latest counts; if an id was used for several requests, the last
+    request counts. Times of requests and of feedback are not compared with each other, because
+    different machines' clocks may have set them.
     """
     feedback = read_feedback(root, model)
     requests = read_requests(root, model)
@@ -87,7 +88,7 @@ def read_labelled(root: str, model: str) -> pa.Table:
 
 
 def _last(table: pa.Table, column: str) -> pa.Table:
-    """For each id and row the value that is last by time, and of equal times by place."""
+    """Return the latest value for each id and row; among equal times, the last in the table."""
     grouped = table.sort_by("time").group_by(KEY, use_threads=False)
     return grouped.aggregate([(column, "last")]).rename_columns([*KEY, column])
 

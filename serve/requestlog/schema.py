@@ -1,7 +1,7 @@
-"""Rows of the request log: what was sent and answered, as Arrow columns.
+"""Rows of the request log, with a record and its prediction each, as Arrow columns.
 
-Fields are kept as a user sends them, whatever form they came in: a number as float64, a truth as
-bool, all that is text as string, an image as the bytes of its file.
+A field has one type, however clients send it: numbers are float64, booleans are bool, texts are
+strings, and images are the bytes of an image file. Shapes: N records, K classes.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from train.tasks.columns.scalars import Number
 from train.values.label_lists import SEPARATOR, split_labels
 from train.values.records import is_missing, to_text
 
-# Rows that are kept of one request.
+# Maximum rows that are logged of one request.
 MAX_ROWS = 64
 TIME = pa.timestamp("us", tz="UTC")
 
@@ -29,9 +29,9 @@ TIME = pa.timestamp("us", tz="UTC")
 class LogEntry:
     """A request that was answered.
 
-    time_s: when it arrived, seconds since 1970. columns: for each field a value for each record.
-    predictions: "label" [N] and "probabilities" [N, K], or "value" [N]. fields: of the model's
-    features, what the columns are. readers: how those of numbers, vectors and sets are read.
+    time_s: when it arrived, seconds since 1970. columns: the values of each field, one per record.
+    predictions: "label" [N] and "probabilities" [N, K], or "value" [N]. fields: the fields of the
+    model's features. readers: parsers of the fields that are numbers, vectors or sets.
     """
 
     request_id: str
@@ -47,7 +47,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class BufferedEntry:
-    """An entry as it waits to be written: some of its rows, and nothing that was to be dropped."""
+    """An entry that waits to be written: its logged rows, without the excluded fields."""
 
     entry: LogEntry
     rows: Sequence[int]
@@ -57,9 +57,12 @@ class BufferedEntry:
 
 
 def buffer_entry(entry: LogEntry, drop: frozenset[str]) -> BufferedEntry:
-    """Take what is to be written of an entry, so that no body of a request is held by it."""
+    """Return the part of an entry that is written; it holds no reference to the request's body.
+
+    drop: names of the excluded fields.
+    """
     count = len(next(iter(entry.predictions.values())))
-    # Evenly over a large request, whose neighbours are often alike.
+    # Evenly spaced rows of a large request, because neighbouring rows are often similar.
     rows = range(count) if count <= MAX_ROWS else (np.arange(MAX_ROWS) * count // MAX_ROWS).tolist()
     columns = {
         name: _taken(values, rows, count)
@@ -82,7 +85,7 @@ def _taken(values: Any, rows: Sequence[int], count: int) -> Any:
 
 
 def _size_bytes(values: Any) -> int:
-    """About how much memory some values take."""
+    """Return roughly how much memory the values use."""
     if isinstance(values, np.ndarray) and values.dtype != object:
         return values.nbytes
     size = 64 * len(values)
@@ -95,9 +98,10 @@ def _size_bytes(values: Any) -> int:
 
 
 def to_table(kept: Sequence[BufferedEntry], hashed: frozenset[str]) -> pa.Table:
-    """Return a line for each row. hashed: fields of which only a keyed digest is written.
+    """Return a table with one line per logged row.
 
-    Entries of different fields, as of two versions, make columns of their own.
+    hashed: fields of which only a keyed digest is written. Fields that some entries lack, because
+    their version has other fields, are null there.
     """
     alike: dict[Any, list[BufferedEntry]] = defaultdict(list)
     for each in kept:
@@ -110,7 +114,7 @@ def _table(
     fields: Sequence[TensorSpec], group: Sequence[BufferedEntry], hashed: frozenset[str]
 ) -> pa.Table:
     def of_entry(values: Iterable[Any]) -> list[Any]:
-        """A value of each entry, for each of its rows."""
+        """Repeat the value of each entry for each of its rows."""
         return [value for value, each in zip(values, group, strict=True) for _ in each.rows]
 
     entries = [each.entry for each in group]
@@ -125,7 +129,7 @@ def _table(
         "prediction": prediction,
         "confidence": confidence,
     }
-    if fields:  # Parquet knows no struct of nothing
+    if fields:  # Parquet does not support a struct without fields
         parts = [
             field_values(
                 spec,
@@ -139,7 +143,7 @@ def _table(
 
 
 def _plain(kept: BufferedEntry, name: str) -> Iterable[Any]:
-    """The values of a field; those of a column of numbers as numbers, however they were sent."""
+    """Return the values of a field; numbers as numbers and sets as joined labels."""
     reader, values = kept.entry.readers.get(name), kept.columns[name]
     if isinstance(reader, LabelSet):
         return (
@@ -157,7 +161,10 @@ def _plain(kept: BufferedEntry, name: str) -> Iterable[Any]:
 
 
 def _predictions(group: Sequence[BufferedEntry]) -> tuple[pa.Array, pa.Array]:
-    """Labels with the largest probability of each row, or values."""
+    """Return the predictions and confidences of all rows; numbers have null confidences.
+
+    The confidence is the largest probability of a row.
+    """
     if "label" not in group[0].predictions:
         values_N = np.concatenate([each.predictions["value"] for each in group])
         return pa.array(values_N, pa.float64()), pa.nulls(len(values_N), pa.float32())
@@ -167,7 +174,10 @@ def _predictions(group: Sequence[BufferedEntry]) -> tuple[pa.Array, pa.Array]:
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """One table of all; a column of which they say different things is nullable, or text."""
+    """Return one table with the rows of all.
+
+    Columns that some tables lack are null there; a column that has different types becomes text.
+    """
     if all(each.schema == tables[0].schema for each in tables):
         return pa.concat_tables(tables)
     schema = _schema([each.schema for each in tables])
@@ -204,7 +214,7 @@ def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if array.type == kind:
         return array
-    if isinstance(array, pa.ChunkedArray):  # of no chunk
+    if isinstance(array, pa.ChunkedArray):  # without chunks, which combine_chunks leaves as it is
         return pa.nulls(0, kind)
     if pa.types.is_struct(kind):
         given = {field.name for field in array.type}

@@ -1,4 +1,7 @@
-"""Values of a logged field as Arrow arrays, plain or as keyed digests."""
+"""Values of a logged field as Arrow arrays, plain or as keyed digests.
+
+Shapes: N records.
+"""
 
 import hashlib
 import hmac
@@ -22,7 +25,10 @@ KEY_VARIABLE = "HALYARD_LOG_KEY"
 
 
 def field_values(spec: TensorSpec, values: list[Any], *, hashed: bool) -> pa.Array:
-    """The values of one field of the records."""
+    """Return one field's values of all records. hashed: whether as digests.
+
+    Raises ValueError for an image that is neither pixels nor a file.
+    """
     if not spec.shape and spec.datatype != "BYTES":
         values = _known(spec, values)
     if hashed:
@@ -37,7 +43,7 @@ def field_values(spec: TensorSpec, values: list[Any], *, hashed: bool) -> pa.Arr
 
 
 def _known(spec: TensorSpec, values: list[Any]) -> list[bool | float | None]:
-    """Numbers or truths, in whatever form they came; None where missing."""
+    """Return numbers or booleans, parsed if they were sent as text; None for missing values."""
     if spec.datatype == "BOOL":
         truths_N = Boolean(spec.name).read(values)
         return [None if np.isnan(truth) else truth == 1 for truth in truths_N.tolist()]
@@ -50,7 +56,7 @@ def _is_image(spec: TensorSpec) -> bool:
 
 
 def _texts(values: list[Any]) -> pa.Array:
-    """Strings, or bytes where a custom encoder takes values that are not text."""
+    """Return strings, or bytes if a custom encoder uses values that are not text."""
     try:
         return pa.array(
             [None if is_missing(each) else to_text(each) for each in values], pa.string()
@@ -64,7 +70,10 @@ def _bytes(value: Any) -> bytes:
 
 
 def _file(value: Any) -> bytes | None:
-    """An image as a file: as it came, or a PNG of its pixels."""
+    """Return an image as a file: the file that was sent, or a PNG of the pixels.
+
+    Raises ValueError if the value is neither.
+    """
     if is_missing(value):
         return None
     if not isinstance(value, np.ndarray):
@@ -74,13 +83,14 @@ def _file(value: Any) -> bytes | None:
         raise ValueError("an image is neither pixels nor a file")
     pixels = value[:, :, 0] if value.ndim == 3 and value.shape[2] == 1 else value
     stream = io.BytesIO()
-    # The table's file is compressed; this alone would take twice as long for as many bytes.
+    # Uncompressed, because Parquet compresses the file; both would take twice as long for the same
+    # size.
     Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
     return stream.getvalue()
 
 
 def _digest(spec: TensorSpec, value: Any) -> str | None:
-    """HMAC-SHA256 of a value, in hexadecimal; equal values of a field have equal digests."""
+    """Return the HMAC-SHA256 of a value in hexadecimal; equal values have equal digests."""
     if is_missing(value):
         return None
     if isinstance(value, np.ndarray):
@@ -94,5 +104,5 @@ def _digest(spec: TensorSpec, value: Any) -> str | None:
 
 @cache
 def _key() -> bytes:
-    """The key of the environment, or one that ends with this process."""
+    """Return the key from the environment, or a random key of this process."""
     return os.environ.get(KEY_VARIABLE, "").encode() or secrets.token_bytes(32)

@@ -1,7 +1,7 @@
-"""The request log: a sample of requests with their answers, and feedback, written aside.
+"""Writers of the request log, for a sample of the requests with their predictions and feedback.
 
-Rows wait in bounded memory and are written some seconds later by a thread, to Parquet under the
-storage path. What cannot be kept or written is counted and left out; no request waits for it.
+Rows wait in bounded memory until a thread writes them to Parquet files below the storage path.
+Rows that do not fit in memory or cannot be written are dropped and counted. Requests never wait.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from serve.telemetry.metrics import Snapshot
 
 logger = logging.getLogger(__name__)
 
-# Of each log, what waits and what is being written. Beyond it rows are counted and left out.
+# Memory of each log for rows that wait or are being written; rows beyond it are dropped.
 MAX_MEMORY_BYTES = 32 * 2**20
-# Longest that a replica that ends waits for its last rows to be written.
+# Limit for writing the last rows of a replica that ends.
 CLOSE_S = 10.0
 
 Item = TypeVar("Item")
@@ -33,7 +33,7 @@ Feedback = tuple[str, int, str | float, float]
 
 
 class _Outcome(NamedTuple):
-    """What became of some rows; how large the log is then; what was wrong with the storage."""
+    """Result of one write: rows written, rows lost, size of the log, error of the storage."""
 
     rows: int
     lost_rows: int
@@ -42,7 +42,7 @@ class _Outcome(NamedTuple):
 
 
 def check_log_fields(options: LogOptions, model: str, fields: Collection[str]) -> None:
-    """Raises UserError for a field to exclude or hash that records of a model do not have."""
+    """Raise UserError if a field to exclude or hash is not one of the model's `fields`."""
     for option, names in (
         ("exclude_fields", options.exclude_fields),
         ("hash_fields", options.hash_fields),
@@ -56,17 +56,18 @@ def check_log_fields(options: LogOptions, model: str, fields: Collection[str]) -
 
 
 class RequestSample:
-    """A share of all requests, by their ids alone: the same on every replica."""
+    """A fraction of all requests, selected by their ids alone and so the same on every replica."""
 
     def __init__(self, share: float) -> None:
         self._share = share
 
     def has(self, request_id: str) -> bool:
+        """Return whether a request is in the sample."""
         return bool(self._share) and in_fraction(request_id, self._share, LOG)
 
 
 class BufferedLog(Generic[Item]):
-    """Collects what is to be logged and writes it in a thread. Belongs to one event loop."""
+    """Buffers items and writes them in a thread. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class BufferedLog(Generic[Item]):
         table: Callable[[Sequence[Item]], pa.Table],
         clock: Callable[[], float],
     ) -> None:
-        """table: items → their rows. Called in the thread; an item that it fails on is left out."""
+        """table: returns the rows of items, in the thread; items that it fails on are dropped."""
         self._root, self._model, self._kind = root, model, kind
         self._options, self._table, self._clock = options, table, clock
         self._writer = LogWriter(root, kind, model, options.file_rows)
@@ -91,7 +92,7 @@ class BufferedLog(Generic[Item]):
         self.dropped: Counter[str] = Counter(memory=0, disk=0, error=0)
 
     def add(self, item: Item, rows: int, size_bytes: int) -> None:
-        """Take an item of some rows, about so large, unless memory is full."""
+        """Buffer an item of `rows` rows and about `size_bytes` bytes; drop it if memory is full."""
         if self._waiting_bytes + self._written_bytes + size_bytes > MAX_MEMORY_BYTES:
             self.dropped["memory"] += rows
             return
@@ -101,26 +102,27 @@ class BufferedLog(Generic[Item]):
         self._arm()
 
     def snapshot(self, labels: dict[str, str]) -> Snapshot:
+        """Return the log's metrics. labels: those of every sample."""
         labels = {**labels, "log": self._kind}
         dropped = [
             ("_total", {**labels, "reason": why}, float(n)) for why, n in self.dropped.items()
         ]
         size = ("", labels, self.size_bytes)
         return {
-            "log_rows": ("counter", "Rows that were logged.", [("_total", labels, self.rows)]),
-            "log_dropped": ("counter", "Rows that were left out of the log, by reason.", dropped),
-            "log_bytes": ("gauge", "Size of the log's files, of all replicas together.", [size]),
+            "log_rows": ("counter", "Rows written to the log.", [("_total", labels, self.rows)]),
+            "log_dropped": ("counter", "Rows dropped instead of logged, by reason.", dropped),
+            "log_bytes": ("gauge", "Size of all replicas' log files in bytes.", [size]),
         }
 
     async def close(self) -> None:
-        """Write what is left, for some seconds at most."""
+        """Write the buffered rows; drop those that are not written within CLOSE_S seconds."""
         try:
             async with asyncio.timeout(CLOSE_S):
                 while self._writing is not None or self._items:
                     self._write()
                     if self._writing is not None:
                         await asyncio.wait([self._writing])
-                        # Its callback, which takes the next rows, is called in the next turn.
+                        # The callback, which starts the next write, runs in the loop's next turn.
                         await asyncio.sleep(0)
         except TimeoutError:
             self.dropped["disk"] += self._rows
@@ -145,7 +147,7 @@ class BufferedLog(Generic[Item]):
             self._timer = None
 
     def _write(self) -> None:
-        """Give the thread what waits; what comes meanwhile is written when that has ended."""
+        """Write the buffered items in the thread, unless it is still writing earlier ones."""
         self._disarm()
         if self._writing is not None or not self._items:
             return
@@ -170,22 +172,22 @@ class BufferedLog(Generic[Item]):
             self._arm()
 
     def _tell(self, problem: Exception | None) -> None:
-        """Log the first failure, and that it works again."""
+        """Log the first of several failures, and the first success after them."""
         words = f"the log of {self._kind} for {self._model}"
         if problem is not None and not self._failing:
             logger.error("%s cannot be written: %s", words, problem)
         elif problem is None and self._failing:
             lost = self.dropped["disk"]
-            logger.warning("%s is written again; %d rows were lost until now", words, lost)
+            logger.warning("%s can be written again; %d rows were lost so far", words, lost)
         self._failing = problem is not None
 
     def _written(self, items: Sequence[Item]) -> "_Outcome":
-        """Write items, and let go of what is too old or too much."""
+        """Write items and apply retention; called in the thread."""
         tables, now = self._tables(items), self._clock()
         rows, size_bytes = sum(each.num_rows for each in tables), self.size_bytes
         problem: Exception | None = None
         lost_rows = 0
-        # File systems raise many kinds.
+        # fsspec file systems raise errors of many classes.
         try:
             if tables:
                 self._writer.append(schema.concat_tables(tables), now)
@@ -202,7 +204,7 @@ class BufferedLog(Generic[Item]):
         return _Outcome(rows, lost_rows, size_bytes, problem)
 
     def _tables(self, items: Sequence[Item]) -> list[pa.Table]:
-        """All at once; where that fails, each alone, so that only what it fails on is lost."""
+        """Convert all items at once; if that fails, one by one, to lose only those that fail."""
         try:
             return [self._table(items)]
         except Exception as error:
@@ -213,7 +215,7 @@ class BufferedLog(Generic[Item]):
 
 
 class RequestLog:
-    """Requests of one model. Belongs to one event loop."""
+    """Log of one model's requests. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -231,11 +233,11 @@ class RequestLog:
         )
 
     def wants(self, request_id: str) -> bool:
-        """Whether a request is in the sample."""
+        """Return whether a request is in the sample and should be added."""
         return self._sample.has(request_id)
 
     def add(self, entry: LogEntry) -> None:
-        """Take a request that was answered; at most 64 of its rows. Never waits, never raises."""
+        """Add an answered request, with at most 64 of its rows. Never blocks, never raises."""
         try:
             kept = schema.buffer_entry(entry, self._drop)
             self._log.add(kept, len(kept.rows), kept.size_bytes)
@@ -244,16 +246,16 @@ class RequestLog:
             logger.exception("a request could not be logged")
 
     def snapshot(self, labels: dict[str, str]) -> Snapshot:
-        """What it counted until now."""
+        """Return the log's metrics. labels: those of every sample."""
         return self._log.snapshot(labels)
 
     async def close(self) -> None:
-        """Write what is left. Nothing may be added after it."""
+        """Write the buffered rows. Nothing may be added afterwards."""
         await self._log.close()
 
 
 class FeedbackLog:
-    """What turned out to be true of one model's requests. Belongs to one event loop."""
+    """Log of the feedback on one model's requests. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -269,13 +271,15 @@ class FeedbackLog:
         )
 
     def add(self, request_id: str, row: int, truth: str | float) -> None:
-        """Take the truth of one row of a request; the last one of a row counts."""
+        """Add the label of one row of a request; readers use the latest label of a row."""
         self._log.add((request_id, row, truth, self._clock()), 1, 200 + len(request_id))
 
     def snapshot(self, labels: dict[str, str]) -> Snapshot:
+        """Return the log's metrics. labels: those of every sample."""
         return self._log.snapshot(labels)
 
     async def close(self) -> None:
+        """Write the buffered rows. Nothing may be added afterwards."""
         await self._log.close()
 
 

@@ -1,10 +1,10 @@
-"""Retraining: when a model's requests drift or it is wrong too often, train it on what is new.
+"""Retraining of a model on labelled requests, if its requests drift or its errors increase.
 
 `python -m serve.retrain --model NAME [--check] [--dry-run] [--force] [--option VALUE …]`
 
-The new version begins from the one in production, learns from the records of before and from
-labelled requests, and becomes candidate if it is better on requests that it has not learned from
-and no worse on the old test records. It never becomes production here.
+Training starts from the weights of the version in production and uses the earlier training records
+and the labelled requests. The new version becomes the candidate, never production, and only if it
+is better on held-out requests and not worse on the old test records.
 """
 
 import json
@@ -43,106 +43,113 @@ Train = Callable[[str, str | None, float], dict[str, Any]]
 
 
 class RetrainOptions(CommandOptions):
-    """Train a model on new labelled requests if they drifted or the model errs too often."""
+    """Retrain a model on labelled requests if its inputs drift or its error has increased."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.retrain")
 
-    model: str = Field(pattern=storage.MODEL_NAME, description="The model's name in the registry.")
-    check: bool = Field(False, description="Train if it is due, as without any of these three.")
-    dry_run: bool = Field(False, description="Say what would be done, and do nothing.")
+    model: str = Field(pattern=storage.MODEL_NAME, description="Name of the model in the registry.")
+    check: bool = Field(False, description="Retrain if due. This is also the default.")
+    dry_run: bool = Field(False, description="Report what would be done without doing it.")
     force: bool = Field(
-        False, description="Train though it is not due, or too soon after the last time."
+        False, description="Retrain even if it is not due or --cooldown-hours have not passed."
     )
     storage: StoragePath = Field(
         "runs",
         validate_default=True,
-        description="Storage path, with the registry and the request log.",
+        description="Directory or URL of the storage that contains the registry and request log.",
     )
-    plugins: Names = Field((), description="Modules whose classes the model may name.")
+    plugins: Names = Field(
+        (), description="Modules from which the model's custom classes may be imported."
+    )
     require_signature: PublicKeys = Field(
-        (), description="Public keys, PEM files, of which one must have signed production."
+        (),
+        description="Public keys, PEM files; only bundles signed by one of these keys are loaded. "
+        "By default signatures are not checked.",
     )
     signing_key: str | None = Field(
         None,
-        description="Private key that signs the new version; the one that HALYARD_SIGNING_KEY "
-        "names by default.",
+        description="Private key, a PEM file, that signs the new version; default: the one in "
+        "HALYARD_SIGNING_KEY, if set.",
     )
-    windows: int = Field(2, ge=1, le=50, description="Windows with drift alarms that make it due.")
-    of: int = Field(5, ge=1, le=50, description="How many of the last windows count.")
+    windows: int = Field(
+        2, ge=1, le=50, description="Number of windows with drift alarms that make retraining due."
+    )
+    of: int = Field(5, ge=1, le=50, description="Number of most recent windows to look at.")
     max_drop: float = Field(
         0.02,
         ge=0,
         le=1,
-        description="How much worse the live metric may be than expected, and the new version than "
-        "production on the old test records; an RMSE in deviations of the target.",
+        description="Tolerated loss: of the live metric against the test split, and of the new "
+        "version against production on the old test records. An RMSE is in standard deviations of "
+        "the target.",
     )
-    min_labelled: int = Field(200, ge=2, description="Fewest labelled records to train with.")
+    min_labelled: int = Field(200, ge=2, description="Minimum labelled records for retraining.")
     mix: float = Field(
-        0.5, gt=0, le=0.95, description="Share of the training samples that are new records."
+        0.5, gt=0, le=0.95, description="Fraction of the training samples that are new records."
     )
     epochs: int | None = Field(
-        None, ge=1, le=10_000, description="A third of the model's first training by default."
+        None, ge=1, le=10_000, description="Epochs; default: a third of the first training's."
     )
-    cooldown_hours: float = Field(24, ge=0, description="Least time between two trainings.")
+    cooldown_hours: float = Field(24, ge=0, description="Minimum hours between two trainings.")
     lease_hours: float = Field(
-        6, gt=0, le=720, description="Longest training; after it another command may begin."
+        6, gt=0, le=720, description="Maximum hours of a training; then another command may start."
     )
     submit: str | None = Field(
         None,
         description="Address of a Ray dashboard, such as http://127.0.0.1:8265, to train there as "
-        "a job; a child process by default, which joins the cluster at RAY_ADDRESS.",
+        "a job. By default training is a child process, which joins the cluster at RAY_ADDRESS.",
     )
 
 
 def parse(argv: Sequence[str]) -> RetrainOptions:
-    """Raises UserError with one line that names the option."""
+    """Return the options of a command line. Raises UserError, which names the invalid option."""
     return parse_options(RetrainOptions, argv)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the command; return what it prints. Raises UserError and CommandFailed."""
     return retrain(parse(argv), read_labelled, launcher.run_training)
 
 
 def retrain(options: RetrainOptions, read: Read, train: Train) -> dict[str, Any]:
     """Retrain a model if it is due; return what the command prints.
 
-    read: see `logged.labelled`. train: see `jobs.train`.
-    Raises UserError where no version is in production or a key cannot be used, CommandFailed when
-    training failed.
+    read: see `read_labelled`. train: see `launcher.run_training`. Raises UserError if no version is
+    in production or a key cannot be used, CommandFailed if training fails.
     """
     root = options.storage
     if not signature.has_key(options.signing_key) and options.require_signature:
-        raise UserError("--require-signature needs --signing-key, for the new version.")
+        raise UserError("--require-signature needs --signing-key to sign the new version.")
     set_bundle_policy(options.plugins, options.storage, options.require_signature)
     production, version = _production(options.model, root)
     state = RetrainHistory(root, options.model)
     decision = _decision(options, root, production, version)
     if options.force and not decision.due:
-        decision = RetrainDecision(True, f"it is asked for, though {decision.reason}")
+        decision = RetrainDecision(True, f"--force was given ({decision.reason})")
     blocked = None if options.force else state.cooling(options.cooldown_hours)
     if not decision.due or blocked:
         return _told(options, decision, blocked or decision.reason)
     new = split_labelled(usable_rows(read(root, options.model), production.task), production.task)
     known = len(new.training) + len(new.held_out)
     if known < options.min_labelled or not (len(new.training) and len(new.held_out)):
-        few = f"{known} labelled records are too few, {options.min_labelled} are needed"
+        few = f"{known} labelled records are too few; {options.min_labelled} are needed"
         return _told(options, decision, few)
     if options.dry_run:
         where = f"as a job at {options.submit}" if options.submit else "here"
         words = (
             f"would train {where} for {_epochs(options, production)} epochs on {len(new.training)} "
-            f"new records besides those of before, and judge by {len(new.held_out)} others"
+            f"new and all earlier training records, and compare on {len(new.held_out)} held out"
         )
         return _told(options, decision, words)
     try:
         with lock.hold_lock(state.url("lease"), options.lease_hours) as own:
             return _retrain(options, root, decision, new, production, version, state, own, train)
     except lock.LockHeld as error:
-        return _told(options, decision, f"another is at work: {error}")
+        return _told(options, decision, f"another command is retraining: {error}")
 
 
 def _told(options: RetrainOptions, decision: RetrainDecision, reason: str) -> dict[str, Any]:
-    """Say why nothing is trained."""
+    """Print why nothing is trained; return what the command prints."""
     because = f" ({decision.reason})" if decision.due else ""
     print(f"{options.model}: not retrained: {reason}{because}", file=sys.stderr)
     return {
@@ -187,9 +194,9 @@ def _retrain(
     own: lock.FileLock,
     train: Train,
 ) -> dict[str, Any]:
-    """Train, judge and register; write down how it went, however it ends."""
+    """Train, compare and register; record the outcome in the history, also of a failure."""
     began = datetime.now(UTC)
-    print(f"{options.model}: training again: {decision.reason}", file=sys.stderr)
+    print(f"{options.model}: retraining: {decision.reason}", file=sys.stderr)
     entry = {
         "began": began.isoformat(timespec="seconds"),
         "because": decision.reason,
@@ -198,7 +205,7 @@ def _retrain(
         "num_held_out": len(new.held_out),
         "outcome": "began",
     }
-    # Now, so that one that is killed counts for the cooldown too.
+    # Recorded before training, so that a training that is killed counts for the cooldown too.
     state.note(entry)
     try:
         config_url = _written(options, root, new.training, production, version, state, began)
@@ -230,7 +237,7 @@ def _written(
     state: RetrainHistory,
     began: datetime,
 ) -> str:
-    """Write the new records, and the config to train with; return the config's place."""
+    """Write the new records and the training config; return the config's path or URL."""
     name = f"{began:%Y%m%d-%H%M%S}"
     extra, config_url = state.url(f"{name}.parquet"), state.url(f"{name}.yaml")
     buffer = pa.BufferOutputStream()
@@ -245,7 +252,10 @@ def _written(
 def training_config_of(
     options: RetrainOptions, root: str, production: Bundle, version: str, extra: str
 ) -> dict[str, Any]:
-    """The options that production was trained with, but for what makes it this training."""
+    """Return the options that production was trained with, changed for this training.
+
+    version: of production. extra: path or URL of the new records.
+    """
     config = production.manifest.config
     data = {
         name: _absolute(value) if name in ("train", "valid", "test") else value
@@ -265,7 +275,7 @@ def training_config_of(
 
 
 def _absolute(url: str | None) -> str | None:
-    """A path as it is found from any directory: a job has another one."""
+    """Return a path as an absolute one, because a job runs in another directory."""
     if url is None or storage.is_url(url) or url == sources.DIGITS:
         return url
     return str(Path(url).absolute())
@@ -274,7 +284,7 @@ def _absolute(url: str | None) -> str | None:
 def _registered(
     model: str, root: str, candidate: Bundle, verdict: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Register a bundle as candidate, with the epochs' figures and the verdict's."""
+    """Register a bundle as candidate, with the figures of its epochs and of the comparison."""
     tags = {f"retrain.{key}": str(value) for key, value in verdict["figures"].items()}
     history = json.loads((candidate.path / "report" / "history.json").read_text())
     with publishing.RunRecorder(root, model, candidate.manifest.config) as recording:

@@ -1,4 +1,4 @@
-"""Labelled requests as records to learn from and to judge by."""
+"""Splits labelled requests into training records and held-out records for the comparison."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,28 +12,28 @@ from serve.requestlog.sampling import HELD_OUT, in_fraction
 from train.tasks import LabelsTarget, NamedTarget, Task, ValueTarget
 from train.values.label_lists import SEPARATOR
 
-# Share of the labelled requests that is not learned from; by their content, so that none that was
-# held out once is ever learned from, whoever sends it again.
+# Fraction of the labelled requests that is held out. It is selected by content, so that a record
+# that was held out once is never trained on, even if another request repeats it.
 SHARE_HELD_OUT = 0.3
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """Labelled records that a model can learn from, in two parts."""
+    """Labelled records in the columns of the training data, in two disjoint parts."""
 
     training: pa.Table
     held_out: pa.Table
 
 
 def usable_rows(table: pa.Table, task: Task) -> pa.Table:
-    """The rows whose truth the task knows: one of its names, or a finite number.
+    """Return the rows whose label is one of the task's classes or a finite number.
 
-    Raises UserError for a target that is neither.
+    Raises UserError for a custom target.
     """
     if not isinstance(task.target, NamedTarget | ValueTarget):
         raise UserError(
-            f"the target is a {type(task.target).__name__} of your own, of which nothing here says "
-            "what is better; retraining is for names and numbers."
+            f"the target is a custom {type(task.target).__name__}; retraining supports only "
+            "targets that are classes, labels or numbers."
         )
     known = [_is_known(truth, task) for truth in table["truth"].to_pylist()]
     return table.filter(pa.array(known, pa.bool_()))
@@ -50,19 +50,20 @@ def _is_known(truth: Any, task: Task) -> bool:
 
 
 def split_labelled(table: pa.Table, task: Task) -> LabelledSplit:
-    """The records in the columns of the training data, to learn from and held out.
+    """Split labelled rows, in the columns of the training data, into training and held-out rows.
 
-    All of a request are in the same part, and so is a request with the same records, whenever they
-    are divided. A record that is held out is not learned from, whichever request it is of.
+    All rows of a request are in the same part, and equal requests are always in the same part, also
+    in later calls. A record that is held out in one request is not trained on in another. Raises
+    UserError if the log lacks a field of the model.
     """
-    if not table.num_rows:  # nor columns, where nothing is logged
+    if not table.num_rows:  # an empty log has no column "record"
         return LabelledSplit(table, table)
     records = table["record"].combine_chunks()
     names = [records.type.field(number).name for number in range(records.type.num_fields)]
     if missing := [name for name in task.features.columns if name not in names]:
         raise UserError(
-            f"the logged requests have no field '{missing[0]}'; they have {', '.join(names)}. What "
-            "the log leaves out cannot be learned from: have it logged, or retrain by hand."
+            f"the logged requests have no field '{missing[0]}'; they have {', '.join(names)}. "
+            "Remove it from log.exclude_fields and collect new requests, or train by hand."
         )
     columns = {name: records.field(name) for name in task.features.columns}
     whole = pa.table({**columns, task.target.column: table["truth"]})

@@ -1,4 +1,4 @@
-"""Training, started from where no training code is imported: a child process, or a Ray job."""
+"""Runs training as a child process or a Ray job, without importing training code."""
 
 import json
 import shlex
@@ -13,15 +13,16 @@ from cluster.errors import CommandFailed, UserError
 
 SCRIPT = "train/main.py"
 POLL_S = 2.0
-# Lines of a failed job's log that are shown.
+# Last lines of a failed job's log that are printed.
 SHOWN_LINES = 20
 
 
 def run_training(config_url: str, submit: str | None, timeout_s: float) -> dict[str, Any]:
-    """Run training with a config file to its end; return the JSON object that it prints.
+    """Run training with a config file and wait for its end; return the JSON object that it prints.
 
-    submit: address of a Ray dashboard to send it to as a job; a child process if None, which joins
-    the cluster at RAY_ADDRESS. Raises CommandFailed, UserError where nobody answers at the address.
+    submit: address of a Ray dashboard to run it as a job; None for a child process, which joins the
+    cluster at RAY_ADDRESS. timeout_s: limit in seconds. Raises CommandFailed if training fails or
+    exceeds the limit, UserError if no dashboard responds at the address.
     """
     if submit is None:
         return _as_child(config_url, timeout_s)
@@ -29,7 +30,7 @@ def run_training(config_url: str, submit: str | None, timeout_s: float) -> dict[
 
 
 def parse_result(output: str) -> dict[str, Any]:
-    """Return the last line that is a training command's JSON object. Raises CommandFailed."""
+    """Return the last training result among the lines of an output. Raises CommandFailed."""
     for line in reversed(output.splitlines()):
         try:
             result = json.loads(line)
@@ -41,7 +42,7 @@ def parse_result(output: str) -> dict[str, Any]:
 
 
 def _as_child(config_url: str, timeout_s: float) -> dict[str, Any]:
-    """Its progress goes to this process's stderr."""
+    """Run training as a child process, whose progress goes to this process's stderr."""
     script = str(Path(connect.REPOSITORY, SCRIPT))
     try:
         done = subprocess.run(
@@ -54,7 +55,9 @@ def _as_child(config_url: str, timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise CommandFailed(f"training took longer than {timeout_s / 3600:g} hours.") from error
     if done.returncode != 0:
-        raise CommandFailed(f"training ended with exit {done.returncode}; see what it said above.")
+        raise CommandFailed(
+            f"training ended with exit code {done.returncode}; its messages are above."
+        )
     return parse_result(done.stdout)
 
 
@@ -66,14 +69,14 @@ def _as_job(config_url: str, address: str, timeout_s: float) -> dict[str, Any]:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"--submit is '{address}', where no Ray dashboard answers "
-            f"({' '.join(str(error).split())[:200]}); give its address, or leave --submit out."
+            f"--submit is '{address}', but no Ray dashboard responds there "
+            f"({' '.join(str(error).split())[:200]}); give its address, or omit --submit."
         ) from error
     job = client.submit_job(
         entrypoint=shlex.join(["python", SCRIPT, "--config", config_url]),
         runtime_env={"working_dir": "."},
     )
-    print(f"training is Ray job {job}", file=sys.stderr)
+    print(f"training runs as Ray job {job}", file=sys.stderr)
     deadline = time.monotonic() + timeout_s
     while not (status := client.get_job_status(job)).is_terminal():
         if time.monotonic() > deadline:
@@ -85,5 +88,5 @@ def _as_job(config_url: str, address: str, timeout_s: float) -> dict[str, Any]:
     logs = client.get_job_logs(job)
     if status != JobStatus.SUCCEEDED:
         print("\n".join(logs.splitlines()[-SHOWN_LINES:]), file=sys.stderr)
-        raise CommandFailed(f"training, Ray job {job}, ended as {status}.")
+        raise CommandFailed(f"training, Ray job {job}, ended with status {status}.")
     return parse_result(logs)

@@ -1,4 +1,4 @@
-"""A lease: a file that says who is at work, so that one is at a time."""
+"""A lease: a file that names the process that is retraining, so that only one does at a time."""
 
 import json
 import secrets
@@ -14,21 +14,21 @@ from cluster.nodes.process_identity import ProcessIdentity
 
 
 class LockHeld(Exception):
-    """Another is at work. The message says who, and since when."""
+    """Another process holds the lease. The message names it and for how long it has held it."""
 
 
 @dataclass(frozen=True)
 class FileLock:
-    """A lease that this process took. holder: what its file holds."""
+    """A lease that this process holds. holder: the content of its file."""
 
     url: str
     holder: dict[str, Any]
 
     def check(self) -> None:
-        """Raises CommandFailed where another took it over meanwhile, as it had become stale."""
+        """Raise CommandFailed if another process has taken the lease over after it expired."""
         if _read(self.url) != self.holder:
             raise CommandFailed(
-                f"the lease '{self.url}' was taken over by another; this command ends."
+                f"the lease '{self.url}' was taken over by another command; this one ends."
             )
 
 
@@ -36,8 +36,8 @@ class FileLock:
 def hold_lock(url: str, hours: float) -> Iterator[FileLock]:
     """Hold the lease at a path or URL within the block.
 
-    hours: after which a lease is stale; at once where its process ran on this host and is gone.
-    Raises LockHeld.
+    hours: age at which a lease is stale. A lease of a process of this host that has ended is stale
+    at once. Raises LockHeld if another process holds the lease and it is not stale.
     """
     lease = FileLock(url, _self())
     content = json.dumps(lease.holder).encode()
@@ -45,10 +45,11 @@ def hold_lock(url: str, hours: float) -> Iterator[FileLock]:
         other = _read(url)
         if other is not None and not _is_stale(other, hours):
             raise LockHeld(
-                f"{other['host']}, process {other['pid']}, has been at it for "
+                f"{other['host']}, process {other['pid']}, has held the lease for "
                 f"{(time.time() - other['time']) / 60:.0f} minutes"
             )
-        # Of several that find it stale, the last to write has it, and the others find that out.
+        # If several processes take over a stale lease, the last one to write holds it; the others
+        # fail in `check`, here or later.
         commit.write_atomic(url, content)
         lease.check()
     try:
@@ -68,7 +69,7 @@ def _self() -> dict[str, Any]:
 
 
 def _read(url: str) -> dict[str, Any] | None:
-    """What a lease's file holds; None if there is none."""
+    """Return the content of a lease's file; None if there is no file."""
     fs, path = storage.filesystem(url)
     fs.invalidate_cache()
     try:

@@ -1,4 +1,4 @@
-"""Whether a model should be trained again: by drift, and by how often it is right."""
+"""The decision whether a model should be retrained, from drift alarms and live metrics."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class RetrainRules:
-    """windows: how many of the last `of` windows must have alarms.
+    """When retraining is due.
 
-    max_drop: how much worse than expected the live metric may be, even at the better end of its
-    95 % interval; an error in `unit`.
+    windows: how many of the last `of` windows must have drift alarms. max_drop: how much worse than
+    on the test split the better end of the live metric's 95 % interval may be; for an RMSE, as a
+    multiple of `unit`.
     """
 
     windows: int
@@ -26,6 +27,8 @@ class RetrainRules:
 
 @dataclass(frozen=True)
 class RetrainDecision:
+    """Whether retraining is due, and why or why not."""
+
     due: bool
     reason: str
 
@@ -33,10 +36,10 @@ class RetrainDecision:
 def decide_retrain(
     state: MonitorState | None, version: str, rules: RetrainRules
 ) -> RetrainDecision:
-    """Decide about the version in production. state: None before anything was monitored."""
+    """Decide whether to retrain. version: in production. state: None if nothing was monitored."""
     monitored = None if state is None else state.versions.get(version)
     if monitored is None:
-        return RetrainDecision(False, f"nothing has been seen of version {version} yet")
+        return RetrainDecision(False, f"version {version} has not been monitored yet")
     reasons = []
     for is_due, reason in (
         _by_drift(monitored.windows, rules),
@@ -59,12 +62,12 @@ def _by_drift(windows: Sequence[DriftWindow], rules: RetrainRules) -> tuple[bool
     words += f" ({names})" if names else ""
     if len(alarmed) >= rules.windows:
         return True, words
-    return False, f"{words}, {rules.windows} of {rules.of} are needed"
+    return False, f"{words}; {rules.windows} of {rules.of} are needed"
 
 
 def _by_feedback(live: LiveFeedback | None, rules: RetrainRules) -> tuple[bool, str]:
     if live is None or live.expected is None:
-        return False, "no truth is known"
+        return False, "there is no live metric to compare with the test split"
     lower = live.metric == "rmse"  # else the accuracy
     allowed = rules.max_drop * (rules.unit if lower else 1.0)
     limit = live.expected + allowed if lower else live.expected - allowed
@@ -73,4 +76,4 @@ def _by_feedback(live: LiveFeedback | None, rules: RetrainRules) -> tuple[bool, 
         f"{live.count}, {live.expected:.4g} expected"
     )
     worse = live.low > limit if lower else live.high < limit
-    return worse, words if worse else f"{words}, which may be as much as {allowed:.3g} worse"
+    return worse, words if worse else f"{words}; up to {allowed:.3g} worse is allowed"

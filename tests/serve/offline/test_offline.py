@@ -307,5 +307,5 @@ def test_an_output_of_another_input_is_not_mixed_with_this_one(table, table_bund
     pd.read_csv(table).head(50).to_csv(other, index=False)
     output = tmp_path / "out"
     offline.main(command(table_bundle, other, output)[3:])
-    with pytest.raises(UserError, match="begun with another input"):
+    with pytest.raises(UserError, match="started with another input"):
         offline.main(command(table_bundle, table, output)[3:])

@@ -56,15 +56,15 @@ QUIET, LOUD = window(), window("age", "town")
 @pytest.mark.parametrize(
     ("state", "due", "words"),
     [
-        (None, False, "nothing has been seen of version 3"),
-        (MonitorState(time=NOW, production="2", versions={}), False, "nothing has been seen"),
+        (None, False, "version 3 has not been monitored"),
+        (MonitorState(time=NOW, production="2", versions={}), False, "has not been monitored"),
         (watched(), False, "0 of the last 0 windows"),
-        (watched(LOUD), False, "1 of the last 1 windows drifted (age, town), 2 of 5 are needed"),
+        (watched(LOUD), False, "1 of the last 1 windows drifted (age, town); 2 of 5 are needed"),
         (watched(LOUD, QUIET, QUIET, QUIET, LOUD), True, "2 of the last 5 windows drifted (age"),
         (watched(LOUD, LOUD, QUIET, QUIET, QUIET, QUIET), False, "1 of the last 5"),
         (watched(QUIET, expected=0.95), False, "0.9 [0.86, 0.93] of 300, 0.95 expected"),
         (watched(QUIET, expected=0.96), True, "live accuracy 0.9 [0.86, 0.93] of 300, 0.96 expect"),
-        (watched(QUIET, metric="rmse", low=8, high=9, expected=7.9), False, "as much as 0.2"),
+        (watched(QUIET, metric="rmse", low=8, high=9, expected=7.9), False, "up to 0.2 worse"),
         (watched(QUIET, metric="rmse", low=8, high=9, expected=7.7), True, "live rmse"),
         (watched(LOUD, LOUD, expected=0.9), True, "windows drifted"),
     ],
@@ -184,7 +184,7 @@ def test_the_cooldown_begins_at_the_last_entry_of_the_history(tmp_path):
     history = state.history()
     assert len(history) == 20
     assert {entry["outcome"] for entry in history} == {"refused"}
-    assert "3.0 h ago, of 24" in state.cooling(24)
+    assert "3.0 h ago; --cooldown-hours is 24" in state.cooling(24)
     assert state.cooling(2.9) is None
 
 
@@ -341,7 +341,7 @@ def never(*arguments):
     ("state", "changes", "due", "reason"),
     [
         (watched(QUIET), {}, False, "0 of the last 1 windows"),
-        (watched(LOUD, LOUD), {}, True, "20 labelled records are too few, 200 are needed"),
+        (watched(LOUD, LOUD), {}, True, "20 labelled records are too few; 200 are needed"),
         (watched(LOUD, LOUD), {"dry_run": True, "min_labelled": 20}, True, "train here for 2 epo"),
         (watched(QUIET), {"force": True}, True, "20 labelled records are too few"),
         (watched(QUIET), {"force": True, "dry_run": True, "min_labelled": 9}, True, "would train"),
@@ -375,7 +375,7 @@ def test_a_failed_training_is_recorded_and_starts_the_cooldown(root, written):
     (entry,) = RetrainHistory(root, "digits").history()
     assert (entry["outcome"], entry["reason"]) == ("failed", "training ended with exit 1")
     result = retrain.retrain(options, lambda *_: inverted(20), never)
-    assert "the last training began 0.0 h ago, of 24" in result["reason"]
+    assert "the last training began 0.0 h ago; --cooldown-hours is 24" in result["reason"]
     forced = options.model_copy(update={"force": True})
     with pytest.raises(CommandFailed):
         retrain.retrain(forced, lambda *_: inverted(20), fail)
