@@ -1,1 +1,1 @@
-"""Drift monitoring: samples of the traffic, windows of them, and their statistics."""
+"""Drift monitoring: samples of the traffic, windows of samples, and drift statistics."""

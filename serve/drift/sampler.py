@@ -1,7 +1,8 @@
-"""The sampler: a replica's part of the monitor. It counts some of what is asked and answered.
+"""The sampler: the part of drift monitoring that runs in each replica.
 
-A request costs a look at the clock; what is taken is copied, and counted in a thread, a block at a
-time. What the blocks of all replicas say is told by `windows`.
+It copies some rows of answered requests and counts their values in a thread, one block at a time,
+so that it costs a request next to nothing. `windows` evaluates the blocks of all replicas. Shapes:
+N rows.
 """
 
 import asyncio
@@ -18,21 +19,21 @@ from train.values.records import concatenate, num_rows
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 50
-# Blocks kept for a repository that does not answer; then the oldest are left out.
+# Blocks that are kept while the repository does not respond; beyond it the oldest are dropped.
 MAX_BLOCKS = 100
 
-# Counts of a block, as of `Quantity.counts`, by the name of the quantity.
+# Counts of a block in the form of `Quantity.counts`, by the name of the quantity.
 Block = dict[str, np.ndarray]
 
 
 class DriftSampler:
-    """Counts of one plane. Belongs to one event loop.
+    """Samples the rows that one data plane answers. Belongs to one event loop.
 
-    seen: rows that were answered. sampled: those that were counted.
+    seen: rows that were answered. sampled: rows that were counted.
     """
 
     def __init__(self, task: Task, watched: dict[str, Quantity], rows_per_s: float) -> None:
-        """rows_per_s: how many rows are counted at most, whatever comes."""
+        """watched: quantities to count, by name. rows_per_s: maximum rows that are sampled."""
         self._task, self._watched, self._rows_per_s = task, watched, rows_per_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
         self._allowed, self._at = float(BLOCK_ROWS), 0.0
@@ -42,7 +43,10 @@ class DriftSampler:
         self.seen = self.sampled = 0
 
     def saw(self, inputs: Arrays, predictions: Arrays, now: float) -> None:
-        """Take some rows of a request that was answered. now: of the monotonic clock."""
+        """Sample some rows of an answered request.
+
+        inputs, predictions: arrays [N, ...] by name. now: time of a monotonic clock, seconds.
+        """
         count = num_rows(inputs)
         self.seen += count
         self._allowed += (now - self._at) * self._rows_per_s
@@ -51,8 +55,8 @@ class DriftSampler:
         if take <= 0:
             return
         self._allowed -= take
-        # Evenly over a large request, whose neighbours are often alike. A copy: the rows may be a
-        # part of a body of megabytes.
+        # Evenly spaced rows of a large request, because neighbouring rows are often similar. They
+        # are copied, because a view would keep the request's whole body in memory.
         rows = np.arange(take) * count // take
         self._rows.append((_taken(inputs, rows), _taken(predictions, rows)))
         self._collected += take
@@ -62,7 +66,7 @@ class DriftSampler:
             counting.add_done_callback(self._counted)
 
     def drained(self) -> list[Block]:
-        """The blocks since it was asked last."""
+        """Return the blocks since the last call."""
         blocks, self._blocks = self._blocks, []
         return blocks
 
@@ -79,7 +83,7 @@ class DriftSampler:
     def _counted(self, counting: "asyncio.Future[Block]") -> None:
         error = counting.exception()
         if error is not None:
-            logger.error("a block of rows could not be counted", exc_info=error)
+            logger.error("a block of sampled rows could not be counted", exc_info=error)
             return
         self.sampled += BLOCK_ROWS
         self._blocks = [*self._blocks, counting.result()][-MAX_BLOCKS:]

@@ -1,11 +1,13 @@
-"""Drift: how far the counts of a window are from the baseline's, and how far chance takes them.
+"""Drift statistics of a window's counts against the baseline's, and their alarm thresholds.
 
-A window of n records is compared with m held-out ones. If nothing has changed both are draws from
-one distribution; so are pairs that are drawn from the baseline, and what their statistics reach is
-the threshold. All statistics of a model share one false-alarm rate: the threshold of each is its
-own 99th percentile times a factor, the same for all, that the largest of them passes in as many
-drawn windows as false alarms are accepted. Statistics are drawn as if independent of each other;
-where they are not, there are fewer false alarms than that.
+Thresholds come from simulation. If nothing has changed, a window of n records and the m held-out
+records of the baseline are drawn from the same distribution, so pairs of such draws show how large
+each statistic becomes by chance. All statistics of a model share one false-alarm rate: the
+threshold of a statistic is its own 99th percentile times a factor. The factor is the same for all
+statistics and is chosen so that the accepted fraction of simulated windows exceeds any threshold.
+Statistics are simulated as if they were independent; where they are not, false alarms are rarer.
+
+Shapes: B bins, D dimensions of an embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,31 +18,39 @@ import numpy as np
 
 from train.bundle.feature_statistics import Quantity
 
+# Simulated windows.
 NUM_DRAWS = 10_000
-# Of a count, added on both sides, so that a bin may be empty.
+# Added to each count, of the window and of the baseline, so that a bin may be empty.
 PRIOR = 0.5
 SCALE_QUANTILE = 0.99
-# Windows that are drawn at once: what they take is bounded.
+# Windows that are simulated at once, to bound the memory.
 CHUNK = 1000
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def psi(reference: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Population stability index [...] of counts [..., B]: the sum of (p - q) ln(p / q)."""
+    """Return the population stability index [...] of counts [..., B].
+
+    It is the sum over bins of (p - q) ln(p / q), for fractions p of the reference and q of the
+    window.
+    """
     p, q = _shares(reference), _shares(window)
     result: np.ndarray = ((p - q) * np.log(p / q)).sum(axis=-1)
     return result
 
 
 def ks(reference: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Two-sample Kolmogorov-Smirnov statistic [...] of counts [..., B] of ordered bins."""
+    """Return the two-sample Kolmogorov-Smirnov statistic [...] of counts [..., B].
+
+    The bins must be in the order of their values.
+    """
     difference = _plain_shares(reference).cumsum(axis=-1) - _plain_shares(window).cumsum(axis=-1)
     result: np.ndarray = np.abs(difference).max(axis=-1)
     return result
 
 
-# Of an embedding, the largest over its dimensions.
+# Statistics by kind of quantity. For an embedding, the largest value over its dimensions counts.
 STATISTICS: dict[str, dict[str, Statistic]] = {
     "number": {"psi": psi, "ks": ks},
     "category": {"psi": psi},
@@ -50,7 +60,10 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What each statistic must pass to be an alarm, by quantity and name; for windows of `rows`."""
+    """Alarm thresholds for windows of `rows` rows.
+
+    of: thresholds by name of the quantity and name of the statistic.
+    """
 
     rows: int
     of: dict[str, dict[str, float]]
@@ -59,7 +72,10 @@ class Thresholds:
 def draw_thresholds(
     quantities: Mapping[str, Quantity], rows: int, alarm_rate: float, seed: int = 0
 ) -> Thresholds:
-    """Draw windows from the baseline. alarm_rate: share of windows with any false alarm."""
+    """Return thresholds from simulated windows of `rows` rows.
+
+    quantities: the baseline, by name. alarm_rate: fraction of windows with any false alarm.
+    """
     generator = np.random.default_rng(seed)
     drawn = {
         (name, statistic): values
@@ -78,7 +94,10 @@ def draw_thresholds(
 
 
 def drift_scores(quantity: Quantity, window: np.ndarray) -> dict[str, float]:
-    """Each statistic of a window's counts."""
+    """Return each statistic of a window's counts, by name.
+
+    window: int [B], or [D, B] for an embedding, as `quantity.counts`.
+    """
     return {
         name: float(np.max(statistic(quantity.counts, window)))
         for name, statistic in STATISTICS[quantity.kind].items()
@@ -86,11 +105,12 @@ def drift_scores(quantity: Quantity, window: np.ndarray) -> dict[str, float]:
 
 
 def bin_fractions(counts: np.ndarray) -> list[Any]:
+    """Return the fractions of counts [..., B] over the last axis, as nested lists."""
     return np.round(_plain_shares(counts), 5).tolist()
 
 
 def _drawn(quantity: Quantity, rows: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Statistics of windows that differ from the baseline by chance only, [NUM_DRAWS] each."""
+    """Return statistics of windows that differ from the baseline only by chance, [NUM_DRAWS]."""
     statistics = STATISTICS[quantity.kind]
     result = {name: np.zeros(NUM_DRAWS) for name in statistics}
     for counts_B in np.atleast_2d(quantity.counts):

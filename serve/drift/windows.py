@@ -1,4 +1,4 @@
-"""Windows: blocks of all replicas, put together and compared with the baseline. One per version."""
+"""Drift windows: blocks of all replicas, added up and compared with the baseline, per version."""
 
 import logging
 import time
@@ -17,13 +17,13 @@ from train.bundle.feature_statistics import MISSING_NAME, UNSEEN_NAME, Quantity
 
 logger = logging.getLogger(__name__)
 
-# Windows that are remembered.
+# Latest windows that are kept.
 MAX_WINDOWS = 50
 
 
 @dataclass(frozen=True)
 class DriftAlarm:
-    """A statistic of a quantity that passed its threshold."""
+    """A statistic that exceeded its threshold. feature: name of the quantity."""
 
     feature: str
     statistic: str
@@ -33,18 +33,23 @@ class DriftAlarm:
 
 @dataclass(frozen=True)
 class DriftWindow:
-    """One that was full. time: UTC, ISO 8601."""
+    """A complete window. time: when it was completed, UTC, ISO 8601."""
 
     rows: int
     time: str
     alarms: tuple[DriftAlarm, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the window as JSON objects."""
         return {"rows": self.rows, "time": self.time, "alarms": [asdict(a) for a in self.alarms]}
 
 
 class DriftMonitor:
-    """What one version's traffic looks like."""
+    """Drift monitoring of one version, over the traffic of all replicas.
+
+    full: the latest complete windows. num_full: number of all complete windows. num_alarmed: number
+    of those with alarms.
+    """
 
     def __init__(
         self,
@@ -54,7 +59,10 @@ class DriftMonitor:
         thresholds: Thresholds | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """rows: of a window, a multiple of BLOCK_ROWS. thresholds: drawn anew when None."""
+        """quantities: the baseline, by name. rows: rows per window, a multiple of BLOCK_ROWS.
+
+        thresholds: simulated with `alarm_rate` if None.
+        """
         assert rows % BLOCK_ROWS == 0
         self._quantities = dict(quantities)
         self._size = rows
@@ -62,14 +70,14 @@ class DriftMonitor:
         self._clock = clock
         self._counts: dict[str, np.ndarray] = self._none()
         self._rows = 0
-        # Of the last full window: counts and scores.
+        # Counts and scores of the last complete window.
         self._last: dict[str, np.ndarray] = {}
         self._scores: dict[str, dict[str, float]] = {}
         self.full: deque[DriftWindow] = deque(maxlen=MAX_WINDOWS)
         self.num_full = self.num_alarmed = 0
 
     def add(self, block: Block) -> DriftWindow | None:
-        """Return the window that a block of BLOCK_ROWS rows makes full."""
+        """Add a block of BLOCK_ROWS rows; return the window if this completes one."""
         for name, counts in block.items():
             if name in self._counts:
                 self._counts[name] += counts
@@ -100,11 +108,11 @@ class DriftMonitor:
         return {name: np.zeros_like(each.counts) for name, each in self._quantities.items()}
 
     def summary(self) -> list[dict[str, Any]]:
-        """The last windows, the oldest first."""
+        """Return the latest windows, oldest first."""
         return [window.to_dict() for window in self.full]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `/stats` tells: windows, and each quantity of the last full one."""
+        """Return the windows, and each quantity of the last one, for the response of `/stats`."""
         return {
             "windows": self.summary(),
             "current": {"rows": self._rows, "of": self._size},
@@ -126,9 +134,9 @@ class DriftMonitor:
         }
 
     def snapshot(self, labels: dict[str, str]) -> Snapshot:
-        """Scores of the last full window as metrics.
+        """Return the scores of the last complete window as metrics. labels: of every sample.
 
-        Of each quantity the statistic that is nearest to its threshold, or furthest beyond.
+        Each quantity is represented by the statistic with the largest ratio of score to threshold.
         """
         worst = {
             name: max(
@@ -151,39 +159,39 @@ class DriftMonitor:
         return {
             "drift_score": (
                 "gauge",
-                "How far the last window is from the baseline.",
+                "Distance of the last window from the baseline.",
                 each({name: score for name, (score, _) in worst.items()}),
             ),
             "drift_threshold": (
                 "gauge",
-                "Score above which the last window has drifted.",
+                "Score above which the last window counts as drifted.",
                 each({name: threshold for name, (_, threshold) in worst.items()}),
             ),
             "drift_windows": (
                 "counter",
-                "Windows that were compared with the baseline.",
+                "Windows compared with the baseline.",
                 [("_total", labels, float(self.num_full))],
             ),
             "drift_alarmed_windows": (
                 "counter",
-                "Windows that had drifted.",
+                "Windows with drift alarms.",
                 [("_total", labels, float(self.num_alarmed))],
             ),
             "missing_ratio": (
                 "gauge",
-                "Share of the last window whose value is missing.",
+                "Fraction of missing values in the last window.",
                 each(of("missing")),
             ),
             "out_of_range_ratio": (
                 "gauge",
-                "Share of the last window beyond the values, or the names, that training saw.",
+                "Fraction of values in the last window outside the training range or names.",
                 each(of("out_of_range")),
             ),
         }
 
 
 def _rates(quantity: Quantity, counts: np.ndarray) -> dict[str, float]:
-    """Shares of what is missing, and of what training never saw."""
+    """Return the fractions of missing values and of values that training did not contain."""
     total = max(int(counts.sum()), 1)
     if quantity.kind == "number":
         outside = int(counts[1] + counts[-1])

@@ -1,1 +1,1 @@
-"""Rollouts: shadow and canary versions, compared by feedback, promoted or rolled back."""
+"""Rollouts: a candidate version is compared with production, then promoted or rolled back."""

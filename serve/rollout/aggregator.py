@@ -1,7 +1,7 @@
 """Aggregates the reports of all replicas: drift windows, live metrics, metrics of a rollout.
 
-Reports are matched by version and request id and ordered by arrival, so that no clock of a replica
-matters.
+Reports are matched by version and request id and ordered by arrival, so replicas' clocks do not
+matter.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class ReplicaReport:
     """Observations of a replica since its last report.
 
     blocks: drift statistics, by version. predictions: (request id, version, predictions) of the
-    requests that take feedback. comparison: of the arms of a rollout, None without any.
+    requests that accept feedback. comparison: requests of a rollout; None without a rollout.
     """
 
     blocks: dict[str, list[Block]] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class ReplicaReport:
 
 @dataclass(frozen=True)
 class MonitoredVersion:
-    """A version that is monitored. windows: None without drift monitoring.
+    """A version that is monitored.
 
-    expected: its metrics on the test split, by name.
+    windows: None without drift monitoring. expected: metrics on the test split, by name.
     """
 
     windows: DriftMonitor | None
@@ -54,7 +54,7 @@ class MonitoredVersion:
 
 
 class MetricsAggregator:
-    """Belongs to one event loop.
+    """Drift windows, feedback and rollout metrics of one model. Belongs to one event loop.
 
     started: set once a version is monitored. feedback: None before that.
     """
@@ -67,11 +67,11 @@ class MetricsAggregator:
         self._collected = asyncio.Event()
         self._classes = True
         self._comparison: ArmComparison | None = None
-        # What labels say in this phase; None before it is first judged.
+        # Evidence from labels in this phase; None before the phase is first judged.
         self._labels: LabelEvidence | None = None
 
     def monitor(self, version: str, monitored: MonitoredVersion, bundle: Bundle) -> None:
-        """Aggregate the reports of a version from now on."""
+        """Start to aggregate the reports of a version."""
         self._monitored[version] = monitored
         target = bundle.task.target
         if self.feedback is None:
@@ -80,7 +80,7 @@ class MetricsAggregator:
         self.started.set()
 
     def retain(self, served: Container[str]) -> None:
-        """Drop the versions that are no longer served: their alarms would never end."""
+        """Drop versions that are no longer served, because their alarms would never end."""
         self._monitored = {
             version: monitored
             for version, monitored in self._monitored.items()
@@ -91,7 +91,7 @@ class MetricsAggregator:
         return version in self._monitored
 
     def collect(self, report: ReplicaReport) -> bool:
-        """Take a replica's report; return whether a window was full."""
+        """Add a replica's report; return whether it completed a drift window."""
         closed = False
         for version, blocks in report.blocks.items():
             monitored = self._monitored.get(version)
@@ -102,7 +102,7 @@ class MetricsAggregator:
                 closed |= window is not None
                 if window is not None and window.alarms:
                     names = sorted({alarm.feature for alarm in window.alarms})
-                    logger.warning("%s version %s drifts: %s", self._name, version, names)
+                    logger.warning("%s version %s: drift in %s", self._name, version, names)
         if self.feedback is not None:
             for predicted in report.predictions:
                 self.feedback.predicted(*predicted)
@@ -114,19 +114,20 @@ class MetricsAggregator:
         return closed
 
     async def next_report(self) -> None:
-        """Return once another report has been collected."""
+        """Wait until another report has been collected."""
         await self._collected.wait()
 
     def begin(self, candidate: str) -> None:
-        """Compare a candidate with production, from now on."""
+        """Start to compare a candidate with production."""
         self._comparison = ArmComparison(candidate)
         self._labels = None
 
     def compares(self, candidate: str) -> bool:
+        """Return whether a candidate is being compared with production."""
         return self._comparison is not None and self._comparison.candidate == candidate
 
     def judge(self, production: str) -> RolloutVerdict | None:
-        """Judge the candidate; None while there is too little to judge by."""
+        """Return the verdict on the candidate; None while there is too little evidence."""
         if self._comparison is None or self.feedback is None:
             return None
         if self._labels is None:
@@ -146,13 +147,14 @@ class MetricsAggregator:
         return verdicts.rollout_metrics(self._comparison, rollout, live)
 
     def end(self) -> None:
+        """End the comparison."""
         self._comparison = None
 
     def _live(self, version: str) -> LiveMetric | None:
         return None if self.feedback is None else self.feedback.live(version)
 
     def _live_and_expected(self, version: str) -> dict[str, Any] | None:
-        """The live metric of a version, with its value on the test split."""
+        """Return a version's live metric, together with its value on the test split."""
         live = self._live(version)
         if live is None:
             return None
@@ -181,7 +183,7 @@ class MetricsAggregator:
         return MonitorState(time=now, production=production, versions=versions)
 
     def snapshot(self) -> Snapshot:
-        """Return drift and live metrics."""
+        """Return drift and live metrics in the form of Prometheus."""
         parts: list[Snapshot] = []
         for version, monitored in self._monitored.items():
             labels = {"model": self._name, "version": version}
@@ -194,7 +196,10 @@ class MetricsAggregator:
 
 
 def load_monitored(location: str, config: ServeConfig) -> tuple[MonitoredVersion, Bundle]:
-    """Read what a version is monitored by; takes about a second. Raises CorruptBundle."""
+    """Load a bundle and prepare its drift monitoring; takes about a second.
+
+    Raises CorruptBundle if the bundle is damaged.
+    """
     bundle = Bundle.load(location)
     quantities = bundle.quantities
     windows = None
@@ -210,11 +215,12 @@ def _live_samples(live: LiveMetric, labels: dict[str, str]) -> Snapshot:
         return ("", {**labels, "end": end}, value)
 
     ends = [sample("value", live.value), sample("low", live.low), sample("high", live.high)]
+    count = ("", labels, float(live.count))
     return {
         f"live_{live.metric}": (
             "gauge",
-            "Metric computed from recent feedback, with the ends of its 95 % interval.",
+            "Metric on recent feedback, with the ends of its 95 % interval.",
             ends,
         ),
-        "live_records": ("gauge", "Records of recent feedback.", [("", labels, float(live.count))]),
+        "live_records": ("gauge", "Records with recent feedback.", [count]),
     }

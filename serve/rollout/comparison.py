@@ -1,4 +1,4 @@
-"""Two models on the same labelled records: is the second better by more than chance?
+"""Compares two models on the same labelled records: is the second significantly better?
 
 Shapes: N records.
 """
@@ -18,7 +18,9 @@ from train.tasks import Arrays, LabelsTarget, Metric, Task, ValueTarget
 from train.values.label_lists import SEPARATOR
 from train.values.records import encode_valid
 
+# Records per call of a model.
 RUN_ROWS = 256
+# Significance level of the sign test.
 MAX_P = 0.05
 # Metrics in the unit of the target.
 IN_UNITS = ("test_rmse", "test_mae", "test_quantile_loss")
@@ -26,9 +28,11 @@ IN_UNITS = ("test_rmse", "test_mae", "test_quantile_loss")
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """How two models did on the same records: metric, and how many records changed which way.
+    """The metrics of two models on the same records, and how many records changed.
 
-    p: two-sided, of the exact sign test on them; for classes that is McNemar's.
+    before, after: the metric of the first and of the second model. better, worse: records whose
+    loss is smaller or larger with the second model. p: of the exact two-sided sign test on these
+    records, which for classes is McNemar's test.
     """
 
     metric: str
@@ -41,7 +45,7 @@ class PairedComparison:
 
     @property
     def improved(self) -> bool:
-        """Whether the second is better in the metric, and by more than chance."""
+        """Whether the second model is better in the metric and the test is significant."""
         gain = self.before - self.after if self.metric == "rmse" else self.after - self.before
         return gain > 0 and self.better > self.worse and self.p < MAX_P
 
@@ -56,9 +60,9 @@ class PairedComparison:
 
 
 def compare_predictors(before: Predictor, after: Predictor, records: pa.Table) -> PairedComparison:
-    """Compare two predictors of one task on records that have its columns and its target's.
+    """Compare two predictors of one task on records with its feature and target columns.
 
-    Those that cannot be encoded count for neither.
+    Records that cannot be encoded are skipped.
     """
     task = before.task
     batches = records.to_batches(max_chunksize=RUN_ROWS)
@@ -67,7 +71,7 @@ def compare_predictors(before: Predictor, after: Predictor, records: pa.Table) -
 
 
 def _losses(before: Predictor, after: Predictor, batch: pa.RecordBatch) -> np.ndarray:
-    """The losses of both predictors for each record, [2, N]."""
+    """Return the losses of both predictors, float64 [2, N]."""
     task, columns = before.task, sources.batch_columns(batch)
     features = {name: columns[name] for name in task.features.columns}
     inputs, kept_N, _ = encode_valid(task.features.encode, features, batch.num_rows)
@@ -78,7 +82,11 @@ def _losses(before: Predictor, after: Predictor, batch: pa.RecordBatch) -> np.nd
 
 
 def compare_losses(losses_2N: np.ndarray, *, in_numbers: bool) -> PairedComparison:
-    """Compare by the losses for each record; in_numbers: they are squared errors."""
+    """Compare two models by their losses.
+
+    losses_2N: float64 [2, N], of both models for each record. in_numbers: True if losses are
+    squared errors, False if they are 1 for a wrong class and 0 otherwise.
+    """
     before_N, after_N = losses_2N
     metric = "rmse" if in_numbers else "accuracy"
     before, after = (
@@ -91,7 +99,10 @@ def compare_losses(losses_2N: np.ndarray, *, in_numbers: bool) -> PairedComparis
 
 
 def record_losses(task: Task, answers: Arrays, truths: Sequence[Any]) -> np.ndarray:
-    """Return each record's loss, float64 [N]: the squared error, or 1 for a wrong name."""
+    """Return each record's loss, float64 [N]: the squared error, or 1 for a wrong class.
+
+    answers: a predictor's outputs, "value" or "label" [N]. truths: N labels.
+    """
     if isinstance(task.target, ValueTarget):
         return np.square(answers["value"].astype(np.float64) - np.array(truths, np.float64))
     in_order = _in_order if isinstance(task.target, LabelsTarget) else str
@@ -106,10 +117,10 @@ def _in_order(names: str) -> str:
 def comparison_outcome(
     production: Bundle, candidate: Bundle, held_out: pa.Table, max_drop: float
 ) -> dict[str, Any]:
-    """Return {"outcome": "registered" or "refused", "reason", "figures"} of a candidate.
+    """Return {"outcome": "registered" or "refused", "reason", "figures"} for a candidate.
 
-    It must be no more than `max_drop` worse than production on the test records of both, and
-    better by more than chance on the held-out new ones.
+    A candidate is registered if it is significantly better than production on the held-out new
+    records and at most `max_drop` worse on the test records, which both bundles must share.
     """
     comparison = compare_predictors(Predictor.load(production), Predictor.load(candidate), held_out)
     metric, before, after = _on_test(production, candidate)
@@ -123,10 +134,10 @@ def comparison_outcome(
     words = f"{comparison}; {metric.name} {after:.4f} against {before:.4f}"
     refused = None
     if not comparison.improved:
-        refused = "not better on new records by more than chance"
+        refused = "not significantly better on new records"
     elif not _same_test(production, candidate):
-        refused = "the old test records are others now, so nothing says that it still knows them"
-    elif not in_unit <= max_drop:  # a NaN is worse than anything
+        refused = "the test records have changed, so the metrics on them cannot be compared"
+    elif not in_unit <= max_drop:  # written so that NaN is refused
         refused = f"more than {max_drop:g} worse on the old test records"
     reason = f"{refused}: {words}" if refused else words
     return {
@@ -137,7 +148,7 @@ def comparison_outcome(
 
 
 def _on_test(production: Bundle, candidate: Bundle) -> tuple[Metric, float, float]:
-    """The metric that decides, on the test split, of the variants that are served."""
+    """Return the task's metric on the test split, for the default variants of both bundles."""
     metric = production.task.find_metric(f"test_{production.task.metric}")
     before, after = (
         bundle.manifest.variants[bundle.manifest.default_variant].metrics[metric.name]
@@ -148,10 +159,10 @@ def _on_test(production: Bundle, candidate: Bundle) -> tuple[Metric, float, floa
 
 def _same_test(production: Bundle, candidate: Bundle) -> bool:
     before, after = (bundle.manifest.data["test"] for bundle in (production, candidate))
-    # Older bundles do not tell the digest of a split.
+    # Older bundles lack the digest of a split.
     return all(before[key] == after[key] for key in ("num_records", "digest") if key in before)
 
 
 def error_unit(task: Task) -> float:
-    """What an error of a task is measured in: a deviation of the target, where it is a number."""
+    """Return the unit of a task's errors: the target's standard deviation, or 1 for classes."""
     return task.target.scale if isinstance(task.target, ValueTarget) else 1.0

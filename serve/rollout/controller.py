@@ -1,7 +1,7 @@
-"""Runs the rollout of a candidate: finds it in the registry, has it judged, promotes or rolls back.
+"""Runs the rollout of a candidate: finds it in the registry, judges it, promotes or rolls it back.
 
-The controller says what the next step is. The repository, which owns the serving state, carries it
-out, and calls back to end a rollout in the registry.
+The controller returns the next step. The repository, which owns the serving state, carries it out
+and calls the controller again to update the registry at the end of a rollout.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from train.bundle import registry
 
 logger = logging.getLogger(__name__)
 
-# The newest decisions are shown in `/stats`.
+# Number of latest decisions in the response of `/stats`.
 MAX_DECISIONS = 50
 
 
 @dataclass(frozen=True)
 class StartRollout:
-    """Load a candidate beside production and begin the first phase. location: of its bundle."""
+    """Load a candidate next to production and begin the first phase. location: of its bundle."""
 
     rollout: Rollout
     location: str
@@ -33,7 +33,7 @@ class StartRollout:
 
 @dataclass(frozen=True)
 class NextPhase:
-    """Go on with the next phase. reason: why the last one has ended."""
+    """Begin the next phase. reason: why the last phase has ended."""
 
     rollout: Rollout
     reason: str
@@ -49,7 +49,7 @@ class PromoteCandidate:
 
 @dataclass(frozen=True)
 class RollBackCandidate:
-    """End the rollout with production as it was."""
+    """End the rollout and keep the version in production."""
 
     candidate: str
     verdict: RolloutVerdict
@@ -59,9 +59,9 @@ RolloutStep = StartRollout | NextPhase | PromoteCandidate | RollBackCandidate
 
 
 class RolloutController:
-    """Finds the next step of a model's rollouts, and ends them in the registry.
+    """Determines the next step of a model's rollouts and records their end in the registry.
 
-    The repository starts rollouts and their phases itself. Belongs to one event loop.
+    The repository starts rollouts and their phases. Belongs to one event loop.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RolloutController:
         }
 
     async def next_step(self, state: ServingState) -> RolloutStep | None:
-        """Return what to do now; None if there is nothing to do."""
+        """Return the step that is due now; None if there is none."""
         if not state.loaded or not self._phases:
             return None
         if state.rollout is None:
@@ -116,7 +116,7 @@ class RolloutController:
     def decide(
         self, state: ServingState, candidate: str, verdict: RolloutVerdict
     ) -> RolloutDecision:
-        """Return the decision about a candidate, with the figures that it rests on."""
+        """Return the decision about a candidate, with the current figures of the rollout."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         metrics = None
         if state.rollout is not None:
@@ -128,8 +128,8 @@ class RolloutController:
     async def register(self, decision: RolloutDecision) -> None:
         """Move the registry's aliases as decided; may be repeated.
 
-        Raises ProductionChanged where the candidate was compared with another version than is in
-        production by now, RegistryError.
+        Raises ProductionChanged if production is no longer the version that the candidate was
+        compared with, RegistryError if the registry fails.
         """
         given = self._root, self._name, decision.version
         if decision.decision == PROMOTED:
@@ -140,7 +140,7 @@ class RolloutController:
             await asyncio.to_thread(registry.roll_back_candidate, *given, decision.to_dict())
 
     async def announce(self, decision: RolloutDecision) -> None:
-        """Tell a decision in the audit log, once, and in the statistics."""
+        """Add a decision to the statistics and, unless it is there already, to the audit log."""
         words, version, reason = decision.decision, decision.version, decision.reason
         details = {"version": version, "decided": decision.time}
         if not await self._audit.contains(words, **details):

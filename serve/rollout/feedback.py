@@ -1,6 +1,6 @@
-"""Feedback: what turned out to be true of requests that were answered, and live figures from it.
+"""Feedback, the true labels of answered requests, and live metrics from it.
 
-What was predicted is kept in memory for some time, and in the request log for longer.
+Predictions of the latest requests are kept in memory; the request log keeps them longer.
 """
 
 import math
@@ -16,7 +16,7 @@ from train.stats import Z_95, wilson_interval
 from train.tasks import ClassTarget, LabelsTarget, Target
 from train.values.label_lists import SEPARATOR
 
-# Requests whose predictions and labels are remembered, and their rows: about 200 bytes each.
+# Maximum requests in memory, and maximum rows of all of them, about 200 bytes per row.
 MAX_REQUESTS, MAX_ROWS = 100_000, 500_000
 
 Prediction = str | float
@@ -24,9 +24,9 @@ Prediction = str | float
 
 @dataclass
 class AnsweredRequest:
-    """A request: what each version predicted for its rows, and what is true of them, if known.
+    """A request: the predictions of each version for its rows, and the rows' labels if known.
 
-    compared: whether its losses were taken to compare two versions.
+    compared: whether `take_losses` has returned the request's losses.
     """
 
     predictions: dict[str, Sequence[Prediction | None]]
@@ -35,13 +35,13 @@ class AnsweredRequest:
 
     @property
     def num_rows(self) -> int:
-        """Rows that it takes in memory, those of each version."""
+        """Rows in memory, counted once for each version."""
         return sum(map(len, self.predictions.values()))
 
 
 @dataclass(frozen=True)
 class LiveMetric:
-    """A figure of recent feedback with its 95 % interval. count: rows."""
+    """A metric of recent feedback with its 95 % interval. count: rows."""
 
     count: int
     metric: str
@@ -50,28 +50,30 @@ class LiveMetric:
     high: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for JSON."""
         return dict(vars(self))
 
 
 class FeedbackStore:
-    """Predictions and truths of the last requests. Belongs to one event loop."""
+    """Predictions and labels of the latest requests. Belongs to one event loop."""
 
     def __init__(self, target: Target, most: int = MAX_REQUESTS, most_rows: int = MAX_ROWS) -> None:
-        """most, most_rows: how many requests and rows are remembered, the latest."""
+        """most, most_rows: maximum requests and rows; beyond it the oldest are dropped."""
         self._target = target
         self._most, self._most_rows, self._rows = most, most_rows, 0
         self._requests: OrderedDict[str, AnsweredRequest] = OrderedDict()
-        # Until another truth is known.
+        # Live metrics by version, cached until another label arrives.
         self._live: dict[str, LiveMetric | None] = {}
-        # With a label and the predictions of two versions, in the order in which that was so.
+        # Requests with labels and the predictions of two versions, in the order in which they
+        # became so.
         self._comparable: dict[str, None] = {}
 
     def predicted(
         self, request_id: str, version: str, predictions: Sequence[Prediction | None]
     ) -> None:
-        """Remember an answer; None for a row that is not known any more.
+        """Store the predictions of a request; None for rows whose prediction is not known.
 
-        A client that uses an id twice means the later one.
+        If an id is used for several requests, the latest request replaces the earlier ones.
         """
         known = self._requests.pop(request_id, None)
         self._rows -= known.num_rows if known is not None else 0
@@ -85,28 +87,33 @@ class FeedbackStore:
             self._rows -= self._requests.popitem(last=False)[1].num_rows
 
     def knows(self, request_id: str) -> bool:
+        """Return whether a request is in memory."""
         return request_id in self._requests
 
     def find(self, request_id: str) -> str | None:
-        """Return the id with its owner, of whichever key. Raises BadRequest if several used it."""
+        """Return an id with its owner, for any API key; None if it is not in memory.
+
+        Raises BadRequest if several keys used the id.
+        """
         found = [each for each in self._requests if each.partition("/")[2] == request_id]
         if len(found) > 1:
             raise BadRequest(
-                f"several keys have sent a request '{request_id[:100]}'; name one as 'client'."
+                f"several API keys used the id '{request_id[:100]}'; name one of them in 'client'."
             )
         return found[0] if found else None
 
     def give(self, request_id: str, truths: Sequence[Any]) -> bool:
-        """Take the truth of a request that is known; of several, the last counts.
+        """Store the labels of a request in memory; they replace earlier ones.
 
-        Return whether it is other than what was known. Raises BadRequest for truths that are none.
+        Returns whether the labels have changed. Raises BadRequest if the number of labels is not
+        that of the records, or a label does not fit the target.
         """
         request = self._requests[request_id]
         count = len(next(iter(request.predictions.values())))
         if len(truths) != count:
             raise BadRequest(
                 f"'truth' has {len(truths)} values; request '{request_id[:100]}' had {count} "
-                "records. Send one for each."
+                "records. Send one value per record."
             )
         before, request.truths = request.truths, [self.truth(value) for value in truths]
         self._live.clear()
@@ -119,7 +126,7 @@ class FeedbackStore:
             self._comparable[request_id] = None
 
     def truth(self, value: Any) -> Prediction:
-        """Return a truth in the words of predictions. Raises BadRequest."""
+        """Return a label in the form of predictions. Raises BadRequest if it does not fit."""
         target = self._target
         if isinstance(target, LabelsTarget):
             names = value.split(SEPARATOR) if isinstance(value, str) else value
@@ -135,19 +142,17 @@ class FeedbackStore:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise BadRequest(f"the truth is {str(value)[:100]!r}; expected a number.")
+            raise BadRequest(f"'truth' has {str(value)[:100]!r}; expected a number.")
         return float(value)
 
     def _class(self, value: Any, classes: tuple[str, ...]) -> str:
         if str(value) not in classes or isinstance(value, bool | float):
             known = ", ".join(classes[:20]) + "…" * (len(classes) > 20)
-            raise BadRequest(
-                f"the truth is {str(value)[:100]!r}; this model's classes are {known}."
-            )
+            raise BadRequest(f"'truth' has {str(value)[:100]!r}; this model's classes are {known}.")
         return str(value)
 
     def live(self, version: str) -> LiveMetric | None:
-        """The figure of a version over the requests whose truth is known; None if there is none."""
+        """Return a version's metric over all labelled requests in memory; None without any."""
         if version not in self._live:
             self._live[version] = self._figure(version)
         return self._live[version]
@@ -169,11 +174,12 @@ class FeedbackStore:
         return _rmse(np.array(losses))
 
     def take_losses(self, one: str, other: str) -> list[tuple[float, float]]:
-        """Return the mean losses of two versions for each request that can be compared by now.
+        """Return the mean losses of two versions for each request that can newly be compared.
 
-        Each request is returned once, in the order in which their labels came; a label that is
-        corrected later does not change what was compared. A loss is 1 for a wrong class, else the
-        squared error, and the mean is over the rows that both versions answered.
+        A request can be compared once it has labels and predictions of both versions. Each is
+        returned once, in this order; later corrections of its labels are ignored. The loss of a row
+        is 1 for a wrong class, or the squared error; the mean is over the rows that both versions
+        answered.
         """
         losses = []
         for request_id in self._comparable:
@@ -202,7 +208,10 @@ class FeedbackStore:
 
 
 def predictions_of(answers: Mapping[str, np.ndarray]) -> list[Prediction]:
-    """An answer as feedback compares it: labels as text, several sorted, or values."""
+    """Return predictions in the form that is compared with feedback, one per record.
+
+    answers: "label" [N], whose joined labels are sorted, or "value" [N].
+    """
     if "label" in answers:
         return [SEPARATOR.join(sorted(str(label).split(SEPARATOR))) for label in answers["label"]]
     return [float(value) for value in answers["value"]]

@@ -1,4 +1,4 @@
-"""Receives labels of answered requests and matches them with the predictions."""
+"""Receives feedback, the labels of answered requests, and matches it with the predictions."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,21 +11,22 @@ from serve.requestlog.writer import FeedbackLog, RequestSample
 from serve.rollout.aggregator import MetricsAggregator
 from serve.rollout.feedback import FeedbackStore, Prediction
 
-# How often a replica sends its predictions, at most.
+# Minimum time between two reports of a replica's predictions.
 PUSH_INTERVAL_S = 0.1
-# How long feedback waits for the predictions of its request. They are sent within PUSH_INTERVAL_S;
-# the rest is for a server that is overloaded.
+# How long feedback waits for the predictions of its request. They are normally sent within
+# PUSH_INTERVAL_S; the rest is reserve for an overloaded server.
 ARRIVAL_S = 2.0
-# After this the request log is searched meanwhile: most requests that have not arrived are old.
+# After this time the request log is searched too, because most requests whose predictions have not
+# arrived by then are old.
 SEARCH_AFTER_S = 2 * PUSH_INTERVAL_S
-# Feedback that waits for its request at once; the log is searched for one after the other.
+# Maximum feedback that waits for its request; searches of the log run one after the other.
 MAX_SEARCHES = 64
 # How long feedback waits for a server that has just started.
 START_S = 15.0
 
 
 class FeedbackReceiver:
-    """Belongs to one event loop."""
+    """Receives the feedback on one model. Belongs to one event loop."""
 
     def __init__(self, config: ServeConfig, name: str, aggregator: MetricsAggregator) -> None:
         self._name, self._aggregator = name, aggregator
@@ -40,13 +41,14 @@ class FeedbackReceiver:
     async def receive(
         self, request_id: str, truths: Sequence[Any], any_owner: str | None = None
     ) -> dict[str, Any]:
-        """Take the label of each record of a request.
+        """Store the label of each record of a request; return the response.
 
-        any_owner: the id without its owner, to find the request of another key by; one that is no
-        longer in memory is found by `request_id` alone.
+        any_owner: the id without its owner, to find requests of any API key in memory; requests
+        that are no longer in memory are found by `request_id` only.
 
-        Raises NotFound for a request that was not answered here, BadRequest for labels that do not
-        fit the model or the request, Unavailable for a server that has not started yet.
+        Raises NotFound for an unknown request, BadRequest if the labels do not fit the model or the
+        request or the server has no request log, Unavailable if the server has not started yet or
+        too much feedback is waiting.
         """
         if self._log is None:
             raise BadRequest("feedback needs the request log; serve with log.sample_rate > 0.")
@@ -66,7 +68,7 @@ class FeedbackReceiver:
         return {"id": request_id, "counted": True, "changed": changed}
 
     async def close(self) -> None:
-        """Write the rest of the feedback log."""
+        """Write the buffered rows of the feedback log."""
         if self._log is not None:
             await self._log.close()
 
@@ -75,14 +77,14 @@ class FeedbackReceiver:
         try:
             await asyncio.wait_for(self._aggregator.started.wait(), START_S)
         except TimeoutError:
-            raise Unavailable("the model is not watched yet.", 5) from None
+            raise Unavailable("the model is not monitored yet; try again.", 5) from None
         assert self._aggregator.feedback is not None
         return self._aggregator.feedback
 
     async def _find(self, store: FeedbackStore, request_id: str, count: int) -> bool:
         """Wait for a replica to send the predictions, or read them from the request log."""
         if self._searching >= MAX_SEARCHES:
-            raise Unavailable("too much feedback for earlier requests is waiting.", 5)
+            raise Unavailable("too much feedback on earlier requests is waiting; try again.", 5)
         arrival = asyncio.create_task(self._arrival(store, request_id))
         self._searching += 1
         try:
@@ -95,7 +97,7 @@ class FeedbackReceiver:
             arrival.cancel()
 
     async def _arrival(self, store: FeedbackStore, request_id: str) -> bool:
-        """Return whether the predictions arrive in time."""
+        """Wait for the predictions of a request; return whether they arrive within ARRIVAL_S."""
         try:
             async with asyncio.timeout(ARRIVAL_S):
                 while not store.knows(request_id):

@@ -1,4 +1,4 @@
-"""What the repository writes of each version's traffic, for `serve.retrain` to read."""
+"""The state of monitoring, which the repository writes and `serve.retrain` reads."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,14 +26,20 @@ class LiveFeedback(_Part):
 
 
 class VersionState(_Part):
-    """windows: the last ones, the oldest first. feedback: None before there is any."""
+    """Monitoring of one version.
+
+    windows: the latest drift windows, oldest first. feedback: None before there is any.
+    """
 
     windows: tuple[DriftWindow, ...]
     feedback: LiveFeedback | None
 
 
 class MonitorState(_Part):
-    """time: UTC, ISO 8601. production: the version in production. versions: those served."""
+    """Monitoring of all served versions of a model.
+
+    time: UTC, ISO 8601. production: the version in production.
+    """
 
     time: str
     production: str
@@ -41,9 +47,9 @@ class MonitorState(_Part):
 
     @classmethod
     def read(cls, root: str, model: str) -> "MonitorState | None":
-        """Return the state of a model under a storage path; None before anything was written.
+        """Return the state of a model from a storage path; None if none was written yet.
 
-        Raises UserError for a damaged file.
+        Raises UserError if the file is damaged.
         """
         url = _url(root, model)
         content = storage.read_file(url)
@@ -54,8 +60,8 @@ class MonitorState(_Part):
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UserError(
-                f"'{url}' is not the state of a monitor ({reason}); delete it, and the server "
-                "writes it again."
+                f"'{url}' is not the state of a monitor ({reason}); delete it, so that the server "
+                "writes a new one."
             ) from error
 
     def write(self, root: str, model: str) -> None:

@@ -1,8 +1,7 @@
-"""The rules of a rollout: when a candidate is promoted, and when it is rolled back.
+"""The rules of a rollout: when a candidate is promoted and when it is rolled back.
 
-In the shadow phase the candidate gets copies of requests, and its responses are compared but never
-returned. In the canary phase it answers some clients, always the same ones; if it fails, production
-answers instead.
+In the shadow phase the candidate receives copies of requests; its responses are compared but never
+returned. In the canary phase it answers a fixed set of clients; if it fails, production answers.
 """
 
 import math
@@ -21,30 +20,33 @@ from train.stats import BoundedMeanEvidence, MeanEvidence, binomial_evidence
 Phase = Literal["shadow", "canary"]
 SHADOW, CANARY = "shadow", "canary"
 PROMOTED, ROLLED_BACK, REFUSED = "promoted", "rolled back", "refused"
-# The chance of each wrong decision of a phase, however often it is looked for.
+# Probability of each kind of wrong decision in a phase, however often the rules are evaluated.
 ALPHA = 0.025
-# Errors that may be a coincidence, and the largest accepted fraction of requests that fail.
+# Errors below this number are ignored; largest accepted fraction of failed requests.
 FEW_ERRORS, MAX_ERRORS = 3, 0.01
 JUDGED_QUANTILE = 0.95
 
 
 @dataclass
 class ArmStats:
-    """Requests of one version, its failures, and the latencies of its responses."""
+    """Requests, failures and response latencies of one version in a rollout."""
 
     requests: int = 0
     errors: int = 0
     latency: LatencySketch = field(default_factory=LatencySketch)
 
     def answered(self, seconds: float) -> None:
+        """Count a response and its latency."""
         self.requests += 1
         self.latency.observe(seconds)
 
     def failed(self) -> None:
+        """Count a failed request."""
         self.requests += 1
         self.errors += 1
 
     def add(self, other: "ArmStats") -> None:
+        """Add the counts and latencies of another replica."""
         self.requests += other.requests
         self.errors += other.errors
         self.latency.add(other.latency)
@@ -63,9 +65,9 @@ class ArmStats:
 
 @dataclass
 class ArmComparison:
-    """A candidate compared with production. rows: rows that both answered.
+    """A candidate compared with production.
 
-    agreed: those of them with the same label, or nearly the same value.
+    rows: rows that both answered. agreed: rows with the same label or nearly the same value.
     """
 
     candidate: str
@@ -76,6 +78,7 @@ class ArmComparison:
     )
 
     def add(self, other: "ArmComparison") -> None:
+        """Add the comparison of another replica."""
         self.rows += other.rows
         self.agreed += other.agreed
         for name, arm in other.arms.items():
@@ -84,9 +87,10 @@ class ArmComparison:
 
 @dataclass(frozen=True)
 class RolloutDecision:
-    """time: UTC, ISO 8601. production: the version that `version` was compared with.
+    """The decision about a candidate, as it is stored in the registry.
 
-    figures: the metrics it was decided by.
+    time: UTC, ISO 8601. production: the version that `version` was compared with. figures: metrics
+    of both at the time of the decision.
     """
 
     time: str
@@ -102,20 +106,20 @@ class RolloutDecision:
 
 @dataclass(frozen=True)
 class RolloutVerdict:
-    """decision: PROMOTED, ROLLED_BACK or REFUSED."""
+    """The outcome of a phase. decision: PROMOTED, ROLLED_BACK or REFUSED."""
 
     decision: str
     reason: str
 
 
 class LabelEvidence:
-    """What labelled requests say of a candidate: that it is not worse by the margin, or is worse.
+    """Evidence from labelled requests that a candidate is not worse by the margin, or is worse.
 
-    A request counts once, with the mean loss of its records, as its records may be alike.
+    A request counts once, with the mean loss of its records, because these may be correlated.
     """
 
     def __init__(self, rules: RolloutOptions, *, classes: bool) -> None:
-        """classes: whether a loss is 1 for a wrong class, else it is a squared error."""
+        """classes: True if a loss is 1 for a wrong class, False if it is a squared error."""
         self._rules, self._classes = rules, classes
         self.requests = 0
         self._production: Any = np.float64(0)
@@ -123,7 +127,7 @@ class LabelEvidence:
         self._not_inferior: BoundedMeanEvidence | MeanEvidence
         self._worse: BoundedMeanEvidence | MeanEvidence
         if classes:
-            # The gain is from -1 to 1; as a value from 0 to 1 it is (1 + gain) / 2.
+            # The gain, in -1..1, is mapped to (1 + gain) / 2, in 0..1.
             self._not_inferior = BoundedMeanEvidence((1 - rules.noninferiority_margin) / 2)
             self._worse = BoundedMeanEvidence(0.5)
         else:
@@ -131,7 +135,7 @@ class LabelEvidence:
             self._worse = MeanEvidence(rules.min_labels)
 
     def add(self, production: Any, candidate: Any) -> None:
-        """Count a request, by the mean loss of each version; arrays for several rollouts."""
+        """Add a request with the mean loss of each version: scalars, or arrays for simulations."""
         self.requests += 1
         self._production = self._production + production
         self._candidate = self._candidate + candidate
@@ -139,38 +143,40 @@ class LabelEvidence:
             self._not_inferior.add((1 + production - candidate) / 2)
             self._worse.add((1 + candidate - production) / 2)
         else:
-            # The margin is one of the root of the error.
+            # The margin refers to the RMSE, so it is squared for squared errors.
             allowed = (1 + self._rules.noninferiority_margin) ** 2
             self._not_inferior.add(allowed * production - candidate)
             self._worse.add(candidate - production)
 
     def evidence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return that it is not worse by the margin, and that it is worse."""
+        """Return the evidence that the candidate is not worse by the margin, and that it is worse.
+
+        Both are e-values, float64 scalars, or of the shape of the arrays given to `add`.
+        """
         return self._not_inferior.value, self._worse.value
 
     def judge(self) -> RolloutVerdict | None:
-        """Decide by accuracy alone; None while there is too little to decide by."""
+        """Decide by accuracy or RMSE alone; return None while there is too little evidence."""
         if self.requests < self._rules.min_labels:
             return None
         margin = self._rules.noninferiority_margin
-        # How much better, and what would be too much worse.
         if self._classes:
             metric, gain = "accuracy", (self._production - self._candidate) / self.requests
             excluded = f"{margin:g} or more"
         else:
-            metric = "RMSE, relative"
+            metric = "relative RMSE"
             gain = 1 - math.sqrt(self._candidate / self._production) if self._production else 0.0
             excluded = f"{margin:.1%} or more"
-        figures = f"{metric}: better by {gain:+.4f} in {self.requests} labelled requests"
+        figures = f"{metric} gain {gain:+.4f} in {self.requests} labelled requests; the hypothesis"
         not_inferior, worse = map(float, self.evidence())
         if worse >= 1 / ALPHA:
             return RolloutVerdict(
-                ROLLED_BACK, f"{figures}; that it is no worse has p = {1 / worse:.2g}"
+                ROLLED_BACK, f"{figures} that it is not worse has p = {1 / worse:.2g}"
             )
         if not_inferior >= 1 / ALPHA:
             return RolloutVerdict(
                 PROMOTED,
-                f"{figures}; that it is worse by {excluded} has p = {1 / not_inferior:.2g}",
+                f"{figures} that it is worse by {excluded} has p = {1 / not_inferior:.2g}",
             )
         return None
 
@@ -178,10 +184,10 @@ class LabelEvidence:
 def judge_rollout(
     comparison: ArmComparison, labels: LabelEvidence, rules: RolloutOptions
 ) -> RolloutVerdict | None:
-    """Decide whether to promote a candidate or to roll it back; None while undecided.
+    """Decide whether to promote a candidate or to roll it back; return None while undecided.
 
-    It may be asked again and again: each rule is wrong in `ALPHA` of phases at most, as far as
-    requests are independent.
+    It may be called any number of times in a phase: each rule decides wrongly in at most `ALPHA` of
+    the phases if requests are independent.
     """
     production, candidate = comparison.arms["production"], comparison.arms["candidate"]
     errors, requests = candidate.errors, candidate.requests
@@ -197,7 +203,8 @@ def judge_rollout(
     if after[0] > rules.max_latency_ratio * before[1]:
         return RolloutVerdict(
             ROLLED_BACK,
-            f"its 95th percentile is {_ms(candidate, after)} against {_ms(production, before)}",
+            f"its 95th percentile latency is {_ms(candidate, after)} against "
+            f"{_ms(production, before)}",
         )
     return labels.judge()
 
@@ -210,7 +217,10 @@ def _ms(arm: ArmStats, interval: tuple[float, float]) -> str:
 def rollout_metrics(
     comparison: ArmComparison, rollout: Rollout, live: Mapping[str, LiveMetric | None]
 ) -> dict[str, Any]:
-    """Return the metrics in `/stats` and the registry. live: by "production" and "candidate"."""
+    """Return the metrics of a rollout, for `/stats` and the registry.
+
+    live: live metrics of "production" and "candidate".
+    """
     arms = {
         name: arm.to_dict() | _accuracy(live.get(name)) for name, arm in comparison.arms.items()
     }

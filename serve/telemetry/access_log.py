@@ -1,4 +1,4 @@
-"""The access log: a JSON object on a line for each request, written aside from its path."""
+"""The access log: one line of JSON per request, written in a thread."""
 
 import asyncio
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 0.5
 FILE_BYTES, FILES = 64 * 2**20, 5
-# Lines kept when the disk is slower than the requests; more are counted and left out.
+# Lines that are buffered while the disk is slower than the requests; more are dropped and counted.
 MAX_LINES = 100_000
 
 Level = Literal["all", "errors", "none"]
 
 
 class PrivateFileHandler(RotatingFileHandler):
-    """Writes files that their owner alone can read, made with the first line."""
+    """Writes files that only their owner can read; a file is created with its first line."""
 
     def __init__(self, path: Path, max_bytes: int, files: int) -> None:
         super().__init__(path, maxBytes=max_bytes, backupCount=files, delay=True)
@@ -34,17 +34,18 @@ class PrivateFileHandler(RotatingFileHandler):
         stream = open(  # noqa: SIM115 - the handler closes it
             self.baseFilename, self.mode, encoding=self.encoding, opener=private
         )
-        # One of an older server may have been there.
+        # A file of an older server may exist with other permissions.
         os.fchmod(stream.fileno(), 0o600)
         return stream
 
     def handleError(self, record: logging.LogRecord) -> None:
-        # Called where an error is handled: whoever logs is told, instead of stderr.
+        # logging calls this while it handles an exception; raising it again passes it to the
+        # caller instead of printing it to stderr.
         raise
 
 
 class AccessLog:
-    """Collects lines and writes them some times a second. Belongs to one event loop."""
+    """Buffers lines and writes them every FLUSH_S seconds. Belongs to one event loop."""
 
     def __init__(self, path: Path, level: Level) -> None:
         self._level = level
@@ -56,6 +57,7 @@ class AccessLog:
             self._logger.addHandler(PrivateFileHandler(path, FILE_BYTES, FILES))
 
     def add(self, status: int, line: dict[str, Any]) -> None:
+        """Add the line of a request that was answered with an HTTP status."""
         if self._level == "none" or (self._level == "errors" and status < 400):
             return
         if len(self._lines) >= MAX_LINES:
@@ -66,7 +68,7 @@ class AccessLog:
             self._arm()
 
     def _flush(self) -> None:
-        """Write in a thread; what comes meanwhile is written when that has ended."""
+        """Write the buffered lines in a thread; later lines are written afterwards."""
         lines, self._lines = self._lines, []
         if self._dropped:
             lines.append({"dropped": self._dropped})

@@ -1,8 +1,8 @@
-"""Metrics of a replica, in Prometheus' terms.
+"""Metrics of a replica in the form of Prometheus.
 
-Histograms have the same bounds everywhere, so that a percentile across replicas is
-histogram_quantile(0.99, sum by (le) (rate(…_bucket[1m]))). One event loop writes them; a plain list
-then does what a lock would.
+Histograms have the same bounds on all replicas, so that a percentile across replicas is
+histogram_quantile(0.99, sum by (le) (rate(…_bucket[1m]))). Only one event loop writes them, so they
+need no locks.
 """
 
 from bisect import bisect_left
@@ -20,7 +20,7 @@ SECONDS = (
     *(0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30),
 )
 ROWS = tuple(2**power for power in range(13))
-# Protocols of predictions; what asks about the server or a model is "http".
+# Protocols of predictions; the protocol of all other requests is "http".
 INFERENCE = ("v1", "v2", "grpc")
 STAGES = ("parse", "queue", "batch", "engine", "reply", "total")
 
@@ -30,7 +30,7 @@ Snapshot = dict[str, Family]
 
 
 class Histogram:
-    """Counts of values up to each bound."""
+    """Counts of values in bins. bounds: upper bounds of the bins, inclusive, ascending."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -38,6 +38,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Add a value `times` times."""
         self._counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
@@ -46,12 +47,15 @@ class Histogram:
         return sum(self._counts)
 
     def add(self, other: "Histogram") -> None:
-        """Add what another one of the same bounds counted."""
+        """Add the counts of another histogram with the same bounds."""
         self._counts = [own + its for own, its in zip(self._counts, other._counts, strict=True)]
         self.sum += other.sum
 
     def quantile(self, share: float) -> float:
-        """Where a share of the values are below: linear within a bin, at most the last bound."""
+        """Return the quantile of a fraction `share`, interpolated linearly within its bin.
+
+        The result is at most the last bound.
+        """
         rank, below, low = share * self.count, 0, 0.0
         for bound, count in zip(self._bounds, self._counts, strict=False):
             if count and below + count >= rank:
@@ -60,6 +64,7 @@ class Histogram:
         return low
 
     def samples(self, labels: dict[str, str]) -> Iterable[tuple[str, dict[str, str], float]]:
+        """Yield the samples of a Prometheus histogram: (suffix, labels, value)."""
         total = 0
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             total += count
@@ -70,7 +75,7 @@ class Histogram:
 
 
 class VersionMetrics:
-    """What one version of a model counts."""
+    """Counters and histograms of one version of a model on one replica."""
 
     def __init__(self) -> None:
         self.stages = {stage: Histogram(SECONDS) for stage in STAGES}
@@ -82,6 +87,7 @@ class VersionMetrics:
         self.engine_s = 0.0
 
     def sealed(self, rows: int, waited_s: Iterable[float]) -> None:
+        """Count a batch of `rows` rows. waited_s: how long each of its requests was queued."""
         self.rows += rows
         self.batch_rows.observe(rows)
         queue = self.stages["queue"]
@@ -89,12 +95,16 @@ class VersionMetrics:
             queue.observe(seconds)
 
     def ran(self, handed_over_s: float, engine_s: float, requests: int) -> None:
-        """A batch of that many requests ran; each of them took as long as the batch."""
+        """Count the run of a batch, whose times count for each of its `requests` requests.
+
+        handed_over_s: seconds from the seal to the engine. engine_s: seconds in the engine.
+        """
         self.engine_s += engine_s
         self.stages["batch"].observe(handed_over_s, requests)
         self.stages["engine"].observe(engine_s, requests)
 
     def answered(self, protocol: str, status: int, total_s: float) -> None:
+        """Count an answered request. total_s: seconds from its first byte to the response."""
         self.requests[protocol, status] += 1
         if protocol in INFERENCE:
             self.stages["total"].observe(total_s)
@@ -102,7 +112,10 @@ class VersionMetrics:
     def snapshot(
         self, labels: dict[str, str], *, queue_rows: int = 0, cache_bytes: float = 0
     ) -> Snapshot:
-        """labels: of every sample, such as model, version and replica."""
+        """Return all metrics. labels: of every sample, such as model, version and replica.
+
+        queue_rows, cache_bytes: current values of these gauges.
+        """
 
         def counted(
             name: str, counts: Mapping[Any, int]
@@ -121,12 +134,12 @@ class VersionMetrics:
         return {
             "request_seconds": (
                 "histogram",
-                "Time of requests by stage; total is from the first byte to the answer.",
+                "Seconds of requests by stage; total is from the first byte to the response.",
                 stages,
             ),
             "batch_rows": (
                 "histogram",
-                "Rows that the engine was given at once.",
+                "Rows per batch of the engine.",
                 list(self.batch_rows.samples(labels)),
             ),
             "requests": ("counter", "Requests answered, by protocol and status.", requests),
@@ -135,24 +148,24 @@ class VersionMetrics:
                 "Requests refused, by reason.",
                 counted("reason", self.refused),
             ),
-            "rows": ("counter", "Rows answered by the engine.", [("_total", labels, self.rows)]),
+            "rows": ("counter", "Rows run by the engine.", [("_total", labels, self.rows)]),
             "engine_seconds": (
                 "counter",
-                "Time for which the engine was busy.",
+                "Seconds for which the engine was busy.",
                 [("_total", labels, self.engine_s)],
             ),
-            "queue_rows": ("gauge", "Rows that wait.", [("", labels, queue_rows)]),
+            "queue_rows": ("gauge", "Rows waiting in the queue.", [("", labels, queue_rows)]),
             "cache": (
                 "counter",
-                "Lookups in the cache: hit, miss, or shared with one in flight.",
+                "Cache lookups by outcome; shared: computed for an identical request in progress.",
                 counted("outcome", self.cache),
             ),
-            "cache_bytes": ("gauge", "Size of the cache.", [("", labels, cache_bytes)]),
+            "cache_bytes": ("gauge", "Size of the cache in bytes.", [("", labels, cache_bytes)]),
         }
 
 
 def merge_samples(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """Put the samples of several replicas or versions together; their labels keep them apart."""
+    """Return the samples of several replicas or versions together, distinguished by labels."""
     result: Snapshot = {}
     for snapshot in snapshots:
         for name, (kind, words, samples) in snapshot.items():
@@ -161,7 +174,10 @@ def merge_samples(snapshots: Iterable[Snapshot]) -> Snapshot:
 
 
 def filter_models(snapshot: Snapshot, sees: Callable[[str], bool]) -> Snapshot:
-    """Keep the samples of some models. sees: by the label `model`, "" where it is of none."""
+    """Return the samples of the models for which `sees(label "model")` is true.
+
+    The label is "" for samples that belong to no model.
+    """
     return {
         name: (kind, words, [sample for sample in samples if sees(sample[1].get("model", ""))])
         for name, (kind, words, samples) in snapshot.items()
@@ -169,7 +185,7 @@ def filter_models(snapshot: Snapshot, sees: Callable[[str], bool]) -> Snapshot:
 
 
 def exposition(snapshot: Snapshot) -> bytes:
-    """Return the text that Prometheus reads."""
+    """Return metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Families(snapshot))
     return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""What is recorded of each request, whatever its protocol: metrics, the access log, a trace."""
+"""Records every request of any protocol: metrics, access log and trace."""
 
 import time
 from collections.abc import Awaitable, Mapping
@@ -13,24 +13,22 @@ from serve.telemetry.tracing import Tracer
 
 T = TypeVar("T")
 
-# Longest text that a client chooses and that is logged.
+# Characters that are logged of a text that a client chooses.
 MAX_TEXT = 100
 
 
 def owned_id(owner: str, request_id: str) -> str:
-    """Return the id by which a request of a key is kept. owner: "" where there are no keys."""
+    """Return the id under which a request is stored. owner: name of its API key, "" without one."""
     return f"{quote(owner, safe='')}/{request_id}" if owner else request_id
 
 
 class RequestContext:
-    """A request of any protocol, and what it turns out to be about.
+    """A request of any protocol. The handlers fill in its fields and the recorder reads them.
 
-    The handlers write into it what the recorder reads.
-
-    method, path: as the access log names them; for gRPC "gRPC" and the method's name.
-    protocol: "v1", "v2" or "grpc" for inference, "http" for anything else.
-    model: name of the model, "" if none is named. version: that is asked for, then that answers.
-    rows: records in the request. metrics: of the version that answers.
+    method, path: as in the access log; for gRPC "gRPC" and the method's name.
+    protocol: "v1", "v2" or "grpc" for inference, "http" for all other requests.
+    model: name of the model, "" if the request names none. version: first the requested version,
+    later the one that answers. rows: records in the request. metrics: of the version that answers.
     """
 
     __slots__ = (
@@ -50,11 +48,11 @@ class RequestContext:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Headers or metadata, by their names in lower case."""
+        """Headers or metadata by name, in lower case."""
         raise NotImplementedError
 
     def header(self, name: bytes) -> str | None:
-        """Return a header or metadata value. name: in lower case."""
+        """Return a header or metadata value; None without one. name: in lower case."""
         raise NotImplementedError
 
     @property
@@ -63,32 +61,32 @@ class RequestContext:
         raise NotImplementedError
 
     async def while_connected(self, response: Awaitable[T]) -> T:
-        """Await a response, for as long as the client waits for it."""
+        """Await a response for as long as the client stays connected."""
         return await response
 
     @property
     def client(self) -> str:
-        """The name of the client's key, or what the client calls itself."""
+        """The name of the client's API key, or its X-Client-Id header, or ""."""
         return self.key.name if self.key else self.header(b"x-client-id") or ""
 
     @property
     def record_id(self) -> str:
-        """The id under which its predictions are kept.
+        """The id under which the request's predictions are stored.
 
-        An id that a client chose is its own: that of another key is another request.
+        It includes the name of the API key, because clients may choose ids that others also use.
         """
         return owned_id(self.key.name if self.key else "", self.id)
 
     @property
     def actor(self) -> Actor:
-        """Who asks, for the audit log."""
+        """The client, for the audit log."""
         return Actor(self.client[:MAX_TEXT], self.address[:MAX_TEXT], self.id)
 
 
 class RequestRecorder:
     """Records requests that have been answered. Belongs to one event loop.
 
-    metrics: of requests that are about no model.
+    metrics: of requests that belong to no model.
     """
 
     def __init__(self, log: AccessLog | None = None, tracer: Tracer | None = None) -> None:
@@ -96,11 +94,11 @@ class RequestRecorder:
         self._log, self._tracer = log, tracer
 
     def refuse(self, request: RequestContext, reason: str) -> None:
-        """Count a request that is refused."""
+        """Count a refused request. reason: value of the metric's label."""
         (request.metrics or self.metrics).refused[reason] += 1
 
     def record(self, request: RequestContext, status: int) -> None:
-        """Count a request that was answered with an HTTP status; log and trace it."""
+        """Count, log and trace a request that was answered with an HTTP status."""
         seconds = time.perf_counter() - request.began
         (request.metrics or self.metrics).answered(request.protocol, status, seconds)
         version = request.version and request.version[:MAX_TEXT]

@@ -1,4 +1,4 @@
-"""Traces: a span for each request, by OpenTelemetry, where an endpoint is configured."""
+"""OpenTelemetry traces: one span per request, if an endpoint is configured."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Tracer:
-    """Makes spans that continue the client's trace (W3C traceparent)."""
+    """Exports spans that continue the client's trace (W3C traceparent)."""
 
     def __init__(self, exporter: "SpanExporter", service: str) -> None:
         from opentelemetry.sdk.resources import Resource
@@ -29,7 +29,7 @@ class Tracer:
         end_ns: int,
         attributes: Mapping[str, str | int | float],
     ) -> None:
-        """Record a request that is over. Times are nanoseconds since 1970."""
+        """Record a finished request. Times are nanoseconds since 1970."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -42,12 +42,15 @@ class Tracer:
         span.end(end_ns)
 
     def flush(self) -> None:
-        """Send what is still here."""
+        """Export the buffered spans now."""
         self._provider.force_flush()
 
 
 def create_tracer(endpoint: str | None, service: str) -> Tracer | None:
-    """Return a tracer that sends to an OTLP endpoint, or None. Raises UserError."""
+    """Return a tracer that exports to an OTLP endpoint; None if `endpoint` is None.
+
+    Raises UserError if the exporter's package is not installed.
+    """
     if endpoint is None:
         return None
     try:

@@ -93,8 +93,8 @@ def losses(both_right, candidate_right, production_right):
 @pytest.mark.parametrize(
     ("comparison", "pairs", "decision", "word"),
     [
-        (compared(), losses(700, 80, 20), PROMOTED, "better by +0.0750 in 800 labelled requests"),
-        (compared(), losses(700, 20, 80), ROLLED_BACK, "better by -0.0750"),
+        (compared(), losses(700, 80, 20), PROMOTED, "gain +0.0750 in 800 labelled requests"),
+        (compared(), losses(700, 20, 80), ROLLED_BACK, "gain -0.0750"),
         # As good, of very many records.
         (compared(), losses(20_000, 40, 40), PROMOTED, "worse by 0.01 or more has p = "),
         # It cannot be told yet.
@@ -104,8 +104,8 @@ def losses(both_right, candidate_right, production_right):
         (compared(errors=40), losses(700, 80, 20), ROLLED_BACK, "failed for 40 of 1040"),
         # Every request fails.
         (compared(errors=3, requests=0), losses(0, 0, 0), ROLLED_BACK, "failed for 3 of 3"),
-        (compared(ms=9.0), losses(700, 80, 20), ROLLED_BACK, "95th percentile is 9.0"),
-        (compared(ms=2.1), losses(0, 0, 0), ROLLED_BACK, "95th percentile is 2.09 ms"),
+        (compared(ms=9.0), losses(700, 80, 20), ROLLED_BACK, "95th percentile latency is 9.0"),
+        (compared(ms=2.1), losses(0, 0, 0), ROLLED_BACK, "95th percentile latency is 2.09 ms"),
         (compared(ms=1.95), losses(0, 0, 0), None, ""),
         # Too few to tell of latency.
         (compared(ms=9.0, requests=50), losses(60, 0, 0), None, ""),
@@ -123,7 +123,7 @@ def test_rules_of_values(rng, scale, decision):
     verdict = labels(errors**2, classes=False).judge()
     assert verdict.decision == decision
     gain = 1 - np.sqrt((errors[:, 1] ** 2).mean() / (errors[:, 0] ** 2).mean())
-    assert f"better by {gain:+.4f} in 1000 labelled requests" in verdict.reason
+    assert f"gain {gain:+.4f} in 1000 labelled requests" in verdict.reason
 
 
 # Rollouts and requests of each in simulations; 4 standard deviations of a chance of 0.025.
