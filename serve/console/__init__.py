@@ -1,1 +1,1 @@
-"""The console: the static files of the page at `/`."""
+"""The console: the static files of the web page at `/`."""

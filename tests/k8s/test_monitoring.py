@@ -263,7 +263,7 @@ MAY_BE_EMPTY = {
     "Drift by feature",
     "GPUs",
     "GPU memory",
-    "Processors of the workers",
+    "CPU of the workers",
     "Memory of the workers",
 }
 

@@ -1,4 +1,4 @@
-// The server's routes, with the key where one is needed.
+// Requests to the server's routes, with the API key if there is one.
 
 const KEPT = "halyard key";
 
@@ -15,7 +15,8 @@ export const key = {
   forget: () => sessionStorage.removeItem(KEPT),
 };
 
-// Returns the answer. Throws Refused with the server's own words, and for a server that is away.
+// Returns the response. Throws Refused with the server's error message, or if the server does not
+// respond.
 export async function ask(path, { method = "GET", body, signal } = {}) {
   const headers = {};
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
@@ -28,23 +29,23 @@ export async function ask(path, { method = "GET", body, signal } = {}) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused("The server does not answer.", 0);
+    throw new Refused("The server does not respond.", 0);
   }
   if (answer.ok) return answer;
   const words = await answer.json().then((said) => said.error, () => null);
-  // Nobody waits for it any more: a view that was left, or a key that was given since.
+  // Aborted if the user has left the view or entered another key in the meantime.
   signal?.throwIfAborted();
   if (answer.status === 401) {
-    dispatchEvent(new CustomEvent("key-needed", { detail: words ?? "a key is needed." }));
+    dispatchEvent(new CustomEvent("key-needed", { detail: words ?? "an API key is required." }));
   }
-  throw new Refused(words ?? `The server answered ${answer.status}.`, answer.status);
+  throw new Refused(words ?? `The server responded with status ${answer.status}.`, answer.status);
 }
 
 export async function json(path, options) {
   return (await ask(path, options)).json();
 }
 
-// Where a model is, or one of its versions.
+// Returns the path of a model, or of one of its versions.
 export function at(model, version = null) {
   const name = `/v2/models/${encodeURIComponent(model)}`;
   return version === null ? name : `${name}/versions/${encodeURIComponent(version)}`;

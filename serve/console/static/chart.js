@@ -1,11 +1,12 @@
-// Small drawings: lines over time, bars, intervals. All in the page's own colours.
+// Small charts: lines over time, bars, intervals and distributions.
 
 import { element, svg } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [300, 90];
 
-// Lines over the last `spanS` seconds.
-// series: their names; format: value → words. update(points): [{time, values}], null for a gap.
+// A line chart of the last `spanS` seconds.
+// series: names of the lines; format: returns a value as text. update(points): [{time, values}],
+// with null for a gap.
 export class Lines {
   constructor(title, series, format, spanS) {
     Object.assign(this, { title, series, format, spanS });
@@ -59,15 +60,15 @@ export class Lines {
   }
 }
 
-// The next round number from a value up.
+// Returns the smallest round number that is not below a value.
 export function ceiling(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
-// Rows of a name, a bar from 0 to `most`, and words. bars: [{name, value, words, mood, mark}];
-// mark: where a line is drawn across the bar.
+// A bar chart; each row has a name, a bar on a scale from 0 to `most`, and a text.
+// bars: [{name, value, words, mood, mark}]; mark: value at which a line is drawn across the bar.
 export function bars(bars, most, label) {
   return element("ul", { class: "bars", "aria-label": label },
     bars.map(({ name, value, words, mood = "", mark = null }) => {
@@ -84,7 +85,7 @@ export function bars(bars, most, label) {
     }));
 }
 
-// A value with the ends of its interval, on a scale that others share.
+// A value with its interval, on a scale [from, to] that several charts share.
 export function interval({ value, low, high }, [from, to], label) {
   const x = (at) => ((at - from) / (to - from || 1)) * 196 + 2;
   return svg("svg", { class: "interval", viewBox: "0 0 200 16", role: "img", "aria-label": label },
@@ -93,7 +94,7 @@ export function interval({ value, low, high }, [from, to], label) {
     svg("circle", { class: "point", cx: x(value), cy: 8, r: 4 }));
 }
 
-// Two distributions over the same bins: what training saw as steps, what comes now as bars.
+// Two distributions over the same bins: the training data as steps, the current window as bars.
 export function shares(reference, current, label) {
   const count = Math.max(reference.length, current.length, 1);
   const most = Math.max(...reference, ...current, 1e-9);

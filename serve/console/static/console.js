@@ -1,6 +1,6 @@
-// The console: which model, which view, and the key.
+// The console: choice of model and view, and entry of the API key.
 //
-// The address says what is shown: #/MODEL/VIEW, and for a version #/MODEL/VIEW/VERSION.
+// The URL's fragment names what is shown: #/MODEL/VIEW, and for a version #/MODEL/VIEW/VERSION.
 
 import { json, key } from "./api.js";
 import { element, problem } from "./dom.js";
@@ -28,7 +28,7 @@ function wanted() {
   try {
     return location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
   } catch {
-    // An address that somebody cut short.
+    // The fragment has an incomplete escape sequence.
     return [];
   }
 }
@@ -58,7 +58,7 @@ async function show() {
   }
 }
 
-// The version that was asked for, by number or alias, or else the one that answers by default.
+// Returns the requested version, by number or alias, or otherwise the default version.
 function chosen(versions, asked) {
   const found =
     versions.find(({ version, aliases }) => version === asked || aliases?.includes(asked)) ??
@@ -87,7 +87,7 @@ picker.addEventListener("change", () => {
   location.hash = address(picker.value, wanted()[1] in VIEWS ? wanted()[1] : "overview");
 });
 addEventListener("hashchange", () => {
-  // Links within the page are not views.
+  // Other fragments are links within the page.
   if (location.hash === "" || location.hash.startsWith("#/")) show();
 });
 addEventListener("key-needed", ({ detail }) => {

@@ -1,8 +1,8 @@
-// Elements from data. Data becomes text or an attribute, never markup.
+// Builds elements from data. Data become text or attributes, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// element("td", {class: "number"}, "12"); a child is a node, a text, a list of those, or null.
+// element("td", {class: "number"}, "12"). Children are nodes, strings, lists of them, or null.
 export function element(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
@@ -25,8 +25,8 @@ export function card(title, ...children) {
   return element("section", { class: "card" }, element("h2", {}, title), children);
 }
 
-// A table that scrolls within itself where the page is narrow, also by keyboard.
-// columns: [heading, whether numbers]; rows: lists of cells, or elements "tr".
+// A table that can be scrolled, also by keyboard, if the page is narrower.
+// columns: [heading, true for numbers]; rows: lists of cells, or "tr" elements.
 export function table(caption, columns, rows) {
   const head = columns.map(([heading, isNumber]) =>
     element("th", { scope: "col", class: isNumber ? "number" : null }, heading),
@@ -58,7 +58,7 @@ export function note(...words) {
   return element("p", { class: "note" }, words);
 }
 
-// Pairs of a word and what it is.
+// A list of [term, value] pairs, without those that have no value.
 export function facts(pairs) {
   return element("dl", { class: "facts" },
     pairs.filter(([, value]) => value !== null && value !== undefined && value !== "")
@@ -69,7 +69,7 @@ export function problem(error) {
   return element("p", { class: "problem", role: "alert" }, error.message ?? String(error));
 }
 
-// How numbers look; a dash for what is not known.
+// Formats of numbers; a missing value is a dash.
 
 export function number(value, digits = 4) {
   if (!Number.isFinite(value)) return "–";

@@ -1,12 +1,12 @@
-// A form for one record, made from what a model takes, and the tensors that it becomes.
+// A form for one record, built from a model's inputs, and the tensors of its values.
 
 import { element } from "./dom.js";
 
 const MAX_OFFERED = 1000;
 const WHOLE_LIST = 12;
 
-// Returns what each input is: {name, datatype, shape, kind, …}; kind: image, number, boolean, date,
-// category, text, or tensor for an encoder of somebody's own.
+// Returns a description of each input: {name, datatype, shape, kind, …}; kind: image, number,
+// boolean, date, category, text, or tensor for a custom encoder.
 export function inputsOf(manifest) {
   const known = new Map();
   for (const encoder of manifest.task.features ?? []) {
@@ -26,7 +26,8 @@ export function inputsOf(manifest) {
   }));
 }
 
-// What `train.tasks.numeric` has for each column: one place, or seven and more for a date.
+// Finds the mean of each column of numbers. A number or boolean has one encoded value; the first
+// date has seven and each further date eight, of which the first is the time.
 function numbers({ columns, mean }, known) {
   const placesOfDate = 7;
   let place = 0;
@@ -44,7 +45,8 @@ function guess({ datatype, shape }) {
   return { kind: datatype === "BYTES" ? "text" : datatype === "BOOL" ? "boolean" : "number" };
 }
 
-// A field of the form: its node, and what it holds as a tensor of one row.
+// Returns a field of the form: {input, control, node, fill, tensor}. fill: enters a typical value;
+// tensor: returns the value as a tensor of one row.
 export function field(input) {
   return { image: imageField, category, text, boolean, date, tensor }[input.kind]?.(input) ?? plain(input);
 }
@@ -60,21 +62,21 @@ function labelled(input, control, help = "") {
     control);
 }
 
-// A tensor of the Open Inference Protocol; null is a value that is not known.
+// Returns a tensor of the Open Inference Protocol; null is a missing value.
 function bytesTensor(input, value) {
   return { name: input.name, shape: [1], datatype: "BYTES", data: [value] };
 }
 
 function plain(input) {
   const control = element("input", { type: "text", inputmode: "decimal", autocomplete: "off",
-    placeholder: "not known" });
+    placeholder: "missing" });
   return {
     input, control, node: labelled(input, control, "number"),
     fill: () => { control.value = Number((input.mean ?? 0).toPrecision(3)); },
     tensor: () => {
       const words = control.value.trim();
       const value = Number(words);
-      // What is no number goes as it is: the server says what is wrong with it.
+      // Text that is not a number is sent unchanged, so that the server returns its error message.
       if (words === "" || Number.isNaN(value)) return bytesTensor(input, words || null);
       return { ...bytesTensor(input, value), datatype: "FP64" };
     },
@@ -86,7 +88,7 @@ function choice(options) {
 }
 
 function boolean(input) {
-  const control = choice([["", "not known"], ["true", "true"], ["false", "false"]]);
+  const control = choice([["", "missing"], ["true", "true"], ["false", "false"]]);
   return {
     input, control, node: labelled(input, control, "true or false"),
     fill: () => { control.value = input.mean >= 0.5 ? "true" : "false"; },
@@ -109,7 +111,7 @@ function date(input) {
 function category(input) {
   const offered = input.names.slice(0, MAX_OFFERED);
   if (offered.length <= WHOLE_LIST) {
-    const control = choice([["", "not known"], ...offered.map((name) => [name, name])]);
+    const control = choice([["", "missing"], ...offered.map((name) => [name, name])]);
     return {
       input, control, node: labelled(input, control, "category"),
       fill: () => { control.value = offered[0] ?? ""; },
@@ -119,7 +121,7 @@ function category(input) {
   const list = element("datalist", { id: `names-${++fields}` },
     offered.map((name) => element("option", { value: name })));
   const control = element("input", { type: "text", list: list.id, autocomplete: "off",
-    placeholder: "not known" });
+    placeholder: "missing" });
   const node = labelled(input, control, `category, ${input.names.length} known`);
   node.append(list);
   return {
@@ -130,7 +132,7 @@ function category(input) {
 }
 
 function text(input) {
-  const control = element("textarea", { rows: 4, placeholder: "not known" });
+  const control = element("textarea", { rows: 4, placeholder: "missing" });
   return {
     input, control, node: labelled(input, control, "text"),
     fill: () => {},
@@ -155,7 +157,7 @@ function imageField(input) {
   const [, height, width, channels] = input.shape;
   const control = element("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/bmp,image/tiff" });
   const preview = element("img", { alt: "", hidden: true });
-  const help = channels ? `An image of any size; becomes ${width} × ${height}, ` +
+  const help = channels ? `An image of any size; it is resized to ${width} × ${height}, ` +
     (channels === 1 ? "grey" : "colour") : "An image file";
   const node = labelled(input, control, help);
   node.append(element("p", { class: "note" }, "Choose a file, or drop one here."), preview);
@@ -165,7 +167,7 @@ function imageField(input) {
     URL.revokeObjectURL(preview.src);
     preview.hidden = file === null;
     if (file) preview.src = URL.createObjectURL(file);
-    preview.alt = file ? `The chosen image, ${file.name}` : "";
+    preview.alt = file ? `Chosen image: ${file.name}` : "";
     node.dispatchEvent(new Event("image-taken", { bubbles: true }));
   };
   control.addEventListener("change", () => take(control.files[0]));

@@ -1,4 +1,4 @@
-// Live: rates, latencies and drift, from differences of /metrics.
+// The view Live: rates, latencies and drift, computed from successive polls of /metrics.
 
 import { ask } from "./api.js";
 import { bars, Lines } from "./chart.js";
@@ -7,8 +7,8 @@ import { Counters, parse, quantile, sum, sumBy } from "./prometheus.js";
 
 const POLL_MS = 2000;
 const SPAN_S = 240;
-// Replicas tell what they counted every four seconds. Were the window no multiple of that, rates
-// would go up and down with how many reports are in it.
+// A multiple of four seconds, the interval of the replicas' reports; otherwise rates would vary
+// with the number of reports in the window.
 const WINDOW_S = 12;
 const PROTOCOLS = ["v1", "v2", "grpc"];
 const MAX_FEATURES = 40;
@@ -19,16 +19,17 @@ export function show(place, model, signal) {
   const charts = {
     requests: new Lines("Requests", [""], rate, SPAN_S),
     latency: new Lines("Latency", ["p50", "p95", "p99"], milliseconds, SPAN_S),
-    batch: new Lines("Rows in a batch, mean", [""], (value) => number(value, 3), SPAN_S),
+    batch: new Lines("Mean rows per batch", [""], (value) => number(value, 3), SPAN_S),
     refused: new Lines("Refused", [""], rate, SPAN_S),
     errors: new Lines("Errors", [""], rate, SPAN_S),
     queue: new Lines("Rows waiting", [""], (value) => number(value, 3), SPAN_S),
   };
-  const state = element("p", { class: "note", role: "status" }, "Waiting for the first figures.");
+  const state = element("p", { class: "note", role: "status" }, "Waiting for the first metrics.");
   const reasons = note("");
   const drift = element("div", {});
   charts.refused.node.append(reasons);
-  charts.errors.node.append(note("Answers of 500 and above, but for refusals (503, 504)."));
+  charts.errors.node.append(
+    note("Responses with status 500 and above, except refusals (503, 504)."));
   place.append(state,
     element("div", { class: "grid charts" }, Object.values(charts).map(({ node }) => node)),
     card("Drift", drift));
@@ -43,10 +44,10 @@ export function show(place, model, signal) {
         chart.update(own, Date.now());
       }
       state.textContent = `${replicas} ${replicas === 1 ? "replica" : "replicas"}. Rates and ` +
-        `percentiles are of the last ${WINDOW_S} seconds.`;
+        `percentiles cover the last ${WINDOW_S} seconds.`;
       const refused = Object.entries(figures.reasons ?? {}).sort((one, other) => other[1] - one[1]);
       const words = refused.map(([reason, count]) => `${reason} ${number(count)}`).join(", ");
-      reasons.textContent = words ? `Until now: ${words}` : "";
+      reasons.textContent = words ? `Total: ${words}` : "";
       drift.replaceChildren(...driftBars(figures.drift));
     } catch (error) {
       if (error.name !== "AbortError") state.replaceChildren(problem(error));
@@ -55,7 +56,8 @@ export function show(place, model, signal) {
   whileSeen(poll, POLL_MS, signal, () => watch.pause());
 }
 
-// Calls a function now and again while the page is seen; `hidden` once it is not.
+// Calls a function every `everyMs` milliseconds while the page is visible, and `hidden` when the
+// page is hidden.
 export function whileSeen(call, everyMs, signal, hidden = () => {}) {
   let timer = null;
   const again = async () => {
@@ -74,7 +76,7 @@ export function whileSeen(call, everyMs, signal, hidden = () => {}) {
   again();
 }
 
-// What was counted of one model, poll by poll.
+// The metrics of one model over successive polls.
 export class Watch {
   #counters = new Counters();
   #polls = [];
@@ -84,19 +86,19 @@ export class Watch {
     this.model = model;
   }
 
-  // Nobody looks: the line has a gap.
+  // The page is hidden: leaves a gap in the lines.
   pause() {
     this.#polls = [];
     this.#points.push({ time: Date.now(), values: {} });
     this.#counters = new Counters();
   }
 
-  // Returns the points to draw, the latest figures, and how many replicas there are.
+  // Adds a poll; returns the points to draw, the latest figures and the number of replicas.
   take(samples, time) {
     const own = samples.filter(({ labels }) => labels.model === this.model);
     const risen = this.#counters.advance(own);
     this.#polls.push({ time, risen });
-    // The first is only where the window begins.
+    // The first poll only marks the beginning of the window.
     while (this.#polls.length > 2 && time - this.#polls[1].time >= WINDOW_S * 1000 - POLL_MS / 2) {
       this.#polls.shift();
     }
@@ -134,7 +136,7 @@ export class Watch {
   }
 }
 
-// Returns [{feature, version, score, threshold}], the worst first.
+// Returns [{feature, version, score, threshold}], the largest ratio of the two first.
 export function drifted(samples) {
   const found = new Map();
   for (const { name, labels, value } of samples) {
@@ -142,7 +144,7 @@ export function drifted(samples) {
     if (!part) continue;
     const id = JSON.stringify([labels.version, labels.feature]);
     const entry = found.get(id) ?? { feature: labels.feature, version: labels.version };
-    // Of several replicas, what the worst of them saw.
+    // If several replicas export the metric, the largest value counts.
     entry[part] = Math.max(entry[part] ?? -Infinity, value);
     found.set(id, entry);
   }
@@ -153,7 +155,7 @@ export function drifted(samples) {
 
 function driftBars(features) {
   if (!features.length) {
-    return [note("No drift is measured: the monitor has seen no whole window of requests yet, or is off.")];
+    return [note("No drift data: monitoring is off or has not completed a window of requests yet.")];
   }
   const several = new Set(features.map(({ version }) => version)).size > 1;
   const rows = features.slice(0, MAX_FEATURES).map(({ feature, version, score, threshold }) => ({
@@ -161,12 +163,12 @@ function driftBars(features) {
     value: score / threshold,
     mark: 1,
     mood: score > threshold ? "bad" : "good",
-    words: `${number(score, 2)} of ${number(threshold, 2)}${score > threshold ? ", drifts" : ""}`,
+    words: `${number(score, 2)} of ${number(threshold, 2)}${score > threshold ? ", drift" : ""}`,
   }));
   const over = features.filter(({ score, threshold }) => score > threshold).length;
   return [
-    note(`${over} of ${features.length} features drift. The line is the threshold; the bar ends at ` +
-      "twice that."),
+    note(`${over} of ${features.length} features drift. The line marks the threshold; a full bar ` +
+      "is twice the threshold."),
     bars(rows, 2, "Drift by feature"),
   ];
 }

@@ -1,4 +1,4 @@
-// Overview: what is served, what it was made of, and how its variants measured.
+// The view Overview: served versions, how they were trained, metrics, variants and report.
 
 import { ask, at, json, key, reportPath } from "./api.js";
 import { bytes, card, element, facts, milliseconds, moment, note, number, percent, problem, table,
@@ -6,10 +6,10 @@ import { bytes, card, element, facts, milliseconds, moment, note, number, percen
 
 const MOODS = { accepted: "good", refused: "bad", undecided: "warn", READY: "good" };
 const CARD = "report/card.html";
-// Of the report's pictures, those that say most come first.
+// Order of the report's pictures, most informative first; others follow.
 const ORDER = ["variants", "confusion", "values", "calibration", "curves", "mistakes", "data"];
 const SECOND_MS = 1000;
-// Pictures of this ratio and above have a line of their own.
+// Pictures of this aspect ratio and above get the full width.
 const WIDE = 1.8;
 
 // versions: the model's entries in the repository's index; version: the one to show.
@@ -45,7 +45,7 @@ function versionTable(versions, version, address) {
     ];
   });
   return card("Versions",
-    table("Versions that are served", [["version"], ["aliases"], ["state"]], rows));
+    table("Served versions", [["version"], ["aliases"], ["state"]], rows));
 }
 
 function summary(model, version, manifest, served) {
@@ -60,18 +60,18 @@ function summary(model, version, manifest, served) {
   return card(`${manifest.name}, version ${version}`,
     facts([
       ["predicts", classes ? `${column}, one of ${classes.length}` : column],
-      ["from", manifest.inputs.map(({ name }) => name).join(", ")],
+      ["inputs", manifest.inputs.map(({ name }) => name).join(", ")],
       ["records", counts.join(", ")],
       ["source", data.train?.source],
-      ["made", moment(manifest.created)],
-      ["training", milliseconds(manifest.training_seconds * SECOND_MS)],
-      ["answers by", `${served} (${manifest.variants[served].engine})`],
-      ["chosen for", manifest.optimize_for],
+      ["created", moment(manifest.created)],
+      ["training time", milliseconds(manifest.training_seconds * SECOND_MS)],
+      ["variant", `${served} (${manifest.variants[served].engine})`],
+      ["optimized for", manifest.optimize_for],
       ["seed", String(manifest.seed)],
     ]), links);
 }
 
-// A new tab sends no key: with one, the card is fetched here and kept as a file.
+// With an API key the card is fetched and downloaded here, because a new tab would send no key.
 function cardLink(model, version) {
   const path = reportPath(model, version, "card.html");
   return element("a", {
@@ -96,19 +96,19 @@ function metrics(manifest, served) {
     .filter((name) => name.startsWith("test_"))
     .map((name) => name.slice("test_".length));
   return card("Metrics",
-    table("Metrics of the variant that answers",
+    table("Metrics of the served variant",
       [["metric"], ["validation", true], ["test", true]],
       names.map((name) => [name, figure(own[`valid_${name}`]), figure(own[`test_${name}`])])),
-    note("Of the variant that answers. No choice of training saw the test split."));
+    note("Metrics of the served variant. Training made no choice by the test split."));
 }
 
-// The metric that decides: the first of the net's own.
+// Returns the name of the main metric: the first one on the test split that is not the loss.
 export function mainMetric(manifest) {
   const names = Object.keys(manifest.metrics).filter((name) => name.startsWith("test_"));
   return names.find((name) => name !== "test_loss") ?? names[0];
 }
 
-// With as many places as the others in its column.
+// Formats a metric with the same decimal places as the others in its column.
 function figure(value) {
   return Math.abs(value) < 10 ? value.toFixed(4) : number(value);
 }
@@ -121,7 +121,7 @@ function p50(variant) {
 function variants(manifest, served) {
   const metric = mainMetric(manifest);
   const rows = Object.entries(manifest.variants).map(([name, variant]) => [
-    [name, name === served ? [" ", tag("answers", "accent")] : null],
+    [name, name === served ? [" ", tag("served", "accent")] : null],
     tag(variant.verdict, MOODS[variant.verdict]),
     figure(variant.metrics[metric]),
     milliseconds(p50(variant)),
@@ -130,12 +130,12 @@ function variants(manifest, served) {
     element("span", { class: "reason" }, variant.reason),
   ]);
   const skipped = Object.entries(manifest.skipped).map(([name, reason]) => [
-    name, tag("not made"), "–", "–", "–", "–", element("span", { class: "reason" }, reason),
+    name, tag("not built"), "–", "–", "–", "–", element("span", { class: "reason" }, reason),
   ]);
   return card("Variants",
     table("Variants of this version", [
       ["variant"], ["gate"], [metric.replaceAll("_", " "), true], ["p50, one record", true],
-      ["size", true], ["agreement with fp32", true], ["why"],
+      ["size", true], ["agreement with fp32", true], ["reason"],
     ], [...rows, ...skipped]));
 }
 
@@ -150,9 +150,9 @@ function pictures(model, version, manifest, signal) {
     names.map((name) => picture(reportPath(model, version, `${name}.png`), name, signal))));
 }
 
-// Fetched, as an image of its own sends no key.
+// Fetches the picture, because an img element would send no API key.
 function picture(path, name, signal) {
-  const image = element("img", { alt: `Picture of the report: ${name}` });
+  const image = element("img", { alt: `Report picture: ${name}` });
   const link = element("a", { target: "_blank" }, image);
   const framed = element("figure", {}, link, element("figcaption", {}, name));
   image.addEventListener("load", () => {

@@ -1,10 +1,10 @@
-// What /metrics says, and what it says by differences.
+// Parses the response of /metrics and computes increases, sums and quantiles.
 
 const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)/;
 const LABEL = /([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"/g;
 const ESCAPED = { "\\\\": "\\", '\\"': '"', "\\n": "\n" };
 
-// Returns [{name, labels, value, id}]; id: name and labels as they stand.
+// Returns [{name, labels, value, id}]; id: name and labels as they are written.
 export function parse(text) {
   const samples = [];
   for (const line of text.split("\n")) {
@@ -20,11 +20,12 @@ export function parse(text) {
   return samples;
 }
 
-// Counters that only rise, though processes start again and others come.
+// Increases of counters between polls, also if processes restart or are added.
 export class Counters {
   #last = null;
 
-  // Returns by how much each sample rose since the poll before; nothing at the first.
+  // Returns the samples that rose since the last poll, with their increase as value; none for the
+  // first poll.
   advance(samples) {
     const first = this.#last === null;
     this.#last ??= new Map();
@@ -32,7 +33,7 @@ export class Counters {
     for (const sample of samples) {
       const before = this.#last.get(sample.id) ?? 0;
       this.#last.set(sample.id, sample.value);
-      // One that fell began anew from nothing: its replica started again.
+      // A counter that fell has restarted from 0, with its replica.
       const rise = sample.value >= before ? sample.value - before : sample.value;
       if (!first && rise > 0) risen.push({ ...sample, value: rise });
     }
@@ -46,7 +47,7 @@ export function sum(samples, name, matches = () => true) {
       its === name && matches(labels) ? total + value : total, 0);
 }
 
-// Returns {value of a label: sum}.
+// Returns the sum of a metric for each value of a label.
 export function sumBy(samples, name, label, matches = () => true) {
   const sums = {};
   for (const sample of samples) {
@@ -57,8 +58,8 @@ export function sumBy(samples, name, label, matches = () => true) {
   return sums;
 }
 
-// As Prometheus' histogram_quantile: within a bucket, values are taken to lie evenly.
-// counts: {upper bound: how many are up to it}. Returns null of none.
+// Returns a quantile like Prometheus' histogram_quantile, interpolated linearly within a bucket.
+// counts: {upper bound: number of values up to it}. Returns null without values.
 export function quantile(share, counts) {
   const buckets = Object.entries(counts)
     .map(([le, count]) => [le === "+Inf" ? Infinity : Number(le), count])

@@ -1,4 +1,4 @@
-// Candidate against production: what the server compares and decides, and what its monitor saw.
+// The view Rollout: candidate against production, decisions, and monitoring of each version.
 
 import { at, json } from "./api.js";
 import { interval, shares } from "./chart.js";
@@ -18,7 +18,7 @@ export function show(place, model, signal) {
       const said = await json(`${at(model)}/stats`, { signal });
       const parts = { rollout: said.rollout, decisions: said.decisions, monitor: said.monitor };
       const text = JSON.stringify(parts);
-      // What is the same stays: somebody may be reading it.
+      // Unchanged content is not replaced, so that selections and open details stay.
       if (text !== last) body.replaceChildren(...all(parts));
       last = text;
     } catch (error) {
@@ -33,31 +33,31 @@ function all({ rollout, decisions, monitor }) {
   const versions = Object.entries(monitor ?? {});
   return [
     card("Candidate against production", rollout ? comparison(rollout) : note(
-      "No candidate is compared with production now.")),
-    card("Decisions", decisions?.length ? history(decisions) : note("None yet.")),
+      "No candidate is being compared with production.")),
+    card("Decisions", decisions?.length ? history(decisions) : note("No decisions yet.")),
     ...(versions.length
       ? versions.map(([version, seen]) => card(`Monitor, version ${version}`, monitored(seen)))
-      : [card("Monitor", note("The monitor tells nothing yet, or is off."))]),
+      : [card("Monitor", note("There are no data yet, or monitoring is off."))]),
   ];
 }
 
 function comparison(rollout) {
   const [own, other] = [rollout.production ?? {}, rollout.candidate_figures ?? {}];
   const words = rollout.phase === "canary"
-    ? `answers ${percent(rollout.share, 0)} of the requests`
-    : "is asked in the shadow; nobody gets its answers";
+    ? `answers ${percent(rollout.share, 0)} of the clients`
+    : "receives copies of requests; its responses are not returned";
   const scale = reach([own, other]);
   const row = (name, show) => [name, show(own, "production"), show(other, "candidate")];
   return [
     element("p", {}, tag(rollout.phase ?? "rollout", "accent"), " Version ",
       element("b", {}, String(rollout.candidate)), ` ${words}.`),
     facts([
-      ["compared", number(rollout.compared)],
+      ["compared rows", number(rollout.compared)],
       ["agreement", percent(rollout.agreement, 2)],
-      ["decision", rollout.decision ?? "not yet"],
+      ["decision", rollout.decision ?? "none yet"],
     ]),
-    table("Figures of production and candidate",
-      [["figure"], ["production", true], ["candidate", true]], [
+    table("Metrics of production and candidate",
+      [["metric"], ["production", true], ["candidate", true]], [
         row("accuracy", (figures, of) => accuracy(figures, scale, of)),
         row("p50", ({ p50_ms }) => milliseconds(p50_ms)),
         row("p95", ({ p95_ms }) => milliseconds(p95_ms)),
@@ -85,10 +85,10 @@ function history(decisions) {
     [element("span", { class: "reason" }, reason ?? ""), figures ? element("details", {},
       element("summary", {}, "Figures"), nested(figures)) : null],
   ]);
-  return table("Decisions, the latest first", [["time"], ["version"], ["decision"], ["reason"]], rows);
+  return table("Decisions, latest first", [["time"], ["version"], ["decision"], ["reason"]], rows);
 }
 
-// Any figures, by name.
+// A nested list of figures by name.
 function nested(value) {
   return facts(Object.entries(value).map(([name, of]) => [
     name.replaceAll("_", " "),
@@ -101,15 +101,15 @@ function monitored({ windows = [], current = null, features = {}, feedback = nul
   const alarmed = windows.filter(({ alarms }) => alarms?.length).length;
   return [
     facts([
-      ["window now", current && `${number(current.rows)} of ${number(current.of)} rows`],
-      ["windows kept", windows.length && `${windows.length}, ${alarmed} with alarms`],
+      ["current window", current && `${number(current.rows)} of ${number(current.of)} rows`],
+      ["past windows", windows.length && `${windows.length}, ${alarmed} with alarms`],
       ["feedback", feedback && feedbackWords(feedback)],
     ]),
     Object.keys(features).length ? featureTable(features) : null,
-    past.length ? table("Windows, the latest first", [["time"], ["rows", true], ["alarms"]],
+    past.length ? table("Windows, latest first", [["time"], ["rows", true], ["alarms"]],
       past.map(({ time, rows, alarms }) => [
         moment(time), number(rows), alarms?.length ? alarms.map(alarm) : "none",
-      ])) : note("No whole window yet."),
+      ])) : note("No complete window yet."),
   ];
 }
 
@@ -120,8 +120,8 @@ function alarm({ feature, statistic, score, threshold }) {
 
 function feedbackWords({ count, metric, value, low, high, expected }) {
   const range = Number.isFinite(low) ? ` [${number(low)}, ${number(high)}]` : "";
-  return `${metric} ${number(value)}${range} of ${number(count)} answers; ` +
-    `the test split had ${number(expected)}`;
+  return `${metric} ${number(value)}${range} on ${number(count)} labelled rows; ` +
+    `${number(expected)} on the test split`;
 }
 
 function featureTable(features) {
@@ -130,10 +130,10 @@ function featureTable(features) {
       element("span", { class: "each" }, `${statistic} `,
         tag(number(score, 3), score > threshold ? "bad" : "good"), ` of ${number(threshold, 3)}`));
     const drawn = seen.reference?.length && seen.window?.length && !Array.isArray(seen.window[0])
-      ? shares(seen.reference, seen.window, `${name}: training as a line, the window as bars`) : "";
+      ? shares(seen.reference, seen.window, `${name}: training as a line, window as bars`) : "";
     return [name, statistics, drawn, percent(seen.missing), percent(seen.out_of_range)];
   });
   return table("Features in the last window", [
-    ["feature"], ["statistics"], ["training (line) and now (bars)"], ["missing", true], ["out of range", true],
+    ["feature"], ["statistics"], ["training (line), window (bars)"], ["missing", true], ["out of range", true],
   ], rows);
 }

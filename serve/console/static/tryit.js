@@ -1,4 +1,4 @@
-// Try it: one record to the route that every client uses, and its answer.
+// The view Try it: sends one record to the route that all clients use and shows the prediction.
 
 import { at, json } from "./api.js";
 import { bars } from "./chart.js";
@@ -16,7 +16,7 @@ export async function show(place, model, signal, { versions, version, address })
     return;
   }
   const fields = inputsOf(manifest).map(field);
-  const answer = element("div", { "aria-live": "polite" }, note("The answer will be here."));
+  const answer = element("div", { "aria-live": "polite" }, note("The prediction appears here."));
   const send = element("button", { type: "submit" }, "Predict");
   const form = element("form", { class: "record", novalidate: true },
     versionPick(versions, version, address),
@@ -28,10 +28,10 @@ export async function show(place, model, signal, { versions, version, address })
     await predict({ model, version, manifest, fields, answer, signal });
     send.disabled = false;
   });
-  // An image says all there is to say.
+  // A model whose only input is an image predicts as soon as one is chosen.
   if (fields.length === 1) form.addEventListener("image-taken", () => form.requestSubmit());
   place.append(element("div", { class: "grid try" },
-    card("A record", form), card("Prediction", answer)));
+    card("Record", form), card("Prediction", answer)));
 }
 
 function versionPick(versions, version, address) {
@@ -51,7 +51,7 @@ function fillButton(fields) {
   return isUseful ? element("button", {
     type: "button", class: "quiet",
     click: () => fields.forEach((each) => each.fill()),
-  }, "Fill in what is usual") : null;
+  }, "Fill in typical values") : null;
 }
 
 async function predict({ model, version, manifest, fields, answer, signal }) {
@@ -63,8 +63,8 @@ async function predict({ model, version, manifest, fields, answer, signal }) {
     const inputs = await Promise.all(fields.map((each) => each.tensor()));
     const began = performance.now();
     const said = await json(`${at(model, version)}/infer`, { method: "POST", body: { inputs }, signal });
-    const words = `Version ${said.model_version} answered in ` +
-      `${milliseconds(performance.now() - began)}, the way there and back included.`;
+    const words = `Version ${said.model_version} responded in ` +
+      `${milliseconds(performance.now() - began)}, including the network.`;
     answer.replaceChildren(...prediction(said.outputs, manifest), note(words));
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -75,7 +75,7 @@ async function predict({ model, version, manifest, fields, answer, signal }) {
   }
 }
 
-// Lead to the field that an error names.
+// Marks and focuses the field that an error message names.
 function point(fields, words) {
   const wrong = fields.find(({ input }) =>
     words.includes(`field '${input.name}'`) || words.includes(`input '${input.name}'`));
@@ -108,6 +108,7 @@ function probabilityBars(names, probabilities) {
   const rows = ranked.slice(0, MAX_BARS)
     .map(({ name, value }, rank) => ({ name, value, words: percent(value), mood: rank ? "" : "accent" }));
   const left = ranked.slice(MAX_BARS);
-  const most = left.length ? note(`${left.length} more, each at most ${percent(left[0].value)}.`) : null;
+  const most = left.length
+    ? note(`${left.length} more classes, each at most ${percent(left[0].value)}.`) : null;
   return [bars(rows, 1, "Probabilities"), most].filter(Boolean);
 }

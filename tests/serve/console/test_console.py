@@ -596,9 +596,9 @@ STATS = {
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({}, ["No candidate is compared with production now.", "None yet."]),
-        ({"rollout": None, "decisions": [], "monitor": {}}, ["None yet."]),
-        ({"monitor": {"3": {}}}, ["No whole window yet."]),
+        ({}, ["No candidate is being compared with production.", "No decisions yet."]),
+        ({"rollout": None, "decisions": [], "monitor": {}}, ["No decisions yet."]),
+        ({"monitor": {"3": {}}}, ["No complete window yet."]),
         (STATS, ["97.21 %", "0.98 [0.97, 0.99]", "120 of 500 rows", MARKUP]),
     ],
 )

@@ -77,7 +77,7 @@ def test_equal_ids_of_two_keys_are_two_requests(ask):
     assert give(ask, "team", "1").json()["changed"]
     assert give(ask, "other", "1").json()["changed"]
     ambiguous = give(ask, "admin", "1")
-    assert (ambiguous.status_code, "name one as 'client'" in ambiguous.text) == (400, True)
+    assert (ambiguous.status_code, "name one of them in 'client'" in ambiguous.text) == (400, True)
 
 
 def test_many_labels_for_one_record_are_refused_at_once(ask, tmp_path):
