@@ -97,8 +97,9 @@ class ServeConfig(ServeSection):
     )
     plugins: Names = Field(
         (),
-        description="Modules from which the model's custom classes may be imported; my_package "
-        "includes its submodules. Set it for models with tasks, encoders or networks of your own.",
+        description="Python modules from which models may import classes, such as my_package; "
+        "submodules are included. Set it for models with your own tasks, encoders or networks, and "
+        "name only code that you trust.",
     )
     host: str = Field(
         HOST,

@@ -61,24 +61,29 @@ class OfflineOptions(CommandOptions):
         description="Directory or URL of the storage that contains the registry.",
     )
     plugins: Names = Field(
-        (), description="Modules from which the model's custom classes may be imported."
+        (), description="Python modules from which models may import classes, such as my_package."
     )
     require_signature: PublicKeys = Field(
         (),
         description="Public keys, PEM files; only bundles signed by one of these keys are loaded. "
         "By default signatures are not checked.",
     )
-    encoding: str = Field("utf-8", description="Encoding of CSV files.")
+    encoding: str = Field(
+        "utf-8",
+        description="Text encoding of CSV files, such as latin-1; a UTF-16 byte order mark takes "
+        "precedence.",
+    )
     delimiter: str | None = Field(
         None,
         min_length=1,
         max_length=1,
-        description="Field delimiter of CSV files, one character; detected by default.",
+        description="Character between the fields of CSV files; detected by default.",
     )
     quotes: bool | None = Field(
         None,
-        description="Whether double quotes enclose fields of CSV files. By default they do, and "
-        "fields that seem to contain many records are an error.",
+        description="Whether quotes enclose fields of CSV files. By default they do, and a quoted "
+        "field that looks like several records ends the run; true accepts such fields, false reads "
+        "quotes as text.",
     )
     unknown_fields: UnknownFields = Field(
         "ignore",

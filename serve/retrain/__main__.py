@@ -59,7 +59,7 @@ class RetrainOptions(CommandOptions):
         description="Directory or URL of the storage that contains the registry and request log.",
     )
     plugins: Names = Field(
-        (), description="Modules from which the model's custom classes may be imported."
+        (), description="Python modules from which models may import classes, such as my_package."
     )
     require_signature: PublicKeys = Field(
         (),
@@ -68,8 +68,9 @@ class RetrainOptions(CommandOptions):
     )
     signing_key: str | None = Field(
         None,
-        description="Private key, a PEM file, that signs the new version; default: the one in "
-        "HALYARD_SIGNING_KEY, if set.",
+        description="PEM file with the private key of an elliptic curve, which signs the new "
+        "version. By default the environment variable HALYARD_SIGNING_KEY, which is a path or the "
+        "key itself.",
     )
     windows: int = Field(
         2, ge=1, le=50, description="Number of windows with drift alarms that make retraining due."

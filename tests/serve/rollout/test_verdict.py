@@ -325,7 +325,7 @@ def test_a_record_that_neither_takes_is_the_clients_error():
         ({"canary": 0.1}, "log.sample_rate"),
         (
             {"shadow": 0.1, "log": {"sample_rate": 1}, "extra_versions": "2, candidate"},
-            "leave it out",
+            "remove candidate from extra_versions",
         ),
     ],
 )
