@@ -1,1 +1,1 @@
-"""The gRPC endpoint: the Open Inference Protocol's service and its messages."""
+"""The gRPC endpoint: service and messages of the Open Inference Protocol v2."""

@@ -1,4 +1,4 @@
-"""A gRPC call: who asks, what it may do, and how an error is answered."""
+"""A gRPC call: its metadata, the reading of its message, and the status of its response."""
 
 import asyncio
 from collections import Counter
@@ -15,7 +15,8 @@ from serve.telemetry.recorder import RequestContext
 REQUEST_ID, RETRY_AFTER, PEER = "x-request-id", "retry-after", HTTP_PEER.decode()
 
 
-# A message travels in HTTP/2 trailers, for which clients have about 8 KB.
+# Maximum length of an error message, in characters. It is sent in HTTP/2 trailers, which clients
+# limit to about 8 KB.
 MAX_DETAILS = 500
 
 CODES = {
@@ -24,7 +25,7 @@ CODES = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
-    # As gRPC itself answers a message above its limit.
+    # The status that gRPC itself uses for a message above its size limit.
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     499: grpc.StatusCode.CANCELLED,
@@ -34,15 +35,18 @@ CODES = {
 
 
 class GrpcCall(RequestContext):
-    """A request by gRPC. timeout_s: time left of the client's deadline, None without one."""
+    """A gRPC request.
+
+    timeout_s: seconds until the client's deadline; None if the client set none.
+    """
 
     __slots__ = ("_peer", "metadata", "timeout_s")
 
     def __init__(self, method: str, context: Any) -> None:
         metadata = context.invocation_metadata() or ()
-        # Of several the first, the one that HAProxy sets.
+        # If a key is repeated, its first value counts: that is the one that HAProxy sets.
         self.metadata = {key: value for key, value in reversed(metadata) if isinstance(value, str)}
-        # Ray's own context has no deadline.
+        # The context of Ray's proxy has no deadline.
         self.timeout_s: float | None = getattr(context, "time_remaining", lambda: None)()
         self._peer: str = context.peer() or ""
         request_id = self.metadata.get(REQUEST_ID, "")[:MAX_ID] or new_request_id()
@@ -61,21 +65,28 @@ class GrpcCall(RequestContext):
 
 
 class MessageReader:
-    """Takes the messages of calls, a few at a time, as each may be as long as is accepted.
+    """Reads the messages of calls, a few at a time, because each may have the maximum size.
 
-    An address has at most half of the places, so that one with slow or long messages does not keep
-    others waiting.
+    One client address gets at most half of the slots, so that a client with slow or large messages
+    does not block the others.
     """
 
     def __init__(self, max_bytes: int, max_pending_bytes: int, timeout_s: float) -> None:
-        """max_bytes: of a message. max_pending_bytes: of all that arrive at the same time."""
+        """Set the limits.
+
+        max_bytes: of one message. max_pending_bytes: of all messages that arrive at the same time.
+        timeout_s: seconds for a call to get a slot and for its message to arrive.
+        """
         self._most = max(max_pending_bytes // max_bytes, 2)
         self._arriving: Counter[str] = Counter()
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._timeout_s = timeout_s
 
     async def read(self, call: GrpcCall, context: Any) -> bytes:
-        """Raises RequestTimeout, BadRequest."""
+        """Return the call's message.
+
+        Raises RequestTimeout if the message does not arrive in time, BadRequest if there is none.
+        """
         address = _host(call.address)
         loop = asyncio.get_running_loop()
         slow = RequestTimeout(f"the message did not arrive within {self._timeout_s:g} s.")
@@ -92,8 +103,8 @@ class MessageReader:
                     self._leave(address)
             finally:
                 timer.cancel()
-        if not isinstance(message, bytes):  # gRPC's mark of the end
-            raise BadRequest("the call has no message.")
+        if not isinstance(message, bytes):  # grpc.aio.EOF
+            raise BadRequest("the call has no message; expected one.")
         return message
 
     def _has_place(self, address: str) -> bool:
@@ -114,7 +125,7 @@ class MessageReader:
             self._waiting.remove(entry)
 
     def _leave(self, address: str) -> None:
-        """Give the place to the first that waits and may have it."""
+        """Free a slot and assign it to the first waiting call whose address may have it."""
         self._arriving[address] -= 1
         if not self._arriving[address]:
             del self._arriving[address]
@@ -126,14 +137,15 @@ class MessageReader:
 
 
 def _host(peer: str) -> str:
-    """The address in what gRPC calls a peer: ipv4:127.0.0.1:1234."""
+    """Return the address in a gRPC peer, such as ipv4:127.0.0.1:1234."""
     kind, _, place = peer.partition(":")
     return place.rpartition(":")[0] if kind in ("ipv4", "ipv6") else peer
 
 
 def named_model(request: Any) -> str:
-    """The model that a message names; "" where it names none."""
-    # KServe's messages of the repository have the model's name where Triton's have another.
+    """Return the model that a message names; "" if it names none."""
+    # Field 1 of the load and unload messages is repository_name in Triton's protocol, which is
+    # compiled here, but the model's name in KServe's.
     for field in ("model_name", "repository_name", "name"):
         if name := getattr(request, field, ""):
             return str(name)
@@ -141,18 +153,19 @@ def named_model(request: Any) -> str:
 
 
 def refuse_call(context: Any, error: RequestError) -> int:
-    """Set the status of a call that is refused; return that of HTTP."""
+    """Set the gRPC status of a rejected call; return the corresponding HTTP status."""
     add_trailer(context, RETRY_AFTER, error.headers.get("Retry-After"))
     set_status(context, CODES.get(error.status, grpc.StatusCode.INTERNAL), str(error))
     return error.status
 
 
 def set_status(context: Any, code: grpc.StatusCode, details: str) -> None:
+    """Set the status of a call; details are cut to MAX_DETAILS characters."""
     context.set_code(code)
     context.set_details(details[:MAX_DETAILS])
 
 
 def add_trailer(context: Any, name: str, value: str | None) -> None:
-    """Add to the trailing metadata."""
+    """Add an entry to the trailing metadata, unless its value is None."""
     if value is not None:
         context.set_trailing_metadata([*(context.trailing_metadata() or ()), (name, value)])

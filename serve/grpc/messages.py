@@ -1,4 +1,4 @@
-"""gRPC messages of the Open Inference Protocol v2, and their conversion to and from requests."""
+"""Conversion of the Open Inference Protocol v2's gRPC messages to inference requests and back."""
 
 import math
 from pathlib import Path
@@ -17,12 +17,12 @@ from train.values.records import DTYPES
 
 PACKAGE = "inference"
 
-# Compiled from inference.proto, which says how.
+# Compiled from inference.proto; the command is at the top of that file.
 DESCRIPTORS = Path(__file__).with_name("inference.binpb")
-# The oneof of a parameter's value.
+# Name of the oneof that holds a parameter's value.
 CHOICE = "parameter_choice"
 
-# The list of InferTensorContents that holds a datatype. FP16 is in none: it is sent as raw bytes.
+# Datatype → the field of InferTensorContents that holds it. FP16 has none and is sent as raw bytes.
 CONTENTS = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -33,30 +33,32 @@ CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+# These fields also hold 8-bit and 16-bit integers, as 32-bit values.
 WIDE = {"int_contents": np.dtype(np.int32), "uint_contents": np.dtype(np.uint32)}
 
 
 def decode(
     request: Any, manifest: Manifest, max_rows: int, unknown_fields: UnknownFields = "ignore"
 ) -> v2.InferRequest:
-    """Read a ModelInferRequest. The answer is to be raw bytes where the request's tensors were.
+    """Decode a ModelInferRequest. If its tensors are raw bytes, so are those of the response.
 
-    Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge.
+    Raises BadRequest if the message is not a valid inference request for this model,
+    PayloadTooLarge if it has more than `max_rows` rows.
     """
     raws = request.raw_input_contents
     if not request.inputs:
-        raise BadRequest("the request has no inputs.")
+        raise BadRequest("the request has no inputs; expected at least one tensor.")
     if raws and len(raws) != len(request.inputs):
         raise BadRequest(
-            f"{len(request.inputs)} inputs have {len(raws)} raw_input_contents; "
-            "expected one for each, or none."
+            f"the request has {len(request.inputs)} inputs and {len(raws)} raw_input_contents; "
+            "expected one for each input, or none."
         )
     arrays: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(request.inputs):
         v2.check_supported(tensor.parameters, f"input '{tensor.name}'")
         name, array = _array(tensor, memoryview(raws[index]) if raws else None)
         if name in arrays:
-            raise BadRequest(f"input '{name}' comes more than once.")
+            raise BadRequest(f"input '{name}' is given more than once.")
         arrays[name] = array
     for output in request.outputs:
         v2.check_supported(output.parameters, f"output '{output.name}'")
@@ -71,7 +73,11 @@ def decode(
 
 
 def encode(request: v2.InferRequest, predictions: Arrays, manifest: Manifest, version: str) -> Any:
-    """Return a ModelInferResponse with all outputs raw, or all typed if the request was."""
+    """Return a ModelInferResponse.
+
+    predictions: output name → array of shape [N, …], one row per record. All outputs are raw bytes
+    if the request's inputs were or if a datatype has no typed field; otherwise all are typed.
+    """
     response = types.ModelInferResponse(
         model_name=manifest.name, model_version=version, id=request.id or ""
     )
@@ -93,7 +99,7 @@ def encode(request: v2.InferRequest, predictions: Arrays, manifest: Manifest, ve
 
 
 def _array(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
-    # A rank beyond all bounds is seen to be one without copying it.
+    # One size more than MAX_RANK is enough to detect a rank that is too high.
     shape = list(tensor.shape[: tensors.MAX_RANK + 1])
     entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
     if raw is None:
@@ -109,21 +115,25 @@ def _array(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
 def _from_contents(contents: Any, datatype: str, where: str, shape: list[int]) -> np.ndarray:
     wanted = CONTENTS.get(datatype)
     if wanted is None:
-        raise BadRequest(f"{where}: {datatype} has no contents; send it as raw_input_contents.")
+        raise BadRequest(f"{where}: {datatype} has no typed form; send it as raw_input_contents.")
     given = [field.name for field, _ in contents.ListFields()]
     if not set(given) <= {wanted}:
-        raise BadRequest(f"{where}: {datatype} belongs in {wanted}; {', '.join(given)} came.")
+        raise BadRequest(
+            f"{where}: {datatype} values are in {', '.join(given)}; expected {wanted}."
+        )
     values, count = getattr(contents, wanted), math.prod(shape)
     if len(values) != count:
-        raise BadRequest(f"{where}: {len(values)} values in {wanted}; its shape makes {count}.")
+        raise BadRequest(
+            f"{where}: {wanted} has {len(values)} values; its shape {shape} requires {count}."
+        )
     if datatype == "BYTES":
         return tensors.object_array(list(values)).reshape(shape)
     wide = np.array(values, WIDE.get(wanted, DTYPES[datatype]))
     array = wide.astype(DTYPES[datatype])
     if wanted in WIDE and not np.array_equal(array, wide):
         raise BadRequest(
-            f"{where}: {wanted} reach from {wide.min()} to {wide.max()}, "
-            f"more than {datatype} holds."
+            f"{where}: values in {wanted} range from {wide.min()} to {wide.max()}; "
+            f"{datatype} cannot hold them."
         )
     return array.reshape(shape)
 
@@ -137,9 +147,9 @@ def _values(parameters: Any) -> dict[str, Any]:
 
 
 def _load_types() -> SimpleNamespace:
-    """Return the message classes by their names."""
+    """Return a namespace of the message classes."""
     descriptors = descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTORS.read_bytes())
-    # A private pool: a client's library in the same process has messages of the same names.
+    # A private pool, because a client library in the same process may register the same names.
     classes = message_factory.GetMessages(descriptors.file, descriptor_pool.DescriptorPool())
     return SimpleNamespace(
         **{name.removeprefix(f"{PACKAGE}."): found for name, found in classes.items()}

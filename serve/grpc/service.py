@@ -1,9 +1,9 @@
-"""gRPC: the service inference.GRPCInferenceService, for a server of Ray Serve's or one of our own.
+"""The gRPC service inference.GRPCInferenceService, for Ray Serve's gRPC server or a standalone one.
 
-A method takes the message's bytes: that way what is malformed gets a status like any other error,
-and Ray's proxy hands it on without knowing our messages. A server of this process takes a message
-only once the call's key is known: to gRPC each method is one with a stream of messages, of which it
-reads the first.
+Methods receive serialized messages, so that a malformed message gets a gRPC status like any other
+error and Ray's proxy can forward messages without their classes. In a replica, a message is read
+only after the API key is checked: each method is registered with a stream of request messages and
+reads the first one.
 """
 
 import asyncio
@@ -44,19 +44,19 @@ INFER = "ModelInfer"
 HOST = "127.0.0.1"
 
 
-# What each method needs, by its name.
+# Method name → the access that it requires.
 ACCESS: dict[str, Access] = {}
 
 Service = TypeVar("Service", bound="InferenceService")
 
 Handler = Callable[[Service, Any, GrpcCall], Awaitable[Any]]
 
-# (service, message or None where it is still to be read, context) → the answer.
+# (service, message or None if it has not been read yet, context) → the response.
 Method = Callable[[Service, bytes | None, Any], Awaitable[Any]]
 
 
 def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
-    """Make a method of gRPC of what answers a message; an error becomes the call's status."""
+    """Return a decorator that makes a gRPC method of a handler; errors become the call's status."""
 
     def made(handler: Handler[Service]) -> Method[Service]:
         name = handler.__name__
@@ -84,16 +84,16 @@ def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
                 status = 499
                 raise
             except DecodeError:
-                error = BadRequest(f"the message is not a {name}Request.")
+                error = BadRequest(f"the message cannot be decoded; expected a {name}Request.")
                 self.recorder.refuse(call, error.reason)
                 status = refuse_call(context, error)
             except RequestError as error:
                 self.recorder.refuse(call, error.reason)
                 status = refuse_call(context, error)
             except Exception:
-                # What went wrong is in the log; a client gets none of the server's insides.
+                # The log has the traceback; clients receive no internal details.
                 logger.exception("gRPC call failed: %s", name)
-                message = "the server failed to answer this request."
+                message = "the server failed to process this request."
                 set_status(context, grpc.StatusCode.INTERNAL, message)
             finally:
                 self.recorder.record(call, status)
@@ -106,7 +106,7 @@ def _method(access: Access) -> Callable[[Handler[Service]], Method[Service]]:
 
 
 class InferenceService:
-    """The methods, by their names in the protocol."""
+    """The methods of the service. Those with capitalized names implement the protocol's methods."""
 
     def __init__(self, handler: InferenceHandler, recorder: RequestRecorder | None = None) -> None:
         self._handler = handler
@@ -118,7 +118,7 @@ class InferenceService:
         )
 
     def check_size(self, data: bytes) -> None:
-        """Raises PayloadTooLarge: a server of Ray's takes messages of any size."""
+        """Raise PayloadTooLarge if a message is too large; Ray's servers accept any size."""
         if len(data) > self._config.limits.max_body_bytes:
             raise PayloadTooLarge(
                 f"the message has {len(data)} bytes; "
@@ -126,14 +126,14 @@ class InferenceService:
             )
 
     def check_key(self, call: GrpcCall, access: Access) -> None:
-        """Raises Unauthorized, RateLimited, Forbidden."""
+        """Check the call's key and origin. Raises Unauthorized, RateLimited or Forbidden."""
         guard = self._handler.guard
         guard.check_page(call.header, method="POST", access=access)
         if guard.needs_key(access):
             call.key = guard.authenticate(call.metadata.get("authorization"))
 
     def check_scope(self, call: GrpcCall, access: Access, model: str) -> None:
-        """Raises Forbidden, Unauthorized."""
+        """Check that the call's key allows `access`. Raises Forbidden or Unauthorized."""
         call.model = model
         self._handler.guard.authorize(call.key, access, model)
 
@@ -211,35 +211,35 @@ class InferenceService:
         return types.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     def _find(self, name: str, version: str, call: GrpcCall) -> Endpoint:
-        """Raises NotFound, Unavailable."""
+        """Return the endpoint of a version. Raises NotFound or Unavailable."""
         endpoint = self._handler.endpoint(name, version or None)
         call.metrics, call.version = endpoint.plane.metrics, endpoint.plane.version
         return endpoint
 
     def _plane(self, name: str, version: str, call: GrpcCall) -> DataPlane:
-        """Raises NotFound, Unavailable."""
+        """Return the data plane of a version. Raises NotFound or Unavailable."""
         return self._find(name, version, call).plane
 
 
 METHODS = [name for name in vars(InferenceService) if name[0].isupper()]
 
-# The service of this process. Set by a replica before Ray starts its servers.
+# The service of this process. A replica sets it before Ray starts its servers.
 local: InferenceService | None = None
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """Register the service; Ray's `grpc_servicer_functions` take this by its import path.
+    """Register the service. Ray's option `grpc_servicer_functions` names this function.
 
-    servicer: what answers where there is no `local`; Ray's proxy puts itself in its place.
+    servicer: handles the calls if `local` is None; Ray's proxy passes itself.
     """
     if local is not None:
-        # Else Ray takes each call by way of its router, which costs more than the answer.
+        # Otherwise Ray sends each call through its router, which costs more than the prediction.
         server.add_passthrough_service(SERVICE)
     _register(local or servicer, server)
 
 
 def answers_grpc(deployment: type) -> type:
-    """Give a deployment the methods that Ray's proxy calls on a replica."""
+    """Add the methods that Ray's proxy calls on a replica to a deployment class."""
     for name in METHODS:
         setattr(deployment, name, _forward(name))
     return deployment
@@ -248,7 +248,7 @@ def answers_grpc(deployment: type) -> type:
 async def start_server(
     service: InferenceService, port: int, *, max_message_bytes: int
 ) -> tuple[grpc.aio.Server, int]:
-    """Serve on this host alone; return the server and its port, a free one for port 0."""
+    """Start a server on loopback. Return the server and its port; port 0 picks a free one."""
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
     server = grpc.aio.server(options=[(limit, max_message_bytes) for limit in limits])
     _register(service, server)
@@ -281,7 +281,7 @@ def _unread(method: Callable[[None, Any], Awaitable[Any]]) -> Callable[[Any, Any
 
 
 def _forward(name: str) -> Callable[..., Awaitable[Any]]:
-    # Ray passes its context to a parameter of this name only.
+    # Ray passes its context only to a parameter named grpc_context.
     async def forward(self: Any, data: bytes, grpc_context: Any) -> Any:
         assert local is not None
         return await getattr(local, name)(data, grpc_context)
@@ -296,5 +296,5 @@ def _serialized(message: Any) -> bytes:
 
 
 def _parsed(values: dict[str, Any], message: Any) -> Any:
-    """Fill a message with what it has fields for."""
+    """Fill a message from a dict; keys that the message does not have are ignored."""
     return ParseDict(values, message, ignore_unknown_fields=True)

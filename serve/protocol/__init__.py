@@ -1,1 +1,1 @@
-"""Protocols: from bytes on the wire to records and back. They all use the one data plane."""
+"""Protocols: decoding of request bodies to records, and encoding of predictions to responses."""

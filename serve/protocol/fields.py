@@ -1,4 +1,4 @@
-"""Fields of a request against those of the model: what is left out, and what is unknown."""
+"""Comparison of a request's fields with the model's: missing, unknown and repeated fields."""
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
@@ -9,14 +9,17 @@ from train.bundle.manifest import Manifest
 from train.values.records import plain_name
 
 UnknownFields = Literal["ignore", "refuse"]
+# Similarity (difflib's ratio) from which an unknown name counts as a misspelled field.
 ALIKE = 0.75
 
 T = TypeVar("T")
 
 
 def plain_fields(given: Mapping[str, T], manifest: Manifest, where: str) -> Mapping[str, T]:
-    """Return fields by the names that training gave them: without spaces at their ends, in
-    Unicode's composed form. Raises BadRequest where a field is there twice.
+    """Return the fields under normalized names, which are those that training uses.
+
+    Names are stripped of spaces at both ends and converted to Unicode's composed form (NFC).
+    Raises BadRequest if two fields have the same normalized name.
     """
     known = {tensor.name for tensor in manifest.inputs}
     if given.keys() <= known:
@@ -33,23 +36,25 @@ def plain_fields(given: Mapping[str, T], manifest: Manifest, where: str) -> Mapp
 def match_fields(
     given: Collection[str], manifest: Manifest, unknown: UnknownFields, where: str
 ) -> list[str]:
-    """Return the fields that are left out, whose values are missing.
+    """Return the model's fields that a request omits; they count as missing values.
 
-    Raises BadRequest where a field is left out that was never missing in training, an unknown one
-    may be one that is left out, or unknown ones are refused.
+    Raises BadRequest if an omitted field was never missing in training, if an unknown field looks
+    like a misspelled one, or if there are unknown fields and `unknown` is "refuse".
     """
     known = [tensor.name for tensor in manifest.inputs]
     left_out = [name for name in known if name not in given]
     extra = [name for name in given if name not in known]
-    expected = f"'{manifest.name}' takes {', '.join(known)}"
+    expected = f"'{manifest.name}' expects {', '.join(known)}"
     for name in left_out:
         lower = {each.lower().replace(" ", "_"): each for each in extra}
         alike = get_close_matches(name.lower().replace(" ", "_"), lower, 1, ALIKE)
-        hint = f", but '{lower[alike[0]][:100]}'" if alike else ""
+        hint = f", but has '{lower[alike[0]][:100]}'" if alike else ""
         if alike or name not in manifest.nullable:
             raise BadRequest(
-                f"{where} has no '{name}'{hint}; {expected}. Send null where a value is not known."
+                f"{where} has no '{name}'{hint}; {expected}. Send null for an unknown value."
             )
     if extra and unknown == "refuse":
-        raise BadRequest(f"{where} has '{extra[0][:100]}'; {expected} and no others.")
+        raise BadRequest(
+            f"{where} has the unknown field '{extra[0][:100]}'; {expected} and no other fields."
+        )
     return left_out

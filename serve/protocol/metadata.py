@@ -1,4 +1,4 @@
-"""What the server says of itself and of a model: metadata, configuration, statistics."""
+"""Metadata, configuration and statistics of the server and of a model, in the V2 protocol."""
 
 from typing import Any
 
@@ -10,10 +10,12 @@ from train.bundle.manifest import FORMAT_VERSION, TensorMetadata
 
 
 def server_metadata() -> dict[str, Any]:
+    """Return the server's name, version and protocol extensions."""
     return {"name": "halyard", "version": str(FORMAT_VERSION), "extensions": v2.EXTENSIONS}
 
 
 def model_metadata(plane: DataPlane, versions: list[str]) -> dict[str, Any]:
+    """Return a model's versions, inputs and outputs."""
     manifest = plane.manifest
     return {
         "name": plane.name,
@@ -26,7 +28,7 @@ def model_metadata(plane: DataPlane, versions: list[str]) -> dict[str, Any]:
 
 
 def model_config(plane: DataPlane, serving: ServeConfig) -> dict[str, Any]:
-    """The model configuration extension, as perf_analyzer reads it."""
+    """Return a model's configuration in the form that perf_analyzer reads."""
     manifest = plane.manifest
     microseconds = int(serving.batching.wait_ms * 1000)
     return {
@@ -53,7 +55,7 @@ def model_config(plane: DataPlane, serving: ServeConfig) -> dict[str, Any]:
 
 
 def model_statistics(plane: DataPlane) -> dict[str, Any]:
-    """The statistics extension: counts and nanoseconds since the replica began, of this replica."""
+    """Return this replica's request counts and total durations (nanoseconds) since it started."""
     metrics = plane.metrics
     succeeded = sum(
         count

@@ -1,6 +1,7 @@
-"""Tensors of the Open Inference Protocol v2: JSON values or raw bytes ↔ numpy arrays.
+"""Conversion of Open Inference Protocol v2 tensors between JSON or raw bytes and numpy arrays.
 
-Nothing is allocated by a shape before the data has been seen to be as long as the shape says.
+The length of the data is compared with the shape before an array is allocated, so that a small
+request with a huge shape cannot exhaust memory. N is the number of rows, the first dimension.
 """
 
 import base64
@@ -20,10 +21,11 @@ MAX_SIZE = 2**31
 
 
 def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
-    """Return name and array of an input tensor; BYTES become an object array of bytes.
+    """Return the name of an input tensor and its values as an array [N, …] of the given shape.
 
-    raw: the tensor's binary data, or None when its JSON holds "data".
-    Raises BadRequest that names the tensor.
+    raw: the tensor's binary data, or None if its JSON has "data". The dtype is that of the
+    datatype. BYTES give an array of dtype object that holds bytes, and nulls in place of integers
+    or booleans give one that holds None. Raises BadRequest if the tensor is malformed.
     """
     name, datatype, shape = tensor_header(tensor)
     where, count = f"input '{name}'", math.prod(shape)
@@ -36,12 +38,12 @@ def decode(tensor: Any, raw: memoryview | None) -> tuple[str, np.ndarray]:
         base64_encoded = (tensor.get("parameters") or {}).get("content_type") == "base64"
         values = _from_json(data, datatype, shape, where, base64_encoded=base64_encoded)
         if None in data and count != shape[0]:
-            raise BadRequest(f"{where}: null may stand for a row's one value only.")
+            raise BadRequest(f"{where}: data has null; this requires one value per row.")
     return name, values.reshape(shape)
 
 
 def tensor_header(tensor: Any) -> tuple[str, str, list[int]]:
-    """Return name, datatype and shape of an input tensor. Raises BadRequest that names it."""
+    """Return the name, datatype and shape of an input tensor. Raises BadRequest if one is wrong."""
     name = _field(tensor, "name", str, "input")
     where = f"input '{name}'"
     datatype = _field(tensor, "datatype", str, where)
@@ -54,19 +56,27 @@ def tensor_header(tensor: Any) -> tuple[str, str, list[int]]:
         type(size) is int and 0 < size < MAX_SIZE for size in shape
     ):
         raise BadRequest(
-            f"{where}: shape must be 1 to {MAX_RANK} whole numbers from 1; the first is the batch."
+            f"{where}: shape must be 1 to {MAX_RANK} integers from 1 to {MAX_SIZE - 1}, the batch "
+            "size first."
         )
     return name, datatype, shape
 
 
 def encode_json(name: str, array: np.ndarray) -> dict[str, Any]:
-    """Return an output tensor with its data inside; strings for BYTES."""
+    """Return an output tensor with its data.
+
+    array: [N, …]; one of dtype object holds strings, which become BYTES.
+    """
     data = array.ravel().tolist() if array.dtype == object else np.ascontiguousarray(array.ravel())
     return {**output_header(name, array), "data": data}
 
 
 def encode_raw(name: str, array: np.ndarray) -> tuple[dict[str, Any], bytes]:
-    """Return an output tensor without data, and its data as bytes."""
+    """Return an output tensor without data, and its data as bytes.
+
+    array: [N, …]; one of dtype object holds strings, each of which is encoded as UTF-8 with its
+    length in 4 bytes before it.
+    """
     if array.dtype == object:
         parts = [
             value if isinstance(value, bytes) else str(value).encode() for value in array.ravel()
@@ -78,6 +88,7 @@ def encode_raw(name: str, array: np.ndarray) -> tuple[dict[str, Any], bytes]:
 
 
 def output_header(name: str, array: np.ndarray) -> dict[str, Any]:
+    """Return the name, datatype and shape of an output tensor with the values `array` [N, …]."""
     return {"name": name, "datatype": DATATYPES[array.dtype], "shape": list(array.shape)}
 
 
@@ -95,7 +106,7 @@ def _from_raw(raw: memoryview, datatype: str, count: int, where: str) -> np.ndar
     dtype = DTYPES[datatype]
     if len(raw) != count * dtype.itemsize:
         raise BadRequest(
-            f"{where}: {len(raw)} bytes of binary data; its shape and {datatype} make "
+            f"{where}: binary data has {len(raw)} bytes; {count} values of {datatype} require "
             f"{count * dtype.itemsize}."
         )
     return np.frombuffer(raw, dtype.newbyteorder("<"))
@@ -114,7 +125,8 @@ def _strings_from_raw(raw: memoryview, count: int, where: str) -> np.ndarray:
         position += 4 + length
     if position != len(raw) or len(values) != count:
         raise BadRequest(
-            f"{where}: its binary data is not {count} elements of a 4-byte length and its bytes."
+            f"{where}: binary data is malformed; expected {count} elements, each a length in "
+            "4 bytes followed by that many bytes."
         )
     return object_array(values)
 
@@ -127,7 +139,9 @@ def _from_json(
     nested, values = flatten(data, where)
     count = math.prod(shape)
     if len(values) != count:
-        raise BadRequest(f"{where}: {len(values)} values in data; its shape makes {count}.")
+        raise BadRequest(
+            f"{where}: data has {len(values)} values; its shape {shape} requires {count}."
+        )
     if len(nested) > 1 and _without_ones(nested) != _without_ones(shape):
         raise BadRequest(f"{where}: data is nested as {nested}; its shape is {shape}.")
     if datatype == "BYTES":
@@ -137,17 +151,17 @@ def _from_json(
         accepted = {int, float}
     unknown = None in values
     if not set(map(type, values)) <= accepted | {type(None)}:
-        raise BadRequest(f"{where}: data must be values of {datatype}, or null.")
+        raise BadRequest(f"{where}: data must contain only {datatype} values or null.")
     try:
-        # Of floating-point numbers null becomes NaN; nothing else can hold it.
+        # Floating-point arrays hold null as NaN; for other datatypes it needs an object array.
         holds_all = not unknown or datatype[0] == "F"
         with np.errstate(over="raise"):
             return np.array(values, DTYPES[datatype]) if holds_all else object_array(values)
     except (OverflowError, FloatingPointError):
         known = [value for value in values if value is not None]
         raise BadRequest(
-            f"{where}: data reaches from {str(min(known))[:40]} to {str(max(known))[:40]}, "
-            f"more than {datatype} holds."
+            f"{where}: data ranges from {str(min(known))[:40]} to {str(max(known))[:40]}; "
+            f"{datatype} cannot hold it."
         ) from None
 
 
@@ -156,17 +170,17 @@ def _without_ones(shape: list[int]) -> list[int]:
 
 
 def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
-    """Return shape and leaves of nested lists.
+    """Return the shape of nested lists and their leaves in order.
 
-    Nothing is put into an array before its type is known: numpy would make room for the longest
-    string in every place. Raises BadRequest if the lists are uneven or nested too deeply.
+    The leaves stay in a list: a numpy array of strings would use the size of the longest one for
+    every element. Raises BadRequest if the lists are ragged or more than MAX_RANK deep.
     """
     shape = [len(data)]
     while data and any(isinstance(value, list) for value in data):
         if not all(isinstance(value, list) for value in data) or len(set(map(len, data))) != 1:
-            raise BadRequest(f"{where}: the lists of data are uneven.")
+            raise BadRequest(f"{where}: the lists in data are ragged; expected equal lengths.")
         if len(shape) == MAX_RANK:
-            raise BadRequest(f"{where}: data is nested more than {MAX_RANK} deep.")
+            raise BadRequest(f"{where}: data is nested more than {MAX_RANK} levels deep.")
         shape.append(len(data[0]))
         data = list(chain.from_iterable(data))
     return shape, data
@@ -174,7 +188,7 @@ def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
 
 def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:
     if not all(isinstance(value, str | None) for value in values):
-        raise BadRequest(f"{where}: data of BYTES must be strings, or null.")
+        raise BadRequest(f"{where}: BYTES data must contain only strings or null.")
     return object_array(
         [
             None
@@ -188,6 +202,7 @@ def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -
 
 
 def from_base64(value: str, where: str) -> bytes:
+    """Decode base64. Raises BadRequest if `value` is not valid base64."""
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -195,6 +210,7 @@ def from_base64(value: str, where: str) -> bytes:
 
 
 def object_array(values: list[Any]) -> np.ndarray:
+    """Return the values as an array of dtype object and shape [len(values)]."""
     array = np.empty(len(values), object)
     array[:] = values
     return array

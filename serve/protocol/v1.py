@@ -1,4 +1,7 @@
-"""KServe V1: {"instances": […]} → {"predictions": […]}; bytes travel as {"b64": "…"}."""
+"""KServe V1: decoding of {"instances": […]} and encoding of {"predictions": […]}.
+
+Binary values are sent as {"b64": "…"}.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +25,15 @@ def decode(
     max_json_bytes: int = 2**31,
     unknown_fields: UnknownFields = "ignore",
 ) -> InferRequest:
-    """Return the fields of the instances side by side, and the request's parameters.
+    """Decode the instances into columns, and read the request's parameters.
 
-    An instance is an object of fields, or for a model with one input just that field's value: an
-    image is {"b64": …}, a data URI or nested lists of 0..255 with channels, which one of the
-    model's own size with one channel may lack; a value that is not known is null, and may be left
-    out where training had missing ones. Raises BadRequest, PayloadTooLarge.
+    An instance is an object of fields, or just the value if the model has one input. An image is
+    {"b64": …}, a data URI, or nested lists of 0..255 with shape [H, W, C]; [H, W] is accepted if
+    the model has one channel and the same height and width. Unknown values are null; they may be
+    omitted if training had missing values in that field.
+
+    Raises BadRequest if the body is malformed or does not match the model, PayloadTooLarge if the
+    body has more than `max_rows` instances or `max_json_bytes`.
     """
     request = parse_json(body, max_json_bytes)
     instances = request.get("instances")
@@ -44,7 +50,7 @@ def decode(
         if single and (not isinstance(instance, dict) or "b64" in instance):
             instance = {single: instance}
         if not isinstance(instance, dict):
-            raise BadRequest(f"instance {index} must be an object of {', '.join(fields)}.")
+            raise BadRequest(f"instance {index} must be an object with {', '.join(fields)}.")
         if instance.keys() != fields.keys():
             match_fields(instance, manifest, unknown_fields, where)
         for name, tensor in fields.items():
@@ -55,7 +61,7 @@ def decode(
 
 
 def _flat(instance: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An instance with what is nested as fields `outer.inner`, as files are read."""
+    """Flatten nested objects to fields `outer.inner`, as in training data."""
     nested = [name for name, value in instance.items() if isinstance(value, dict)]
     inner = {name: instance[name] for name in nested if name not in fields}
     if not inner or "b64" in instance:
@@ -65,9 +71,10 @@ def _flat(instance: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]
 
 
 def encode(predictions: Arrays, classes: Sequence[str] | None = None) -> bytes:
-    """Return {"predictions": [{output: value, …}, …]}.
+    """Return the body {"predictions": [{output: value, …}, …]}.
 
-    classes: where given, probabilities are an object with the name of each class.
+    predictions: output name → array of shape [N, …], one row per record. classes: if given, the
+    probabilities of a record are an object with class names as keys; otherwise they are a list.
     """
     columns: dict[str, list[Any]] = {name: array.tolist() for name, array in predictions.items()}
     if classes is not None and "probabilities" in columns:
@@ -85,9 +92,9 @@ def _value(value: Any, tensor: TensorMetadata, where: str) -> Any:
     if isinstance(value, list) and tensor.datatype == "UINT8":
         shape, values = flatten(value, where)
         if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
-            raise BadRequest(f"{where}: an image as lists must be of whole numbers 0..255.")
+            raise BadRequest(f"{where}: an image as lists must contain only integers 0..255.")
         size = tensor.shape[1:]
         if len(shape) != len(size) and [*shape, 1] != size:
-            raise BadRequest(f"{where} is of shape {shape}; expected {size}.")
+            raise BadRequest(f"{where} has shape {shape}; expected {size}.")
         return np.array(values, np.uint8).reshape(shape)
     return value

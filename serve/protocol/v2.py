@@ -1,4 +1,4 @@
-"""Open Inference Protocol v2, REST: request body → fields, predictions → response body."""
+"""Open Inference Protocol v2 over REST: decoding of request bodies, encoding of responses."""
 
 import math
 from collections.abc import Mapping
@@ -24,18 +24,22 @@ EXTENSIONS = [
     "model_repository",
     "statistics",
 ]
+# A decimal HEADER_LENGTH must have fewer digits: parsing very long ones is slow.
 MAX_DIGITS = 16
-# Longer JSON is parsed faster, and whole numbers of more than 64 bits then lose digits.
+# JSON up to this many bytes is parsed exactly. Longer JSON is parsed by a faster parser, in which
+# integers of more than 64 bits lose digits.
 MAX_EXACT = 1 << 18
-# Parameters of tensors that ask for what an answer without it would silently lack.
+# Tensor parameters that cannot be ignored: the response would not be what the client requested.
 UNSUPPORTED = ("shared_memory_region", "classification")
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """id: the client's, given back. outputs: name → whether as binary; all as `binary` if empty.
+    """A decoded inference request.
 
-    parameters: the request's own, such as timeout and priority.
+    id: the client's id, which the response repeats. columns: field → a value for each record.
+    outputs: requested output → whether to send it as binary data; if empty, all outputs are sent
+    as `binary` says. parameters: parameters of the request, such as timeout and priority.
     """
 
     id: str | None
@@ -46,7 +50,10 @@ class InferRequest:
 
 
 def json_bytes(body: bytes, header_length: str | None) -> int:
-    """Return how many bytes of a body are JSON, by a header_length as `decode` takes it."""
+    """Return how many bytes of a body are JSON; all of them if `header_length` is invalid.
+
+    header_length: value of the header HEADER_LENGTH, or None.
+    """
     if header_length is None or not header_length.isdecimal() or len(header_length) >= MAX_DIGITS:
         return len(body)
     return min(int(header_length), len(body))
@@ -62,9 +69,11 @@ def decode(
     is_image: bool = False,
     unknown_fields: UnknownFields = "ignore",
 ) -> InferRequest:
-    """is_image: whether the body is an image file, by its content type.
+    """Decode the body of an inference request.
 
-    Raises BadRequest for whatever is not an infer request of this model, PayloadTooLarge.
+    header_length: value of the header HEADER_LENGTH, or None. is_image: whether the content type
+    is that of an image file. Raises BadRequest if the body is not a valid inference request for
+    this model, PayloadTooLarge if it has more than `max_rows` rows or `max_json_bytes` of JSON.
     """
     view = memoryview(body)
     split = len(body)
@@ -72,7 +81,8 @@ def decode(
         decimal = header_length.isdecimal() and len(header_length) < MAX_DIGITS
         if not decimal or int(header_length) > len(body):
             raise BadRequest(
-                f"{HEADER_LENGTH} is '{header_length[:40]}'; the body has {len(body)} bytes."
+                f"{HEADER_LENGTH} is '{header_length[:40]}'; expected 0 to {len(body)}, the length "
+                "of the body."
             )
         split = int(header_length)
         if split == 0:
@@ -89,7 +99,7 @@ def decode(
         name, array = tensors.decode(tensor, raw)
         check_supported(parameters_of(tensor), f"input '{name[:100]}'")
         if name in arrays:
-            raise BadRequest(f"input '{name[:100]}' came twice.")
+            raise BadRequest(f"input '{name[:100]}' is given more than once.")
         arrays[name] = array
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
@@ -107,7 +117,10 @@ def decode(
 def encode(
     request: InferRequest, predictions: Arrays, manifest: Manifest, version: str
 ) -> tuple[bytes, int | None]:
-    """Return the body and, when binary data follows its JSON, the JSON's length."""
+    """Return the response body, and the length of its JSON if binary data follows, else None.
+
+    predictions: output name → array of shape [N, …], one row per record.
+    """
     outputs, raws = [], []
     for name in request.outputs or predictions:
         if request.outputs.get(name, request.binary):
@@ -125,19 +138,23 @@ def encode(
 
 
 def check_rows(count: int, max_rows: int) -> None:
-    """Raises PayloadTooLarge for more rows than one request may have."""
+    """Raise PayloadTooLarge if a request has more than `max_rows` rows."""
     if count > max_rows:
         raise PayloadTooLarge(
-            f"the request has {count} rows; at most {max_rows} are accepted. Send several requests."
+            f"the request has {count} rows; at most {max_rows} are accepted. Split the request."
         )
 
 
 def parse_json(body: bytes | memoryview, max_bytes: int = 2**31) -> dict[str, Any]:
-    """Raises BadRequest unless the body is a JSON object, PayloadTooLarge if it is too long."""
+    """Parse a JSON object.
+
+    Raises BadRequest if the body is not a JSON object, PayloadTooLarge if it has more than
+    `max_bytes`.
+    """
     if len(body) > max_bytes:
         raise PayloadTooLarge(
             f"the JSON has {len(body)} bytes; at most {max_bytes} are accepted. Send tensors as "
-            "binary data, or several requests."
+            "binary data, or split the request."
         )
     try:
         value = loads_exact(body) if len(body) <= MAX_EXACT else orjson.loads(body)
@@ -154,12 +171,14 @@ def _take_raw(tensor: Any, rest: memoryview) -> tuple[memoryview | None, memoryv
         return None, rest
     if type(size) is not int or not 0 <= size <= len(rest):
         raise BadRequest(
-            f"binary_data_size is {str(size)[:40]}; {len(rest)} bytes of binary data are left."
+            f"binary_data_size is {str(size)[:40]}; expected an integer from 0 to {len(rest)}, the "
+            "number of bytes left."
         )
     return rest[:size], rest[size:]
 
 
 def parameters_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a request or tensor. Raises BadRequest if they are not an object."""
     return _optional(value, "parameters", dict) or {}
 
 
@@ -171,6 +190,7 @@ def _optional(value: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def boolean_parameter(parameters: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    """Return a boolean parameter. Raises BadRequest if it has another type."""
     value = parameters.get(key, default)
     if not isinstance(value, bool):
         raise BadRequest(f"parameter '{key}' is {str(value)[:40]!r}; expected true or false.")
@@ -178,10 +198,10 @@ def boolean_parameter(parameters: Mapping[str, Any], key: str, *, default: bool)
 
 
 def check_supported(parameters: Any, where: str) -> None:
-    """Raises BadRequest for a tensor's parameter without which the answer would be another."""
+    """Raise BadRequest if a tensor has a parameter that is not supported."""
     for name in UNSUPPORTED:
         if name in parameters:
-            raise BadRequest(f"{where}: parameter '{name}' is not supported here.")
+            raise BadRequest(f"{where}: parameter '{name}' is not supported. Omit it.")
 
 
 def tensor_columns(
@@ -190,19 +210,23 @@ def tensor_columns(
     max_rows: int,
     unknown_fields: UnknownFields = "ignore",
 ) -> Columns:
-    """Row i of every tensor makes record i. Raises BadRequest, PayloadTooLarge."""
+    """Return a request's tensors as columns; row i of every tensor belongs to record i.
+
+    arrays: field → array of shape [N, …]. Raises BadRequest if they do not match the model,
+    PayloadTooLarge if N is above `max_rows`.
+    """
     fields = {tensor.name: tensor for tensor in manifest.inputs}
     arrays = dict(plain_fields(arrays, manifest, "the request"))
     left_out = match_fields(arrays, manifest, unknown_fields, "the request")
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:
-        raise BadRequest("inputs must have the same number of rows, at least one.")
+        raise BadRequest("all inputs must have the same number of rows, at least one.")
     check_rows(max(counts), max_rows)
     columns: dict[str, Any] = {name: [None] * max(counts) for name in left_out}
     for name, array in arrays.items():
         if name not in fields:
             continue
-        # Strings are one value a row: of an image the file. Many clients send that as [N, 1].
+        # Strings have one value per row; for an image it is the file. Many clients send [N, 1].
         expected = [-1] if array.dtype == object else fields[name].shape
         if len(expected) == 1 and array.shape[1:] == (1,):
             array = array[:, 0]
@@ -216,14 +240,15 @@ def tensor_columns(
 
 
 def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int, *, is_image: bool) -> Columns:
-    """A raw binary request: the body is the one input's data, with no JSON before it.
+    """Decode a raw binary request: the body is the data of the only input, without JSON.
 
-    Of an image one file, by the content type or by how it begins, or else pixels of one or more.
+    For an image, it is one image file, recognized by the content type or the first bytes, or else
+    the raw pixels of one or more images.
     """
     if len(manifest.inputs) != 1:
         raise BadRequest(
             f"'{manifest.name}' has {len(manifest.inputs)} inputs; a body without JSON "
-            f"({HEADER_LENGTH}: 0) is for models with one."
+            f"({HEADER_LENGTH}: 0) is accepted for models with one."
         )
     tensor = manifest.inputs[0]
     if not len(raw):
@@ -237,12 +262,18 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int, *, is_image
         array = np.frombuffer(raw, dtype.newbyteorder("<")).reshape(tensor.shape)
         return {tensor.name: array}
     if tensor.datatype != "BYTES" and len(tensor.shape) != 4:
-        raise BadRequest(f"the body has {len(raw)} bytes; a row has {row_bytes}.")
+        raise BadRequest(
+            f"the body has {len(raw)} bytes; expected a multiple of {row_bytes}, the size of a row."
+        )
     return {tensor.name: [bytes(raw)]}
 
 
 def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False) -> dict[str, bool]:
-    """Return the outputs asked for, and whether as binary data; `binary` where they do not say."""
+    """Return the requested outputs, each with whether to send it as binary data.
+
+    binary: the default for outputs without the parameter binary_data. Raises BadRequest if
+    `outputs` is malformed or names an unknown output.
+    """
     if outputs is None:
         return {}
     known = [tensor.name for tensor in manifest.outputs]
@@ -252,7 +283,7 @@ def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False)
         if item.get("name") not in known:
             raise BadRequest(
                 f"output '{str(item.get('name'))[:100]}' is unknown; "
-                f"'{manifest.name}' gives {', '.join(known)}."
+                f"'{manifest.name}' has {', '.join(known)}."
             )
         check_supported(parameters_of(item), f"output '{item['name']}'")
     return {

@@ -523,7 +523,7 @@ def test_models_are_listed_loaded_and_unloaded(client, repository):
     assert protocol.ACCESS["RepositoryModelUnload"] == Access.ADMIN
     with pytest.raises(InferenceServerException, match="not served"):
         client.unload_model("taxis")
-    with pytest.raises(InferenceServerException, match="no parameters"):
+    with pytest.raises(InferenceServerException, match="unknown parameters"):
         client.load_model("digits", config="{}")
 
 

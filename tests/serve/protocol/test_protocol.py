@@ -180,7 +180,7 @@ def test_a_malformed_request_is_refused_in_one_line(case, manifest):
 @pytest.mark.parametrize("values", [[1e39, 0.0], [-3.5e38, 0.0], [10**39, 0]])
 def test_numbers_that_fp32_cannot_hold_are_refused(values):
     entry = {"name": "x", "datatype": "FP32", "shape": [2], "data": values}
-    with pytest.raises(BadRequest, match=r"input 'x': data reaches from .* more than FP32 holds"):
+    with pytest.raises(BadRequest, match=r"input 'x': data ranges from .*; FP32 cannot hold it"):
         tensors.decode(entry, None)
     tensors.decode({**entry, "datatype": "FP64"}, None)
 
@@ -212,7 +212,7 @@ def test_v1_lists_have_the_shape_of_the_model(manifest):
         (image,) = v1.decode(body, manifest, 64).columns["image"]
         assert image.ravel().tolist() == PIXELS.ravel().tolist()
     # One image without the list of instances is eight of 8×1.
-    with pytest.raises(BadRequest, match=r"instance 0 is of shape \[8, 1\]; expected \[8, 8, 1\]"):
+    with pytest.raises(BadRequest, match=r"instance 0 has shape \[8, 1\]; expected \[8, 8, 1\]"):
         v1.decode(orjson.dumps({"instances": PIXELS[0].tolist()}), manifest, 64)
 
 
