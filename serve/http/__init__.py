@@ -1,1 +1,1 @@
-"""The HTTP endpoint: ASGI application, routes, requests and the gateway behind Ray Serve."""
+"""The HTTP endpoint: ASGI applications, routes, requests and the Ray Serve middleware."""

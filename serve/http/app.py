@@ -1,7 +1,7 @@
-"""HTTP: from an ASGI connection to a request, and from an answer or an error back.
+"""The base of the HTTP applications: from an ASGI connection to a request and a response.
 
-What every route has in common: who asks, how much and how slowly they may send, what an error looks
-like, the log and the metrics. Plain ASGI, as this is on the path of every request.
+It implements what all routes share: authentication, limits on the size and duration of bodies,
+error responses, the access log and metrics. It uses ASGI without a framework for speed.
 """
 
 import logging
@@ -27,6 +27,8 @@ JSON = "application/json"
 
 @dataclass
 class Response:
+    """An HTTP response."""
+
     body: bytes
     status: int = 200
     content_type: str = JSON
@@ -34,26 +36,28 @@ class Response:
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response with `value` as JSON."""
     return Response(orjson.dumps(value), status, headers=headers or {})
 
 
 def error_response(error: RequestError) -> Response:
+    """Return the JSON response of an error, with the error's status and headers."""
     headers = error.headers
     if isinstance(error, PayloadTooLarge | RequestTimeout) or error.reason == "pending_bytes":
-        # The rest of the body is not waited for.
+        # The rest of the body is not read, so the connection cannot be used again.
         headers = {**headers, "Connection": "close"}
     return json_response({"error": str(error)}, error.status, headers)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
-    """There is nothing to start or stop: a replica has done so before it listens."""
+    """Confirm startup and shutdown. There is nothing to do: replicas start before they listen."""
     for step in ("startup", "shutdown"):
         await receive()
         await send({"type": f"lifespan.{step}.complete"})
 
 
 class HTTPApp:
-    """An ASGI application. A subclass has the routes."""
+    """An ASGI application. Subclasses set `routes`."""
 
     routes: "Routes"
 
@@ -69,11 +73,11 @@ class HTTPApp:
         self.recorder = recorder or RequestRecorder()
 
     async def body(self, request: Request, max_bytes: int, timeout_s: float) -> bytes:
-        """Raises PayloadTooLarge, Overloaded, RequestTimeout, ClientDisconnected."""
+        """Return the body of a request; see `Request.body` for the errors that it raises."""
         return await request.body(max_bytes, timeout_s, self._pending)
 
     def model_of(self, name: str | None) -> str:
-        """The model that a request is about. name: of the path; None where it names none."""
+        """Return the model of a request. name: the model in the path; None if it has none."""
         return name or ""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -100,12 +104,15 @@ class HTTPApp:
             self.recorder.refuse(request, error.reason)
             return error_response(error)
         except Exception:
-            # What went wrong is in the log; a client gets none of the server's insides.
+            # The log has the traceback; clients receive no internal details.
             logger.exception("request failed: %s", request.path[:200])
-            return json_response({"error": "the server failed to answer this request."}, 500)
+            return json_response({"error": "the server failed to process this request."}, 500)
 
     def _admitted(self, request: Request) -> "Route":
-        """Return what answers a request that may be asked. Raises RequestError."""
+        """Return the route of a request, after checking its key, origin and access.
+
+        Raises RequestError.
+        """
         guard, problem, route = self.guard, None, None
         try:
             route, parts = self.routes.match(request.method, request.path)
@@ -124,7 +131,7 @@ class HTTPApp:
 
 
 def html_response(page: str) -> Response:
-    """A page. No other site may show it in a frame, where its buttons could be clicked unseen."""
+    """Return an HTML page. Other sites may not show it in a frame, to prevent clickjacking."""
     headers = {
         "Content-Security-Policy": "frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
@@ -134,13 +141,13 @@ def html_response(page: str) -> Response:
 
 Handler = Callable[[Request], Awaitable[Response]]
 GET, POST = ("GET", "HEAD"), ("POST",)
-# The longest path whose handler is remembered.
+# Longest path, in characters, whose route is cached.
 MAX_KNOWN = 256
 
 
 @dataclass(frozen=True)
 class Route:
-    """What answers a path, and what a request must bring for that."""
+    """The handler of a path, its methods, and the access that it requires."""
 
     methods: tuple[str, ...]
     handler: Handler
@@ -148,17 +155,20 @@ class Route:
 
 
 class Routes:
-    """Which route a path takes. Patterns name the parts of a path that handlers need."""
+    """Finds the route of a path. Named groups of the patterns are the path's parameters."""
 
     def __init__(self, routes: Mapping[str, Route]) -> None:
-        """routes: by the pattern of the whole path."""
+        """Compile the patterns. routes: pattern of the whole path → route; the first match wins."""
         self.by_pattern = dict(routes)
         self._compiled = [(re.compile(pattern), route) for pattern, route in routes.items()]
         self._known = lru_cache(1024)(self._find)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str | None]]:
-        """Return the route and the named parts. Raises NotFound, or MethodNotAllowed."""
-        # Clients choose paths: only a bounded memory of them is kept.
+        """Return the route of a path and the path's parameters.
+
+        Raises NotFound if no pattern matches, MethodNotAllowed if none has this method.
+        """
+        # Clients choose the paths, so the cache has bounds on the number and length of its keys.
         return (self._known if len(path) <= MAX_KNOWN else self._find)(method, path)
 
     def _find(self, method: str, path: str) -> tuple[Route, dict[str, str | None]]:
@@ -170,6 +180,6 @@ class Routes:
                 allowed.extend(route.methods)
         if allowed:
             raise MethodNotAllowed(
-                f"{method} {path[:200]}: expected {' or '.join(allowed)}.", allowed
+                f"{method} {path[:200]} is not allowed; expected {' or '.join(allowed)}.", allowed
             )
-        raise NotFound(f"{method} {path[:200]}: there is nothing here. See /docs.")
+        raise NotFound(f"{method} {path[:200]} does not exist. See /docs.")

@@ -1,9 +1,10 @@
-"""The gateway: where a request enters a replica, or Ray's own proxy.
+"""The ASGI middleware through which requests enter a replica or Ray's own proxy.
 
-Ray Serve asks for middlewares by an import path (see `cluster.serve_environment`). Behind HAProxy
-a replica listens itself, and its requests are answered here, by the application that it registered:
-Serve's own way from there to the same application costs several times what the application does.
-Serve still starts, watches, drains and stops the replica, and scales by the rows it reports.
+Ray Serve loads the middleware by its import path (see `cluster.serve_environment`). Behind HAProxy,
+a replica has its own HTTP server. There the middleware calls the application that the replica
+registered, because Serve's own path to the same application costs several times as much as the
+application itself. Serve still starts, monitors, drains and stops the replica, and scales by the
+rows that the replica reports.
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -16,16 +17,16 @@ from serve import bind
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
 
-# What Serve answers itself; and what it would, with the names of applications, which are those of
-# models and told by a key only.
+# Serve handles HEALTH. LISTING is blocked: Serve would return the names of applications, which are
+# the names of models and require a key.
 HEALTH, LISTING = "/-/healthz", "/-/routes"
-# By these a client could switch off Serve's time limit, or its watch for clients that left.
+# These headers would let a client disable Serve's time limit, or its detection of disconnects.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 REQUEST_ID = b"x-request-id"
 
 
 class ProxyConnection:
-    """What Ray's own proxy hands on: the proxy adds the request's id to an answer itself."""
+    """Removes the request id from responses to Ray's own proxy, which adds the id itself."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
@@ -40,24 +41,25 @@ class ProxyConnection:
         await self._application(scope, receive, without_id)
 
 
-# The application of this process, once its replica is ready.
+# The application of this process; set once its replica is ready.
 _local: Application | None = None
 
 
 def register_app(application: Application | None) -> None:
+    """Set the application that handles the requests of this process; None removes it."""
     global _local
     _local = application
 
 
 class Gateway:
-    """An ASGI middleware."""
+    """ASGI middleware that calls the registered application, or Serve if there is none."""
 
     def __init__(self, application: Application) -> None:
         self._serve = application
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
-            # Nothing here speaks it.
+            # There are no WebSocket routes.
             await receive()
             await send({"type": "websocket.close"})
             return
@@ -75,15 +77,15 @@ class Gateway:
 async def _not_found(send: Any) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": 404, "headers": headers})
-    await send({"type": "http.response.body", "body": b'{"error":"there is nothing here."}'})
+    await send({"type": "http.response.body", "body": b'{"error":"this path does not exist."}'})
 
 
 def _passes(name: bytes, value: bytes) -> bool:
-    # Serve takes every request id for UTF-8.
+    # Serve decodes request ids as UTF-8 and would fail on others.
     return name not in REFUSED_HEADERS and (name != REQUEST_ID or value.isascii())
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray's proxies and replicas ask for before their servers start."""
+    """Return the middlewares. Ray's proxies and replicas call this before their servers start."""
     bind.set_http_host()
     return [Middleware(Gateway)]

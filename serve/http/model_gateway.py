@@ -1,7 +1,8 @@
-"""The gateway of several models: routes of the whole server, and paths that name a model elsewhere.
+"""The gateway of a server with several models.
 
-Each model is an application under /v2/models/NAME, to whose replicas HAProxy sends requests
-directly. The gateway, at /, answers all other paths, and passes on those that name a model.
+Each model is a Serve application under /v2/models/NAME; HAProxy sends requests for these paths
+directly to the model's replicas. The gateway, at /, handles all other paths: it implements the
+routes of the whole server, and forwards paths that name a model, such as /v1/models/NAME:predict.
 """
 
 import asyncio
@@ -34,12 +35,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-# What a model that does not answer may delay.
+# Seconds to wait for each model in a request that queries all models.
 ASK_S = 5.0
 
 
 class GatewayModel(Protocol):
-    """A model's application. Asked, it is woken if it has no replica."""
+    """A model's application. A call to it starts a replica if there is none."""
 
     async def forward(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
@@ -47,14 +48,14 @@ class GatewayModel(Protocol):
 
 
 class ModelRepository(Protocol):
-    """What answers for all replicas of a model, without waking any."""
+    """A model's repository, which represents all its replicas. Calls to it start no replica."""
 
     async def index(self) -> list[dict[str, Any]]: ...
     async def metrics(self) -> Snapshot: ...
 
 
 class ModelGateway(HTTPApp):
-    """Handlers, in the order of their routes."""
+    """The gateway's HTTP application. Its handlers are in the order of their routes."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class ModelGateway(HTTPApp):
         guard: Guard,
         config: GatewayConfig,
     ) -> None:
-        """model, repository: by the model's name; they may take a moment."""
+        """Set the routes. model, repository: model name → client; these functions may block."""
         super().__init__(guard, max_pending_bytes=config.limits.max_pending_bytes)
         self._model, self._repository = cache(model), cache(repository)
         self._models = config.models
@@ -99,22 +100,27 @@ class ModelGateway(HTTPApp):
         return json_response({"live": True})
 
     async def ready(self, request: Request) -> Response:
+        """Report whether all versions of all models are ready."""
         states = [state["state"] for state in await self._indexes()]
         ready = all(state == "READY" for state in states)
         return json_response({"ready": ready}, 200 if ready else 503)
 
     async def models(self, request: Request) -> Response:
+        """List the models that the key may use."""
         return json_response({"models": [name for name in self._models if request.sees(name)]})
 
     async def index(self, request: Request) -> Response:
+        """List the versions and states of the models that the key may use."""
         return json_response(
             [model for model in await self._indexes() if request.sees(model["name"])]
         )
 
     async def forward(self, request: Request) -> Response:
+        """Forward a request to its model. Raises NotFound if the model is not served here."""
         if request.model not in self._models:
             raise NotFound(
-                f"model '{request.model[:100]}' is not served here; GET /v2/models lists what is."
+                f"model '{request.model[:100]}' is not served here; GET /v2/models lists those "
+                "that are."
             )
         body = await self.body(request, *self._limits) if request.method == "POST" else b""
         given = [header for header in request.scope["headers"] if header[0] != REQUEST_ID]
@@ -129,6 +135,8 @@ class ModelGateway(HTTPApp):
         return Response(content, status, named.pop("content-type", JSON), named)
 
     async def prometheus(self, request: Request) -> Response:
+        """Return the metrics of all replicas of the models that the key may use."""
+
         async def of(name: str) -> Snapshot:
             repository = await asyncio.to_thread(self._repository, name)
             return await repository.metrics()
@@ -139,7 +147,8 @@ class ModelGateway(HTTPApp):
         return Response(exposition(counted), content_type=CONTENT_TYPE)
 
     async def docs(self, request: Request) -> Response:
-        # A browser that follows a link sends no key.
+        """Return a page with a link to the API page of each model."""
+        # A browser that follows a link sends no key, so model names are not shown if keys are used.
         return html_response(openapi.docs_index([] if self.guard.keys else self._models))
 
     async def _indexes(self) -> list[dict[str, Any]]:
@@ -154,14 +163,14 @@ class ModelGateway(HTTPApp):
         return indexes
 
     async def _of_each(self, ask: Callable[[str], Awaitable[T]]) -> dict[str, T | None]:
-        """Ask each model; None of one that does not answer in time."""
+        """Call `ask` for each model; the result is None if it fails or takes over ASK_S seconds."""
 
         async def one(name: str) -> T | None:
             try:
                 async with asyncio.timeout(ASK_S):
                     return await ask(name)
             except Exception:
-                logger.exception("model %s does not answer", name)
+                logger.exception("model %s did not respond", name)
                 return None
 
         answers = await asyncio.gather(*map(one, self._models))
@@ -175,7 +184,7 @@ async def call_app(
     headers: Sequence[tuple[bytes, bytes]],
     body: bytes,
 ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Let an application answer a request that came another way; (status, headers, body)."""
+    """Run an application on a request that was forwarded. Return status, headers and body."""
     sent: list[dict[str, Any]] = []
     received = [{"type": "http.request", "body": body, "more_body": False}]
 

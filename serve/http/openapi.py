@@ -1,4 +1,4 @@
-"""The description of the HTTP interface, with an example of the served model's own inputs."""
+"""The OpenAPI description of the HTTP interface, with example inputs for the served model."""
 
 import base64
 import io
@@ -24,8 +24,8 @@ from train.bundle.manifest import Manifest, TensorMetadata
 DOCUMENT = Path(__file__).with_name("openapi.yaml")
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 
-# The page's parts come from the server itself: it works without the internet. The key is the one
-# that the console keeps for the tab.
+# All parts of the page come from this server, so it needs no internet access. The key is the one
+# that the console stores for the tab.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -53,17 +53,20 @@ SwaggerUIBundle({{
 </body>
 </html>
 """
-NOTE = '<p>This server asks for a key. <a href="/">Give it in the console</a>, then come back.</p>'
+NOTE = '<p>This server requires a key. <a href="/">Enter it in the console</a>, then return.</p>'
 
 
 def docs_page(path: str, *, needs_key: bool) -> str:
-    """Return the page at a path that ends in /docs, of the document beside it."""
+    """Return the API page at a path that ends in /docs; it shows openapi.json in the same folder.
+
+    needs_key: whether to show a note that the server requires a key.
+    """
     base = quote(path.removesuffix("/docs"))
     return PAGE.format(base=base, note=NOTE if needs_key else "")
 
 
 def docs_index(models: Sequence[str]) -> str:
-    """Return a page that leads to the page of each model; with none, to the console."""
+    """Return a page with links to the models' API pages; without models, to the console."""
     links = "".join(
         f'<li><a href="/v2/models/{quote(model)}/docs">{escape(model)}</a></li>' for model in models
     )
@@ -75,10 +78,10 @@ def docs_index(models: Sequence[str]) -> str:
 
 
 async def docs_file(request: Request) -> Response:
-    """A file of the page. Raises NotFound."""
+    """Return a static file of the page. Raises NotFound if there is no such file."""
     name = request.path.rpartition("/")[2]
     if name not in ASSETS:
-        raise NotFound(f"/docs/assets/{name[:100]}: there is nothing here. See /docs.")
+        raise NotFound(f"/docs/assets/{name[:100]} does not exist. See /docs.")
     return Response(_file(name), content_type=ASSETS[name])
 
 
@@ -88,7 +91,7 @@ def _file(name: str) -> bytes:
 
 
 def openapi_document(manifest: Manifest) -> dict[str, Any]:
-    """Return the OpenAPI 3.0 document for one model: openapi.yaml, with the model's inputs."""
+    """Return the OpenAPI 3.0 document for one model: openapi.yaml with the model's inputs."""
     name = manifest.name
     document: dict[str, Any] = json.loads(_document().replace("MODEL", name))
     document["info"]["version"] = manifest.created
@@ -140,7 +143,7 @@ def _v1(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-# A value that is not known is one that every model takes.
+# Example values by datatype. For strings it is null (unknown), which every model accepts.
 _EXAMPLES = {"BYTES": None, "BOOL": True, "FP64": 1.5, "FP32": 1.5}
 
 
@@ -149,7 +152,7 @@ def _is_image(tensor: TensorMetadata) -> bool:
 
 
 def _png(tensor: TensorMetadata) -> str:
-    """A grey slope in the input's size, as a base64 PNG."""
+    """Return a grey gradient of the input's size as a PNG in base64."""
     _, height, width, channels = tensor.shape
     slope_HW = np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
     image = Image.fromarray(slope_HW).convert("L" if channels == 1 else "RGB")

@@ -1,4 +1,4 @@
-"""A request: what came, read within bounds of size and time, while its client is still there."""
+"""An HTTP request, with limits on the size and duration of its body and a watch for disconnects."""
 
 import asyncio
 import os
@@ -15,27 +15,27 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 T = TypeVar("T")
 
 REQUEST_ID, MAX_ID = b"x-request-id", 128
-# HAProxy says by it whom a request is from, whatever a client wrote there.
+# HAProxy sets this header to the client's address, and overrides the client's own value.
 PEER = b"x-halyard-peer"
 BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-# Whether its client is still there is asked of a request that has not been answered by then.
+# Seconds after which a request in progress is watched for a disconnect.
 WATCH_AFTER_S = 0.05
 
 
 def new_request_id() -> str:
-    """The id of a request that came without; nobody can guess it."""
+    """Return a random id, which cannot be guessed, for a request that has none."""
     return secrets.token_hex(16)
 
 
 class Request(RequestContext):
-    """A request by HTTP."""
+    """An HTTP request."""
 
     __slots__ = ("_headers", "receive", "scope")
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
         self.scope = scope
         self.receive = receive
-        # Of several the first, the one that HAProxy sets: a body's trailers come after the headers.
+        # If a header is repeated, the first one counts: HAProxy sets it, and trailers come later.
         self._headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         request_id = (self.header(REQUEST_ID) or "")[:MAX_ID] or new_request_id()
         super().__init__(request_id, scope["method"], scope["path"])
@@ -58,11 +58,16 @@ class Request(RequestContext):
         return client_address(self.header(PEER) if BEHIND_HAPROXY else None, host)
 
     def sees(self, model: str) -> bool:
-        """Whether the client may know of a model."""
+        """Return whether the client may use a model, and so may see its name."""
         return self.key is None or self.key.sees(model)
 
     async def body(self, max_bytes: int, timeout_s: float, pending: "PendingBodies") -> bytes:
-        """Raises PayloadTooLarge, Overloaded, RequestTimeout, ClientDisconnected."""
+        """Receive the body.
+
+        Raises PayloadTooLarge if it has more than `max_bytes`, Overloaded if `pending` is full,
+        RequestTimeout if it does not arrive within `timeout_s`, ClientDisconnected if the client
+        disconnects first.
+        """
         declared = self._headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared[:20]) > max_bytes:
             raise PayloadTooLarge(
@@ -97,24 +102,25 @@ class Request(RequestContext):
     def _chunk(
         self, message: MutableMapping[str, Any], chunks: list[bytes], received: int, most: int
     ) -> int:
-        """Add what a message brings; return its size."""
+        """Append the chunk in a message to `chunks`; return its size in bytes."""
         if message["type"] == "http.disconnect":
-            raise ClientDisconnected("the client left before its request was whole.")
+            raise ClientDisconnected("the client disconnected before its request was complete.")
         chunk = message.get("body", b"")
         if received + len(chunk) > most:
-            raise PayloadTooLarge(f"the body has more than {most} bytes; that many are accepted.")
+            raise PayloadTooLarge(f"the body has more than {most} bytes, which is the limit.")
         chunks.append(chunk)
         return len(chunk)
 
     async def while_connected(self, answer: Awaitable[T]) -> T:
-        """Await an answer. Raises ClientDisconnected when the client leaves first."""
+        """Await `answer`. Raises ClientDisconnected if the client disconnects first."""
         with Interruption() as interruption:
             watch: list[asyncio.Task[None]] = []
 
             async def until_gone() -> None:
                 while (await self.receive())["type"] != "http.disconnect":
                     pass
-                interruption.raises(ClientDisconnected("the client left before it was answered."))
+                gone = ClientDisconnected("the client disconnected before the response was ready.")
+                interruption.raises(gone)
 
             loop = asyncio.get_running_loop()
             timer = loop.call_later(
@@ -129,21 +135,24 @@ class Request(RequestContext):
 
 
 class PendingBodies:
-    """Memory of the bodies that are arriving."""
+    """The total size of the bodies that are being received."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.bytes = 0
 
     def add(self, size: int) -> None:
-        """Raises Overloaded."""
+        """Add bytes that were received. Raises Overloaded if the total exceeds the limit."""
         self.bytes += size
         if self.bytes > self._max_bytes:
-            raise Overloaded("too many large requests are arriving.", 1, "pending_bytes")
+            raise Overloaded("too many large requests are being received.", 1, "pending_bytes")
 
 
 class Interruption:
-    """Ends what its task awaits in this block by an error; cheaper than a task for each await."""
+    """Lets a callback interrupt the current task within a `with` block by an error.
+
+    This is cheaper than a separate task for each await.
+    """
 
     __slots__ = ("_error", "_task")
 
@@ -155,6 +164,7 @@ class Interruption:
         return self
 
     def raises(self, error: Exception) -> None:
+        """Cancel what the task awaits; the block then raises `error`. The first call counts."""
         if self._task is not None and self._error is None:
             self._error = error
             self._task.cancel()

@@ -36,7 +36,7 @@ VERSIONED = MODEL + r"(?:/versions/(?P<version>[^/]+))?"
 
 
 class ModelAPI(HTTPApp):
-    """Handlers, in the order of their routes."""
+    """The HTTP application of one model. Its handlers are in the order of their routes."""
 
     def __init__(self, handler: InferenceHandler, recorder: RequestRecorder | None = None) -> None:
         super().__init__(
@@ -53,6 +53,7 @@ class ModelAPI(HTTPApp):
         return name or self._handler.name
 
     async def infer_v2(self, request: Request) -> Response:
+        """Handle an inference request of the Open Inference Protocol v2."""
         request.protocol = "v2"
         endpoint, received = await self._begin(request)
         header_length = request.header(HEADER_LENGTH)
@@ -92,6 +93,7 @@ class ModelAPI(HTTPApp):
         )
 
     async def predict_v1(self, request: Request) -> Response:
+        """Handle a prediction request of KServe V1."""
         request.protocol = "v1"
         endpoint, received = await self._begin(request)
 
@@ -130,10 +132,10 @@ class ModelAPI(HTTPApp):
         )
 
     def _of_form(self, request: Request, body: bytes, manifest: Manifest) -> InferRequest:
-        """One record, whose fields are the parts of a form."""
+        """Return a request with one record, whose fields are the parts of a form."""
         given: Mapping[str, bytes | str] = form_fields(body, request.content_type)
         names = [tensor.name for tensor in manifest.inputs]
-        if len(names) == 1 and len(given) == 1:  # a picture, by whatever name
+        if len(names) == 1 and len(given) == 1:  # such as a picture: its part may have any name
             given = {names[0]: next(iter(given.values()))}
         given = plain_fields(given, manifest, "the form")
         match_fields(given, manifest, self.config.limits.unknown_fields, "the form")
@@ -146,6 +148,7 @@ class ModelAPI(HTTPApp):
         return json_response({"live": True})
 
     async def health(self, request: Request) -> Response:
+        """Report whether the server is ready."""
         ready = self._handler.ready()
         return json_response({"ready": ready}, 200 if ready else 503)
 
@@ -158,6 +161,7 @@ class ModelAPI(HTTPApp):
         return json_response(model_metadata(self._plane(request), self._handler.versions))
 
     async def ready(self, request: Request) -> Response:
+        """Report that the model is ready; an unloaded model raises Unavailable."""
         return json_response({"name": self._plane(request).name, "ready": True})
 
     async def model_config(self, request: Request) -> Response:
@@ -168,12 +172,16 @@ class ModelAPI(HTTPApp):
         return json_response({"model_stats": statistics, **await self._handler.repository.stats()})
 
     async def feedback(self, request: Request) -> Response:
+        """Record the true labels of an earlier request.
+
+        Raises Forbidden if it names another key's request and this key is not an admin key.
+        """
         limits = self.config.limits.max_json_bytes, self.config.limits.body_timeout_s
         given = feedback.decode(await self.body(request, *limits), self.config.limits.max_rows)
         owner = "" if request.key is None else request.key.name
         is_admin = request.key is not None and request.key.admin
         if given.client not in (None, owner) and not is_admin:
-            raise Forbidden("feedback for the requests of another key takes a key with --admin.")
+            raise Forbidden("feedback for another key's requests needs an admin key (--admin).")
         return json_response(
             await self._handler.repository.feedback(
                 request.model,
@@ -201,6 +209,7 @@ class ModelAPI(HTTPApp):
         return json_response({})
 
     async def prometheus(self, request: Request) -> Response:
+        """Return the metrics of all replicas, for the models that the key may use."""
         counted = filter_models(await self._handler.repository.metrics(), request.sees)
         return Response(exposition(counted), content_type=CONTENT_TYPE)
 
@@ -215,24 +224,25 @@ class ModelAPI(HTTPApp):
         return console.bundle_manifest(self._plane(request))
 
     async def report(self, request: Request) -> Response:
+        """Return a file of the bundle's report."""
         plane, name = self._plane(request), request.path.rpartition("/")[2]
         return await asyncio.to_thread(console.report_file, plane, name)
 
     def snapshot(self, replica: str) -> Snapshot:
-        """What this replica counted, by version; of no version what was asked of none."""
+        """Return this replica's metrics. Requests that reached no version have empty labels."""
         none = {"model": "", "version": "", "variant": "", "replica": replica}
         return merge_samples(
             [self._handler.snapshot(replica), self.recorder.metrics.snapshot(none)]
         )
 
     def _find(self, request: Request) -> Endpoint:
-        """Raises NotFound, Unavailable."""
+        """Return the endpoint that a path names. Raises NotFound or Unavailable."""
         endpoint = self._handler.endpoint(request.model, request.version)
         request.metrics, request.version = endpoint.plane.metrics, endpoint.plane.version
         return endpoint
 
     def _plane(self, request: Request) -> DataPlane:
-        """Raises NotFound, Unavailable."""
+        """Return the data plane that a path names. Raises NotFound or Unavailable."""
         return self._find(request).plane
 
     async def _begin(self, request: Request) -> tuple[Endpoint, bytes]:

@@ -107,7 +107,7 @@ def test_tritons_grpc_client(url, expected):
     [
         ("other", "", IMAGES, "other"),
         ("digits", "77", IMAGES, "77"),
-        ("..%2fdigits", "", IMAGES, "nothing here|not served"),
+        ("..%2fdigits", "", IMAGES, "does not exist|not served"),
         ("digits", "", IMAGES[..., 0, 0], "image"),
         ("digits", "", np.zeros((2000, 8, 8, 1), np.uint8), "1024"),
     ],
