@@ -1,1 +1,1 @@
-"""What decides for all replicas: the model repository and autoscaling."""
+"""The control plane of all replicas of a model: the model repository and autoscaling."""

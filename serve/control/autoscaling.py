@@ -1,8 +1,8 @@
-"""How many replicas: by the rows that wait, and by how busy those are that there are.
+"""The number of replicas, by the waiting rows and the utilization of the running replicas.
 
-Requests in progress, as Ray Serve counts them, say little here: one may hold a thousand rows, and
-many small ones fit into one batch. Rows alone say too little as well: what a replica that is busy
-all the time has not yet read waits where nobody counts it.
+The number of requests in progress, which Ray Serve uses, is a poor measure: one request may have a
+thousand rows, and many small ones fit into one batch. Rows alone are not enough either: a fully
+busy replica has requests in its socket buffers that it has not read and does not count.
 """
 
 import time
@@ -15,18 +15,18 @@ from serve.config import ServeConfig
 from serve.inference.latency_model import LatencyModel
 
 ROWS, BUSY = "rows", "busy"
-# How often replicas report, and over how long their reports are averaged.
+# Seconds between the reports of a replica, and seconds over which reports are averaged.
 REPORT_S, LOOK_BACK_S = 0.5, 2.0
-# Batches in progress that are no backlog: one in the engine, one that fills.
+# Batches in progress that are not a backlog: one in the engine and one that is filling.
 BATCHES = 2
-# A replica that is busier than this gets help.
+# Utilization above which replicas are added.
 TARGET_BUSY = 0.7
 
 
 class Utilization:
-    """The share of time for which a replica works: its event loop, or its engine if that is more.
+    """The utilization of a replica's event loop or of its engine, whichever is higher.
 
-    To be called on the event loop's thread.
+    Call it on the event loop's thread, whose CPU time it measures.
     """
 
     def __init__(
@@ -35,15 +35,19 @@ class Utilization:
         answers: Callable[[], int],
         refused: Callable[[], int] = lambda: 0,
     ) -> None:
-        """engine_s: for how long the engine was busy until now, with the batch that runs. answers:
-        how many there were. refused: how many requests were, for lack of time or room."""
+        """Set the counters, which return totals since the replica started.
+
+        engine_s: seconds that the engine was busy, including the running batch. answers: number of
+        responses. refused: number of requests rejected because of the load.
+        """
         self._engine_s, self._answers, self._refused = engine_s, answers, refused
         self._last = self._now()
 
     def share(self) -> float:
-        """Since it was asked last, 0..1; 0 if it answered nothing, though it never quite rests.
+        """Return the utilization since the last call, 0..1.
 
-        1 if it refused requests: they would have kept it busy.
+        It is 1 if requests were rejected, because they would have kept the replica busy, and 0 if
+        there was no response, although an idle event loop also uses some time.
         """
         before, self._last = self._last, self._now()
         wall_s, loop_s, engine_s, answers, refused = (
@@ -61,27 +65,30 @@ class Utilization:
 
 
 def target_rows(config: ServeConfig, profile: LatencyModel) -> int:
-    """Rows in progress that a replica has at its full throughput."""
+    """Return the number of rows in progress at which a replica has its full throughput."""
     return config.autoscaling.target_rows or BATCHES * (
         config.batching.max_rows or profile.best_rows
     )
 
 
 def desired_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Ray Serve's policy: (replicas wanted, state). Bounds and delays are applied by Serve."""
+    """Return the desired number of replicas and an empty state: the policy for Ray Serve.
+
+    Serve applies the bounds and delays.
+    """
     reports = context.aggregated_metrics or {}
 
     def total(name: str) -> float:
         alive = context.running_replicas
         return sum(value for who, value in reports.get(name, {}).items() if who in alive)
 
-    # What waits at Serve's own proxy, where there is no replica yet, is in no report.
+    # Requests that wait at Serve's own proxy because there is no replica are in no report.
     rows = total(ROWS) + context.total_queued_requests
     return max(rows / context.config.target_ongoing_requests, total(BUSY) / TARGET_BUSY), {}
 
 
 def scaling_options(config: ServeConfig, profile: LatencyModel) -> dict[str, Any]:
-    """Return the deployment's options that say how many replicas it has."""
+    """Return the options of the deployment that set its number of replicas."""
     least, most = config.replica_range
     if least == most:
         return {"num_replicas": least}

@@ -1,7 +1,8 @@
-"""The desired state: what a model's replicas are to serve, kept so that a crash loses none of it.
+"""The desired state: the serving state that a model's replicas should have, stored crash-safely.
 
-Documents under the storage path, `serving/<model>/<incarnation>/<number>.json`. Each is created
-once and never changed, so of two processes that would write the next one, only one can.
+It is stored in documents under the storage path, `serving/<model>/<incarnation>/<number>.json`.
+A document is created once and never changed, so if two processes try to write the next one, only
+one succeeds.
 """
 
 import json
@@ -14,19 +15,20 @@ from serve.rollout.verdict import RolloutDecision
 from serve.state import Rollout, ServingState
 
 FOLDER = "serving"
+# Documents that are kept; older ones are deleted.
 KEEP = 10
 
 
 class Transition(StrEnum):
-    """What the control plane does one after the other; it may end or fail after each of them."""
+    """The steps of the control plane, in order. It may crash or fail after each of them."""
 
-    DECIDED = "a decision about a candidate is written down"
-    REGISTERED = "the registry's aliases are as decided"
+    DECIDED = "a decision about a candidate is stored"
+    REGISTERED = "the registry's aliases are set as decided"
     AUDITED = "the decision is in the audit log"
-    RESOLVED = "what the registry says is looked up"
+    RESOLVED = "the registry's aliases are resolved to versions"
     CHECKED = "new versions have passed their self-tests"
-    WRITTEN = "another state is written down"
-    INSTALLED = "the replicas serve it"
+    WRITTEN = "a new state is stored"
+    INSTALLED = "the replicas serve the new state"
 
 
 class Conflict(Exception):
@@ -35,9 +37,10 @@ class Conflict(Exception):
 
 @dataclass(frozen=True)
 class DesiredState:
-    """number: of its document. before: what is served until the replicas have `state`.
+    """The serving state that replicas should have, and unfinished work.
 
-    decision: what was decided of a candidate and is not carried out yet.
+    number: of the document. before: the state that is served until all replicas have installed
+    `state`. decision: a decision about a candidate that is not carried out yet.
     """
 
     number: int
@@ -69,33 +72,34 @@ class DesiredStateStore:
     """Reads and writes the desired state of one deployment of a model."""
 
     def __init__(self, root: str, state: ServingState) -> None:
-        """state: what was deployed; it holds until the first change."""
+        """Set the folder. state: the deployed state, which is current until the first change."""
         self._deployed = state
         self._folder = storage.join_path(root, FOLDER, state.name, state.incarnation)
 
     def read(self) -> DesiredState:
-        """Return the latest desired state. Raises OSError."""
+        """Return the latest desired state. Raises OSError if it cannot be read."""
         for number in reversed(self._numbers()):
             content = storage.read_file(self._url(number))
-            if content is not None:  # else it was deleted meanwhile, as others came after it
+            if content is not None:  # otherwise another process deleted it as outdated
                 return DesiredState.from_json(content)
         return DesiredState(0, self._deployed)
 
     def write(self, desired: DesiredState) -> DesiredState:
-        """Write what follows on document `desired.number`; return it with its own number.
+        """Write the document after number `desired.number`; return its content with its number.
 
-        Raises Conflict where another process did so first, OSError.
+        Raises Conflict if another process has already written that document, OSError if the
+        document cannot be written.
         """
         following = replace(desired, number=desired.number + 1)
         url = self._url(following.number)
         created = commit.create_file(url, following.to_json())
         if not created and storage.read_file(url) != following.to_json():
-            raise Conflict(f"document {following.number} of the desired state exists already.")
-        # A process that stood still may create a number that others wrote and deleted since.
+            raise Conflict(f"document {following.number} of the desired state already exists.")
+        # A process that was paused may create a document that others have written and deleted.
         numbers = self._numbers()
         if numbers[-1] > following.number:
             storage.remove(url)
-            raise Conflict(f"the desired state is at document {numbers[-1]} by now.")
+            raise Conflict(f"the desired state is already at document {numbers[-1]}.")
         for number in numbers[:-KEEP]:
             storage.remove(self._url(number))
         return following

@@ -1,7 +1,7 @@
-"""Brings what is served to what the registry says, and runs rollouts.
+"""The reconciler: makes the serving state follow the registry, and carries out rollouts.
 
-Everything here may be repeated: a process that is killed at any point, or for which a step fails,
-reaches the same state by doing it again. What is decided once is written down first.
+All steps are idempotent: after a crash or a failed step, repeating them leads to the same state.
+Decisions, which must not be repeated, are stored before they are carried out.
 """
 
 import asyncio
@@ -22,18 +22,18 @@ from serve.state import ServingState
 from train.bundle import Bundle, CorruptBundle, Predictor, registry
 from train.bundle.manifest import interface_change
 
-# How often the registry's aliases are compared with what is served.
+# Seconds between comparisons of the registry's aliases with the served versions.
 FOLLOW_S = 5.0
-# When a version that could not be served is tried again.
+# Seconds after which a version that could not be served is tried again.
 RETRY_S = 60.0
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_serving_state(config: ServeConfig) -> ServingState:
-    """Look up in the registry what a configuration names.
+    """Resolve a configuration's references to versions in the registry.
 
-    Raises UserError, CorruptBundle, RegistryError.
+    Raises UserError if a reference cannot be resolved, CorruptBundle, RegistryError.
     """
     locations: dict[str, str] = {}
     aliases: dict[str, str] = {}
@@ -48,7 +48,7 @@ def resolve_serving_state(config: ServeConfig) -> ServingState:
 
 
 class Reconciler:
-    """Changes the serving state. Its methods are called while nothing else changes it."""
+    """Changes the serving state. Callers hold the publisher's lock `changing`."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Reconciler:
             reference.rpartition("@")[2] for reference in config.references if "@" in reference
         }
         self._followed = -FOLLOW_S
-        # What the registry said when that could not be served, and when.
+        # The aliases (alias → version) that could not be served, and the time of that attempt.
         self._refused: tuple[dict[str, str], float] = {}, 0.0
         self._problem = ""
 
@@ -74,9 +74,9 @@ class Reconciler:
         return self._publisher.current
 
     async def reconcile(self) -> None:
-        """Carry out what was decided; else serve what the registry's aliases name by now.
+        """Carry out a pending decision, or else serve the versions that the aliases name now.
 
-        What is not possible now is logged, once, and tried again next time.
+        A failure is logged once, and the next call tries again.
         """
         problem = ""
         try:
@@ -90,7 +90,7 @@ class Reconciler:
     async def _reconcile(self) -> None:
         rollout = self._current.rollout
         if rollout is not None and not self._aggregator.compares(rollout.candidate):
-            # This process was started again; the phase begins again.
+            # This process was restarted, so the phase starts again.
             self._aggregator.begin(rollout.candidate)
         await self._publisher.settle()
         if self._publisher.decision is not None:
@@ -100,9 +100,10 @@ class Reconciler:
             await self._follow_registry()
 
     async def load(self, *, allow_interface_change: bool) -> None:
-        """Serve what the registry has now.
+        """Serve the versions that the registry names now.
 
-        Raises BadRequest for a version that is unfit, Unavailable where that is not known now.
+        Raises BadRequest if a version cannot be served, Unavailable if the registry or its storage
+        cannot be reached.
         """
         if self._publisher.decision is not None:
             await self._carry_out()
@@ -111,10 +112,11 @@ class Reconciler:
         await self._publish(state)
 
     async def unload(self) -> None:
+        """Stop serving the model. Raises BadRequest or Unavailable."""
         await self._publisher.publish(replace(self._current, loaded=False))
 
     async def apply(self, step: RolloutStep) -> None:
-        """Take a step of a rollout."""
+        """Carry out a step of a rollout."""
         state = self._current
         match step:
             case StartRollout():
@@ -131,7 +133,7 @@ class Reconciler:
         await self._carry_out()
 
     async def _carry_out(self) -> None:
-        """Do what was decided of a candidate, or the rest of it."""
+        """Carry out a decision about a candidate, or the steps of it that are left."""
         decision = self._publisher.decision
         assert decision is not None
         try:
@@ -148,7 +150,7 @@ class Reconciler:
             new = replace(await self._resolved(), loaded=self._current.loaded)
             await self._check(new, allow_interface_change=False)
         except BadRequest as error:
-            # Something else in the registry is unfit, which is no reason to keep the rollout.
+            # Another version in the registry cannot be served; the rollout ends nevertheless.
             logger.error("%s", error)
             new = _without_rollout(self._current)
         await self._publish(new, decided=True)
@@ -176,7 +178,7 @@ class Reconciler:
             raise
 
     async def _resolved(self) -> ServingState:
-        """Raises BadRequest, Unavailable."""
+        """Return the state that the registry has now. Raises BadRequest or Unavailable."""
         try:
             state = await asyncio.to_thread(self._resolve, self._config)
         except (UserError, CorruptBundle, ValueError) as error:
@@ -185,12 +187,16 @@ class Reconciler:
             raise Unavailable(f"{error} {UNCHANGED}", 10) from error
         except Exception as error:
             logger.exception("the registry or its storage failed")
-            raise Unavailable(f"the registry cannot be read now. {UNCHANGED}", 10) from error
+            raise Unavailable(f"the registry cannot be read. {UNCHANGED}", 10) from error
         self._reached(Transition.RESOLVED)
         return state
 
     async def _check(self, state: ServingState, *, allow_interface_change: bool) -> None:
-        """Raises BadRequest for a state that no replica could serve, or that clients cannot use."""
+        """Check a new state.
+
+        Raises BadRequest if no replica could serve it, or if its interface differs from the old
+        one and `allow_interface_change` is false.
+        """
         before = self._current
         new = [each for each in state.locations.values() if each not in before.locations.values()]
         try:
@@ -200,29 +206,32 @@ class Reconciler:
             raise BadRequest(f"{error} {UNCHANGED}") from error
         if change and not allow_interface_change:
             raise BadRequest(
-                f"version {state.default} is not served, as {change} from version "
-                f"{before.default}; load it with the parameter allow_interface_change if its "
-                f"clients know. {UNCHANGED}"
+                f"version {state.default} is not served, because {change} from version "
+                f"{before.default}. If its clients support this, load it with the parameter "
+                f"allow_interface_change. {UNCHANGED}"
             )
         self._reached(Transition.CHECKED)
 
     def _check_bundles(self, locations: Sequence[str]) -> None:
-        """Raises CorruptBundle or ValueError for a bundle that no replica could serve."""
+        """Raise CorruptBundle or ValueError if no replica could serve one of the bundles."""
         for location in locations:
             bundle = Bundle.load(location)
             if bundle.manifest.name != self._current.name:
-                raise CorruptBundle(f"'{location}' is of another model.")
+                raise CorruptBundle(
+                    f"'{location}' is of model '{bundle.manifest.name}'; expected "
+                    f"'{self._current.name}'."
+                )
             Predictor.load(bundle, self._config.variant, num_threads=self._config.threads)
 
     async def _publish(self, state: ServingState, *, decided: bool = False) -> None:
-        """Publish a state that the registry has; a rollout that it does not have ends."""
+        """Publish a state from the registry, which ends the rollout in progress."""
         rollout = self._current.rollout
         await self._publisher.publish(state, decided=decided)
         if rollout is not None:
             self._aggregator.end()
 
     async def _start_rollout(self, step: StartRollout) -> None:
-        """Load a candidate on the replicas; refuse one that does not fit."""
+        """Load a candidate on the replicas; reject it if it cannot be served."""
         state, candidate = self._current, step.rollout.candidate
         new = replace(
             state,
@@ -232,7 +241,7 @@ class Reconciler:
         )
         try:
             await self._check(replace(new, default=candidate), allow_interface_change=False)
-            # Before its first response arrives.
+            # Before the first observations of the candidate arrive.
             self._aggregator.begin(candidate)
             await self._publisher.publish(new)
         except BadRequest as error:

@@ -1,6 +1,7 @@
-"""The repository: which versions of a model its replicas serve, and how that changes.
+"""The repository: the versions that a model's replicas serve, and changes to them.
 
-There is one per model. It alone reads the registry; replicas follow the state that it publishes.
+There is one repository per model. Only the repository reads the registry; replicas follow the state
+that it publishes.
 """
 
 import asyncio
@@ -23,14 +24,14 @@ from serve.rollout.feedback_receiver import START_S, FeedbackReceiver
 from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot, merge_samples
 
-# How often the registry is searched for a candidate, and a rollout is judged.
+# Seconds between searches for a candidate in the registry, and between evaluations of a rollout.
 TICK_S = 2.0
 
 logger = logging.getLogger(__name__)
 
 
 class Repository:
-    """Changes the serving state: on request, and by rollouts. Belongs to one event loop."""
+    """Changes the serving state, on request and by rollouts. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -39,11 +40,11 @@ class Repository:
         resolve: Callable[[ServeConfig], ServingState] = resolve_serving_state,
         reached: Callable[[Transition], None] = lambda transition: None,
     ) -> None:
-        """state: the state when the application was deployed.
+        """Restore the state from before a crash, if there was one.
 
-        resolve: config → the state that the registry has now. reached: called after each
-        transition of the serving state. Raises OSError where the state before a crash cannot be
-        read.
+        state: the state when the application was deployed. resolve: config → the state that the
+        registry has now. reached: called after each transition of the serving state. Raises OSError
+        if the state from before a crash cannot be read.
         """
         self._config, self._name = config, state.name
         set_bundle_policy(config.plugins, config.storage, config.security.require_signature)
@@ -57,7 +58,7 @@ class Repository:
             config, self._publisher, self._aggregator, self._rollouts, resolve, reached
         )
         self._running: asyncio.Task[None] | None = None
-        # Whether the monitor's state has changed since it was written; why it could not be.
+        # Whether the monitor's state has changed since it was written; the last error in writing.
         self._unsaved, self._problem = False, ""
 
     @property
@@ -65,10 +66,11 @@ class Repository:
         return self._publisher.current
 
     async def state(self) -> ServingState:
+        """Return the state that replicas should serve."""
         return self.current
 
     async def close(self) -> None:
-        """Write the rest of the feedback."""
+        """Write the feedback that is still in memory."""
         await self._feedback.close()
 
     async def follow(
@@ -76,26 +78,26 @@ class Repository:
     ) -> ServingState | None:
         """Return a state other than `known` to a replica; see `StatePublisher.follow`."""
         if self._running is None:
-            # The first replica: from now on there is something to monitor.
+            # Monitoring starts with the first replica.
             self._running = asyncio.create_task(self._run())
         return await self._publisher.follow(replica, known, problem, metrics)
 
     async def keep_alive(self, replica: str) -> None:
-        """Count a replica as living while it installs another state."""
+        """Keep a replica from being considered dead while it installs another state."""
         self._publisher.keep_alive(replica)
 
     async def leave(self, replica: str) -> None:
-        """Wait no more for a replica that ends."""
+        """Remove a replica that is about to exit, so that no change waits for it."""
         self._publisher.leave(replica)
 
     async def collect(self, report: ReplicaReport) -> None:
-        """Take the observations that a replica sends, once the first version is monitored."""
+        """Add a replica's observations, once the first version is monitored."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._aggregator.started.wait(), START_S)
         self._unsaved |= self._aggregator.collect(report)
 
     async def metrics(self) -> Snapshot:
-        """Return the metrics of all replicas, at most some seconds old, with drift and feedback."""
+        """Return the metrics of all replicas (a few seconds old at most), drift and feedback."""
         counted = [replica.metrics for replica in self._publisher.living().values()]
         return merge_samples([*counted, self._aggregator.snapshot()])
 
@@ -112,10 +114,11 @@ class Repository:
         *,
         any_owner: str | None = None,
     ) -> dict[str, Any]:
-        """Take the label of each record of a request. Raises what `FeedbackReceiver` does.
+        """Record the true label of each record of a request.
 
-        request_id: as its key owns it, see `owned_id`. any_owner: the id alone, where whoever gives
-        feedback may do so for the requests of every key.
+        request_id: the id with its owner, see `owned_id`. any_owner: the id alone, if the client
+        may give feedback for the requests of every key. Raises NotFound for another model, and the
+        errors of `FeedbackReceiver`.
         """
         self._check_name(name)
         async with self._audited("feedback", actor, {"of": request_id, "rows": len(truths)}):
@@ -124,7 +127,7 @@ class Repository:
             return response
 
     async def index(self) -> list[dict[str, Any]]:
-        """Return name, version and state of each version that is served."""
+        """Return the name, version and state of each served version."""
         state = self.current
         return [
             {
@@ -141,10 +144,11 @@ class Repository:
     async def load(
         self, name: str, actor: Actor, *, allow_interface_change: bool = False
     ) -> dict[str, Any]:
-        """Serve what the registry has now. The old state stays unless every new version is fit.
+        """Serve the versions that the registry names now, if all of them can be served.
 
-        Raises NotFound for another model; BadRequest for a version that fails its self-test, or
-        whose inputs or outputs are others than before, unless `allow_interface_change`.
+        Raises NotFound for another model, Unavailable if the registry cannot be read, BadRequest if
+        a version fails its self-test, or has other inputs or outputs than before and
+        `allow_interface_change` is false.
         """
         self._check_name(name)
         details: dict[str, Any] = {}
@@ -155,7 +159,7 @@ class Repository:
             return {"name": name, **details}
 
     async def unload(self, name: str, actor: Actor) -> None:
-        """Answer 503 until the model is loaded again. Raises NotFound for another model."""
+        """Unload the model: requests get 503 until a load. Raises NotFound for another model."""
         self._check_name(name)
         async with self._audited("unload", actor, {}), self._publisher.changing:
             await self._reconciler.unload()
@@ -180,16 +184,16 @@ class Repository:
             raise NotFound(f"model '{name[:100]}' is not served here.")
 
     async def _run(self) -> None:
-        """Monitor what is served and run rollouts, until the process ends."""
+        """Monitor the served versions and run rollouts, until the process ends."""
         try:
             await self._rollouts.load_decisions()
         except Exception:
-            logger.exception("earlier decisions cannot be read")
+            logger.exception("earlier decisions cannot be read; continuing without them")
         while True:
             try:
                 await self._tick()
             except Exception:
-                logger.exception("the monitor failed; it goes on")
+                logger.exception("the monitor failed; it tries again in %g s", TICK_S)
             await asyncio.sleep(TICK_S)
 
     async def _tick(self) -> None:
@@ -206,11 +210,11 @@ class Repository:
         step = await self._rollouts.next_step(state)
         if step is not None and self._publisher.decision is None:
             async with self._publisher.changing:
-                if self.current is state:  # else a load came first, and the next tick decides
+                if self.current is state:  # otherwise a load came first; the next tick decides
                     await self._reconciler.apply(step)
 
     async def _save_monitor_state(self, production: str) -> None:
-        """Write the monitor's state; after a failure again next time."""
+        """Write the monitor's state; after a failure, the next tick tries again."""
         self._unsaved, problem = False, ""
         monitor_state = self._aggregator.state(production)
         try:

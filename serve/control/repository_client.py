@@ -1,4 +1,4 @@
-"""Clients of the deployments of a model, by Ray Serve's handles."""
+"""Clients of a model's deployments, which call them through Ray Serve's handles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +18,12 @@ async def _call(handle: DeploymentHandle, method: str, *arguments: Any, **named:
     try:
         return await getattr(handle, method).remote(*arguments, **named)
     except RayTaskError as error:
-        # Ray adds its traceback to the message; the cause has the words for a client.
+        # Ray adds a traceback to the message; the cause has the message for clients.
         raise error.cause if isinstance(error.cause, RequestError) else error from None
 
 
 class RepositoryClient:
-    """The repository of a model; see `serve.control.repository.Repository`."""
+    """Client of a model's repository; see `serve.control.repository.Repository`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -88,7 +88,7 @@ class RepositoryClient:
 
 
 class ModelClient:
-    """The replicas of a model; see `serve.deployment.ModelDeployment`."""
+    """Client of a model's replicas; see `serve.deployment.ModelDeployment`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle

@@ -1,4 +1,4 @@
-"""Publishes the serving state to the replicas of a model, and tracks which of them follow it."""
+"""Publishes the serving state to a model's replicas, and tracks which of them have installed it."""
 
 import asyncio
 import time
@@ -11,22 +11,23 @@ from serve.rollout.verdict import RolloutDecision
 from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot
 
-# How long a replica waits for a change before it asks again.
+# Seconds that a replica's call waits for a change; then the replica calls again.
 POLL_S = 4.0
-# A replica that has not called for this long counts as dead.
+# Seconds without a call after which a replica is considered dead.
 FORGET_S = 20.0
-# How long a change may take until every living replica serves the new state.
+# Most seconds until every live replica must serve a new state.
 SWITCH_S = 300.0
 
-UNCHANGED = "What was served before still is."
+UNCHANGED = "The previous versions are still served."
 
 
 @dataclass
 class ReplicaStatus:
     """The last call of a replica.
 
-    known: id of the state that it was given. problem: why it could not install that state and
-    serves the one before. at: time of the call by the monotonic clock.
+    known: id of the last state that the replica received. problem: why the replica could not
+    install that state and still serves the previous one; None if it could. at: time of the call in
+    seconds of the monotonic clock.
     """
 
     known: tuple[str, int]
@@ -36,19 +37,19 @@ class ReplicaStatus:
 
 
 class StatePublisher:
-    """Owns the desired state, and has the replicas follow it. Belongs to one event loop.
+    """Owns the desired state and publishes it to the replicas. Belongs to one event loop.
 
-    Replicas teach it nothing: what they serve may be of another deployment. changing: held while
-    the state is changed.
+    The state is never taken from replicas, because they may still serve another deployment's.
+    changing: lock to hold while the state is changed.
     """
 
     def __init__(
         self, store: DesiredStateStore, reached: Callable[[Transition], None] = lambda each: None
     ) -> None:
-        """Raises OSError where the state before a crash cannot be read."""
+        """Read the stored state. Raises OSError if the state from before a crash is unreadable."""
         self._store, self._reached = store, reached
         self._desired = store.read()
-        # Before a crash, replicas may not have installed the state yet, or may not be able to.
+        # After a crash, replicas may not have installed the state, or may be unable to.
         self._unsettled = self._desired.before is not None
         self.changing = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -56,20 +57,20 @@ class StatePublisher:
 
     @property
     def current(self) -> ServingState:
-        """The state that replicas follow."""
+        """The state that replicas should serve."""
         return self._desired.state
 
     @property
     def decision(self) -> RolloutDecision | None:
-        """What was decided of a candidate and is not carried out yet."""
+        """A decision about a candidate that is not carried out yet; None if there is none."""
         return self._desired.decision
 
     async def follow(
         self, replica: str, known: tuple[str, int], problem: str | None, metrics: Snapshot
     ) -> ServingState | None:
-        """Return the state once its id is another than `known`, or None after POLL_S.
+        """Return the state once its id differs from `known`, or None after POLL_S seconds.
 
-        problem: why the replica does not serve the state that it knows.
+        problem: why the replica could not install the state `known`; None if it could.
         """
         self._replicas[replica] = ReplicaStatus(known, problem, metrics, time.monotonic())
         if self.current.id == known:
@@ -80,25 +81,25 @@ class StatePublisher:
         return self.current if self.current.id != known else None
 
     def keep_alive(self, replica: str) -> None:
-        """Count a replica as living while it installs another state."""
+        """Keep a replica from being considered dead while it installs another state."""
         if replica in self._replicas:
             self._replicas[replica].at = time.monotonic()
 
     def leave(self, replica: str) -> None:
-        """Forget a replica that ends, before it would be missed."""
+        """Remove a replica that is about to exit, so that no change waits for it."""
         self._replicas.pop(replica, None)
 
     async def decide(self, decision: RolloutDecision) -> None:
-        """Write down what is to be carried out, whatever happens. Raises Unavailable."""
+        """Store a decision, so that it is carried out even after a crash. Raises Unavailable."""
         await self._write(replace(self._desired, decision=decision))
         self._reached(Transition.DECIDED)
 
     async def publish(self, state: ServingState, *, decided: bool = False) -> None:
-        """Publish a state, and return once every living replica has installed it.
+        """Publish a state, and return once every live replica has installed it.
 
-        decided: whether a decision that was written down is carried out by that. Raises BadRequest,
-        and the state before is published again, if a replica cannot install it; Unavailable, and
-        nothing has changed, if it cannot be written down.
+        decided: whether this carries out the stored decision. Raises BadRequest if a replica cannot
+        install the state; then the previous state is published again. Raises Unavailable if the
+        state cannot be stored; then nothing has changed.
         """
         decision = None if decided else self.decision
         before = self.current
@@ -113,12 +114,15 @@ class StatePublisher:
         await self._settle()
 
     async def settle(self) -> None:
-        """After a crash, see to it that the replicas can install the state that was written."""
+        """After a crash, wait until the replicas have installed the stored state, as `publish`."""
         if self._unsettled and self.living():
             await self._settle()
 
     async def _settle(self) -> None:
-        """Wait until every living replica has installed the state; go back if one cannot."""
+        """Wait until every live replica has installed the state; revert it if one cannot.
+
+        Raises BadRequest if the state was reverted.
+        """
         deadline = time.monotonic() + SWITCH_S
         while True:
             replicas = self.living().values()
@@ -127,7 +131,7 @@ class StatePublisher:
             if problem is None and len(informed) == len(replicas):
                 break
             if problem is None and time.monotonic() > deadline:
-                problem = f"not every replica could go over within {SWITCH_S:g} s."
+                problem = f"not every replica could install the state within {SWITCH_S:g} s."
             if problem is not None:
                 await self._go_back()
                 raise BadRequest(f"{problem} {UNCHANGED}")
@@ -137,13 +141,13 @@ class StatePublisher:
 
     async def _go_back(self) -> None:
         before = self._desired.before
-        assert before is not None, "a state that was published followed on another"
+        assert before is not None, "a published state has a predecessor"
         state = replace(before, revision=self.current.revision + 1)
         await self._write(DesiredState(self._desired.number, state, decision=self.decision))
         self._unsettled = False
 
     def living(self) -> dict[str, ReplicaStatus]:
-        """Return the replicas that have called lately, by name."""
+        """Return the live replicas by name: those that have called within FORGET_S seconds."""
         now = time.monotonic()
         self._replicas = {
             name: known for name, known in self._replicas.items() if now - known.at < FORGET_S
@@ -151,7 +155,7 @@ class StatePublisher:
         return self._replicas
 
     async def _write(self, desired: DesiredState) -> None:
-        """Write the desired state down, and tell the replicas. Raises Unavailable."""
+        """Store the desired state, and send it to the replicas. Raises Unavailable."""
         try:
             written = await asyncio.to_thread(self._store.write, desired)
         except Conflict as error:

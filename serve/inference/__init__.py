@@ -1,1 +1,1 @@
-"""From decoded inputs to outputs: batching, admission, caching and the latency model."""
+"""Prediction from decoded inputs: batching, admission, caching and the latency model."""

@@ -1,8 +1,8 @@
-"""Admission: what each request is granted, and the line it waits in.
+"""Admission control: the options of each request, and the queue in which requests wait.
 
-A request whose answer cannot be ready by its deadline is refused at once: an error now is worth
-more to its client than one later, and the engine computes only what somebody will read. Where the
-estimate was wrong, the batcher refuses it when it is taken from the line.
+A request that cannot finish by its deadline is rejected at once: an early error is more useful to
+the client than a late one, and the engine computes no predictions that nobody reads. If the
+estimate was wrong, the batcher rejects the request when it takes it from the queue.
 """
 
 import bisect
@@ -17,20 +17,20 @@ from sortedcontainers import SortedDict, SortedList
 from serve.errors import BadRequest, Overloaded
 from serve.inference.latency_model import LatencyModel
 
-# Estimates err; this much more time than expected must be left for a batch, and, as errors add up,
-# for a wait in the line. A line as long as the deadline would be answered too late half the time.
+# Safety factors for the estimated time of a batch and of the wait in the queue. The second is
+# larger because errors add up: without it, requests that just fit would be late half the time.
 MARGIN, LINE_MARGIN = 1.1, 1.4
-# What a client calls itself is kept no longer than this; nor are more clients that have nothing
-# waiting remembered.
+# Longest stored name of a client, in characters, and number of stored clients above which those
+# with nothing waiting are removed.
 MAX_CLIENT, MAX_CLIENTS = 64, 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What a request is granted.
+    """The options of a request, after the server's limits are applied.
 
-    deadline: time of the event loop's clock, seconds. priority: 1 goes first. client: whose share
-    of the engine it takes.
+    deadline: seconds on the event loop's clock. priority: 1 is the most urgent. client: the client
+    whose share of the engine the request uses.
     """
 
     deadline: float
@@ -49,30 +49,30 @@ def request_options(
 ) -> RequestOptions:
     """Read the protocol's `timeout` (microseconds) and `priority` (0 or none: the middle level).
 
-    timeout_s: the server's limit. asked_s: what is left of the client's own time, if it says.
-    Raises BadRequest.
+    now: seconds on the event loop's clock. timeout_s: the server's limit. asked_s: seconds until
+    the client's own deadline; None if there is none. Raises BadRequest if a parameter is invalid.
     """
     limit_s = timeout_s if asked_s is None else min(timeout_s, max(asked_s, 0))
     microseconds = parameters.get("timeout")
     if microseconds is not None:
         if type(microseconds) is not int or microseconds < 0:
             raise BadRequest(
-                f"parameter 'timeout' is {str(microseconds)[:40]}; expected a whole number of "
-                "microseconds."
+                f"parameter 'timeout' is {str(microseconds)[:40]}; expected microseconds as an "
+                "integer of at least 0."
             )
         if microseconds:
             limit_s = min(limit_s, microseconds / 1_000_000)
     priority = parameters.get("priority") or (priorities + 1) // 2
     if type(priority) is not int or not 1 <= priority <= priorities:
         raise BadRequest(
-            f"parameter 'priority' is {str(priority)[:40]}; expected a whole number from 0 to "
+            f"parameter 'priority' is {str(priority)[:40]}; expected an integer from 0 to "
             f"{priorities}."
         )
     return RequestOptions(now + limit_s, priority, client[:MAX_CLIENT])
 
 
 class QueueItem(Protocol):
-    """What can stand in the line."""
+    """A request that can wait in the queue."""
 
     terms: RequestOptions
 
@@ -81,42 +81,42 @@ class QueueItem(Protocol):
 
     @property
     def gone(self) -> bool:
-        """Whether nobody waits for its answer any more."""
+        """Whether no client waits for its result any more."""
         ...
 
     def refuse(self, error: Exception) -> None: ...
 
     def drop(self) -> int:
-        """Let go of the rows that no batch has taken, and return how many they were."""
+        """Release the rows that no batch has taken; return their number."""
         ...
 
 
 Job = TypeVar("Job", bound=QueueItem)
 
-# A job's level, tag and number in order of arrival, by which the line is sorted.
+# A job's priority level, tag and number in order of arrival. The queue is sorted by them.
 Place = tuple[int, float, int]
 
 
 class FairQueue(Generic[Job]):
-    """By priority, then fair between clients by rows, then in order of arrival.
+    """A queue ordered by priority, then by fair shares of rows between clients, then by arrival.
 
-    Start-time fair queueing (Goyal et al. 1996): each job is tagged with the row at which it would
-    start if its client had its equal share; the smallest tag goes first. What a job costs here
-    grows with the logarithm of how many wait, whatever their clients are called.
+    Start-time fair queueing (Goyal et al. 1996): a job's tag is the row at which the job would
+    start if its client had an equal share; the smallest tag goes first. The time per job is
+    logarithmic in the number of waiting jobs, whatever names clients use.
     """
 
     def __init__(self) -> None:
-        # Places in the line (level, tag, order), each with its job.
+        # Place in the queue → job.
         self._line: SortedDict[Place, Job] = SortedDict()
         self._place_of: dict[int, Place] = {}
-        # Those of each client, sorted as well.
+        # Client → its places, sorted.
         self._places_of_client: dict[str, list[Place]] = {}
         self._order = itertools.count()
         self._clock: dict[int, float] = defaultdict(float)
         self._next: dict[tuple[int, str], float] = {}
         self._most_remembered = MAX_CLIENTS
         self._rows_of_client: dict[str, int] = {}
-        # (rows, client), so that the client with the most is the last.
+        # (rows, client), sorted, so that the client with the most rows is last.
         self._shares: SortedList[tuple[int, str]] = SortedList()
         self._rows_of_level: dict[int, int] = defaultdict(int)
         self.rows = 0
@@ -125,10 +125,11 @@ class FairQueue(Generic[Job]):
         return len(self._line)
 
     def push(self, job: Job) -> None:
+        """Add a job to the queue."""
         level, client, count = job.terms.priority, job.terms.client, job.rows_left
         tag = max(self._clock[level], self._next.get((level, client), 0.0))
         if len(self._next) >= self._most_remembered:
-            # Who is behind the clock starts at the clock anyway.
+            # Remove clients whose next tag is behind the clock: they start at the clock anyway.
             clock = self._clock
             self._next = {who: tag for who, tag in self._next.items() if tag > clock[who[0]]}
             self._most_remembered = max(MAX_CLIENTS, 2 * len(self._next))
@@ -137,7 +138,7 @@ class FairQueue(Generic[Job]):
         self._count(job, count)
 
     def first(self) -> Job | None:
-        """The job whose turn it is; those that are gone leave."""
+        """Return the next job, or None if the queue is empty; jobs that are gone are removed."""
         while self._line:
             _, job = self._line.peekitem(0)
             if not job.gone:
@@ -148,17 +149,17 @@ class FairQueue(Generic[Job]):
         return None
 
     def took(self, rows: int) -> None:
-        """Take `rows` of the first job's rows; with its last ones it leaves the line."""
+        """Take `rows` of the first job's rows; with the last of them the job leaves the queue."""
         (level, tag, order), job = self._line.peekitem(0)
         self._clock[level] = tag
         self._count(job, -rows)
         self._exit(job)
         if job.rows_left > rows:
-            # What is left of it takes its turn after others that are as far.
+            # The job's remaining rows get a later tag, so that other clients have their turn.
             self._enter(job, (level, tag + rows, order))
 
     def leave(self, job: Job) -> None:
-        """A job has gone before its turn: its rows count no more. May be told more than once."""
+        """Remove a job before its turn. Calling this again for the same job has no effect."""
         rows = job.drop()
         if not rows:
             return
@@ -169,7 +170,7 @@ class FairQueue(Generic[Job]):
         self._exit(job)
 
     def ahead(self, terms: RequestOptions, count: int) -> int:
-        """About how many rows are answered before those of a job that came now."""
+        """Return about how many rows are computed before those of a new job of `count` rows."""
         if not self.rows:
             return 0
         rows = sum(n for level, n in self._rows_of_level.items() if level <= terms.priority)
@@ -178,10 +179,10 @@ class FairQueue(Generic[Job]):
         return min(rows, (own + count) * (others + 1))
 
     def evictable(self, terms: RequestOptions, count: int) -> list[Job]:
-        """Jobs that go in favour of one of `count` rows: less urgent ones, or the greediest's.
+        """Return jobs to evict for a new job of `count` rows; empty if they are not enough.
 
-        The greediest client is the one with the most waiting; its latest jobs go where it has,
-        with them gone, still no less than the newcomer. Empty where there are not enough.
+        They are less urgent jobs, or else the latest jobs of the client with the most waiting rows
+        if that client, after the eviction, still has no fewer rows than the new job's client.
         """
         less_urgent = itertools.takewhile(lambda at: at[0] > terms.priority, reversed(self._line))
         if chosen := self._latest(less_urgent, count):
@@ -196,8 +197,8 @@ class FairQueue(Generic[Job]):
         return self._latest((at for at in theirs if at[0] >= terms.priority), count)
 
     def _latest(self, places: Iterable[Place], count: int) -> list[Job]:
-        """Jobs at the first of some places that have `count` rows together; none if there are not
-        so many."""
+        """Return the jobs at the first of some places that have `count` rows in total; empty if all
+        of them have fewer."""
         chosen: list[Job] = []
         rows = 0
         for place in places:
@@ -215,7 +216,7 @@ class FairQueue(Generic[Job]):
         bisect.insort(self._places_of_client.setdefault(job.terms.client, []), place)
 
     def _exit(self, job: Job) -> None:
-        """Take a job out of the line, if it is still there."""
+        """Remove a job from the queue, if it is still there."""
         place = self._place_of.pop(id(job), None)
         if place is None:
             return
@@ -241,7 +242,7 @@ class FairQueue(Generic[Job]):
 
 
 class AdmissionController:
-    """Says of each request whether it may wait, and if not, why not and when to come again."""
+    """Decides whether a request may wait. Its errors say why not and when to retry."""
 
     def __init__(self, queue: FairQueue[Any], profile: LatencyModel, max_queue_rows: int) -> None:
         self._queue = queue
@@ -258,11 +259,11 @@ class AdmissionController:
         batch: int,
         encoding_rows: int = 0,
     ) -> list[Any]:
-        """Return the jobs that must go for a request of `count` rows; mostly none.
+        """Return the jobs that must be evicted for a request of `count` rows; usually none.
 
-        busy_until: when the engine is expected to be free. batch: rows it takes at once.
-        encoding_rows: on their way into the line. Raises Overloaded for a request that cannot be
-        answered in time, or finds the line full.
+        now, busy_until: seconds on the event loop's clock; the engine is expected to be busy until
+        then. batch: rows of a full batch. encoding_rows: rows that are not in the queue yet. Raises
+        Overloaded if the request cannot finish by its deadline, or if the queue is full.
         """
         waiting = self._queue.rows + encoding_rows
         per_row_s = self._profile.seconds(batch) / batch
@@ -271,11 +272,11 @@ class AdmissionController:
         own_s = self._profile.seconds(min(count, batch)) + per_row_s * max(count - batch, 0)
         left_s = terms.deadline - now
         if not busy_s and not waiting:
-            # Nothing else shows that the engine has become fast again.
+            # Try an idle engine even if it was slow before: only a batch can show that it is not.
             own_s = min(own_s, self._profile.measured(count))
         if LINE_MARGIN * wait_s + MARGIN * own_s > left_s:
             raise Overloaded(
-                f"the answer would take about {wait_s + own_s:.3g} s and only "
+                f"the request would take about {wait_s + own_s:.3g} s, but only "
                 f"{max(left_s, 0):.3g} s are left; {waiting} rows are waiting.",
                 wait_s + own_s - left_s,
                 "deadline",
@@ -288,5 +289,6 @@ class AdmissionController:
         return jobs
 
     def full(self, busy_s: float = 0) -> Overloaded:
-        drained_s = busy_s + self._queue.rows * self._profile.seconds(1)
-        return Overloaded(f"{self._queue.rows} rows are waiting already.", drained_s, "queue_full")
+        """Return the error for a full queue. busy_s: seconds until the engine is free."""
+        rows, drained_s = self._queue.rows, busy_s + self._queue.rows * self._profile.seconds(1)
+        return Overloaded(f"the queue is full: {rows} rows are waiting.", drained_s, "queue_full")

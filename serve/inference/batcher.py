@@ -1,11 +1,11 @@
-"""The batcher: requests join in a batch when the engine frees up, never before.
+"""The batcher: requests are joined to a batch when the engine becomes free, never before.
 
-A batch that is sealed while the engine is busy only waits, and under load a queue of small
-batches builds up; sealing at the last moment lets batches grow just as large as the load asks.
+A batch that is formed while the engine is busy only waits, and under load many small batches queue
+up. Forming it at the last moment lets batches grow with the load.
 
-A short batch runs on the event loop itself: two threads that pass the interpreter's lock to each
-other for every batch cost more than the loop gains by not waiting (a third of the throughput, with
-batches of 2 ms). A long one runs in a thread, so that the loop goes on.
+A short batch runs on the event loop itself: passing the GIL between two threads for every batch
+costs more than the loop gains (a third of the throughput, with batches of 2 ms). A long batch runs
+in a thread, so that it does not block the loop.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from serve.telemetry.metrics import VersionMetrics
 from train.tasks import Arrays
 from train.values.records import concatenate, num_rows
 
-# The longest batch, in seconds, for which the event loop waits.
+# Longest batch, in seconds, that runs on the event loop.
 SHORT_S = 0.01
 
 
 @dataclass(eq=False, slots=True)
 class QueuedRequest:
-    """A request in the line; its rows may be taken by several batches."""
+    """A request in the queue. Several batches may each take some of its rows."""
 
     rows: Arrays
     count: int
@@ -56,7 +56,7 @@ class QueuedRequest:
         return rows
 
     def give(self, part: Arrays) -> None:
-        """Take the answers of the next rows; with the last of them the request is answered."""
+        """Add outputs of the next rows, of shape [rows, …]; the last ones complete the request."""
         self.parts.append(part)
         if not self.answer.done() and sum(map(num_rows, self.parts)) == self.count:
             self.answer.set_result(concatenate(self.parts))
@@ -72,6 +72,7 @@ class BatchSlice:
 
     @property
     def rows(self) -> Arrays:
+        """The inputs of these rows, each of shape [stop - start, …]."""
         job = self.job
         if self.stop - self.start == job.count:
             return job.rows
@@ -91,10 +92,10 @@ class Batcher:
         wait_s: float = 0,
         metrics: VersionMetrics | None = None,
     ) -> None:
-        """run: a batch of any number of rows → as many rows of answers.
+        """Set up an idle engine.
 
-        max_batch_rows: by the profile when None. wait_s: how long an idle engine waits for a
-        batch to fill.
+        run: computes the outputs of a batch, one row per input row. max_batch_rows: the profile's
+        best size if None. wait_s: seconds that an idle engine waits for a batch to fill.
         """
         self._run = run
         self._profile = profile
@@ -103,7 +104,7 @@ class Batcher:
         self._metrics = metrics or VersionMetrics()
         self._queue: FairQueue[QueuedRequest] = FairQueue()
         self._admission = AdmissionController(self._queue, profile, max_queue_rows)
-        # Rows on their way into the line; whoever encodes them says so.
+        # Rows that are being encoded and not in the queue yet. The data plane updates it.
         self.encoding_rows = 0
         self._running_rows = 0
         self._busy_until = self._sealed = 0.0
@@ -113,12 +114,12 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """Rows in progress: those that wait and those that the engine has."""
+        """Rows in progress: waiting rows and those of the running batch."""
         return self.waiting_rows + self._running_rows
 
     @property
     def running_s(self) -> float:
-        """For how long the engine has had the batch that it runs now; 0 if it has none."""
+        """Seconds since the running batch was formed; 0 if none runs."""
         return time.perf_counter() - self._sealed if self._running_rows else 0.0
 
     @property
@@ -130,9 +131,9 @@ class Batcher:
         return self._max_batch_rows
 
     def check(self, count: int, terms: RequestOptions) -> list[QueuedRequest]:
-        """Return the jobs that `submit` would refuse in favour of a request of `count` rows.
+        """Return the jobs that `submit` would evict for a request of `count` rows.
 
-        Raises Overloaded for one that it would refuse itself.
+        Raises Overloaded if `submit` would reject the request.
         """
         return self._admission.admit(
             terms,
@@ -144,10 +145,11 @@ class Batcher:
         )
 
     def submit(self, rows: Arrays, terms: RequestOptions) -> asyncio.Future[Arrays]:
-        """Return the future answers for `rows`, which share batches with others.
+        """Queue inputs, and return a future of their outputs. Batches are shared with other jobs.
 
-        Cancel it to leave the line. It fails with DeadlineExceeded at the deadline.
-        Raises Overloaded at once when the answer cannot be ready by then, or too many rows wait.
+        rows: input → array of shape [N, …]; the outputs are arrays of shape [N, …]. Cancel the
+        future to leave the queue. The future fails with DeadlineExceeded at the deadline. Raises
+        Overloaded if the outputs cannot be ready by the deadline, or if the queue is full.
         """
         loop = asyncio.get_running_loop()
         count = num_rows(rows)
@@ -171,17 +173,17 @@ class Batcher:
 
     def _expire(self, job: QueuedRequest) -> None:
         late = DeadlineExceeded(
-            "no answer in time; the request was let go.", self._profile.seconds(1)
+            "the request did not finish in time and was cancelled.", self._profile.seconds(1)
         )
         self._refuse(job, late)
 
     def _wake(self) -> None:
-        """Seal a batch once what has arrived by now is in the line."""
+        """Form a batch once the requests that have already arrived are in the queue."""
         if self._due is None and not self._running_rows:
             self._due = asyncio.get_running_loop().call_soon(self._seal)
 
     def _seal(self, *, filled: bool = False) -> None:
-        """Give the idle engine its next batch, if there is one and it need not fill up yet."""
+        """Start the next batch if the engine is idle, unless the batch should fill up first."""
         self._due = None
         if self._timer is not None:
             self._timer.cancel()
@@ -193,8 +195,8 @@ class Batcher:
         now = loop.time()
         left_s = first.terms.deadline - now
         if self._wait_s and not filled and self._queue.rows < self._max_batch_rows:
-            # Until the batch is full, the wait is over or the first one's slack runs out, which
-            # is when twice as long is left as the batch takes.
+            # Wait until the batch is full, wait_s is over, or the first request has no slack: only
+            # twice the duration of the batch is left until its deadline.
             slack_s = left_s - 2 * MARGIN * self._profile.seconds(self._queue.rows)
             wait_s = min(first.entered + self._wait_s - time.perf_counter(), slack_s)
             if wait_s > 0:
@@ -221,13 +223,14 @@ class Batcher:
         done.add_done_callback(lambda future: self._finish(batch, sealed, future.result()))
 
     def _take(self, most: int, now: float) -> list[BatchSlice]:
-        """Take up to `most` rows from the line; what cannot be answered in time is refused."""
+        """Take up to `most` rows from the queue; reject jobs that cannot finish in time."""
         batch: list[BatchSlice] = []
         while most and (job := self._queue.first()):
             own_s = MARGIN * self._profile.seconds(min(job.rows_left, most))
             alone = not batch and self._queue.rows == job.rows_left
             if now + own_s > job.terms.deadline and not alone:
-                self._refuse(job, Overloaded("others were ahead too long.", own_s, "deadline"))
+                late = "the request waited too long behind others to finish in time."
+                self._refuse(job, Overloaded(late, own_s, "deadline"))
                 continue
             rows = min(job.rows_left, most)
             self._queue.took(rows)
@@ -239,13 +242,13 @@ class Batcher:
     def _compute(
         self, batch: Sequence[BatchSlice]
     ) -> tuple[list[Arrays | Exception], float, float]:
-        """Return an outcome for each piece, when the engine began and how long it ran."""
+        """Return an outcome for each slice, the start time and the duration in seconds."""
         started = time.perf_counter()
         outcomes = self._outcomes(batch)
         return outcomes, started, time.perf_counter() - started
 
     def _outcomes(self, batch: Sequence[BatchSlice]) -> list[Arrays | Exception]:
-        """Where the engine fails, run halves, so that only what it fails on gets the error."""
+        """Run a batch; if it fails, run its halves, so that only slices at fault get the error."""
         try:
             answers = self._run(concatenate([piece.rows for piece in batch]))
         except Exception as error:
@@ -269,12 +272,12 @@ class Batcher:
     ) -> None:
         outcomes, started, engine_s = result
         if not any(isinstance(outcome, Exception) for outcome in outcomes):
-            # What fails at once says nothing of how long a batch takes.
+            # The duration of a failed batch is not typical.
             self._profile.observe(self._running_rows, engine_s)
         self._metrics.ran(started - sealed, engine_s, len(batch))
         self._running_rows, self._busy_until = 0, 0.0
         if engine_s > SHORT_S:
-            # The engine first: it works while the answers are sent.
+            # Start the engine first, so that it runs while the responses are sent.
             self._wake()
         for piece, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception):

@@ -1,4 +1,4 @@
-"""The cache: answers that were given before, and those that are being computed."""
+"""The cache of predictions, both finished and being computed."""
 
 import asyncio
 import hashlib
@@ -10,17 +10,17 @@ from serve.errors import DeadlineExceeded
 from serve.telemetry.metrics import VersionMetrics
 from train.tasks import Arrays
 
-# About what an entry takes besides its arrays.
+# Approximate memory of an entry without its arrays.
 OVERHEAD_BYTES = 500
 
 
 class ResponseCache:
-    """Least recently used go first, and all after their time. Belongs to one event loop."""
+    """A cache with least-recently-used eviction and a time to live. Belongs to one event loop."""
 
     def __init__(
         self, max_bytes: int, ttl_s: float, identity: str, metrics: VersionMetrics
     ) -> None:
-        """identity: of what computes the answers, the bundle's digest and the variant."""
+        """Set the limits. identity: the bundle's digest and the variant, part of every key."""
         self._kept: TTLCache[bytes, Arrays] = TTLCache(max_bytes, ttl_s, getsizeof=_size_bytes)
         self._in_flight: dict[bytes, asyncio.Future[Arrays | None]] = {}
         self._identity = identity.encode()
@@ -33,10 +33,11 @@ class ResponseCache:
     async def answer(
         self, rows: Arrays, deadline: float, compute: Callable[[], Awaitable[Arrays]]
     ) -> Arrays:
-        """Return what `compute` gives for `rows`, computed once for all that ask meanwhile.
+        """Return the predictions that `compute` returns for `rows`, from the cache if possible.
 
-        deadline: of this request; another's failure or departure is not this one's.
-        Raises what `compute` raises, or DeadlineExceeded.
+        rows: input → array of shape [N, …]. Concurrent calls with equal rows compute once; if that
+        call fails or is cancelled, another one computes. deadline: of this call, in seconds on the
+        event loop's clock. Raises the errors of `compute`, and DeadlineExceeded.
         """
         key = self._key(rows)
         while True:
@@ -51,7 +52,8 @@ class ResponseCache:
                 async with asyncio.timeout_at(deadline):
                     found = await asyncio.shield(shared)
             except TimeoutError:
-                raise DeadlineExceeded("no answer in time; the request was let go.") from None
+                late = "the request did not finish in time and was cancelled."
+                raise DeadlineExceeded(late) from None
             if found is not None:
                 self._counts["shared"] += 1
                 return found
@@ -62,11 +64,11 @@ class ResponseCache:
         try:
             found = await compute()
         finally:
-            # Without an answer the others find none in flight, and one of them computes it.
+            # After a failure `found` is None; one of the waiting calls then computes.
             del self._in_flight[key]
             shared.set_result(found)
         if _size_bytes(found) <= self._kept.maxsize:
-            # A copy: these may be rows of a batch, which they would keep whole.
+            # A copy, because views of a batch would keep the whole batch in memory.
             self._kept[key] = {name: array.copy() for name, array in found.items()}
         return found
 

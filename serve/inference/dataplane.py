@@ -1,4 +1,4 @@
-"""The data plane: the one path from records to predictions that every protocol takes."""
+"""The data plane: the path from records to predictions, shared by all protocols."""
 
 import asyncio
 import hashlib
@@ -25,12 +25,12 @@ from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Number
 from train.values.pictures import num_pixels
 
-# More than this is left to a thread: it would hold up every other request.
+# More bytes than this are encoded in a thread, so that the event loop is not blocked.
 MAX_INLINE_BYTES = 65_536
 
 
 class DataPlane:
-    """One model, one version, one variant."""
+    """One variant of one version of a model, with its batcher, cache and metrics."""
 
     def __init__(self, predictor: Predictor, version: str, config: ServeConfig) -> None:
         self._predictor = predictor
@@ -74,12 +74,12 @@ class DataPlane:
 
     @property
     def fields(self) -> Sequence[TensorSpec]:
-        """What a record holds."""
+        """The fields of a record."""
         return self._predictor.task.features.fields
 
     @cached_property
     def readers(self) -> Mapping[str, Number | Vector | LabelSet]:
-        """How numbers, vectors and sets of a record are read, by the names of their fields."""
+        """Field → the column that parses its numbers, vectors or label sets."""
         numbers = [
             each for each in self._predictor.task.features.encoders if isinstance(each, Numbers)
         ]
@@ -92,7 +92,7 @@ class DataPlane:
 
     @property
     def classes(self) -> Sequence[str] | None:
-        """The names of the probabilities, None where there are none."""
+        """The class names of the probabilities; None if the model has no classes."""
         return getattr(self._predictor.task.target, "classes", None)
 
     @property
@@ -100,7 +100,7 @@ class DataPlane:
         return self._predictor.variant
 
     def warm_up(self) -> None:
-        """Run each batch size that will be common, before the first request needs it."""
+        """Run batches of 1, 2, 4, … rows, so that the first requests are not slower than others."""
         golden, _ = self._predictor.bundle.golden(self.variant)
         row = {name: array[:1] for name, array in golden.items()}
         rows = 1
@@ -109,13 +109,14 @@ class DataPlane:
             rows *= 2
 
     async def predict(self, columns: Columns, terms: RequestOptions) -> Arrays:
-        """Return predictions, a row for each record.
+        """Return the predictions for N records: output → array of shape [N, …].
 
-        columns: every field of the model, with a value for each record.
-        Raises BadRequest for a record that cannot be encoded, Overloaded, DeadlineExceeded.
+        columns: every field of the model, with N values. Raises BadRequest if a record cannot be
+        encoded, PayloadTooLarge if the images have too many pixels, Overloaded if there is no
+        capacity, and DeadlineExceeded.
         """
         if self._cache is None:
-            # What would be refused is not encoded first.
+            # Reject before encoding. With a cache, the request may need no capacity.
             self.batcher.check(len(next(iter(columns.values()))), terms)
         try:
             rows = await self._encoded(columns, terms)
@@ -134,7 +135,7 @@ class DataPlane:
         return predictions
 
     def snapshot(self, **labels: str) -> Snapshot:
-        """What it counted until now."""
+        """Return the metrics since the start; `labels` are added to the usual ones."""
         return self.metrics.snapshot(
             {"model": self.name, "version": self.version, "variant": self.variant, **labels},
             queue_rows=self.batcher.waiting_rows,
@@ -142,9 +143,10 @@ class DataPlane:
         )
 
     async def _encoded(self, columns: Columns, terms: RequestOptions) -> Arrays:
-        """Encode in a thread what takes long: a small file may hold a large image.
+        """Encode records; in a thread if they are large or image files, which may be small but
+        contain a large image.
 
-        Raises InvalidRecord, BadRequest for too many pixels, DeadlineExceeded.
+        Raises InvalidRecord, PayloadTooLarge if there are too many pixels, DeadlineExceeded.
         """
         encode = self._predictor.encode
         files = [columns[name] for name in self._images if _is_list(columns[name])]
@@ -159,7 +161,7 @@ class DataPlane:
                     self._threads, self._encoded_in_bounds, columns, files
                 )
         except TimeoutError:
-            raise DeadlineExceeded("no time was left to encode the records.") from None
+            raise DeadlineExceeded("the records could not be encoded before the deadline.") from None
         finally:
             self.batcher.encoding_rows -= count
 
@@ -169,18 +171,19 @@ class DataPlane:
         pixels = sum(num_pixels(file) for column in files for file in column)
         if pixels > self._max_pixels:
             raise PayloadTooLarge(
-                f"the images have {pixels} pixels; at most {self._max_pixels} are accepted."
+                f"the images have {pixels} pixels; at most {self._max_pixels} are accepted. Send "
+                "fewer or smaller images."
             )
         return self._predictor.encode(columns)
 
 
 def _is_list(values: Sequence[Any] | np.ndarray) -> bool:
-    """Whether each value is an object of its own, such as a file or a text."""
+    """Return whether the values are separate objects, such as files or texts."""
     return not isinstance(values, np.ndarray) or values.dtype == object
 
 
 def _size_bytes(values: Sequence[Any] | np.ndarray) -> int:
-    """About how much there is to encode."""
+    """Return the approximate size of values that are to be encoded."""
     if not _is_list(values):
         assert isinstance(values, np.ndarray)
         return values.nbytes

@@ -1,7 +1,7 @@
-"""How long the engine takes for a batch: what was measured at compression, corrected by what runs.
+"""The expected duration of a batch: measured at compression, corrected while serving.
 
-The host that measured is seldom the host that serves, and here other processes share its cores;
-the ratio of the two is learned while serving.
+The serving host usually differs from the measuring host, and other processes share its cores. The
+ratio of their durations is learned while serving.
 """
 
 from bisect import bisect_left
@@ -11,24 +11,25 @@ from train.bundle.manifest import Timing, Variant
 
 # A larger batch must be this much faster per row to be worth the longer wait.
 WORTH = 0.97
-# Of each new measurement in the running ratio, and how far one of them is believed: a machine that
-# stood still for a minute is not that slow, and none is a hundred times as fast as another.
+# Weight of a new measurement in the running ratio, and the factor by which it may exceed the ratio:
+# a machine that paused for a minute is not that slow. The ratio also has a lower limit, because no
+# serving host is a hundred times as fast as the measuring host.
 LEARNING_RATE, MOST = 0.1, 4.0
 LEAST_RATIO = 0.05
 
 
 class LatencyModel:
-    """Seconds for a batch of any number of rows, linear between the sizes measured."""
+    """The duration of a batch of any size, interpolated linearly between the measured sizes."""
 
     def __init__(self, sizes: Sequence[int], seconds: Sequence[float]) -> None:
-        """sizes: rows, increasing; seconds: of a batch of that many."""
+        """sizes: batch sizes in rows, increasing. seconds: the measured duration of each."""
         assert len(sizes) == len(seconds) > 0
         self._sizes, self._seconds = list(sizes), list(seconds)
         self.ratio = 1.0
 
     @classmethod
     def of(cls, variant: Variant, threads: int) -> "LatencyModel":
-        """The timings of a variant's own engine at the number of threads nearest to `threads`."""
+        """Return the model of a variant, measured at the thread count nearest to `threads`."""
         timings = [timing for timing in variant.profile if timing.engine == variant.engine]
         nearest = min({t.threads for t in timings}, key=lambda count: abs(count - threads))
 
@@ -40,7 +41,7 @@ class LatencyModel:
 
     @property
     def best_rows(self) -> int:
-        """The batch that answers most rows a second; the smaller of two that are about as good."""
+        """The batch size with the most rows per second; the smaller of two that are about equal."""
         best = 0
         for index, (size, seconds) in enumerate(zip(self._sizes, self._seconds, strict=True)):
             if seconds / size < WORTH * self._seconds[best] / self._sizes[best]:
@@ -48,16 +49,19 @@ class LatencyModel:
         return self._sizes[best]
 
     def seconds(self, rows: int) -> float:
-        """Expected duration of one batch; beyond the largest size, as fast per row as that."""
+        """Return the expected duration of a batch of `rows` rows, in seconds.
+
+        Batches above the largest measured size have the same duration per row as that size.
+        """
         return self.ratio * self.measured(rows)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a batch that ran."""
+        """Update the ratio with the duration of a batch that ran."""
         seen = max(min(seconds / self.measured(rows), MOST * self.ratio), LEAST_RATIO)
         self.ratio += LEARNING_RATE * (seen - self.ratio)
 
     def rows_within(self, seconds: float, most: int) -> int:
-        """The largest batch up to `most` that is done within `seconds`; at least 1."""
+        """Return the largest batch size up to `most` that takes at most `seconds`; at least 1."""
         low, high = 1, most
         if self.seconds(most) <= seconds:
             return most
@@ -67,7 +71,7 @@ class LatencyModel:
         return low
 
     def measured(self, rows: int) -> float:
-        """Duration of one batch on the machine that was measured."""
+        """Return the duration of a batch on the measuring host, in seconds."""
         sizes, seconds = self._sizes, self._seconds
         index = bisect_left(sizes, rows)
         if index == len(sizes):

@@ -1,1 +1,1 @@
-"""A replica: the versions it has loaded, and how requests are divided among them."""
+"""A replica: the versions that it has loaded, and the division of requests among them."""

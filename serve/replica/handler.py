@@ -1,4 +1,4 @@
-"""Inference requests of every protocol: options, decoding, prediction, encoding, stage times."""
+"""Handling of inference requests, shared by all protocols: decoding, prediction and encoding."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class RepositoryAPI(Protocol):
-    """The methods that act for all replicas of a model. They raise RequestError."""
+    """The repository's methods, which act on all replicas of a model. They raise RequestError."""
 
     async def index(self) -> list[dict[str, Any]]: ...
     async def stats(self) -> dict[str, Any]: ...
@@ -44,7 +44,7 @@ class RepositoryAPI(Protocol):
 
 
 class InferenceHandler:
-    """A replica's model, as its clients may use it."""
+    """Handles the requests to a replica's model. The guard checks the access of clients."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class InferenceHandler:
         *,
         loopback: bool = True,
     ) -> None:
-        """loopback: whether only this machine reaches the server."""
+        """Set up the guard. loopback: whether the server is reachable from this machine only."""
         self.guard = Guard(
             keys,
             loopback=loopback,
@@ -83,7 +83,7 @@ class InferenceHandler:
         return self._served.ready()
 
     def endpoint(self, name: str, version: str | None = None) -> Endpoint:
-        """Raises NotFound, Unavailable."""
+        """Return the endpoint of a version. Raises NotFound or Unavailable."""
         return self._served.find(name, version)
 
     async def infer(
@@ -96,13 +96,14 @@ class InferenceHandler:
         *,
         sizes: tuple[int, int] = (0, 0),
     ) -> T:
-        """Answer an inference request of any protocol.
+        """Handle an inference request of any protocol; return the response that `encode` returns.
 
-        decode: the body → records of the endpoint's version. sizes: of the body, and
-        of what of it is parsed at most, in bytes. encode: (inference, predictions, a
-        row for each record, version that answered) → the response; in a rollout the version that
-        answers may be the candidate. timeout_s: time left of the client's deadline. Raises what
-        `decode`, `DataPlane.predict` and `RequestContext.while_connected` do.
+        decode: reads the body into records for the endpoint's version. encode: gets the request,
+        the predictions (output → array of shape [N, …], one row per record) and the data plane
+        that computed them, which may be the candidate's in a rollout. timeout_s: seconds until the
+        client's deadline; None if there is none. sizes: bytes of the body, and the most of them
+        that may need parsing. Raises the errors of `decode`, `DataPlane.predict` and
+        `RequestContext.while_connected`.
         """
         began = time.perf_counter()
         inference = await self._large_bodies.decode(decode, *sizes)
@@ -121,9 +122,9 @@ class InferenceHandler:
     def _options(
         self, parameters: Mapping[str, Any], client: str, timeout_s: float | None = None
     ) -> RequestOptions:
-        """Return what a request is granted. Raises BadRequest.
+        """Return the deadline, priority and client of a request. Raises BadRequest.
 
-        timeout_s: what is left of the client's own deadline.
+        timeout_s: seconds until the client's own deadline; None if there is none.
         """
         return admission.request_options(
             parameters,
@@ -135,7 +136,7 @@ class InferenceHandler:
         )
 
     async def index(self, key: APIKey | None) -> list[dict[str, Any]]:
-        """The versions of the models that a key may ask; of all without one."""
+        """Return the versions of the models that a key may use; of all models if it is None."""
         models = await self.repository.index()
         return [model for model in models if key is None or key.sees(model["name"])]
 

@@ -1,8 +1,8 @@
-"""A process that decodes large JSON, so that the replica's threads do not wait for it.
+"""A subprocess that decodes large JSON bodies, so that the replica's threads are not blocked.
 
-A parser holds Python's lock while it makes a list of millions of values. The process takes requests
-from its standard input and answers on its standard output, each a length of eight bytes and a
-message in MessagePack, and ends with its input.
+A JSON parser holds the GIL while it builds a list of millions of values. The subprocess reads
+requests from stdin, writes responses to stdout, and exits when stdin ends. Each message starts with
+its length in 8 bytes. A request is a MessagePack message and a body; a response is MessagePack.
 """
 
 import gc
@@ -24,14 +24,15 @@ from serve.protocol.v2 import InferRequest
 from train.bundle.manifest import Manifest
 
 LENGTH = struct.Struct("<Q")
+# MessagePack extension types: arrays of numbers, and arrays of dtype object.
 NUMBERS, OBJECTS = 1, 2
 NICENESS = 10
-# Memory for parsed JSON, in addition to what the process uses at its start.
+# Bytes of memory for parsed JSON, in addition to what the process uses at its start.
 MAX_BYTES = 2 << 30
 
 
 class JSONProcess:
-    """Starts the process with the first request, and again where it has ended."""
+    """Client of the subprocess, which it starts with the first request, and again if it exits."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,9 +49,9 @@ class JSONProcess:
         max_json_bytes: int,
         unknown_fields: UnknownFields,
     ) -> InferRequest:
-        """Decode a body of protocol "v1" or "v2" as its module does; blocks.
+        """Decode a body of protocol "v1" or "v2", as the `decode` of that module. Blocks.
 
-        Raises BadRequest, PayloadTooLarge; Overloaded where the process ends meanwhile.
+        Raises BadRequest and PayloadTooLarge as that function, Overloaded if the subprocess exits.
         """
         options = [header_length, max_rows, max_json_bytes, unknown_fields]
         head = _pack([protocol, manifest.model_dump_json(), options])
@@ -66,14 +67,14 @@ class JSONProcess:
                 answer = None
             if answer is None:
                 self.close()
-                raise errors.Overloaded("a large request could not be read at this moment.")
+                raise errors.Overloaded("a large request could not be decoded; try again.")
         error, message, request = _unpack(answer)
         if error:
             raise getattr(errors, error)(message)
         return InferRequest(**request)
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """Kill the subprocess, if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -91,10 +92,11 @@ class JSONProcess:
 
 
 def main() -> None:
+    """Decode requests until stdin ends."""
     os.nice(NICENESS)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_BYTES, used + MAX_BYTES))
-    # It would look through lists that are all in use.
+    # The collector would scan large lists in which it can free nothing.
     gc.disable()
     received, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
@@ -103,7 +105,7 @@ def main() -> None:
 
 
 def _answer(head: bytes, body: bytes) -> list[Any]:
-    """Return the name of an error's class and its message, or "" twice and the request."""
+    """Return [error class, message, None], or ["", "", fields of the InferRequest]."""
     protocol, manifest_json, options = _unpack(head)
     header_length, max_rows, max_json_bytes, unknown_fields = options
     manifest = Manifest.model_validate_json(manifest_json)
@@ -123,7 +125,8 @@ def _answer(head: bytes, body: bytes) -> list[Any]:
         return [type(error).__name__, str(error), None]
     except MemoryError:
         message = (
-            "the JSON takes too much memory; send tensors as binary data, or several requests."
+            "parsing the JSON needs too much memory; send tensors as binary data, or split the "
+            "request."
         )
         return [errors.PayloadTooLarge.__name__, message, None]
     return ["", "", vars(found)]
@@ -136,7 +139,7 @@ def _write(stream: IO[bytes], message: bytes) -> None:
 
 
 def _read(stream: IO[bytes]) -> bytes | None:
-    """Return a message; None where the stream has ended."""
+    """Return the next message; None at the end of the stream."""
     length = stream.read(LENGTH.size)
     if len(length) < LENGTH.size:
         return None
@@ -155,7 +158,7 @@ def _packed(value: Any) -> Any:
         if value.dtype == object:
             return msgpack.ExtType(OBJECTS, _pack([value.shape, value.ravel().tolist()]))
         return msgpack.ExtType(NUMBERS, _pack([value.dtype.str, value.shape, value.tobytes()]))
-    raise TypeError(f"{type(value)} is not sent")
+    raise TypeError(f"{type(value)} cannot be packed; expected an array")
 
 
 def _unpack(message: bytes) -> Any:

@@ -1,6 +1,6 @@
-"""Large bodies: decoded in a thread, one at a time, while the event loop answers others.
+"""Decoding of large bodies in a thread, one at a time, so that the event loop is not blocked.
 
-What is JSON of them goes to a process of its own, see json_process.py.
+Large JSON is decoded in a subprocess; see json_process.py.
 """
 
 import asyncio
@@ -11,23 +11,24 @@ from serve.errors import Overloaded
 
 T = TypeVar("T")
 
-# Smaller bodies are decoded at once; a thread would take longer.
+# Bodies up to this many bytes are decoded on the event loop, which is faster than a thread.
 INLINE_BYTES = 1 << 18
 
 
 class LargeBodyDecoder:
-    """Belongs to one event loop."""
+    """Decodes small bodies at once and large ones in a thread. Belongs to one event loop."""
 
     def __init__(self, max_waiting_bytes: int) -> None:
+        """Set the limit for the total size of large bodies that wait or are being decoded."""
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._turn = asyncio.Lock()
 
     async def decode(self, decode: Callable[[], T], size: int, parsed: int) -> T:
-        """Return what `decode` makes of a body of `size` bytes.
+        """Call `decode` for a body of `size` bytes, and return its result.
 
-        parsed: bytes of it that are parsed at most. Raises Overloaded where too many wait, and what
-        `decode` raises.
+        parsed: the most bytes of the body that may need parsing. Raises Overloaded if too many
+        bytes wait, and the errors of `decode`.
         """
         if parsed <= INLINE_BYTES:
             return decode()

@@ -13,7 +13,7 @@ from serve.telemetry.metrics import Snapshot, merge_samples
 
 logger = logging.getLogger(__name__)
 
-# Why requests are refused that a free engine would have answered.
+# The reasons for which requests are rejected because of the load, as metrics count them.
 LOAD_REASONS = ("overloaded", "deadline", "queue_full", "timeout")
 
 
@@ -26,9 +26,10 @@ class ModelVersions:
         load: Callable[[str, str], DataPlane],
         pipeline: PredictionPipeline,
     ) -> None:
-        """load: (location, version) → a warm version whose golden self-test passed.
+        """Load the versions of `state`.
 
-        Raises CorruptBundle for a version that fails its self-test.
+        load: (location, version) → a version that has passed its self-test and is warmed up.
+        Raises CorruptBundle if a version fails its self-test.
         """
         self._load = load
         self._pipeline = pipeline
@@ -50,14 +51,14 @@ class ModelVersions:
         return self.state.loaded
 
     def find(self, name: str, version: str | None = None) -> Endpoint:
-        """Return the endpoint of a version, given by number or alias; the default when None.
+        """Return the endpoint of a version, which is a number, an alias or None for the default.
 
-        Raises NotFound, or Unavailable while the model is unloaded.
+        Raises NotFound if the model or version is not served, Unavailable if the model is unloaded.
         """
         state = self.state
         if name != state.name:
             raise NotFound(
-                f"model '{name[:100]}' is not served here; GET /v2/models lists what is."
+                f"model '{name[:100]}' is not served here; GET /v2/models lists those that are."
             )
         if not state.loaded:
             raise Unavailable(
@@ -68,19 +69,19 @@ class ModelVersions:
         if endpoint is None:
             known = ", ".join([*self._planes, *state.aliases])
             raise NotFound(
-                f"version '{str(version)[:100]}' of '{name}' is not served; {known} are."
+                f"version '{str(version)[:100]}' of '{name}' is not served; expected {known}."
             )
         return endpoint
 
     async def install(self, state: ServingState) -> None:
-        """Change to another state; requests in progress finish with the version they have.
+        """Switch to another state. Requests in progress finish with the version they started with.
 
-        Raises CorruptBundle, and nothing has changed, for a version that fails its self-test.
+        Raises CorruptBundle if a version fails its self-test; the old state then stays installed.
         """
         self._adopt(state, await asyncio.to_thread(self._load_missing, state))
 
     def report(self) -> ReplicaReport:
-        """Return what was observed since the last report."""
+        """Return the observations since the last report."""
         blocks = {
             version: plane.sampler.drained()
             for version, plane in self._planes.items()
@@ -89,7 +90,7 @@ class ModelVersions:
         return self._pipeline.reports.drain(blocks)
 
     async def close(self) -> None:
-        """Write the rest of the request log."""
+        """Write the entries of the request log that are still in memory."""
         await self._pipeline.close()
 
     def num_rows(self) -> int:
@@ -97,21 +98,22 @@ class ModelVersions:
         return sum(plane.batcher.rows for plane in self._planes.values())
 
     def engine_s(self) -> float:
-        """Return for how long engines were busy until now, with the batches that run."""
+        """Return the total seconds that engines were busy, including the running batches."""
         planes = self._planes.values()
         return sum(plane.metrics.engine_s + plane.batcher.running_s for plane in planes)
 
     def num_refused(self) -> int:
-        """Return how many requests were refused until now as there was too much to do."""
+        """Return the total number of requests that were rejected because of the load."""
         planes = self._planes.values()
         return sum(plane.metrics.refused[reason] for plane in planes for reason in LOAD_REASONS)
 
     def num_responses(self) -> int:
-        """Return how many requests were answered until now."""
+        """Return the total number of requests that got a response."""
         planes = self._planes.values()
         return sum(sum(plane.metrics.requests.values()) for plane in planes)
 
     def snapshot(self, replica: str) -> Snapshot:
+        """Return the metrics of all versions and of the request log."""
         parts = [plane.snapshot(replica=replica) for plane in self._planes.values()]
         labels = {"model": self.name, "replica": replica}
         return merge_samples([*parts, self._pipeline.snapshot(labels)])

@@ -1,4 +1,4 @@
-"""How requests are answered: composed once, when a serving state is installed."""
+"""The functions that compute predictions for requests, composed when a state is installed."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,22 +16,23 @@ from serve.state import ServingState
 from serve.telemetry.metrics import Snapshot
 from train.tasks import Arrays, Columns
 
-# (columns, options, request id) → the version that answered, and its predictions.
+# (columns, options, request id) → the data plane that computed predictions, and the predictions.
 Predict = Callable[[Columns, RequestOptions, str], Awaitable[tuple[DataPlane, Arrays]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A version that requests are decoded for, and the function that answers them."""
+    """A version for which requests are decoded, and the function that computes predictions."""
 
     plane: DataPlane
     predict: Predict
 
 
 class PredictionPipeline:
-    """Puts the rollout and the request log around the versions. Belongs to one event loop.
+    """Adds the rollout and the request log to the prediction of versions.
 
-    reports: the observations that the replica has not yet sent to the repository.
+    Belongs to one event loop. reports: observations that the replica has not yet sent to the
+    repository.
     """
 
     def __init__(self, config: ServeConfig, name: str) -> None:
@@ -44,7 +45,7 @@ class PredictionPipeline:
     def compose(
         self, state: ServingState, planes: Mapping[str, DataPlane]
     ) -> dict[str | None, Endpoint]:
-        """Return the endpoint of each version, and under None that of requests that name none."""
+        """Return the endpoint of each version; key None is for requests that name no version."""
         if not state.loaded:
             return {}
         endpoints: dict[str | None, Endpoint] = {
@@ -66,11 +67,11 @@ class PredictionPipeline:
         return endpoints
 
     def snapshot(self, labels: dict[str, str]) -> Snapshot:
-        """Return the metrics of the request log; none without one."""
+        """Return the metrics of the request log; empty if there is no log."""
         return {} if self._log is None else self._log.snapshot(labels)
 
     async def close(self) -> None:
-        """Write the rest of the request log."""
+        """Write the entries of the request log that are still in memory."""
         if self._log is not None:
             await self._log.close()
 
@@ -79,7 +80,7 @@ class PredictionPipeline:
             self.reports.add_predictions(request_id, version, predictions_of(predictions))
 
     def _logged(self, predict: Predict) -> Predict:
-        """Log the requests of the sample, and report their predictions for feedback."""
+        """Wrap `predict` to log sampled requests, and to report their predictions for feedback."""
         log = self._log
         if log is None:
             return predict

@@ -1,4 +1,4 @@
-"""A replica's part of a rollout: the candidate answers copies of requests, or some clients."""
+"""A replica's part in a rollout: copies of requests, or some clients, go to the candidate."""
 
 import asyncio
 import logging
@@ -19,14 +19,14 @@ from train.tasks import Arrays, Columns
 
 logger = logging.getLogger(__name__)
 
-# Copies in progress at once; further requests are not copied.
+# Most copies in progress at the same time; further requests are not copied.
 MAX_COPIES = 16
 # Relative difference up to which two values agree.
 TOLERANCE = 0.05
 
 
 class TrafficSplitter:
-    """Answers requests that name no version, during one phase of a rollout.
+    """Computes predictions for requests that name no version, during one phase of a rollout.
 
     Belongs to one event loop.
     """
@@ -40,9 +40,10 @@ class TrafficSplitter:
         record_copy: Callable[[str, str, Arrays], None],
         timeout_s: float,
     ) -> None:
-        """reports: takes the comparison. timeout_s: limit for a copy.
+        """Set the versions to compare.
 
-        record_copy: called with request id, version and predictions once a copy was answered.
+        reports: receives the comparison. record_copy: called with request id, version and
+        predictions when a copy is done. timeout_s: time limit of a copy in seconds.
         """
         self._rollout, self._production, self._candidate = rollout, production, candidate
         self._reports, self._record_copy = reports, record_copy
@@ -52,10 +53,11 @@ class TrafficSplitter:
     async def split(
         self, columns: Columns, options: RequestOptions, request_id: str
     ) -> tuple[DataPlane, Arrays]:
-        """Return the version that answered, and its predictions.
+        """Return the data plane that computed the predictions, and the predictions.
 
-        A client's name chooses the version, so that a client always gets the same one. Raises what
-        production's `DataPlane.predict` does.
+        The predictions are arrays of shape [N, …], one row per record. The client's name decides
+        the version, so that each client always gets the same one. Raises the errors of
+        production's `DataPlane.predict`.
         """
         production, candidate = self._production, self._candidate
         canary = self._rollout.phase == CANARY
@@ -69,7 +71,7 @@ class TrafficSplitter:
         predictions = await production.predict(columns, options)
         self._arm(production).answered(time.perf_counter() - began)
         if failed:
-            # Not before production has shown that the request was not at fault.
+            # Counted only now, because production's success shows that the request was valid.
             self._arm(candidate).failed()
         if not canary and in_fraction(request_id, self._rollout.fraction, ROLLOUT):
             self._copy(candidate, columns, options, predictions, request_id)
@@ -83,7 +85,7 @@ class TrafficSplitter:
         began = time.perf_counter()
         now = asyncio.get_running_loop().time()
         try:
-            # The other half of the time is left for production to answer instead.
+            # Half of the time is left for production, which takes over if the candidate fails.
             async with asyncio.timeout_at(now + (options.deadline - now) / 2):
                 predictions = await candidate.predict(columns, options)
         except RequestError:
@@ -102,7 +104,7 @@ class TrafficSplitter:
         expected: Arrays,
         request_id: str,
     ) -> None:
-        """Have the other version answer too, and compare its predictions with `expected`."""
+        """Run the other version on the same records; compare its predictions with `expected`."""
         if len(self._copies) >= MAX_COPIES:
             return
         compared = self._compare(plane, columns, options, expected, request_id)
@@ -141,7 +143,7 @@ class TrafficSplitter:
 
 
 def _agree(one: Arrays, other: Arrays) -> np.ndarray:
-    """Return for each row whether the labels are the same, or the values nearly so; bool [N]."""
+    """Return whether the labels of each row are equal, or its values nearly so; bool [N]."""
     if "label" in one:
         agreed_N: np.ndarray = np.asarray(one["label"] == other["label"], bool)
         return agreed_N

@@ -104,7 +104,7 @@ def test_another_process_takes_over(process, bundle):
 def test_a_process_that_ends_meanwhile_is_told(bundle, monkeypatch):
     process = JSONProcess()
     monkeypatch.setattr("sys.executable", "/bin/true")
-    with pytest.raises(Overloaded, match="could not be read at this moment"):
+    with pytest.raises(Overloaded, match="a large request could not be decoded"):
         decode(process, "v1", b"{}", bundle.manifest)
     assert process._process is None
 

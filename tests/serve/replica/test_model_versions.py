@@ -140,7 +140,7 @@ def test_loading_a_bad_version_is_refused_and_the_old_one_stays(place):
     async def scenario():
         good, bad = place
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
-        with pytest.raises(BadRequest, match="What was served before still is"):
+        with pytest.raises(BadRequest, match="The previous versions are still served"):
             await kept.load("digits", ACTOR)
         assert (await kept.state()).revision == 0
         with pytest.raises(NotFound):

@@ -79,7 +79,7 @@ def test_a_process_that_stood_still_changes_nothing(tmp_path):
     late = now = store.read()
     for _ in range(15):
         now = store.write(now)
-    with pytest.raises(Conflict, match="at document 15 by now"):
+    with pytest.raises(Conflict, match="already at document 15"):
         store.write(late)
     assert store.read() == now
 
