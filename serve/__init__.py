@@ -1,4 +1,4 @@
-"""Serving: a bundle behind HTTP and gRPC, on Ray Serve.
+"""Serving of bundles over HTTP and gRPC, on Ray Serve.
 
 `serve run serve.app [model=models:/NAME@ALIAS] [key=value …]` starts a server. From Python,
 `deploy` does the same in a child process, and `Client` sends requests.

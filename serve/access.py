@@ -1,7 +1,7 @@
-"""Who may ask what: by key, and, in a browser, by the page that asks.
+"""Access control: by API key, and for browsers also by the page that sends the request.
 
-What each route and each gRPC method needs stands beside it, as an Access; REST and gRPC both ask
-the same Guard.
+Each route and each gRPC method declares the Access that it requires. REST and gRPC use the same
+Guard.
 """
 
 import asyncio
@@ -19,30 +19,37 @@ from cluster.ingress import haproxy_config
 from serve.errors import Forbidden, Unauthorized
 from serve.security import APIKey, KeyStore
 
-# The value of a header by its name in lower case; None where it was not sent.
+# Header name in lower case → value; None if the header was not sent.
 Header = Callable[[bytes], str | None]
 ANY = "*"
 
 
 class Access(Enum):
-    """What a request must bring. Where there are no keys, a loopback address stands for one."""
+    """The access that a request requires, if the server has keys.
 
-    OPEN = auto()  # nothing: whether the server lives, and pages that hold no data
-    PAGE = auto()  # the same, and another site may link to it
-    METRICS = auto()  # a key, unless metrics are open
-    KEY = auto()  # any key; what is answered depends on its models
+    A server without keys is open, except for CHANGES, which then require that the server is
+    reachable from its own machine only.
+    """
+
+    OPEN = auto()  # no key: health checks, and pages without data
+    PAGE = auto()  # no key, and other sites may link to it
+    METRICS = auto()  # any key, unless metrics are open
+    KEY = auto()  # any key; the response depends on the models of the key
     MODEL = auto()  # a key for the model
-    FEEDBACK = auto()  # a key for the model, or a server that only its own machine reaches
-    ADMIN = auto()  # a key that may change the model, or such a server
+    FEEDBACK = auto()  # a key for the model
+    ADMIN = auto()  # a key that may load and unload the model
 
 
-# Without keys, these are for the server's own machine: they change what others are answered.
+# Requests that change the responses to other clients.
 CHANGES = (Access.FEEDBACK, Access.ADMIN)
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Who asked for a change. address: the client's, as HAProxy or the server saw it."""
+    """The client that requested a change. name: of its key. address: seen by HAProxy or the server.
+
+    request_id: id of the request.
+    """
 
     name: str
     address: str
@@ -55,7 +62,8 @@ _proof = cache(haproxy_config.proof_prefix)
 def client_address(peer: str | None, direct: str) -> str:
     """Return the address of a client.
 
-    peer: what HAProxy says of it; None behind none. direct: the other end of the connection.
+    peer: value of the header that HAProxy sets, a proof and the address; None without HAProxy.
+    direct: the remote address of the connection, used if the proof is wrong.
     """
     proof, _, address = (peer or "").partition(" ")
     known = hmac.compare_digest(proof.encode(errors="replace"), _proof().encode())
@@ -63,7 +71,7 @@ def client_address(peer: str | None, direct: str) -> str:
 
 
 class Guard:
-    """Refuses what a client may not ask. Belongs to one event loop."""
+    """Rejects requests that a client may not send. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -74,10 +82,12 @@ class Guard:
         hosts: Iterable[str] = (),
         own_name: str = "",
     ) -> None:
-        """loopback: whether only this machine reaches the server.
+        """Set the rules.
 
-        hosts: names that the server has elsewhere, whose pages are its own. "*.a.b" is every name
-        that ends so, and "*" every name; their pages are not. own_name: what it listens on.
+        keys: None for a server without keys. loopback: whether the server is reachable from this
+        machine only. hosts: further host names of the server. Pages from these hosts count as the
+        server's own, but not those that match only a pattern: "*.a.b" is every name with that
+        ending, "*" every name. own_name: the host that the server listens on.
         """
         self.keys = keys
         self._loopback = loopback
@@ -85,21 +95,21 @@ class Guard:
         self._hosts = AllowedHosts(hosts, own_name)
 
     def check_page(self, header: Header, *, method: str, access: Access | None) -> None:
-        """Refuse what a page of another site makes a browser ask. Raises Forbidden.
+        """Reject requests that pages of other sites make a browser send. Raises Forbidden.
 
-        Without keys a browser on this machine is all that such a page needs. Two ways are closed:
-        its requests name it in Origin or Sec-Fetch-Site, and a name of its own that leads to this
-        server's address, so that the browser takes both for one site, comes as Host.
+        Without keys, such a page would have the access of the user's machine. Requests across
+        sites are detected by Origin or Sec-Fetch-Site. DNS rebinding, in which the other site's
+        name resolves to this server's address, is detected by Host.
         """
         host, origin = header(b"host"), header(b"origin")
         if host is not None and not self._hosts.has(host):
             raise Forbidden(
-                f"this server is not known as '{host[:100]}'. Ask it by its address, or start it "
-                "with security.allowed_hosts=NAME."
+                f"the host '{host[:100]}' is not a name of this server. Use its address, or start "
+                "it with security.allowed_hosts=NAME."
             )
         if origin is not None:
             if not self._is_own(origin, host):
-                raise Forbidden(f"requests of pages from '{origin[:100]}' are not answered.")
+                raise Forbidden(f"requests from pages of '{origin[:100]}' are not allowed.")
             return
         site = header(b"sec-fetch-site")
         if site in (None, "same-origin", "none"):
@@ -110,55 +120,65 @@ class Guard:
             and method in ("GET", "HEAD")
         )
         if not (access is Access.PAGE and linked):
-            raise Forbidden("requests of pages from other sites are not answered.")
+            raise Forbidden("requests from pages of other sites are not allowed.")
 
     def _is_own(self, origin: str, host: str | None) -> bool:
-        """Whether a page is this server's own, under another name where a gateway changes Host."""
+        """Return whether a page is from this server; behind a gateway, Host may differ from it."""
         place = _place(origin)
         return place is not None and (place == host or self._hosts.lists(place))
 
     def needs_key(self, access: Access | None) -> bool:
-        """access: None where there is no such route; that, too, is told only with a key."""
+        """Return whether a request needs a key. access: None if the route does not exist.
+
+        Unknown routes need a key too, so that clients without one cannot find out routes.
+        """
         if self.keys is None or access in (Access.OPEN, Access.PAGE):
             return False
         return not (access is Access.METRICS and self._metrics_without_key)
 
     def authenticate(self, authorization: str | None) -> APIKey | None:
-        """Return the key of a header; None where there are no keys.
+        """Return the key in an Authorization header; None if the server has no keys.
 
-        Raises Unauthorized, RateLimited.
+        Raises Unauthorized if there is no valid key, RateLimited if the key exceeds its rate.
         """
         if self.keys is None:
             return None
         return self.keys.check(authorization, asyncio.get_running_loop().time())
 
     def authorize(self, key: APIKey | None, access: Access, model: str) -> None:
-        """Raises Forbidden for a model or a change that a key is not for, Unauthorized for a change
-        that needs a key where there are none."""
+        """Check that a key allows `access` to a model.
+
+        Raises Forbidden if it does not, Unauthorized for a change on a server without keys that is
+        reachable from other machines.
+        """
         if key is None:
             if self.keys is None and not self._loopback and access in CHANGES:
                 raise Unauthorized(
-                    "this needs a key, as other machines reach this server: start it with "
-                    "security.api_keys_file=FILE (python -m serve.security makes one)."
+                    "this requires a key, because the server is reachable from other machines: "
+                    "start it with security.api_keys_file=FILE (python -m serve.security creates "
+                    "keys)."
                 )
             return
         if access in (Access.MODEL, *CHANGES) and not key.sees(model):
-            raise Forbidden(f"key '{key.name}' is not for model '{model[:100]}'.")
+            raise Forbidden(f"key '{key.name}' may not use model '{model[:100]}'.")
         if access is Access.ADMIN and not key.admin:
             raise Forbidden(f"key '{key.name}' may not load and unload models.")
 
 
 class AllowedHosts:
-    """Names by which clients may ask for a server."""
+    """The host names of a server."""
 
     def __init__(self, listed: Iterable[str] = (), own_name: str = "") -> None:
         self._listed = [name.lower().rstrip(".") for name in listed]
         self._own = {*LOOPBACK, socket.gethostname().lower(), own_name.lower()}
-        # Clients choose what they send: only a bounded memory of it is kept.
+        # Clients choose the Host header, so the cache has bounds on the number and length of keys.
         self._known = lru_cache(256)(self._has)
 
     def has(self, host: str) -> bool:
-        """Whether a Host header names this server. An address does: no site owns it as a name."""
+        """Return whether a Host header names this server.
+
+        Any IP address does, because DNS rebinding needs a name.
+        """
         return (self._known if len(host) <= 256 else self._has)(host)
 
     def _has(self, host: str) -> bool:
@@ -168,7 +188,7 @@ class AllowedHosts:
         return name in self._own or _is_address(name) or self._is_listed(name)
 
     def lists(self, place: str) -> bool:
-        """Whether the operator has listed the very name of a place HOST[:PORT]."""
+        """Return whether the name in HOST[:PORT] is listed literally, not by a pattern."""
         return _name(place) in self._listed
 
     def _is_listed(self, name: str) -> bool:
@@ -179,7 +199,7 @@ class AllowedHosts:
 
 
 def _place(origin: str) -> str | None:
-    """HOST[:PORT] of an Origin; None for one without, such as that of a file: "null"."""
+    """Return HOST[:PORT] of an Origin; None if it has none, such as "null" for a file."""
     try:
         return urlsplit(origin).netloc or None
     except ValueError:
@@ -187,10 +207,10 @@ def _place(origin: str) -> str | None:
 
 
 def _name(place: str) -> str | None:
-    """The name in HOST[:PORT], in lower case and without the brackets of IPv6."""
+    """Return the name in HOST[:PORT], in lower case and without IPv6 brackets; None if invalid."""
     try:
         parts = urlsplit(f"//{place}")
-        _ = parts.port  # raises where it is none
+        _ = parts.port  # raises ValueError if it is not a port
     except ValueError:
         return None
     if parts.netloc != place or "@" in place:

@@ -1,6 +1,6 @@
-"""The audit log: who changed what is served, when, and from where; a JSON object on a line.
+"""The audit log: all changes to served models, with their client, time and address, as JSON lines.
 
-Under the storage path, as the repository that writes it may run on any node of a cluster.
+It is stored under the storage path, because the repository that writes it may run on any node.
 """
 
 import asyncio
@@ -20,18 +20,20 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "audit"
 FILE_BYTES, FILES = 64 * 2**20, 10
-# How far back a decision is searched for that may have been written before a crash.
+# Bytes at the end of the log that are searched for a decision written before a crash.
 TAIL_BYTES = 2**20
-# What a rollout decides, nobody asked for.
+# The actor of changes by rollouts, which no client requested.
 ROLLOUT = Actor("rollout", "", "")
 
 
 class AuditLog:
-    """The changes of one model. Written at once; what cannot be written is in the server's log."""
+    """The audit log of one model. Lines that cannot be written go to the server's log."""
 
     def __init__(self, root: str, model: str) -> None:
-        """root: where models are stored. Where that is a URL, whose files take no further lines,
-        they are in the server's own log only.
+        """Open the log.
+
+        root: the storage path. If it is a URL, whose files cannot be appended to, the lines go only
+        to the server's log.
         """
         self._model = model
         self._logger: logging.Logger | None = None
@@ -42,9 +44,10 @@ class AuditLog:
             self._logger.addHandler(PrivateFileHandler(path, FILE_BYTES, FILES))
 
     async def contains(self, action: str, **details: Any) -> bool:
-        """Whether a line with an action and details is among the last ones.
+        """Return whether one of the last lines has this action and these details.
 
-        Raises OSError. Where the lines are in the server's own log only, it is never known.
+        It is always false if the lines are only in the server's log. Raises OSError if the log
+        cannot be read.
         """
         wanted = {"action": action, **details}.items()
         return any(wanted <= line.items() for line in await asyncio.to_thread(self._last_lines))
@@ -60,14 +63,15 @@ class AuditLog:
             return []
         found = []
         for line in lines:
-            with suppress(ValueError):  # the first may be cut off
+            with suppress(ValueError):  # the first line may be cut off
                 found.append({key: str(value) for key, value in json.loads(line).items()})
         return found
 
     async def add(self, action: str, actor: Actor, outcome: str, **details: Any) -> None:
-        """action: load, unload, feedback, or what a rollout decided of a candidate.
+        """Add a line.
 
-        outcome: "done", or why not.
+        action: load, unload, feedback, or a rollout's decision about a candidate. outcome: "done",
+        or why the change failed.
         """
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -1,16 +1,16 @@
 """The addresses that the servers of Ray Serve listen on.
 
-Ray Serve takes an address for HTTP alone. Its gRPC servers listen on all interfaces: the one by
-which deployments call each other, which runs what it is sent once the token fits, and the ones that
-answer clients behind HAProxy. Imported in a process of Serve, this module binds the former to the
-address of the node, and the latter to loopback and, where HTTP is for other machines too, to the
-address of the node.
+Ray Serve has an option for the HTTP address only. Its gRPC servers listen on all interfaces: those
+for calls between deployments, which run code that they receive if the token is valid, and those
+for clients behind HAProxy. When this module is imported in a process of Serve, it binds the former
+to the address of the node, and the latter to loopback and, if HTTP is for other machines too, to
+the address of the node.
 
-Where Ray's nodes speak TLS with each other, so does a replica with HAProxy, with the certificate of
-its node. Ray's own proxy, to which HAProxy turns where there is no replica, does not.
+If Ray's nodes use TLS between each other, a replica uses TLS with HAProxy, with the certificate of
+its node. Ray's own proxy, which HAProxy uses if there is no replica, does not.
 
-Written against Ray 2.60, whose private functions it replaces; `tests/serve/test_bind.py` touches
-each of them.
+Written for Ray 2.60, whose private functions it replaces; `tests/serve/test_bind.py` uses each of
+them.
 """
 
 import os
@@ -30,44 +30,45 @@ from serve.ray_serve_internals import (
     replica,
 )
 
+# Seconds to wait for the response of Serve's controller.
 ASK_S = 60.0
 
 _add_port_to_grpc_server = replica.add_port_to_grpc_server
 _start_asgi_http_server = replica.start_asgi_http_server
 _add_grpc_address = default_impl.add_grpc_address
 
-# The address that this process answers HTTP at; on loopback until it is known.
+# The HTTP address of this process; loopback until it is known.
 _http_host = LOOPBACK[0]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return whether an address is reachable from this machine only."""
     return host in LOOPBACK or host.startswith("127.")
 
 
 async def http_host() -> str:
-    """Return the address that clients reach this server at.
+    """Return the address at which clients reach this server.
 
-    From Serve's controller: where a server is described by a file, the address is in that file and
-    not among the options of the application.
+    It comes from Serve's controller, because a server that is deployed from a file has the address
+    in that file and not in the options of the application.
     """
     options = await _controller().get_http_config.remote()
     return str(options.host)
 
 
 def set_http_host() -> None:
-    """Ask for the address, for the servers of this process that start from here on.
+    """Look up the address for the servers that this process starts later.
 
-    Blocks, as Serve calls it where nothing can be awaited: while a server starts.
+    Blocks, because Serve calls it while a server starts, where nothing can be awaited.
     """
     global _http_host
     _http_host = ray.get(_controller().get_http_config.remote(), timeout=ASK_S).host
 
 
 def grpc_hosts() -> list[str]:
-    """The addresses for clients' gRPC calls.
+    """Return the addresses for clients' gRPC calls.
 
-    HAProxy reaches a server on its own node by loopback, one on another node by its address.
+    HAProxy reaches a server on its own node over loopback, and one on another node at its address.
     """
     if is_loopback(_http_host):
         return [LOOPBACK[0]]
@@ -75,6 +76,7 @@ def grpc_hosts() -> list[str]:
 
 
 def add_grpc_address(server: Any, address: str) -> None:
+    """Bind a gRPC server for clients to the port of `address` on each of `grpc_hosts`."""
     port = address.rpartition(":")[2]
     secure = certificates.nodes_speak_tls() and internal_replica_context() is not None
     add = _add_port_to_grpc_server if secure else _add_grpc_address
@@ -83,12 +85,13 @@ def add_grpc_address(server: Any, address: str) -> None:
 
 
 def add_port_to_grpc_server(server: Any, address: str) -> Any:
+    """Bind a gRPC server for calls between deployments to the node's address."""
     port = address.rpartition(":")[2]
     return _add_port_to_grpc_server(server, build_address(get_node_ip_address(), port))
 
 
 def start_asgi_http_server(app: Any, http_options: Any, **given: Any) -> Any:
-    """Of a replica."""
+    """Start the HTTP server of a replica, with TLS if Ray's nodes use TLS."""
     if certificates.nodes_speak_tls():
         files = {
             "ssl_certfile": os.environ["RAY_TLS_SERVER_CERT"],

@@ -1,4 +1,4 @@
-"""The Ray Serve application: what `serve run serve.app` deploys."""
+"""The Ray Serve application that `serve run serve.app` deploys."""
 
 import asyncio
 import contextlib
@@ -48,34 +48,35 @@ from train.bundle.mlflow_access import RegistryError
 
 logger = logging.getLogger(__name__)
 
+# Seconds that a replica keeps running for load balancers to stop using it: Ray waits 30 s.
 DRAIN_S = 35
-# Limit for the last calls of a replica that ends.
+# Time limit of a replica's last calls before it exits, in seconds.
 CLOSE_S = 2.0
 
-# After a call of the repository that failed.
+# Seconds until the next call to the repository after a failed one.
 ASK_AGAIN_S = 1.0
 
 REPOSITORY = "repository"
 
 
 class RepositoryDeployment(repository.Repository):
-    """The repository as a deployment, which Serve ends by `__del__`."""
+    """The repository as a deployment, which Serve closes with `__del__`."""
 
     def __init__(self, config: ServeConfig, state: ServingState) -> None:
         super().__init__(config, state)
-        # The first look at the registry takes seconds of a core: now, while replicas start.
+        # The first access to the registry takes seconds of CPU time. Do it while replicas start.
         threading.Thread(target=self._look, args=(config, state.name), daemon=True).start()
 
     @staticmethod
     def _look(config: ServeConfig, name: str) -> None:
-        with contextlib.suppress(RegistryError):  # said by whoever needs the answer
+        with contextlib.suppress(RegistryError):  # a later access reports it
             registry.alias_versions(config.storage, name)
 
     async def __del__(self) -> None:
         await self.close()
 
 
-# One for all replicas of a model.
+# One instance for all replicas of a model.
 Repository = serve.deployment(RepositoryDeployment).options(
     name=REPOSITORY, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
 )
@@ -84,7 +85,7 @@ Repository = serve.deployment(RepositoryDeployment).options(
 @serve.ingress()
 @service.answers_grpc
 class ModelDeployment:
-    """One replica of a model. Ready once its golden self-test has passed."""
+    """One replica of a model. It is ready once its golden self-test has passed."""
 
     async def __init__(self, config: ServeConfig, handle: DeploymentHandle) -> None:  # type: ignore[misc]
         self._replica = serve.get_replica_context().replica_id.unique_id
@@ -117,11 +118,11 @@ class ModelDeployment:
         service.local = service.InferenceService(handler, recorder)
 
     def __serve_build_asgi_app__(self) -> gateway.ProxyConnection:
-        # For what comes by way of Ray's own proxy.
+        # For requests that arrive through Ray's own proxy.
         return gateway.ProxyConnection(self._rest)
 
     async def __del__(self) -> None:
-        # Serve awaits it, once no request is under way.
+        # Serve awaits this once no request is in progress.
         for task in self._background:
             task.cancel()
         with contextlib.suppress(Exception):
@@ -133,15 +134,16 @@ class ModelDeployment:
     async def forward(
         self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """Answer a request that the gateway passes on; (status, headers, body)."""
+        """Handle a request that the gateway forwards. Return status, headers and body."""
         return await model_gateway.call_app(self._rest, method, path, headers, body)
 
     async def describe(self) -> dict[str, str]:
-        """Name the version and the variant that answer by default."""
+        """Return the "version" and "variant" that requests use by default."""
         plane = self._served.find(self._served.name).plane
         return {"version": plane.version, "variant": plane.variant}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the rows in progress and the utilization; Ray Serve calls this regularly."""
         return {
             autoscaling.ROWS: float(self._served.num_rows()),
             autoscaling.BUSY: self._busy.share(),
@@ -151,14 +153,16 @@ class ModelDeployment:
         config = self._config
         bundle = Bundle.load(location)
         if bundle.manifest.name != self._name:
-            raise CorruptBundle(f"'{location}' is of model '{bundle.manifest.name}'.")
+            raise CorruptBundle(
+                f"'{location}' is of model '{bundle.manifest.name}'; expected '{self._name}'."
+            )
         predictor = Predictor.load_fastest(bundle, config.variant, num_threads=config.threads)
         plane = DataPlane(predictor, version, config)
         plane.warm_up()
         return plane
 
     async def _push(self) -> None:
-        """Send the repository the replica's observations, soon after they were made."""
+        """Send the replica's observations to the repository, soon after they are made."""
         while True:
             await self._pipeline.reports.wait(state_publisher.POLL_S)
             report = self._served.report()
@@ -167,31 +171,31 @@ class ModelDeployment:
             await asyncio.sleep(PUSH_INTERVAL_S)
 
     async def _send(self, report: ReplicaReport) -> bool:
-        """Return whether the repository has taken a report."""
+        """Send a report to the repository; return whether that succeeded."""
         try:
             if not report.is_empty():
                 await self._repository.collect(report)
         except Exception:
-            logger.exception("a report could not be sent; trying again")
+            logger.exception("a report could not be sent to the repository; trying again")
             return False
         return True
 
     async def _follow(self) -> None:
-        """Install each state that the repository publishes, and send it the metrics."""
+        """Install each state that the repository publishes, and send metrics to the repository."""
         known, problem = self._served.state.id, None
         while True:
             try:
                 metrics = self._rest.snapshot(self._replica)
                 state = await self._repository.follow(self._replica, known, problem, metrics)
             except Exception:
-                logger.exception("the repository could not be asked; asking again")
+                logger.exception("the repository did not respond; trying again")
                 await asyncio.sleep(ASK_AGAIN_S)
                 continue
             if state is not None:
                 known, problem = state.id, await self._install(state)
 
     async def _install(self, state: ServingState) -> str | None:
-        """Install a state; return why that was not possible, None if it was."""
+        """Install a state. Return why that failed, or None if it succeeded."""
         installing = asyncio.ensure_future(self._served.install(state))
         while not (await asyncio.wait({installing}, timeout=state_publisher.POLL_S))[0]:
             with contextlib.suppress(Exception):
@@ -199,13 +203,13 @@ class ModelDeployment:
         error = installing.exception()
         if error is None:
             return None
-        logger.error("revision %d cannot be served: %s", state.revision, error)
+        logger.error("revision %d of the state cannot be served: %s", state.revision, error)
         return str(error) if isinstance(error, CorruptBundle) else "a replica could not load it."
 
 
 @serve.ingress()
 class GatewayDeployment:
-    """What belongs to none of several models."""
+    """The gateway of a server with several models."""
 
     async def __init__(self, config: GatewayConfig) -> None:  # type: ignore[misc]
         guard = Guard(
@@ -226,10 +230,10 @@ class GatewayDeployment:
         return gateway.ProxyConnection(self._gateway)
 
 
-# Ray Serve hands the key=value arguments to a function of one parameter.
+# Ray Serve passes the key=value arguments of `serve run` to a function with one parameter.
 def app(arguments: dict[str, str]) -> serve.Application:
     """Find the model in the registry, check its bundle, and return the application."""
-    # What `serve run` says at each of its steps; what matters to a user is said by `startup`.
+    # Hide the messages of `serve run` about each of its steps; `startup` prints what users need.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         check_environment()
@@ -254,14 +258,14 @@ def app(arguments: dict[str, str]) -> serve.Application:
         startup.announce_server(config, state.name, state.default)
     deployment = serve.deployment(ModelDeployment).options(
         name=state.name,
-        # The data plane's own queue decides what waits and what is refused.
+        # The data plane's own queue decides which requests wait and which are rejected.
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": config.threads},
-        # A single replica goes only once its successor answers, if there is room for both.
-        # Ray waits 30 s for load balancers to look elsewhere; then for what is still under way.
+        # After draining, a replica waits for the requests that are still in progress.
         graceful_shutdown_timeout_s=DRAIN_S
         + config.limits.timeout_s
         + config.limits.body_timeout_s,
+        # A single replica stops only once its successor is ready, if there is room for both.
         max_surge_percent=100 if config.replica_range == (1, 1) else 0,
         **autoscaling.scaling_options(config, profile),
     )

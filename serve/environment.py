@@ -1,9 +1,9 @@
-"""Print what Ray needs in its environment before it starts, so that it can serve.
+"""Print the environment variables that Ray must be started with to serve models.
 
     source <(python -m serve.environment)           # before `ray start`, on each machine
     source <(python -m serve.environment --local)   # before `serve run FILE`, on one machine
 
---local keeps Ray on loopback, where no other machine reaches it.
+--local keeps Ray on loopback, where other machines cannot reach it.
 """
 
 import os
@@ -20,19 +20,20 @@ from cluster.ingress.certificates import Certificates
 
 
 class EnvironmentOptions(CommandOptions):
-    """Print export lines with the variables that Ray needs before it starts, so that it serves."""
+    """Print export lines with the variables that Ray must be started with to serve models."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.environment")
 
-    local: bool = Field(False, description="For a Ray on this machine alone.")
-    tls_cert: str | None = Field(None, description="PEM certificate with which servers speak TLS.")
-    tls_key: str | None = Field(None, description="PEM key of the certificate.")
+    local: bool = Field(False, description="Keep Ray on loopback, for a single machine.")
+    tls_cert: str | None = Field(None, description="PEM certificate that servers use for TLS.")
+    tls_key: str | None = Field(None, description="PEM private key of the certificate.")
     tls_client_ca: str | None = Field(
-        None, description="PEM certificates of the authorities that sign those of clients."
+        None, description="PEM certificates of the authorities that sign client certificates."
     )
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print the export lines."""
     options = parse_options(EnvironmentOptions, argv)
     serve_environment.prepare_local_serving()
     values = {name: os.environ[name] for name in serve_environment.variable_names()}
@@ -45,9 +46,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _certificates(options: EnvironmentOptions) -> dict[str, str]:
-    """Raises UserError."""
+    """Return the variables for the certificates. Raises UserError if they are unusable."""
     if not options.tls_cert or not options.tls_key:
-        raise UserError("give --tls-cert and --tls-key together.")
+        raise UserError("--tls-cert and --tls-key must be given together.")
     named = Certificates(options.tls_cert, options.tls_key, options.tls_client_ca)
     try:
         named.read()

@@ -1,4 +1,4 @@
-"""What a request can be answered besides a prediction, each with its HTTP status.
+"""The errors with which a request can end, each with its HTTP status.
 
 RequestError
 ├── BadRequest 400
@@ -8,8 +8,8 @@ RequestError
 ├── RequestTimeout 408
 ├── PayloadTooLarge 413
 ├── UnsupportedMediaType 415
-├── ClientDisconnected 499           nobody is there to be answered
-└── RetryableError                 says when to come again
+├── ClientDisconnected 499         the client does not wait for a response any more
+└── RetryableError                 has a Retry-After header
     ├── RateLimited 429
     ├── Overloaded 503
     ├── Unavailable 503
@@ -21,14 +21,17 @@ from collections.abc import Sequence
 
 
 class RequestError(Exception):
-    """A request that gets no prediction. The message says why and, where it helps, what to do."""
+    """The base of all errors of requests. Messages go to clients: they give the cause and a remedy.
+
+    status: HTTP status. reason: label of the error in metrics.
+    """
 
     status = 500
-    # What metrics count it as.
     reason = "error"
 
     @property
     def headers(self) -> dict[str, str]:
+        """The HTTP headers of the response, in addition to those of every response."""
         return {}
 
 
@@ -81,7 +84,11 @@ class ClientDisconnected(RequestError):
 
 
 class RetryableError(RequestError):
-    """retry_after_s: when an answer is likely; rounded up to whole seconds, as HTTP has it."""
+    """An error after which the client may retry.
+
+    retry_after_s: seconds until a retry is likely to succeed. The header Retry-After has whole
+    seconds, rounded up.
+    """
 
     def __init__(self, message: str, retry_after_s: float = 1, reason: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Before a server starts: what is checked, and how Ray Serve is started for it."""
+"""Checks before a server starts, and the start of Ray and Ray Serve."""
 
 import os
 import sys
@@ -21,17 +21,17 @@ from serve.telemetry import tracing
 from train.bundle import Bundle
 from train.bundle.manifest import rank_variants
 
-# Serve's own loopback connections to a replica live longer than HAProxy leaves them idle.
+# Seconds that idle connections to a replica stay open: longer than HAProxy keeps them idle.
 KEEP_ALIVE_S = 120
 
-# What a node of a busy cluster may take to answer.
+# Seconds to wait for the response of a node of a busy cluster.
 ASK_S = 30.0
 
 
 def check_environment() -> None:
-    """Raises UserError where this is a node of a cluster that lacks the server's environment.
+    """Raise UserError if this node's Ray was started without the server's environment.
 
-    There Ray's proxies would listen on all interfaces.
+    On such a node Ray's proxies would listen on all interfaces.
     """
     if ray_internals.is_worker() and not node_checks.gateway_path():
         raise UserError(
@@ -41,9 +41,10 @@ def check_environment() -> None:
 
 
 def all_nodes_prepared() -> bool:
-    """Whether every node was started with the server's environment; say on stderr what is not.
+    """Return whether Ray was started on every node with the server's environment.
 
-    Elsewhere Ray's own proxy serves, and its gRPC listens on all interfaces.
+    Nodes without it are printed to stderr. On these, Ray's own proxy handles requests, whose gRPC
+    server listens on all interfaces.
     """
     nodes = run_on_nodes.run_on_each(
         run_on_nodes.alive_nodes(), node_checks.gateway_path, timeout_s=ASK_S
@@ -51,17 +52,18 @@ def all_nodes_prepared() -> bool:
     missing = sorted(address for address, (gateway, _) in nodes.items() if not gateway)
     if missing:
         print(
-            f"serving without HAProxy and gRPC: Ray was started on {', '.join(missing)} without "
-            "the lines of `python -m serve.environment`.",
+            f"serving without HAProxy and gRPC, because Ray was started on {', '.join(missing)} "
+            "without the server's environment. Before Ray starts, run there: "
+            "source <(python -m serve.environment)",
             file=sys.stderr,
         )
     return not missing
 
 
 def check_certificate_of_nodes(config: ServeConfig) -> None:
-    """Raises UserError where HAProxy of a node speaks TLS with another certificate than is asked.
+    """Raise UserError if HAProxy on a node uses another TLS certificate than the configured one.
 
-    It reads the names of its files from the environment that Ray was started with.
+    HAProxy reads the names of its files from the environment in which Ray was started.
     """
     asked = config.security.certificates
     expected = asked.environment()[certificates.CERT] if asked else ""
@@ -82,30 +84,31 @@ def _quoted(path: str) -> str:
 
 
 def start_ray(config: ServeConfig) -> None:
-    """Start Ray on this machine for a server, which listens by HAProxy where that runs.
+    """Start Ray on this machine for a server, which listens through HAProxy if that is installed.
 
-    Raises UserError, CommandFailed.
+    Raises UserError if an option needs HAProxy and it is missing, CommandFailed if Ray does not
+    start.
     """
     serve_environment.prepare_local_serving()
     asked = config.security.certificates
     if os.environ[serve_environment.HAPROXY] == "1":
-        # Nothing but HAProxy listens to other machines.
+        # Only HAProxy is reachable from other machines.
         os.environ[haproxy_config.HOST] = config.host
         os.environ[haproxy_config.BODY_TIMEOUT] = str(config.limits.body_timeout_s)
         os.environ.update(asked.environment() if asked else {})
     elif asked and asked.client_ca:
-        raise UserError("security.tls_client_ca needs HAProxy, which does not run here.")
-    # Replicas wait that long for load balancers to look elsewhere. Here there is only HAProxy,
-    # which is told within a second.
+        raise UserError("security.tls_client_ca needs HAProxy, which is not available here.")
+    # Seconds that a replica waits before it exits, for load balancers to stop using it. Here the
+    # only one is HAProxy, which is updated within a second.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
-    # `serve run` would start Ray too, with a dashboard and workers ahead of need.
+    # Otherwise `serve run` starts Ray, with a dashboard and prestarted workers.
     connect.connect(num_cpus=config.replica_range[1] * config.threads)
 
 
 def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
-    """Start Serve with this server's addresses, unless it runs; `serve run` finds it started.
+    """Start Serve with this server's addresses, unless it is running; `serve run` then reuses it.
 
-    host: of Serve's own servers, which may stay on loopback behind HAProxy.
+    host: address of Serve's own servers, which is loopback behind HAProxy.
     """
     by_haproxy = os.environ[serve_environment.HAPROXY] == "1"
     http = HTTPOptions(
@@ -115,7 +118,7 @@ def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
         ssl_certfile=None if by_haproxy else config.security.tls_cert,
         ssl_keyfile=None if by_haproxy else config.security.tls_key,
     )
-    # Ray's own gRPC speaks no TLS: keys would travel in the clear.
+    # Ray's own gRPC server has no TLS, so keys would be sent unencrypted.
     spoken = with_grpc and config.grpc_port and (by_haproxy or not config.security.tls_cert)
     functions = ["serve.grpc.service.add_to_server"] if spoken else []
     port = config.grpc_port or configs.GRPC_PORT
@@ -126,9 +129,10 @@ def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
 
 
 def check_bundles(state: ServingState, config: ServeConfig) -> LatencyModel:
-    """Check what each replica will; return the profile of the default version's variant.
+    """Check the bundles and files that replicas need, so that errors appear before they start.
 
-    Raises UserError, CorruptBundle.
+    Return the latency model of the default version's variant. Raises UserError if an option or a
+    file is wrong, CorruptBundle if a bundle is.
     """
     for location in state.locations.values():
         manifest = Bundle.load(location).manifest
@@ -136,7 +140,7 @@ def check_bundles(state: ServingState, config: ServeConfig) -> LatencyModel:
         if config.variant is not None and config.variant not in accepted:
             raise UserError(
                 f"variant '{config.variant}' is not an accepted variant of {config.model}; "
-                f"accepted are {', '.join(accepted)}."
+                f"expected one of {', '.join(accepted)}."
             )
         fields = [tensor.name for tensor in manifest.inputs]
         writer.check_log_fields(config.log, manifest.name, fields)
@@ -154,7 +158,7 @@ def check_bundles(state: ServingState, config: ServeConfig) -> LatencyModel:
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """End `serve run` with one line; fail the build where Ray runs it as a task."""
+    """Print an error in one line and exit. Raises `error` instead if Ray runs this as a task."""
     if ray_internals.is_worker():
         raise error
     print(f"error: {error}", file=sys.stderr)

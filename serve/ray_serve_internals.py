@@ -1,7 +1,7 @@
-"""The names of Ray Serve that this project uses and that are not public.
+"""The private names of Ray Serve that this project uses.
 
-Written against Ray 2.60. `tests/test_ray_internals.py` touches each of them, so that another
-version of Ray fails there.
+Written for Ray 2.60. `tests/test_ray_internals.py` uses each of them, so that it fails with a
+version of Ray that lacks one.
 """
 
 import ray.serve._private.default_impl as default_impl

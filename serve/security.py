@@ -3,8 +3,8 @@
     python -m serve.security NAME [--models a,b] [--rate 100] [--expires 90d] [--admin]
     python -m serve.security NAME --revoke
 
-The first makes a key, shows it once, and adds its hash to the file; the second takes it out again.
-Servers that run see both within seconds.
+The first creates a key, prints it once, and adds its hash to the file; the second removes it.
+Running servers apply both within seconds.
 """
 
 import fcntl
@@ -42,34 +42,36 @@ logger = logging.getLogger(__name__)
 
 SCHEME = "bearer "
 PREFIX = "hk_"
-# How often a server looks whether the file has changed.
+# Seconds between a server's checks whether the file has changed.
 LOOK_S = 1.0
 DURATION = re.compile(r"(\d{1,6})([dh])")
 
 
 class APIKey(BaseModel):
-    """One client's key. The key itself is random and long, so one round of SHA-256 keeps it."""
+    """One client's key. A key is long and random, so one round of SHA-256 protects it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=100)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     models: list[str] | None = Field(
-        None, min_length=1, description="Models it may ask; all when not given."
+        None, min_length=1, description="Models that the client may use; default: all."
     )
-    rate: float | None = Field(None, gt=0, description="Requests per second of each replica.")
-    expires: datetime | None = Field(None, description="When it ends; never when not given.")
-    admin: bool = Field(False, description="Whether it may load and unload models.")
+    rate: float | None = Field(
+        None, gt=0, description="Most requests per second to each replica; default: no limit."
+    )
+    expires: datetime | None = Field(None, description="When the key expires; default: never.")
+    admin: bool = Field(False, description="Let the client load and unload models.")
 
     @model_validator(mode="before")
     @classmethod
     def _no_empty_limits(cls, value: Any) -> Any:
-        """A field without a value would lift a limit that somebody meant to write."""
+        """Reject fields without a value: each would silently remove a limit."""
         if isinstance(value, dict):
             for name, given in value.items():
-                # A number would be seconds since 1970.
+                # Pydantic would read a number as seconds since 1970.
                 if given is None or (name == "expires" and not isinstance(given, str | date)):
-                    raise ValueError(f"'{name}' has no value that it can have")
+                    raise ValueError(f"'{name}' has no valid value")
         return value
 
     @field_validator("expires")
@@ -78,12 +80,12 @@ class APIKey(BaseModel):
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
     def sees(self, model: str) -> bool:
-        """Whether it may ask a model."""
+        """Return whether the key is valid for a model."""
         return self.models is None or model in self.models
 
 
 class TokenBucket:
-    """A token bucket that holds one second's worth."""
+    """A token bucket that holds the tokens of one second, and at least one."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -106,7 +108,7 @@ class KeyStore:
     """The keys of a file, read again when it changes. Belongs to one thread."""
 
     def __init__(self, keys: Sequence[APIKey], path: Path | None = None) -> None:
-        """path: of the file that they are from."""
+        """Set the keys. path: the file that contains them, which is watched; None for no file."""
         self._path = path
         self._seen = _version(path)
         self._looked_at = -LOOK_S
@@ -115,28 +117,29 @@ class KeyStore:
 
     @classmethod
     def load(cls, path: str) -> Self:
-        """Raises UserError for a file that is missing or wrong."""
+        """Read the keys in a file. Raises UserError if the file is missing or malformed."""
         return cls(_read(Path(path)), Path(path))
 
     def check(self, authorization: str | None, now: float) -> APIKey:
-        """Return the key of an Authorization header. Raises Unauthorized, RateLimited.
+        """Return the key in an Authorization header.
 
-        now: of a monotonic clock, in seconds.
+        now: seconds of a monotonic clock. Raises Unauthorized if there is no valid key, RateLimited
+        if the key exceeds its rate.
         """
         self._look(now)
         if authorization is None or not authorization.lower().startswith(SCHEME):
-            raise Unauthorized("a key is needed: send the header 'Authorization: Bearer KEY'.")
-        # The digest cannot be chosen, so how long it takes to find it tells nothing about others.
+            raise Unauthorized("a key is required: send the header 'Authorization: Bearer KEY'.")
+        # Clients cannot choose the digest, so the time of the lookup reveals nothing of other keys.
         found = self._keys.get(_digest(authorization[len(SCHEME) :].strip()))
         if found is None:
-            raise Unauthorized("this key is not known.")
+            raise Unauthorized("the key is invalid.")
         if found.expires is not None and found.expires.timestamp() <= time.time():
             raise Unauthorized(f"key '{found.name}' has expired.")
         if bucket := self._buckets.get(found.sha256):
             wait_s = bucket.take(now)
             if wait_s:
                 raise RateLimited(
-                    f"key '{found.name}' may ask {found.rate:g} times a second.", wait_s
+                    f"key '{found.name}' is limited to {found.rate:g} requests per second.", wait_s
                 )
         return found
 
@@ -151,9 +154,9 @@ class KeyStore:
                 self._buckets[key.sha256] = known if known and same else TokenBucket(key.rate)
 
     def _look(self, now: float) -> None:
-        """Read the file again where it has changed. Without one, no key is valid.
+        """Read the file again if it has changed. If it is deleted, no key is valid.
 
-        The keys stay where the file cannot be read as keys: somebody is writing it.
+        If the file is malformed, the old keys stay valid, because it may be half-written.
         """
         if self._path is None or now - self._looked_at < LOOK_S:
             return
@@ -163,18 +166,18 @@ class KeyStore:
             return
         self._seen = version
         if version is None:
-            logger.error("keys file '%s' is gone: no key is valid until it is back", self._path)
+            logger.error("keys file '%s' is missing: no key is valid until it exists", self._path)
             self._adopt([])
             return
         try:
             self._adopt(_read(self._path))
             logger.warning("keys file '%s' has changed: %d keys", self._path, len(self._keys))
         except UserError as error:
-            logger.error("%s The keys stay as they were.", error)
+            logger.error("%s The previous keys stay valid.", error)
 
 
 def _version(path: Path | None) -> tuple[int, int, int] | None:
-    """What changes with a file's content, or None where there is no file."""
+    """Return values that change with a file's content; None if there is no file."""
     try:
         found = path.stat() if path else None
     except OSError:
@@ -194,7 +197,7 @@ def _read(path: Path) -> list[APIKey]:
         raise UserError(f"keys file '{path}' cannot be read ({error.strerror}).") from error
     except (ValidationError, yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
-            f"keys file '{path}' is not a list of keys; make one with: "
+            f"keys file '{path}' is not a list of keys; create one with: "
             "python -m serve.security NAME"
         ) from error
 
@@ -206,7 +209,7 @@ def _write(path: Path, keys: list[APIKey]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let one command at a time change a file. Raises UserError where its folder is missing."""
+    """Lock a file for one command at a time. Raises UserError if its folder cannot be opened."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -219,37 +222,39 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _until(words: str) -> datetime:
-    """Return when a key ends: 90d or 12h from now, or a date or time in ISO 8601 (UTC)."""
+    """Return when a key expires: 90d or 12h from now, or a date or time in ISO 8601 (UTC)."""
     if match := DURATION.fullmatch(words):
         unit = timedelta(days=1) if match[2] == "d" else timedelta(hours=1)
         return (datetime.now(UTC) + int(match[1]) * unit).replace(microsecond=0)
     try:
         found = datetime.fromisoformat(words)
     except ValueError:
-        raise ValueError(f"'{words}' is not a time; expected 90d, 12h, or 2027-01-31") from None
+        raise ValueError(f"'{words}' is not a time; expected 90d, 12h or 2027-01-31") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 class KeyOptions(CommandOptions):
-    """Make a client's key, shown once, or revoke it."""
+    """Create a client's key, which is printed once, or revoke it."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.security")
 
-    name: CliPositionalArg[str] = Field(description="The client's name.")
-    file: Path = Field(Path("keys.yaml"), description="File that holds the hashes of all keys.")
+    name: CliPositionalArg[str] = Field(description="Name of the client.")
+    file: Path = Field(Path("keys.yaml"), description="File with the hashes of all keys.")
     models: str | None = Field(
-        None, description="Models the client may use, such as digits,taxis; all if not given."
+        None, description="Models that the client may use, such as digits,taxis; default: all."
     )
-    rate: float | None = Field(None, description="Requests per second of each replica.")
+    rate: float | None = Field(
+        None, description="Most requests per second to each replica; default: no limit."
+    )
     expires: Annotated[datetime, BeforeValidator(_until)] | None = Field(
-        None, description="When the key ends: 90d, 12h, or 2027-01-31."
+        None, description="When the key expires: 90d, 12h or 2027-01-31; default: never."
     )
-    admin: bool = Field(False, description="The client may load and unload models.")
-    revoke: bool = Field(False, description="Take the key out of the file.")
+    admin: bool = Field(False, description="Let the client load and unload models.")
+    revoke: bool = Field(False, description="Remove the key from the file.")
 
 
 def _new_key(given: KeyOptions, secret: str) -> APIKey:
-    """Raises UserError."""
+    """Return the entry for a new key. Raises UserError if an option is invalid."""
     models = None if given.models is None else [each for each in given.models.split(",") if each]
     limits = {"models": models, "rate": given.rate, "expires": given.expires}
     try:
@@ -265,7 +270,7 @@ def _new_key(given: KeyOptions, secret: str) -> APIKey:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Add or revoke a key, one command at a time. Raises UserError."""
+    """Add or revoke a key. Raises UserError if the key exists, or does not exist."""
     given = parse_options(KeyOptions, argv)
     with _locked(given.file):
         keys = _read(given.file) if given.file.exists() else []
@@ -277,10 +282,12 @@ def main(argv: Sequence[str]) -> None:
             print(f"revoked '{given.name}' in {given.file}.", file=sys.stderr)
             return
         if len(others) < len(keys):
-            raise UserError(f"'{given.file}' has a key '{given.name}' already.")
+            raise UserError(
+                f"'{given.file}' already has a key '{given.name}'. Use another name or --revoke."
+            )
         secret = PREFIX + secrets.token_urlsafe(32)
         _write(given.file, [*keys, _new_key(given, secret)])
-    print(f"added '{given.name}' to {given.file}; the key is shown only now:", file=sys.stderr)
+    print(f"added '{given.name}' to {given.file}; the key is only shown once:", file=sys.stderr)
     print(secret)
 
 

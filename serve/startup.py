@@ -1,4 +1,4 @@
-"""What `serve run` does around the server: say that it is up, and end cleanly."""
+"""What `serve run` does around the server: report that it is ready, and shut it down cleanly."""
 
 import asyncio
 import signal
@@ -17,26 +17,27 @@ from cluster import ray_internals
 from serve.config import ServeConfig
 
 POLL_S = 0.2
-# After which a user is told what the server waits for.
+# Seconds after which the cause of a slow start is printed.
 PATIENCE_S = 20.0
-# Set once the server ends: what is still asked of it then fails, and nobody waits for that.
+# Set once the server shuts down: calls to it then fail, which is not reported.
 _ending = threading.Event()
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM end `serve run` as Ctrl-C does: requests in progress are answered, logs written.
+    """Make SIGTERM shut down `serve run` as Ctrl-C does: requests finish and logs are written.
 
-    Ray's own handler of SIGTERM aborts the process. A second signal ends it at once. To be called
-    from the main thread.
+    Ray's own handler of SIGTERM aborts the process. On a signal the handler raises
+    KeyboardInterrupt in the main thread, from which this must be called; a second signal kills the
+    process.
     """
 
     def end(number: int, frame: object) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
         _ending.set()
-        # What the processes that end print from here on says only that they end.
+        # From here on, worker processes print only that they exit.
         ray_internals.silence_workers()
-        print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
+        print("stopping once requests in progress are finished", file=sys.stderr, flush=True)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
@@ -45,7 +46,7 @@ def end_on_signals() -> None:
 
 
 def announce_server(config: ServeConfig, model: str, version: str) -> None:
-    """Say on stderr, once the server answers, what it serves and where. Returns at once.
+    """Print to stderr, once the server is ready, what it serves and where. Returns at once.
 
     model: name of the deployment. version: the default one.
     """
@@ -56,9 +57,9 @@ def announce_server(config: ServeConfig, model: str, version: str) -> None:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all announcements of this process, which runs until the process ends.
+    """Return the event loop of all announcements of this process.
 
-    Serve's handles belong to the loop in which the first of a deployment was used.
+    There is one loop, because the handles of a deployment are bound to the loop of their first use.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -66,10 +67,10 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def _report(announcing: Future[None]) -> None:
-    """Say in one line why the server's start could not be followed, unless it ends."""
+    """Print in one line why the server's start could not be monitored, unless it shuts down."""
     if (error := announcing.exception()) and not _ending.is_set():
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"the start of the server is no longer followed: {reason}", file=sys.stderr)
+        print(f"the start of the server cannot be monitored: {reason}", file=sys.stderr)
 
 
 async def _announce(config: ServeConfig, model: str, version: str) -> None:
@@ -82,7 +83,7 @@ async def _announce(config: ServeConfig, model: str, version: str) -> None:
         served = await handle.describe.remote()
         words = f"version {served['version']}, variant {served['variant']}"
     else:
-        words = f"version {version}, which the first request starts"
+        words = f"version {version}, which starts with the first request"
     print(
         f"serving {model} {words}, at {address}; API {address}/docs, console {address}/",
         file=sys.stderr,
@@ -107,19 +108,19 @@ async def _running(model: str) -> str:
 
 
 def _reason(application: ApplicationStatusOverview, model: str) -> str:
-    """Why it does not run yet, in Serve's words."""
+    """Return Serve's message on why the application does not run yet."""
     words = application.deployments[model].message or application.message
-    return " ".join(words.split())[:300] or "it starts"
+    return " ".join(words.split())[:300] or "it is starting"
 
 
 def _answers(address: str) -> bool:
-    # The certificate is for the names that clients use, not for this machine's.
+    # The certificate is for the host names that clients use, so it is not verified here.
     tls = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
-    # Not by way of a proxy that the environment names.
+    # Ignore HTTP proxies in the environment.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
     try:
         with direct.open(f"{address}/v2/health/ready", timeout=5) as response:
             return bool(response.status == 200)
     except OSError as error:
-        # HAProxy speaks, and asks for a certificate that this process does not have.
+        # HAProxy is ready, but requires a client certificate, which this process does not have.
         return "CERTIFICATE_REQUIRED" in str(error)

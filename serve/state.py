@@ -1,4 +1,4 @@
-"""The state that a model's replicas serve, as the repository publishes it."""
+"""The serving state: the versions that the repository tells a model's replicas to serve."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Rollout:
-    """A candidate that gets a fraction of the requests. phase: "shadow" or "canary"."""
+    """A candidate that gets a fraction (0..1) of the requests. phase: "shadow" or "canary"."""
 
     candidate: str
     phase: str
@@ -15,11 +15,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ServingState:
-    """The versions to serve. revision: number of changes since the deployment.
+    """The versions to serve.
 
-    default: the version for requests that name none. rollout: None without a candidate.
-    locations: version → location of its bundle. aliases: alias → version.
-    incarnation: the deployment; states of two deployments have nothing to do with each other.
+    revision: number of changes since the deployment. default: version used when the request names
+    none. locations: version → location of its bundle. aliases: alias → version. loaded: false while
+    the model is unloaded. rollout: None without a candidate. incarnation: id of the deployment;
+    states of different deployments are unrelated.
     """
 
     revision: int
@@ -33,5 +34,5 @@ class ServingState:
 
     @property
     def id(self) -> tuple[str, int]:
-        """What distinguishes it from every other state."""
+        """An id that distinguishes the state from every other state."""
         return self.incarnation, self.revision

@@ -30,8 +30,8 @@ def test_certificates_are_named_by_whole_paths(files, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["--tls-cert"], "--tls-cert and --tls-key together"),
-        (["--tls-client-ca"], "--tls-cert and --tls-key together"),
+        (["--tls-cert"], "--tls-cert and --tls-key must be given together"),
+        (["--tls-client-ca"], "--tls-cert and --tls-key must be given together"),
         (["--tls-cert", "--tls-key"], "does not belong to the certificate"),
     ],
 )

@@ -22,5 +22,5 @@ def test_a_start_that_cannot_be_followed_is_one_line(monkeypatch, capsys, ending
         startup._ending.set()
     asyncio.run(follow())
     said = capsys.readouterr().err
-    line = "the start of the server is no longer followed: the controller died\n"
+    line = "the start of the server cannot be monitored: the controller died\n"
     assert said == ("" if ending else line)

@@ -406,7 +406,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, marked):
         field = page.get_by_label("Key")
         field.fill("hk_wrong")
         field.press("Enter")
-        page.wait_for_selector("text=this key is not known.")
+        page.wait_for_selector("text=the key is invalid.")
         field.fill(SECRET)
         field.press("Enter")
         page.wait_for_selector("text=agreement with fp32")

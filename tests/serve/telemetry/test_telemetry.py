@@ -162,7 +162,7 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
         keys.check(f"Bearer {secret}", 0)
     again = make_key("team", "--file", str(path))
     assert again.returncode == 2
-    assert "has a key 'team' already" in again.stderr
+    assert "already has a key 'team'" in again.stderr
     assert len(again.stderr.splitlines()) == 1
 
 
