@@ -123,7 +123,8 @@ class Guard:
             raise Forbidden("requests from pages of other sites are not allowed.")
 
     def _is_own(self, origin: str, host: str | None) -> bool:
-        """Return whether a page is from this server; behind a gateway, Host may differ from it."""
+        """Return whether a page is from this server: its host is in the header Host, or in `hosts`
+        if a gateway changes that header."""
         place = _place(origin)
         return place is not None and (place == host or self._hosts.lists(place))
 

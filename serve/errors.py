@@ -36,10 +36,14 @@ class RequestError(Exception):
 
 
 class BadRequest(RequestError):
+    """The request is malformed or does not match the model."""
+
     status, reason = 400, "bad_request"
 
 
 class Unauthorized(RequestError):
+    """The request has no valid key."""
+
     status, reason = 401, "unauthorized"
 
     @property
@@ -48,14 +52,20 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
+    """The key or the page that sent the request does not allow it."""
+
     status, reason = 403, "forbidden"
 
 
 class NotFound(RequestError):
+    """There is no such path, model, version or earlier request."""
+
     status, reason = 404, "not_found"
 
 
 class MethodNotAllowed(RequestError):
+    """The path exists, but not with this HTTP method."""
+
     status, reason = 405, "bad_method"
 
     def __init__(self, message: str, allowed: Sequence[str]) -> None:
@@ -68,18 +78,26 @@ class MethodNotAllowed(RequestError):
 
 
 class RequestTimeout(RequestError):
+    """The body did not arrive in time."""
+
     status, reason = 408, "slow_body"
 
 
 class PayloadTooLarge(RequestError):
+    """The request exceeds a limit on bytes, rows or pixels."""
+
     status, reason = 413, "too_large"
 
 
 class UnsupportedMediaType(RequestError):
+    """The body has an unsupported content encoding or character set."""
+
     status, reason = 415, "unsupported_media_type"
 
 
 class ClientDisconnected(RequestError):
+    """The client disconnected before the response was sent."""
+
     status, reason = 499, "client_gone"
 
 
@@ -101,16 +119,24 @@ class RetryableError(RequestError):
 
 
 class RateLimited(RetryableError):
+    """The key has exceeded its rate limit."""
+
     status, reason = 429, "rate"
 
 
 class Overloaded(RetryableError):
+    """The server has no capacity for the request."""
+
     status, reason = 503, "overloaded"
 
 
 class Unavailable(RetryableError):
+    """The model is unloaded, or the registry or storage cannot be reached."""
+
     status, reason = 503, "unavailable"
 
 
 class DeadlineExceeded(RetryableError):
+    """The request did not finish by its deadline."""
+
     status, reason = 504, "timeout"

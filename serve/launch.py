@@ -108,7 +108,7 @@ def start_ray(config: ServeConfig) -> None:
 def start_serve(config: ServeConfig, host: str, *, with_grpc: bool) -> None:
     """Start Serve with this server's addresses, unless it is running; `serve run` then reuses it.
 
-    host: address of Serve's own servers, which is loopback behind HAProxy.
+    host: address of Serve's own servers, which may be loopback if HAProxy is in front of them.
     """
     by_haproxy = os.environ[serve_environment.HAPROXY] == "1"
     http = HTTPOptions(

@@ -49,10 +49,12 @@ class DesiredState:
     decision: RolloutDecision | None = None
 
     def to_json(self) -> bytes:
+        """Return the content of the state's document."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> "DesiredState":
+        """Read the content of a document."""
         values = json.loads(content)
         decision = values["decision"]
         return cls(

@@ -63,6 +63,7 @@ class Repository:
 
     @property
     def current(self) -> ServingState:
+        """The state that replicas should serve."""
         return self._publisher.current
 
     async def state(self) -> ServingState:

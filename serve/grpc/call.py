@@ -61,6 +61,7 @@ class GrpcCall(RequestContext):
 
     @property
     def address(self) -> str:
+        """The client's address, from HAProxy if there is one, or else gRPC's peer."""
         return client_address(self.metadata.get(PEER) if BEHIND_HAPROXY else None, self._peer)
 
 

@@ -94,6 +94,7 @@ class ModelGateway(HTTPApp):
         )
 
     async def server(self, request: Request) -> Response:
+        """Return the name, version and protocol extensions of the server."""
         return json_response(metadata.server_metadata())
 
     async def live(self, request: Request) -> Response:

@@ -41,6 +41,7 @@ class Request(RequestContext):
         super().__init__(request_id, scope["method"], scope["path"])
 
     def header(self, name: bytes) -> str | None:
+        """Return a header by its name in lower case; None if the request does not have it."""
         value = self._headers.get(name)
         return None if value is None else value.decode("latin-1")
 
@@ -54,6 +55,7 @@ class Request(RequestContext):
 
     @property
     def address(self) -> str:
+        """The client's address, from HAProxy if there is one, or else that of the connection."""
         host, _ = self.scope.get("client") or ("", 0)
         return client_address(self.header(PEER) if BEHIND_HAPROXY else None, host)
 

@@ -142,6 +142,7 @@ class ModelAPI(HTTPApp):
         return InferRequest(None, {name: [given.get(name)] for name in names})
 
     async def server(self, request: Request) -> Response:
+        """Return the name, version and protocol extensions of the server."""
         return json_response(server_metadata())
 
     async def live(self, request: Request) -> Response:
@@ -153,11 +154,13 @@ class ModelAPI(HTTPApp):
         return json_response({"ready": ready}, 200 if ready else 503)
 
     async def models(self, request: Request) -> Response:
+        """List the model's name, if the key may use the model."""
         return json_response(
             {"models": [self._handler.name] if request.sees(self._handler.name) else []}
         )
 
     async def model(self, request: Request) -> Response:
+        """Return the inputs, outputs and versions of the model."""
         return json_response(model_metadata(self._plane(request), self._handler.versions))
 
     async def ready(self, request: Request) -> Response:
@@ -168,6 +171,7 @@ class ModelAPI(HTTPApp):
         return json_response(model_config(self._plane(request), self.config))
 
     async def stats(self, request: Request) -> Response:
+        """Return this replica's request counts, and all replicas' drift, accuracy and rollout."""
         statistics = [model_statistics(self._plane(request))]
         return json_response({"model_stats": statistics, **await self._handler.repository.stats()})
 
@@ -193,9 +197,11 @@ class ModelAPI(HTTPApp):
         )
 
     async def index(self, request: Request) -> Response:
+        """List the model's versions and their states."""
         return json_response(await self._handler.index(request.key))
 
     async def load(self, request: Request) -> Response:
+        """Load the versions that the registry names now."""
         limits = self.config.limits.max_json_bytes, self.config.limits.body_timeout_s
         allow = repository.decode_load(await self.body(request, *limits))
         return json_response(
@@ -205,6 +211,7 @@ class ModelAPI(HTTPApp):
         )
 
     async def unload(self, request: Request) -> Response:
+        """Unload the model."""
         await self._handler.repository.unload(request.model, request.actor)
         return json_response({})
 

@@ -77,7 +77,7 @@ class QueueItem(Protocol):
     terms: RequestOptions
 
     @property
-    def rows_left(self) -> int: ...
+    def rows_left(self) -> int: ...  # rows that no batch has taken
 
     @property
     def gone(self) -> bool:

@@ -124,6 +124,7 @@ class Batcher:
 
     @property
     def waiting_rows(self) -> int:
+        """Rows in the queue and rows that are being encoded."""
         return self._queue.rows + self.encoding_rows
 
     @property

@@ -161,7 +161,7 @@ class DataPlane:
                     self._threads, self._encoded_in_bounds, columns, files
                 )
         except TimeoutError:
-            raise DeadlineExceeded("the records could not be encoded before the deadline.") from None
+            raise DeadlineExceeded("the records were not encoded before the deadline.") from None
         finally:
             self.batcher.encoding_rows -= count
 

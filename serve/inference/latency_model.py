@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from train.bundle.manifest import Timing, Variant
 
-# A larger batch must be this much faster per row to be worth the longer wait.
+# A larger batch must take less than this share of the time per row to be worth the longer wait.
 WORTH = 0.97
 # Weight of a new measurement in the running ratio, and the factor by which it may exceed the ratio:
 # a machine that paused for a minute is not that slow. The ratio also has a lower limit, because no

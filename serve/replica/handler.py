@@ -80,6 +80,7 @@ class InferenceHandler:
         return True
 
     def ready(self) -> bool:
+        """Return whether the model is loaded."""
         return self._served.ready()
 
     def endpoint(self, name: str, version: str | None = None) -> Endpoint:

@@ -45,9 +45,11 @@ class ModelVersions:
 
     @property
     def versions(self) -> list[str]:
+        """The numbers of the loaded versions."""
         return list(self._planes)
 
     def ready(self) -> bool:
+        """Return whether the model is loaded."""
         return self.state.loaded
 
     def find(self, name: str, version: str | None = None) -> Endpoint:
