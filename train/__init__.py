@@ -1,6 +1,6 @@
-"""Training: tasks, data, nets, the loop, compression, and the bundle they end in."""
+"""Training: tasks, data, networks, the training loop, compression and bundles."""
 
 from cluster import private
 
-# Before the libraries that read it are imported, in every process that uses them.
+# Set before the libraries that read these variables are imported, in every process.
 private.set_privacy_environment()

@@ -1,4 +1,7 @@
-"""Calibration of probabilities: one temperature, which the validation records choose."""
+"""Calibration of probabilities by a temperature that is fitted to the validation records.
+
+Shapes: N records, K classes or labels.
+"""
 
 import math
 
@@ -12,15 +15,17 @@ SIGNIFICANT = 3.841459
 
 
 def fit_temperature(task: Task, outputs: Arrays, targets: np.ndarray) -> float:
-    """Return what outputs are to be divided by so that the log loss of these records is least.
+    """Return the temperature, a divisor of logits, that minimises the log loss of these records.
 
-    outputs: {"logits": [N, K]} of records that the net was not trained on. It is 1 unless that
-    lowers the loss by more than chance, by a likelihood-ratio test. After Guo et al., On
-    calibration of modern neural networks, https://arxiv.org/abs/1706.04599.
+    outputs: {"logits": float32 [N, K]} of records that the network was not trained on. targets: as
+    the task encodes them, int64 [N] for classes and uint8 [N, K] for labels. The result is 1 for a
+    numeric target, and 1 unless another temperature lowers the loss significantly (likelihood-ratio
+    test at 5 %). After Guo et al., On calibration of modern neural networks,
+    https://arxiv.org/abs/1706.04599.
     """
     if not isinstance(task.target, NamedTarget):
         return 1.0
-    from scipy.optimize import minimize_scalar  # takes half a second, and serving needs none of it
+    from scipy.optimize import minimize_scalar  # the import takes half a second
 
     def loss(log_temperature: float) -> float:
         target = task.calibrated(math.exp(log_temperature)).target

@@ -1,4 +1,4 @@
-"""The command line and the config file of training: options in, a Config out."""
+"""Read the options of training from the command line and a YAML file into a Config."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from train.config import Config, validate_config
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 SAVE_CONFIG = "save-config"
-# The short form of --storage.path; other commands have --storage only.
+# --storage is the short form of --storage.path; other commands only have --storage.
 STORAGE = re.compile(r"^--storage(=|$)")
 
 
@@ -28,27 +28,27 @@ class _Command(BaseSettings, Config):
 
     config: Path = Field(
         DEFAULT_CONFIG.relative_to(CONFIGS.parents[1]),
-        description="YAML file with options; without it and with data.train, all is found by "
-        "looking at the records.",
+        description="YAML file with options. If it is not given but data.train is, options are "
+        "inferred from the records.",
     )
     save_config: Path | None = Field(
         None,
         validation_alias=SAVE_CONFIG,
-        description="Write the options to this YAML file, with what was found by looking.",
+        description="Write the options, including the inferred ones, to this YAML file.",
     )
 
 
 class Command(NamedTuple):
-    """What a command line says: the config, and where to save it."""
+    """The parsed command line: the config, and the path to save it to, if any."""
 
     config: Config
     save_to: Path | None
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Read `[--config FILE] [--dotted.option VALUE …]`; options win over the file.
+    """Read `[--config FILE] [--dotted.option VALUE …]`; options override the file.
 
-    Raises UserError with one line that names the field.
+    Raises UserError with a one-line message that names the field.
     """
     options = read_options(argv)
     file = options.pop("config", None)
@@ -64,12 +64,18 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def read_options(argv: Sequence[str], command: type[BaseSettings] = _Command) -> dict[str, Any]:
-    """Return the options of a command line, by section. Raises UserError for an unknown one."""
+    """Return the options of a command line, grouped by section.
+
+    Raises UserError for an unknown option.
+    """
     return read_arguments(command, [STORAGE.sub(r"--storage.path\1", given) for given in argv])
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write what is not a default. Raises UserError."""
+    """Write the options that are set, without defaults, to a YAML file.
+
+    Raises UserError if the file cannot be written.
+    """
     values = config.model_dump(mode="json", exclude_unset=True)
     try:
         path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -80,32 +86,36 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def default_model_name(url: str) -> str:
-    """A model's name for the file that it is trained on."""
+    """Return a model name derived from the name of the training file."""
     stem = url.rstrip("/*").rpartition("/")[2].partition(".")[0].lower()
     return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
-    """Read a path or URL. Raises UserError if the file is missing or is no YAML mapping."""
+    """Read a YAML mapping from a path or URL.
+
+    Raises UserError if the file cannot be read or is not a YAML mapping.
+    """
     fs, inner = storage.filesystem(str(path))
     try:
         with fs.open(inner, "r") as file:
             values = yaml.safe_load(file)
     except OSError as error:
         raise UserError(
-            f"config file '{path}': {error.strerror or error}; give the path of a YAML file, "
+            f"config file '{path}' cannot be read: {error.strerror or error}; give a YAML file, "
             f"such as train/configs/{DEFAULT_CONFIG.name}."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"config file '{path}' is not YAML: {' '.join(str(error).split())}"
+            f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"config file '{path}' holds no options; expected 'name: VALUE' lines.")
+        raise UserError(f"config file '{path}' contains no options; expected 'name: VALUE' lines.")
     return values
 
 
 def merge_options(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` updated with `over`; sections that both contain are merged recursively."""
     merged = dict(base)
     for key, value in over.items():
         inner = merged.get(key)

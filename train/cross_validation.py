@@ -1,4 +1,4 @@
-"""Cross-validation: how many epochs to train for, where validation records are too few to say."""
+"""Choose the number of epochs by cross-validation, for data with too few validation records."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +21,12 @@ HISTORY = "cross_validation.json"
 
 
 def choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[str, float]]]:
-    """Return for how many epochs to train, and the figures that say so, a row for each epoch.
+    """Return the number of epochs to train for, and the mean metric on which it is based, by epoch.
 
-    The training records are divided into `stop.folds` parts; for each a net is trained on the
-    others, all of them in step, until the mean of `stop.metric` over the parts has not got better
-    for `stop.patience` epochs. Raises CommandFailed when a net diverges.
+    The training records are divided into `stop.folds` parts. For each part a network is trained on
+    the other parts and validated on this part. All networks advance by one epoch at a time, until
+    the mean of `stop.metric` over the parts has not improved for `stop.patience` epochs. Raises
+    CommandFailed if a network diverges.
     """
     try:
         return _choose_epochs(config, data)
@@ -36,7 +37,7 @@ def choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[
 
 def _choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict[str, float]]]:
     metric = data.task.find_metric(config.stop.metric)
-    # Small nets, each whole and in this process.
+    # The networks are small: each is trained in this process, uncompiled, by a single worker.
     changes: dict[str, Any] = {"stop": Stop(), "checkpoint": Checkpoint(metric=LAST)}
     alone = config.model_copy(update=changes | {"workers": Workers(num=(1, 1)), "compile": False})
     worker = Worker(0, 1, torch.device("cpu"))
@@ -56,7 +57,7 @@ def _choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict
 
 @dataclass(frozen=True)
 class _Fold(EncodedDataset):
-    """The training records of a data set, a part of them for validation."""
+    """The training records of a data set, with one part of them as the validation split."""
 
     part: tuple[int, int]
     seed: int
@@ -72,14 +73,14 @@ class _Fold(EncodedDataset):
 
 
 def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:
-    # No part is empty, nor are the others together.
+    # At most one part per record, so that no part is empty.
     count = min(config.stop.folds, data.summary["splits"]["train"]["num_records"])
     for number in range(count):
         yield _Fold(data.url, data.summary, (number, count), config.seed)
 
 
 class _NoCheckpoints:
-    """Stands for a run's checkpoints where none are kept."""
+    """Replaces the CheckpointManager of a run that writes no checkpoints."""
 
     def latest(self) -> TrainingState | None:
         return None

@@ -1,4 +1,4 @@
-"""What is answered: a quantile, or which probability is enough for a class or a label.
+"""How outputs become predictions: the quantile of a number, thresholds of classes and labels.
 
 Shapes: N records, K classes or labels.
 """
@@ -14,24 +14,28 @@ from train.tasks import Arrays, ClassTarget, LabelsTarget, NamedTarget, Task, Va
 
 
 def apply_options(task: Task, config: Config) -> Task:
-    """Return the task with the quantile, or the costs of the decision rule, that are configured.
+    """Return the task with the configured quantile or costs of the decision rule.
 
-    Raises UserError for options that do not fit the target.
+    Raises UserError if the options do not fit the target.
     """
     target, rule = task.target, config.decision_rule
     if config.quantile is not None:
         if not isinstance(target, ValueTarget):
-            raise UserError("quantile is for a number to predict; leave it out.")
+            raise UserError(
+                "quantile is for a number, and the target is not a number; leave quantile out."
+            )
         task = task.with_target(quantile=config.quantile)
     if rule.cost is None and rule.recall is None:
         return task
     if not isinstance(target, NamedTarget):
-        raise UserError("decision_rule is for classes and labels, and the target is a number.")
+        raise UserError(
+            "decision_rule is for classes and labels, and the target is a number; leave it out."
+        )
     if rule.recall is not None:
         if isinstance(target, ClassTarget) and len(target.classes) != 2:
             raise UserError(
                 f"decision_rule.recall is for two classes, and '{target.column}' has "
-                f"{len(target.classes)}; give decision_rule.cost."
+                f"{len(target.classes)}; give decision_rule.cost instead."
             )
         return task
     assert rule.cost is not None
@@ -39,26 +43,31 @@ def apply_options(task: Task, config: Config) -> Task:
     if len(rule.cost) != size or any(len(row) != size for row in rule.cost):
         names = ["no", "yes"] if isinstance(target, LabelsTarget) else target.classes[:20]
         raise UserError(
-            f"decision_rule.cost has rows of {', '.join(str(len(row)) for row in rule.cost)}; "
+            f"decision_rule.cost has rows of length {', '.join(str(len(r)) for r in rule.cost)}; "
             f"expected {size} rows of {size}, in the order of {', '.join(names)}."
         )
     costs_KK = np.array(rule.cost)
     if (costs_KK < np.diag(costs_KK)[:, None]).any() or not np.isfinite(costs_KK).all():
         raise UserError(
-            "decision_rule.cost has a wrong answer that costs less than the right one of its row."
+            "decision_rule.cost has a wrong prediction that costs less than the right one of its "
+            "row, or a cost that is not finite; in each row the diagonal must cost least."
         )
     if size == 2 and _threshold_for(costs_KK) is None:
-        raise UserError("decision_rule.cost has no wrong answer that costs more than a right one.")
+        raise UserError(
+            "decision_rule.cost has no wrong prediction that costs more than a right one; give one "
+            "of them a higher cost."
+        )
     return task.with_target(costs=rule.cost)
 
 
 def fit_thresholds(
     task: Task, rule: DecisionRule, outputs: Arrays, targets: np.ndarray
 ) -> tuple[float, ...]:
-    """Return the thresholds of a rule, from records that the net was not trained on.
+    """Return the thresholds of a rule, fitted to records that the network was not trained on.
 
-    outputs: {"logits": [N, K]}, which the task's temperature calibrates. Empty where the rule needs
-    none: without a rule, and for costs of more than two classes.
+    outputs: {"logits": float32 [N, K]}, not yet divided by the task's temperature. targets: as the
+    task encodes them, int64 [N] for classes and uint8 [N, K] for labels. The result is empty
+    without a rule, for costs of more than two classes, and for a numeric target.
     """
     target = task.target
     if isinstance(target, ClassTarget):
@@ -79,12 +88,14 @@ def fit_thresholds(
 
 
 def recall_threshold(scores_N: np.ndarray, true_N: np.ndarray, recall: float) -> float:
-    """Return the threshold at which new records of the class are recognised in `recall` of cases.
+    """Return the threshold that new records of the class reach with probability `recall` or more.
 
-    Of n records of the class, the score that is the floor((n + 1)(1 - recall))-th from below: a new
-    one is equally likely to fall between any two of them, so that it reaches this score with a
-    probability of at least `recall` whatever the scores are. 0, which all reach, where n is too
-    small. After Vovk et al., Algorithmic Learning in a Random World, 2005.
+    scores_N: float [N]. true_N: bool [N], whether a record is of the class. With n records of the
+    class, the threshold is the floor((n + 1)(1 - recall))-th lowest of their scores. The score of a
+    new record is equally likely to fall into each of the n + 1 gaps between these scores, so it
+    reaches the threshold with a probability of at least `recall` for any distribution of scores. If
+    n is too small, the threshold is 0, which every record reaches. After Vovk et al., Algorithmic
+    Learning in a Random World, 2005.
     """
     known = np.sort(scores_N[true_N])
     place = math.floor((len(known) + 1) * (1 - recall) + 1e-9)
@@ -94,10 +105,13 @@ def recall_threshold(scores_N: np.ndarray, true_N: np.ndarray, recall: float) ->
 def cost_threshold(scores_N: np.ndarray, true_N: np.ndarray, costs_22: np.ndarray) -> float:
     """Return the threshold with the least expected cost.
 
-    costs_22: by what is true and what is answered, no before yes. For calibrated probabilities the
-    costs alone decide it. The one that costs least on these records is taken instead where that way
-    of choosing costs less by more than chance: thresholds of either half on the records of the
-    other, by the 95 % interval.
+    scores_N: float [N], probabilities. true_N: bool [N], whether a record is of the class.
+    costs_22: float [2, 2], by truth (rows) and prediction (columns), no before yes.
+
+    For calibrated probabilities the threshold follows from the costs alone. The threshold that
+    costs least on these records is returned instead if this choice is significantly cheaper: each
+    half of the records is judged at the threshold of the other half, and the 95 % interval of the
+    difference in cost must be below 0.
     """
     by_costs = _threshold_for(costs_22)
     assert by_costs is not None
@@ -123,10 +137,10 @@ def cost_threshold(scores_N: np.ndarray, true_N: np.ndarray, costs_22: np.ndarra
 
 
 def _cheapest(scores_N: np.ndarray, truth_N: np.ndarray, costs_22: np.ndarray) -> float:
-    """The threshold, between two scores, that costs least on these records."""
+    """Return the threshold, midway between two scores, that costs least on these records."""
     order = np.argsort(-scores_N, kind="stable")
     sorted_N = scores_N[order]
-    # What it costs to say yes down to each record, over saying no.
+    # Cost of predicting yes for all records down to this one, compared with predicting no.
     added_N = np.cumsum((costs_22[:, 1] - costs_22[:, 0])[truth_N[order]])
     ends = np.flatnonzero(np.r_[sorted_N[1:] != sorted_N[:-1], True])
     best = ends[int(np.argmin(added_N[ends]))]
@@ -135,7 +149,10 @@ def _cheapest(scores_N: np.ndarray, truth_N: np.ndarray, costs_22: np.ndarray) -
 
 
 def _threshold_for(costs_22: np.ndarray) -> float | None:
-    """The probability of yes from which saying yes costs less than saying no."""
+    """Return the probability from which predicting yes costs less than predicting no.
+
+    None if wrong predictions cost no more than right ones.
+    """
     false_yes = float(costs_22[0, 1] - costs_22[0, 0])
     false_no = float(costs_22[1, 0] - costs_22[1, 1])
     total = false_yes + false_no

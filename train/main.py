@@ -1,4 +1,4 @@
-"""python train/main.py [--config FILE] [--dotted.option VALUE …]"""
+"""Train a model: python train/main.py [--config FILE] [--dotted.option VALUE …]"""
 
 import functools
 import importlib
@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Python puts this file's folder first, where its modules would hide packages of the same name;
-# Ray forwards that entry to its workers.
+# Python puts this file's folder first on sys.path, so its modules would shadow packages of the same
+# name. Ray passes this entry on to its workers.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-# Where a user's own tasks and nets are.
+# Custom tasks and networks are imported from the current directory.
 sys.path.insert(1, str(Path.cwd()))
 
 from cluster import connect
 
 connect.set_ray_environment()
-import ray  # noqa: F401 - before the threads of `main`, which would both import it
+import ray  # noqa: F401 - imported before two threads in `main` would import it concurrently
 
 from cluster.cli import run_command
 from train import cli
@@ -25,10 +25,11 @@ from train.data.schema import inference
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Train, compress and register a model; return a summary of its bundle."""
     config, save_to = cli.parse(argv)
     inference.check_source(config)
     with ThreadPoolExecutor(1) as pool:
-        # Ray starts in processes of its own; meanwhile the rest is imported.
+        # Ray starts in separate processes; import the remaining modules in the meantime.
         imported = pool.submit(importlib.import_module, "train.training")
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()

@@ -1,7 +1,7 @@
-"""Metrics of predictions, each with the direction in which it gets better.
+"""Metrics of predictions, each with the direction in which it improves.
 
-Shapes: N records, K classes. A metric of no records, or of a single class where it takes two, has
-the value of a guess.
+Shapes: N records. A metric of no records, or of a single class where it needs two, has the value of
+a random guess.
 """
 
 import math
@@ -11,17 +11,18 @@ from typing import Literal
 
 import numpy as np
 
-# Bins of confidence for the calibration error.
+# Number of confidence bins for the calibration error.
 NUM_BINS = 15
-# As a metric to choose an epoch by: none is chosen, the last one counts.
+# Value of checkpoint.metric that keeps the last epoch instead of the best one.
 LAST = "last"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The name of a metric, as `metrics` of a target returns it, and which values are better.
+    """The name of a metric, as a target's `metrics` returns it, and whether higher is better.
 
-    In rows of epochs and in manifests the name has the split before it, as in "valid_loss".
+    In the rows of epochs and in manifests the name starts with the split, as in "valid_loss".
+    Raises ValueError if `better` is neither "higher" nor "lower".
     """
 
     name: str
@@ -30,14 +31,15 @@ class Metric:
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):
             raise ValueError(
-                f"metric '{self.name}' is better '{self.better}'; expected 'higher' or 'lower'"
+                f"metric '{self.name}' has better='{self.better}'; expected 'higher' or 'lower'"
             )
 
     def of_split(self, split: str) -> "Metric":
+        """Return the metric of a split, such as "valid_loss" for "loss"."""
         return replace(self, name=f"{split}_{self.name}")
 
     def signed(self, values: Mapping[str, float]) -> float:
-        """The metric's value with the sign that makes more of it better; -inf for NaN."""
+        """Return the metric's value, negated if lower values are better; -inf for NaN."""
         value = values[self.name]
         if math.isnan(value):
             return -math.inf
@@ -48,47 +50,53 @@ LAST_EPOCH = Metric("epoch", "higher")
 
 
 def best_epoch(rows: Sequence[Mapping[str, float]], metric: Metric) -> Mapping[str, float]:
-    """The epoch whose weights a run keeps: the best, and of equal ones the later."""
+    """Return the row of the epoch whose weights a run keeps: the best, or the last of equals."""
     return max(rows, key=lambda row: (metric.signed(row), row["epoch"]))
 
 
 def log_loss(probabilities_N: np.ndarray) -> float:
-    """Mean negative logarithm of the probabilities that the true classes were given."""
+    """Return the mean negative logarithm of the true classes' probabilities, float [N]."""
     return float(-np.mean(np.log(np.maximum(probabilities_N, 1e-12))))
 
 
 def balanced_accuracy(targets_N: np.ndarray, chosen_N: np.ndarray) -> float:
-    """Mean over the classes that occur of the share of their records that were recognised."""
+    """Return the mean recall of the classes that occur.
+
+    targets_N, chosen_N: int [N], true and predicted classes.
+    """
     found = [np.mean(chosen_N[targets_N == each] == each) for each in np.unique(targets_N)]
     return float(np.mean(found)) if found else 0.0
 
 
 def f1_score(true_N: np.ndarray, chosen_N: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of one class; 0 where it is never recognised.
+    """Return the harmonic mean of precision and recall of one class; 0 if it is never recognised.
 
-    true_N, chosen_N: bool, whether a record is of the class, and whether it was said to be.
+    true_N, chosen_N: bool [N], whether a record is of the class, and whether it is predicted to be.
     """
     return float(2 * np.sum(true_N & chosen_N) / max(int(true_N.sum() + chosen_N.sum()), 1))
 
 
 def roc_auc(true_N: np.ndarray, scores_N: np.ndarray) -> float:
-    """Area under the ROC curve: how often a record of the class scores higher than another.
+    """Return the area under the ROC curve: how often a record of the class scores above another.
 
-    0.5 where all records are of the class, or none; NaN if a score is.
+    true_N: bool [N], whether a record is of the class. scores_N: float [N]. The result is 0.5 if
+    all records or no records are of the class, and NaN if a score is NaN.
     """
     if np.isnan(scores_N).any():
         return math.nan
     if true_N.all() or not true_N.any():
         return 0.5
-    import sklearn.metrics  # takes a second, and serving needs none of it
+    import sklearn.metrics  # the import takes a second
 
     return float(sklearn.metrics.roc_auc_score(true_N, scores_N))
 
 
 def average_precision(true_N: np.ndarray, scores_N: np.ndarray) -> float:
-    """Precision at each record of the class, by falling score, averaged over these records.
+    """Return the mean, over the records of the class, of the precision at each record's score.
 
-    A guess gets the class's share; it is 0 where no record is of the class, NaN if a score is.
+    true_N: bool [N], whether a record is of the class. scores_N: float [N]. A random guess has the
+    class's share of the records. The result is 0 if no record is of the class, and NaN if a score
+    is NaN.
     """
     if np.isnan(scores_N).any():
         return math.nan
@@ -100,10 +108,12 @@ def average_precision(true_N: np.ndarray, scores_N: np.ndarray) -> float:
 
 
 def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray) -> float:
-    """Expected calibration error: how far confidence is from the share of right answers.
+    """Return the expected calibration error: the mean gap between confidence and accuracy.
 
-    The mean over bins of confidence of equal width, weighted by their records. After Guo et al.,
-    On calibration of modern neural networks, https://arxiv.org/abs/1706.04599.
+    confidence_N: float [N], 0..1. right_N: bool [N], whether the prediction is right. The gap is
+    averaged over confidence bins of equal width, weighted by their numbers of records. The result
+    is NaN if a confidence is NaN. After Guo et al., On calibration of modern neural networks,
+    https://arxiv.org/abs/1706.04599.
     """
     if np.isnan(confidence_N).any():
         return math.nan
@@ -113,10 +123,13 @@ def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray) -> float:
 
 
 def quantile_loss(errors_N: np.ndarray, quantile: float) -> float:
-    """Mean loss of predicting a quantile; errors_N: truths less predictions."""
+    """Return the mean pinball loss; errors_N: float [N], targets minus predictions."""
     return float(np.mean(pinball(errors_N, quantile)))
 
 
 def pinball(errors_N: np.ndarray, quantile: float) -> np.ndarray:
-    """The loss of predicting a quantile, [N]; errors_N: truths less predictions."""
+    """Return each record's loss of predicting a quantile, float [N].
+
+    errors_N: float [N], targets minus predictions. quantile: its level, such as 0.9.
+    """
     return np.maximum(quantile * errors_N, (quantile - 1) * errors_N)

@@ -1,7 +1,7 @@
-"""Simple models of the same records, to compare a net with: one linear, one gradient-boosted.
+"""Simple models to compare the network with: a linear one and a gradient-boosted one.
 
-Both are scikit-learn's, and see the arrays that the net sees. Shapes: N records, F features, L
-tokens, K classes.
+Both are from scikit-learn and use the same encoded arrays as the network. Shapes: N records, F
+features, L tokens, K classes, T tokens that are not padding.
 """
 
 import time
@@ -21,19 +21,20 @@ from train.tasks import Arrays, Categories, ClassTarget, Numbers, Task, Texts, V
 from train.values.records import num_rows
 
 LINEAR, BOOSTED = "linear", "gradient-boosted"
-# Training records that they see at most, so that they take less time than a net.
+# Most training records that are used, so that fitting takes less time than training a network.
 MAX_RECORDS = 100_000
 MAX_LINEAR_RECORDS = 30_000
-# Dimensions of texts for trees.
+# Dimensions to which TF-IDF vectors are reduced for the trees.
 TEXT_DIMENSIONS = 50
+# Most categories of a column that scikit-learn's histogram trees accept.
 MAX_CATEGORIES = 255
 
 
 @dataclass(frozen=True)
 class SimpleModel:
-    """A model that was fitted.
+    """A fitted simple model.
 
-    metrics: by name, "valid_…" and "test_…". outputs: of the test split.
+    metrics: by name, "valid_…" and "test_…". seconds: time to fit it. outputs: of the test split.
     """
 
     name: str
@@ -43,9 +44,9 @@ class SimpleModel:
 
 
 def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
-    """Fit both to the training records, the better by validation loss first.
+    """Fit the simple models to the training records; return them in order of validation loss.
 
-    Empty for images, for several labels at once, and for encoders or targets of a user's own.
+    The list is empty for images, for several labels per record, and for custom encoders or targets.
     """
     task = data.task.calibrated(1.0)
     known = (Numbers, Categories, Texts)
@@ -71,10 +72,12 @@ def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
 def compare_with_simple(
     task: Task, model: SimpleModel, outputs: Arrays, targets: np.ndarray
 ) -> tuple[float, float, float]:
-    """Return how far a net's loss on the test split is above a simple model's, and the interval.
+    """Return a network's mean loss on the test split minus a simple model's, and its interval.
 
-    outputs: of the net. The loss is the log loss, the squared error in units of its variance, or
-    the quantile's loss in deviations.
+    The result is (difference, low, high) with the ends of the 95 % interval. outputs: {"logits":
+    float32 [N, K]} of the network. targets: as the task encodes them, [N]. The loss is the log
+    loss, the squared error divided by the variance of the target, or the quantile loss in units of
+    the target's scale.
     """
     net_N = _losses(task, outputs, targets)
     simple_N = _losses(task.calibrated(1.0), model.outputs, targets)
@@ -82,7 +85,7 @@ def compare_with_simple(
 
 
 def _losses(task: Task, outputs: Arrays, targets_N: np.ndarray) -> np.ndarray:
-    """The loss of each record, float64 [N]."""
+    """Return the loss of each record, float64 [N]."""
     if isinstance(task.target, ClassTarget):
         probabilities_NK = task.target.decode(outputs)["probabilities"]
         chosen_N = probabilities_NK[np.arange(len(targets_N)), targets_N]
@@ -102,11 +105,11 @@ def _fitted(
     targets_N: np.ndarray,
     held_out: Mapping[str, tuple[Arrays, np.ndarray]],
 ) -> SimpleModel | None:
-    """Fit the candidates of a kind; keep the one with the lowest validation loss, if any."""
+    """Fit all candidates of a kind; return the one with the lowest validation loss, if any."""
     began = time.perf_counter()
     found = []
     with warnings.catch_warnings():
-        # A linear model may not converge, and classes may be rare.
+        # Warnings about linear models that do not converge and about rare classes.
         warnings.simplefilter("ignore")
         for features, model in build(task, inputs):
             model.fit(features(inputs), targets_N)
@@ -125,7 +128,7 @@ def _fitted(
 
 
 def _outputs(task: Task, model: Any, features_NF: Any) -> Arrays:
-    """What a net would put out: logarithms of probabilities, or values."""
+    """Return outputs in a network's form: log probabilities of classes, or scaled values."""
     if isinstance(task.target, ValueTarget):
         return {"logits": model.predict(features_NF)[:, None].astype(np.float32)}
     logs_NK = np.full((features_NF.shape[0], task.target.num_outputs), np.log(1e-9), np.float32)
@@ -134,9 +137,9 @@ def _outputs(task: Task, model: Any, features_NF: Any) -> Arrays:
 
 
 def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
-    """Logistic or ridge regression on scaled numbers, indicators of categories, and TF-IDF.
+    """Return logistic or ridge regressions on scaled numbers, category indicators and TF-IDF.
 
-    None for a quantile, whose linear programs take longer than a net.
+    The list is empty for a quantile, because its linear program takes longer than a network.
     """
     if isinstance(task.target, ValueTarget) and task.target.quantile is not None:
         return []
@@ -151,7 +154,7 @@ def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
             numbers = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
             steps.append((name, numbers.fit(array)))
         elif isinstance(encoder, Categories):
-            # Names that hardly occur say nothing of the next record.
+            # Names that occur fewer than 5 times are too rare to learn from.
             indicators = OneHotEncoder(handle_unknown="infrequent_if_exist", min_frequency=5)
             steps.append((name, indicators.fit(array)))
         else:
@@ -168,7 +171,7 @@ def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
 
 
 def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
-    """Gradient-boosted trees on histograms, stopped early and not."""
+    """Return histogram-based gradient-boosted trees, with and without early stopping."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
@@ -189,7 +192,7 @@ def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
     def features(arrays: Arrays) -> np.ndarray:
         return np.concatenate(parts(arrays), axis=1)
 
-    # Columns of more categories are taken as numbers.
+    # Columns with more categories are treated as numbers.
     is_category_F = np.concatenate(
         [
             (part.max(axis=0) < MAX_CATEGORIES) & isinstance(encoder, Categories)
@@ -209,7 +212,7 @@ def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
 
 
 class _Tfidf:
-    """Tokens [N, L], 0 where there is none → their TF-IDF, sparse [N, F]."""
+    """Token ids, int [N, L] padded with 0 → their TF-IDF, sparse float64 [N, F]."""
 
     def __init__(self, size: int) -> None:
         from sklearn.feature_extraction.text import TfidfTransformer
@@ -233,7 +236,11 @@ class _Tfidf:
 def describe_comparison(
     task: Task, models: list[SimpleModel], outputs: Arrays, targets: np.ndarray
 ) -> str:
-    """Say how a net did beside the simple models; in words that warn where it did worse."""
+    """Return a line that compares a network with the best simple model; "" if there are no models.
+
+    outputs: {"logits": float32 [N, K]} of the network on the test split. targets: as the task
+    encodes them, [N]. The line starts with "warning:" if the network is worse.
+    """
     if not models:
         return ""
     loss = "squared error"

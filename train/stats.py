@@ -1,10 +1,10 @@
-"""Intervals and tests for metrics of a sample of records. All intervals have 95 % confidence.
+"""Confidence intervals and tests for metrics of a sample of records.
 
-Intervals and tests of a fixed sample may be looked at once. Decisions that are looked for again
-while data arrive are made by evidence, which holds at every look: a decision by evidence of 40 or
-more is wrong in 2.5 % of cases at most.
+All intervals have 95 % confidence. Intervals and tests of a fixed sample are valid for one look at
+the data. Decisions that are checked repeatedly while data arrive use evidence, which is valid at
+every look: a decision made at an evidence of 40 or more is wrong in at most 2.5 % of cases.
 
-Shapes: N records, or other independent units.
+Shapes: N records or other independent units, K classes, G groups, S sequences.
 """
 
 import math
@@ -16,21 +16,23 @@ import numpy as np
 
 # Quantile of the standard normal distribution at 0.975.
 Z_95 = 1.959964
-# The variance of the mixture that is most powerful for evidence of 1 / 0.025, times the number of
-# values: -2 log(a) + log(1 - 2 log(a)).
+# Variance of the normal mixture times the number of values at which its power is highest:
+# -2 log(a) + log(1 - 2 log(a)) for an evidence of 1 / a, with a = 0.025.
 SPREAD = 9.5
-# How many permutations a permutation test draws.
+# Number of permutations that a permutation test draws.
 NUM_PERMUTATIONS = 199
-# Of numbers, those that hold equally many records; and of means, the weight of what they lean to.
+# For codes_beat_ranges: the number of ranges, each with about as many records, and the weight, in
+# records, of the value towards which a mean is shrunk.
 NUM_RANGES, LEANING = 32, 5.0
-# The largest logarithm of evidence; exp() of more overflows.
+# Largest logarithm of evidence, because exp() of more overflows.
 MAX_LOG = 700.0
-# Values that the prior of a quantile's rank counts for: most powerful at about ten times as many.
+# Weight of the prior of a quantile's rank, in values. The power is highest at about ten times as
+# many values.
 PRIOR_COUNT = 200
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the score interval of a proportion, `correct` of `count` > 0 records.
+    """Return the Wilson score interval of a proportion, `correct` of `count` > 0 records.
 
     Wilson, Journal of the American Statistical Association 22 (1927), pages 209 to 212.
     """
@@ -44,12 +46,12 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 def paired_interval(
     before_N: np.ndarray, after_N: np.ndarray, *, binary: bool
 ) -> tuple[float, float]:
-    """Return the interval of the mean of `after_N - before_N`, values of the same records.
+    """Return the interval of the mean of `after_N - before_N`, paired values of N records.
 
-    binary: whether the values are 0 or 1. Then it is the interval "Wald+2" of Agresti and Min,
-    Statistics in Medicine 24 (2005), pages 729 to 740: half a record is added to each of the four
-    cells, without which intervals are too short where few records differ. Else the mean of at
-    least two differences is taken as normal.
+    binary: whether all values are 0 or 1. If so, the result is the "Wald+2" interval of Agresti and
+    Min, Statistics in Medicine 24 (2005), pages 729 to 740: half a record is added to each of the
+    four cells, because the interval would be too narrow if few records differ. Otherwise the mean
+    of at least two differences is assumed to be normally distributed.
     """
     differences_N = np.asarray(after_N, np.float64) - np.asarray(before_N, np.float64)
     if not binary:
@@ -63,9 +65,10 @@ def paired_interval(
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Return the two-sided p of the exact sign test, which for classes is McNemar's.
+    """Return the two-sided p-value of the exact sign test; for classes it is McNemar's test.
 
-    It is twice the smaller tail of the binomial distribution of `better + worse` at one half.
+    It is twice the smaller tail of the binomial distribution of `better + worse` trials with
+    probability 1/2, at most 1.
     """
     count = better + worse
     logs = [
@@ -79,10 +82,10 @@ def sign_test(better: int, worse: int) -> float:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], count: int, *, resamples: int = 1000
 ) -> tuple[float, float]:
-    """Return the percentile interval of a statistic of `count` records.
+    """Return the bootstrap percentile interval of a statistic of `count` records.
 
-    statistic: indices of records [N], drawn with replacement → its value for them; one that is
-    undefined for a draw (NaN) is left out. The draws are the same in each call.
+    statistic: int [N], indices of records drawn with replacement → the statistic of these records.
+    A NaN (undefined for a draw) is ignored. The draws are the same in every call.
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
     draws = np.random.default_rng(0)
@@ -91,22 +94,23 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-# Decisions while data arrive
+# Decisions that are checked while data arrive
 
 
 class BoundedMeanEvidence:
-    """Evidence that values in [0, 1] have a larger mean than `mean`, at any number of them.
+    """Evidence that the mean of values in [0, 1] is above `mean`, valid at any number of values.
 
-    If their mean is `mean` or less, the chance that the evidence ever reaches 1 / a is at most a,
-    however often it is looked at. It is the largest wealth so far of a gambler who bets on each
-    value by what is known from those before: Waudby-Smith and Ramdas, Estimating means of bounded
+    If their mean is `mean` or less, the probability that the evidence ever reaches 1 / a is at most
+    a, however often it is checked. The evidence is the largest wealth so far of a gambler who bets
+    on each value using the earlier values: Waudby-Smith and Ramdas, Estimating means of bounded
     random variables by betting, Journal of the Royal Statistical Society B 86 (2024), section 4 and
-    appendix B. That asks only that each value's expectation, given those before, is at most `mean`.
+    appendix B. The bound only requires that the expectation of each value, given the earlier ones,
+    is at most `mean`.
     """
 
     def __init__(self, mean: float) -> None:
         self._mean = mean
-        # A value of `mean` with a variance of 1/4 counts as if it had been seen.
+        # The running mean and variance start with one prior value: `mean`, with a variance of 1/4.
         self.count = 0
         self._sum: Any = mean
         self._squares: Any = 0.25
@@ -114,7 +118,7 @@ class BoundedMeanEvidence:
         self._largest: Any = np.float64(0)
 
     def add(self, value: float | np.ndarray) -> None:
-        """value: the next one; for several sequences at once an array with one of each."""
+        """Add the next value: a number, or float [S] with one value for each of S sequences."""
         gain = self._sum / (self.count + 1) - self._mean
         variance = self._squares / (self.count + 1)
         bet = np.clip(gain / (variance + gain**2), 0, 0.75 / max(self._mean, 1e-9))
@@ -126,17 +130,17 @@ class BoundedMeanEvidence:
 
     @property
     def value(self) -> Any:
-        """The evidence so far; an array for several sequences."""
+        """The evidence so far: a number, or float [S] for S sequences."""
         return np.exp(np.minimum(self._largest, MAX_LOG))
 
 
 class MeanEvidence:
-    """Evidence that values without bounds have a mean above 0; see `BoundedMeanEvidence`.
+    """Evidence that the mean of unbounded values is above 0; see `BoundedMeanEvidence`.
 
-    That of a mixture of normal alternatives, from the value `first` on, at which their mean must be
-    nearly normal: Robbins, Annals of Mathematical Statistics 41 (1970), and Waudby-Smith, Arbour,
-    Sinha, Kennedy and Ramdas, Annals of Statistics 52 (2024). It is most powerful at about ten
-    times as many.
+    It is the likelihood ratio of a mixture of normal alternatives: Robbins, Annals of Mathematical
+    Statistics 41 (1970), and Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Annals of Statistics
+    52 (2024). It is computed from the value number `first` on, where the mean must be nearly
+    normally distributed. The power is highest at about 10 * `first` values.
     """
 
     def __init__(self, first: int) -> None:
@@ -147,7 +151,7 @@ class MeanEvidence:
         self._largest: Any = np.float64(0)
 
     def add(self, value: float | np.ndarray) -> None:
-        """value: the next one; for several sequences at once an array with one of each."""
+        """Add the next value: a number, or float [S] with one value for each of S sequences."""
         self.count += 1
         self._sum, self._squares = self._sum + value, self._squares + np.square(value)
         if self.count < self._first:
@@ -155,14 +159,14 @@ class MeanEvidence:
         mean = self._sum / self.count
         variance = np.maximum(self._squares / self.count - mean**2, np.finfo(float).tiny)
         weight = 1 + self.count * self._spread
-        # A mean below 0 is no evidence.
+        # A mean below 0 gives no evidence.
         score = np.maximum(self._sum, 0) * np.sqrt(self._spread / (variance * weight))
         log = np.log(1 + _erf(score / math.sqrt(2))) - np.log(weight) / 2 + score**2 / 2
         self._largest = np.maximum(self._largest, log)
 
     @property
     def value(self) -> Any:
-        """The evidence so far; an array for several sequences."""
+        """The evidence so far: a number, or float [S] for S sequences."""
         return np.exp(np.minimum(self._largest, MAX_LOG))
 
 
@@ -172,11 +176,12 @@ _erf = np.vectorize(math.erf, otypes=[float])
 def binomial_evidence(
     hits: int, count: int, share: float, prior: tuple[float, float] = (1.0, 1.0)
 ) -> float:
-    """Return the evidence that the chance of a hit is another than `share`, `hits` of `count`.
+    """Return the evidence from `hits` of `count` that the probability of a hit is not `share`.
 
-    The chance that it ever reaches 1 / a is at most a if it is `share`. It is the ratio of the
-    likelihood under a chance drawn from the beta distribution with the parameters `prior` to that
-    under `share`: Robbins, Annals of Mathematical Statistics 41 (1970), section 5.
+    If the probability is `share`, the chance that the evidence ever reaches 1 / a is at most a. The
+    evidence is the likelihood under a probability drawn from the beta distribution with the
+    parameters `prior`, divided by the likelihood under `share`. Robbins, Annals of Mathematical
+    Statistics 41 (1970), section 5.
     """
     a, b = prior
     log = _log_beta(hits + a, count - hits + b) - _log_beta(a, b)
@@ -185,11 +190,13 @@ def binomial_evidence(
 
 
 def quantile_ranks(count: int, share: float, alpha: float) -> tuple[int, int]:
-    """Return the ranks between whose values a quantile lies, at every number of values.
+    """Return the ranks of the two values between which a quantile lies, valid at every `count`.
 
-    Of `count` values in ascending order, ranks from 1; a rank of 0 or of `count` + 1 means that the
-    quantile is not bounded on that side. alpha: the chance that it ever lies outside. For
-    independent values of one distribution, as `binomial_evidence` of those below it.
+    Ranks count from 1, in ascending order of the `count` values. Rank 0 or `count` + 1 means that
+    the quantile is not bounded on that side. share: level of the quantile, such as 0.9. alpha: the
+    probability that the quantile ever lies outside. The values must be independent and identically
+    distributed. The ranks are those that `binomial_evidence` of the number of values below the
+    quantile does not rule out.
     """
     prior = PRIOR_COUNT * share, PRIOR_COUNT * (1 - share)
 
@@ -208,13 +215,15 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def association_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
-    """Return the p-value of a target that is the same in all groups of records.
+    """Return the p-value of the hypothesis that a target does not depend on the group of a record.
 
-    A permutation test of the sum of squares between groups, with each column in its deviations: of
-    classes that is the chi-squared statistic, of numbers the F statistic. It is exact where groups
-    are small, too. See Good, Permutation, Parametric and Bootstrap Tests of Hypotheses, 2005.
+    This is a permutation test of the sum of squares between groups, with each target column scaled
+    to unit standard deviation. For classes it is the chi-squared statistic, for numbers the F
+    statistic. The test is exact for small groups, too. See Good, Permutation, Parametric and
+    Bootstrap Tests of Hypotheses, 2005.
 
-    codes_N: the group of each record, from 0. targets_N: numbers [N], or 0 and 1 of classes [N, K].
+    codes_N: int [N], the group of each record, from 0. targets_N: numbers, float [N], or indicators
+    of classes, 0 or 1 [N, K].
     """
     targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)
     spread_K = targets_NK.std(axis=0)
@@ -237,14 +246,17 @@ def association_p_value(codes_N: np.ndarray, targets_N: np.ndarray) -> float:
 
 
 def codes_beat_ranges(values_N: np.ndarray, targets_N: np.ndarray) -> float:
-    """Return by how many standard errors a target is better predicted by each value's own mean than
-    by the mean of the range that the value is in.
+    """Return how much better a target is predicted per value than per range of values.
 
-    Of codes, whose order says nothing, it is large; of numbers such as an age below zero or small,
-    as means of ranges rest on more records. Means are of one half of the records, errors of the
-    other, in turns; those of values lean to the mean of their range.
+    The two predictions are the mean target of the records with the same value, and of the records
+    in the same range of values. The result is the difference of their squared errors in standard
+    errors. It is large for codes, whose order carries no information. For numbers such as an age it
+    is small or below 0, because the mean of a range is based on more records. The means of one half
+    of the records predict the other half, and vice versa. The mean of a value is shrunk towards the
+    mean of its range.
 
-    values_N: numbers [N]. targets_N: numbers [N], or 0 and 1 of classes [N, K].
+    values_N: numbers, float [N]. targets_N: numbers, float [N], or indicators of classes, 0 or 1
+    [N, K].
     """
     targets_NK = np.asarray(targets_N, np.float64).reshape(len(targets_N), -1)
     codes_N = np.unique(values_N, return_inverse=True)[1]
@@ -269,7 +281,7 @@ def codes_beat_ranges(values_N: np.ndarray, targets_N: np.ndarray) -> float:
 
 
 def _leaning_means(groups_N: np.ndarray, values_N: np.ndarray, to_G: np.ndarray) -> np.ndarray:
-    """Means of groups, each with the weight of a few more records of another value."""
+    """Return the means of groups, float64 [G], each shrunk towards its value in `to_G`."""
     counts_G = np.bincount(groups_N, minlength=len(to_G))
     sums_G = np.bincount(groups_N, values_N, minlength=len(to_G))
     means_G: np.ndarray = (sums_G + LEANING * to_G) / (counts_G + LEANING)

@@ -1,4 +1,4 @@
-"""fit(config) -> Bundle: the one entry for training."""
+"""Train a model: `fit(config)` returns its bundle."""
 
 import secrets
 import shutil
@@ -48,10 +48,10 @@ from train.telemetry.throughput import Event
 def fit(
     config: Config | CompletedConfig, observe: Callable[[Event], None] = lambda event: None
 ) -> Bundle:
-    """Train, compress, and return the bundle, which is kept under `storage.path`.
+    """Train and compress a model; return its bundle, which is stored under `storage.path`.
 
-    config: one that is completed is taken as it is. observe: called with every event of training,
-    from another thread. Raises UserError for data or options that cannot be used, CommandFailed.
+    config: a completed one is used unchanged. observe: called with every event of training, from
+    another thread. Raises UserError for unusable data or options, CommandFailed if training fails.
     """
     started = time.perf_counter()
     completed, data = prepare_run(config)
@@ -74,7 +74,7 @@ def fit(
 def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, EncodedDataset]:
     """Return the completed config and the encoded data; print the data report on stderr.
 
-    Raises UserError when the data or the configuration do not allow to train.
+    Raises UserError if the data or the options do not allow training.
     """
     if isinstance(config, Config):
         config = inference.complete_config(allow_code(config))
@@ -100,10 +100,10 @@ def build_bundle(
     name: str | None = None,
     lineage: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Compress what a finished run has trained, and return the bundle.
+    """Compress the model of a finished run; return its bundle.
 
-    started: when, by time.perf_counter. name: of the bundle's folder, the run's by default.
-    lineage: for the manifest, where the options come from.
+    started: start time by time.perf_counter. name: of the bundle's folder; default: the run's.
+    lineage: for the manifest, where the options or the initial weights come from.
     """
     root = config.storage.root
     location = storage.join_path(root, "bundles", name or run.name)
@@ -113,7 +113,7 @@ def build_bundle(
 
 
 def check_against_data(config: Config, data: EncodedDataset) -> None:
-    """Raises UserError for what is only known once the data are."""
+    """Check the options that depend on the data. Raises UserError for one that does not fit."""
     task = data.task
     try:
         build_net(config, task)
@@ -124,11 +124,11 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
     mixes = config.augment.mixup or config.augment.cutmix
     if mixes and not (len(images) == len(task.features.inputs) == 1):
         raise UserError(
-            "augment.mixup and augment.cutmix mix images, and the records hold more than one; "
+            "augment.mixup and augment.cutmix need records with one image and no other features; "
             "leave them out."
         )
     if config.augment != Augment() and not images:
-        raise UserError("augment is for images, and the records hold none; leave it out.")
+        raise UserError("augment is for images, and the records have none; leave augment out.")
     for each in (each for each in task.features.encoders if isinstance(each, Images)):
         side = min(each.shape_HWC[:2])
         if config.augment.translate >= side:
@@ -144,14 +144,14 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
     if micro_batches > 1 and micro_batches * LEAST_SAMPLES > smallest:
         most = max(smallest // LEAST_SAMPLES, 1)
         raise UserError(
-            f"a batch of {smallest} samples cannot be shared by {micro_batches} workers, each with "
-            f"at least {LEAST_SAMPLES}; give --workers.num {most} or a larger --optim.batch_size."
+            f"a batch of {smallest} samples cannot be shared by {micro_batches} workers, at least "
+            f"{LEAST_SAMPLES} each; give --workers.num {most} or a larger --optim.batch_size."
         )
     if micro_batches < config.workers.most:
         raise UserError(
-            f"workers.micro_batches is {micro_batches}, and workers.num up to "
-            f"{config.workers.most}; every worker computes a micro-batch, so give "
-            f"--workers.micro_batches {config.workers.most}, or more."
+            f"workers.micro_batches is {micro_batches} and workers.num up to "
+            f"{config.workers.most}, but every worker needs a micro-batch; give "
+            f"--workers.micro_batches {config.workers.most} or more."
         )
     known = [f"valid_{each.name}" for each in task.known_metrics]
     for option, metric, accepted in (
@@ -161,11 +161,11 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
         ("compress.metric", config.compress.metric, known),
     ):
         if metric is not None and metric not in accepted:
-            raise UserError(f"{option} is '{metric}'; there are {', '.join(accepted)}.")
+            raise UserError(f"{option} is '{metric}'; give one of {', '.join(accepted)}.")
 
 
 def check_weights(config: Config, bundle: Bundle) -> None:
-    """Raises UserError where the config's net does not take the bundle's weights."""
+    """Raise UserError if the bundle's weights do not fit the network of the config."""
     try:
         wanted = build_net(config, bundle.task).state_dict()
     except ValueError as error:
@@ -178,13 +178,13 @@ def check_weights(config: Config, bundle: Bundle) -> None:
         )
         if one != other:
             raise UserError(
-                f"init is '{config.init}', whose weights are of another net: '{name}' is {one} "
-                f"there, {other} here; leave the options of net out, or train without init."
+                f"init is '{config.init}', whose weights do not fit this net: '{name}' is {one} "
+                f"there and {other} here; leave the options of net out, or train without init."
             )
 
 
 def _begun(run: Run, bundle: Bundle) -> DistillationConfig:
-    """Keep a bundle's weights with the run, where every worker finds them, whenever it goes on."""
+    """Copy a bundle's weights into the run's directory, where a resumed run finds them, too."""
     url = storage.join_path(run.url, "init")
     with commit.atomic_folder(url) as folder:
         shutil.copyfile(bundle.path / WEIGHTS, folder / WEIGHTS)
@@ -192,14 +192,14 @@ def _begun(run: Run, bundle: Bundle) -> DistillationConfig:
 
 
 def build_lineage(init: str | None, bundle: Bundle) -> dict[str, Any]:
-    """Where a run's weights come from. init_epochs: those of the first, which began from none."""
+    """Return the origin of a run's weights. init_epochs: of the run that started from scratch."""
     manifest = bundle.manifest
     epochs = manifest.lineage.get("init_epochs", manifest.config["optim"]["epochs"])
     return {"init": init, "init_weights": manifest.files[WEIGHTS].sha256, "init_epochs": epochs}
 
 
 def _run(config: Config, runs: str) -> Run:
-    """Return the run that `resume` names, or a new one, whose name goes to stderr."""
+    """Return the run that `resume` names, or a new one, whose name is printed on stderr."""
     if config.resume is not None:
         return Run.resume(storage.join_path(runs, config.resume), config)
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -208,9 +208,9 @@ def _run(config: Config, runs: str) -> Run:
 
 
 def _with_epochs(config: Config, data: EncodedDataset, runs: str) -> tuple[Config, Any]:
-    """Let cross-validation choose the number of epochs; of a resumed run it has done so.
+    """Choose the number of epochs by cross-validation; a resumed run keeps its number.
 
-    Returns the options, and the figures by epoch, None of a resumed run.
+    Returns the options, and the mean metric by epoch, None for a resumed run.
     """
     if config.resume is not None:
         stop, found = Run.find(runs, config.resume).config["stop"], None
@@ -227,11 +227,11 @@ def _with_epochs(config: Config, data: EncodedDataset, runs: str) -> tuple[Confi
 
 
 def _fit_answers(net: nn.Module, data: EncodedDataset, rule: DecisionRule) -> EncodedDataset:
-    """Fit temperature and thresholds of a net to the validation records."""
+    """Return data whose task has a temperature and thresholds fitted to the validation records."""
     inputs, targets_N = data.open("valid")
     worker = Worker(0, 1, torch.device("cpu"))
     outputs = evaluate(net.eval(), inputs, worker)
-    assert outputs is not None, "rank 0 has them"
+    assert outputs is not None, "rank 0 has the outputs"
     task = data.task.calibrated(fit_temperature(data.task, outputs, targets_N))
     if thresholds := fit_thresholds(task, rule, outputs, targets_N):
         task = task.with_target(thresholds=thresholds)
@@ -246,7 +246,7 @@ def _write(
     started: float,
     lineage: dict[str, Any],
 ) -> None:
-    """Fill the bundle: weights, variants, golden outputs, baseline, pictures, manifest."""
+    """Fill the bundle: weights, variants, golden outputs, baseline, plots, manifest."""
     weights, history = load_best_weights(run.store(config.checkpoint.keep))
     net = build_net(config, data.task)
     net.load_state_dict(weights)

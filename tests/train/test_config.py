@@ -60,7 +60,7 @@ def test_a_wrong_option_is_named_with_what_is_accepted(arguments, words):
         ("name: x\ndata: {train: a}\noptim: {rate: 1}\n", ["optim.rate", "lr, vector_lr"]),
         ("name: x\n", ["data", "missing"]),
         ("- 1\n", ["no options"]),
-        ("a: [\n", ["not YAML"]),
+        ("a: [\n", ["not valid YAML"]),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_accepted(tmp_path, text, words):

@@ -127,7 +127,7 @@ def test_each_label_has_a_threshold_of_its_own(rng):
         (class_task((1, 1, 1)), {"recall": 0.9}, "is for two classes, and 'y' has 3"),
         (class_task(), {"cost": [[0, 1, 2], [1, 0, 2]]}, "2 rows of 2, in the order of a, b"),
         (class_task(), {"cost": [[1, 0], [1, 0]]}, "costs less than the right one"),
-        (class_task(), {"cost": [[0, 0], [0, 0]]}, "no wrong answer that costs more"),
+        (class_task(), {"cost": [[0, 0], [0, 0]]}, "no wrong prediction that costs more"),
         (Task(Features(()), ValueTarget("y", 0, 1)), {"recall": 0.9}, "the target is a number"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Workers: how Ray Train starts them, and how they share the work and agree."""
+"""Workers: how Ray Train starts them, connects them and runs the training loop on them."""

@@ -1,6 +1,6 @@
-"""A checkpoint before the workers are torn down to be fewer or more.
+"""Request a checkpoint before the workers are stopped to change their number.
 
-Runs in Ray Train's controller, so it imports no torch until there is a resize.
+This runs in Ray Train's controller, so it does not import torch before the first resize.
 """
 
 import time
@@ -9,19 +9,19 @@ from typing import Any
 from train.distributed.ray_train_internals import ControllerCallback
 from train.loop.run_directory import Run
 
-# How long a resize waits for the checkpoint that it asked for.
+# How long a resize waits for the requested checkpoint.
 CHECKPOINT_WAIT_S = 60
 
 
 class CheckpointBeforeResize(ControllerCallback):
-    """Ray tears the workers down to resize; this asks them for a checkpoint first."""
+    """Requests a checkpoint before a resize, for which Ray stops all workers."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._running = False
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        # The first decision starts the workers: there is nothing to keep yet.
+        # The first decision starts the workers, so there is nothing to save yet.
         if not self._running:
             self._running = True
             return
@@ -33,5 +33,5 @@ class CheckpointBeforeResize(ControllerCallback):
         self._run.checkpoint_wanted(forget=True)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        # The workers are gone; the next decision starts them again.
+        # The workers have ended; the next decision starts them again.
         self._running = False

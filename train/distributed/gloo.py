@@ -1,8 +1,9 @@
-"""How the workers of a run find each other: over the network that Ray uses, and no other.
+"""Connect the workers of a run over the network that Ray uses, and no other.
 
-Gloo takes the address that the machine's own name has, which on many machines is loopback (Debian
-writes 127.0.1.1 into /etc/hosts): workers on several nodes would look for each other at home. And
-torch's store, by which they meet, listens on all interfaces, where it does what anyone asks.
+By default Gloo uses the address of the machine's host name. On many machines this is a loopback
+address (Debian writes 127.0.1.1 into /etc/hosts), with which workers on several nodes cannot
+connect. Torch's store, through which the workers find each other, listens on all interfaces by
+default and executes the commands of any client.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ LOOPBACK = "lo"
 
 @dataclass
 class RayNetworkConfig(TorchConfig):
-    """How workers find each other; for `TorchTrainer(torch_config=…)`."""
+    """Options for connecting the workers; for `TorchTrainer(torch_config=…)`."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -50,9 +51,9 @@ class _Backend(_TorchBackend):
 
 
 def choose_interface() -> None:
-    """Name this node's interface to Gloo, and loopback to NCCL too, unless one is named.
+    """Make Gloo use this node's interface in Ray's network, unless the environment names another.
 
-    Between nodes NCCL may know a faster network than the one that Ray uses.
+    NCCL is restricted only if that is loopback: between nodes it may find a faster network.
     """
     name = interface_of(ray.util.get_node_ip_address())
     if name is None:
@@ -63,24 +64,24 @@ def choose_interface() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has an IPv4 address; None if none does."""
+    """Return the name of the network interface with an IPv4 address; None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
 
 
-# Of the first worker, between `open_store` and `join`.
+# The store of the first worker, between `open_store` and `join_group`.
 _store: dist.Store | None = None
 
 
 def open_store(world_size: int, timeout: timedelta) -> tuple[str, int]:
-    """Let the store of a run listen on this node's address; return the address and the port."""
+    """Open the store of a run on this node's address only; return the address and the port."""
     global _store
     address = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -103,7 +104,7 @@ def open_store(world_size: int, timeout: timedelta) -> tuple[str, int]:
 def join_group(
     backend: str, address: str, port: int, rank: int, world_size: int, timeout: timedelta
 ) -> None:
-    """Make this worker a member of the run's process group."""
+    """Add this worker to the run's process group."""
     global _store
     store, _store = _store, None
     if store is None:

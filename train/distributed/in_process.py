@@ -1,11 +1,11 @@
-"""Ray Train whose workers end with this process: the same workers, without what guards them.
+"""Run Ray Train's controller in this process, for workers that end with this process.
 
-Ray Train keeps its controller in a process of its own, with three more beside it: one frees the
-workers' resources should the controller die, one asks for more machines, one feeds Ray Data sets.
-Where Ray ends with this process, on one machine, there is nothing to free and nothing to ask for,
-and the loop reads its own shards. A trial's process has its workers' places already, in the
-placement group that it runs in itself, which goes with it. So the controller runs here, alone,
-which is seconds sooner.
+Ray Train runs its controller in a separate process, with three more processes: one frees the
+workers' resources if the controller dies, one requests more machines, one feeds Ray Data sets. They
+are not needed if Ray runs on one machine and ends with this process: resources need not be freed or
+requested, and the loop reads its own shards. A tuning trial does not need them either: its workers
+run in the placement group of the trial's process, which is removed with the process. The controller
+therefore runs alone in this process, which starts training seconds sooner.
 """
 
 import asyncio
@@ -39,14 +39,15 @@ class LocalTorchTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         controller = _Controller(**{**parts, "scaling_policy": _Scaling(self.scaling_config)})
-        # It has set up its log; each of its steps is told there, the terminal is for the run's.
+        # The controller has configured its logging by now. It logs each of its steps, but the
+        # terminal is for the progress of the run.
         logging.getLogger("ray.train").setLevel(logging.WARNING)
         asyncio.run(controller.run())
         return controller.get_result()
 
 
 class _Scaling(FixedScalingPolicy):
-    """Asks for no machines."""
+    """Does not request machines."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass
@@ -56,7 +57,7 @@ class _Scaling(FixedScalingPolicy):
 
 
 class _Reserved(DefaultPlacementGroupHandle):
-    """Of a placement group that is there already, and stays."""
+    """Handle of an existing placement group, which stays when the workers end."""
 
     def shutdown(self) -> None:
         pass
@@ -71,7 +72,7 @@ class _WorkerGroup(WorkerGroup):
 
     def _create_workers(self, num_workers: int, *args: Any, **kwargs: Any) -> list[Any]:
         if get_current_placement_group() is not None:
-            # The first bundle is this process's.
+            # This process uses the first bundle.
             kwargs["placement_group_bundle_indices"] = list(range(1, num_workers + 1))
         workers: list[Any] = super()._create_workers(num_workers, *args, **kwargs)
         return workers
@@ -79,7 +80,7 @@ class _WorkerGroup(WorkerGroup):
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """Without the handle of the controller's actor, since there is none."""
+        """Initialise the workers without a handle of a controller actor, because there is none."""
         ray.get(
             [
                 worker.actor.init_train_context.remote(

@@ -1,4 +1,4 @@
-"""Ray Train around the loop: start the workers, and start them again when some are lost."""
+"""Run the training loop on Ray Train, which restarts the workers when some are lost."""
 
 import logging
 import sys
@@ -27,7 +27,7 @@ from train.telemetry.progress_bar import ProgressDisplay
 from train.telemetry.prometheus import TrainingGauges
 from train.telemetry.throughput import Event
 
-# How often an elastic run looks whether the cluster has grown or shrunk.
+# How often an elastic run checks whether the cluster has grown or shrunk.
 RESIZE_EVERY_S = 10
 
 
@@ -39,10 +39,10 @@ def train(
     observe: Callable[[Event], None] = lambda event: None,
     lesson: DistillationConfig = NO_LESSON,
 ) -> None:
-    """Run the loop on Ray Train, shown on the terminal and to Prometheus.
+    """Run the training loop on Ray Train; report to the terminal and to Prometheus.
 
-    observe: told of every event of training besides the terminal, from another thread.
-    Raises CommandFailed with the reason, UserError if nothing fits.
+    observe: called with every event of training, from another thread. Raises CommandFailed with the
+    reason if training fails, UserError if the cluster or the storage is not suitable.
     """
     own = connect.is_local()
     room = _check(config, run, own=own)
@@ -65,9 +65,10 @@ def train(
 def train_here(
     config: Config, run: Run, shards: EncodedDataset, observe: Callable[[Event], None]
 ) -> None:
-    """Run the loop on workers that are this process's own and end with it; show nothing.
+    """Run the training loop on workers that end with this process; display nothing.
 
-    In a placement group they take its bundles after the first. For `observe` see `train`.
+    In a placement group the workers use its bundles after the first. For `observe` and the errors
+    see `train`.
     """
     room = _check(config, run, own=True)
     with EventListener(observe) as follower:
@@ -94,14 +95,14 @@ def _job(
 
 
 class ClusterCapacity(NamedTuple):
-    """How many workers the cluster can hold, and whether others hold their places now."""
+    """Number of workers that the cluster can hold, and whether their resources are in use now."""
 
     workers: int
     is_taken: bool
 
 
 def _check(config: Config, run: Run, *, own: bool) -> ClusterCapacity:
-    """Return the cluster's room for workers. Raises UserError, and the run is untouched."""
+    """Return the cluster's capacity. Raises UserError without changing the run."""
     room = check_resources(config.workers)
     if not own:
         check_storage(run)
@@ -110,7 +111,7 @@ def _check(config: Config, run: Run, *, own: bool) -> ClusterCapacity:
 
 def _run(config: Config, run: Run, job: WorkerSpec, room: ClusterCapacity, *, own: bool) -> None:
     least, most = config.workers.num
-    if own:  # which neither grow nor shrink
+    if own:  # this process has a fixed number of workers
         least = most = min(most, room.workers)
     kind = LocalTorchTrainer if own else TorchTrainer
     trainer = kind(
@@ -124,7 +125,7 @@ def _run(config: Config, run: Run, job: WorkerSpec, room: ClusterCapacity, *, ow
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
         ),
         run_config=RunConfig(
-            # The loop keeps its own checkpoints; what Ray keeps is of this attempt only.
+            # The loop writes its own checkpoints, so Ray's files are needed for this attempt only.
             name=f"ray-{time.time_ns():x}",
             storage_path=run.url,
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
@@ -140,9 +141,9 @@ def _run(config: Config, run: Run, job: WorkerSpec, room: ClusterCapacity, *, ow
 
 
 def check_resources(workers: Workers) -> ClusterCapacity:
-    """Return how many workers the cluster can hold; say on stderr if there is no room now.
+    """Return the cluster's capacity; report on stderr if the workers must wait for resources.
 
-    Raises UserError at once where it could never hold the fewest.
+    Raises UserError if the cluster's nodes cannot hold the smallest number of workers.
     """
     least = workers.num[0]
     per_worker = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
@@ -168,12 +169,12 @@ def check_resources(workers: Workers) -> ClusterCapacity:
 
 
 def check_storage(run: Run) -> None:
-    """Raises UserError, naming the nodes, where some do not reach the run's directory."""
+    """Raise UserError, which names the nodes, if some nodes cannot access the run's directory."""
     if problems := nodes_without_storage(run.url, "run.json"):
         shown = "; ".join(f"node {address}: {problem}" for address, problem in problems.items())
         raise UserError(
-            f"'{run.url}' must be reached by every node, and is not ({shown}). "
-            "Give a --storage.path that is: a shared file system, or a URL such as s3://…"
+            f"'{run.url}' must be accessible from every node, and is not ({shown}). "
+            "Give a --storage.path in a shared file system, or a URL such as s3://…"
         )
 
 
@@ -183,8 +184,8 @@ def _reason(error: TrainingFailedError, run: Run) -> str:
     logging.getLogger(__name__).debug("workers failed", exc_info=error)
     lines = [line for line in str(first).splitlines() if line.strip()]
     if lines and "Superseded" in lines[-1]:
-        return f"{run.name} is continued by another command; this one ends."
+        return f"another command continues the run {run.name}; this command ends."
     return (
-        f"training failed: {lines[-1] if lines else type(first).__name__}. Continue it with "
-        f"--resume {run.name}; Ray's logs are under {ray_internals.session_log_folder()}."
+        f"training failed: {lines[-1] if lines else type(first).__name__}. Continue with "
+        f"--resume {run.name}; Ray's logs are in {ray_internals.session_log_folder()}."
     )

@@ -1,7 +1,8 @@
-"""The names of Ray Train that this project uses and that are not public.
+"""The private names of Ray Train that this project uses.
 
-Written against Ray 2.60. `tests/test_ray_internals.py` touches each of them, so that another
-version of Ray fails there. Imports no torch, as Ray Train's controller imports it.
+Written for Ray 2.60. `tests/test_ray_internals.py` uses each name, so that it fails with an
+incompatible version of Ray. This module does not import torch, because Ray Train's controller
+imports this module.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 )
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-# The loggers of Ray Train that report an attempt to start the workers, and its failure.
+# The loggers of Ray Train that report attempts to start the workers, and failures.
 START_LOGGERS = (
     "ray.train.v2._internal.execution.controller.controller",
     "ray.train.v2._internal.execution.failure_handling.default",
@@ -28,7 +29,7 @@ START_LOGGERS = (
 
 
 def preemption_notice() -> Any:
-    """Return what this worker was told of a machine that will be taken away, or None."""
+    """Return the notice that a machine of this run will be preempted, or None."""
     return get_train_context().preemption_context.preemption_info
 
 

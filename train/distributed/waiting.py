@@ -1,6 +1,6 @@
-"""Waiting for a cluster that is in use: said once.
+"""Report only once that a run waits for a cluster that is in use.
 
-Ray Train asks for its workers again each minute, and logs a traceback each time.
+Ray Train requests its workers again every minute and logs a traceback each time.
 """
 
 import logging
@@ -14,10 +14,10 @@ from train.distributed.ray_train_internals import (
 
 
 class LogWaitingOnce(ControllerCallback):
-    """For Ray Train's controller, in whatever process that runs."""
+    """Installs `OnceFilter` in the process of Ray Train's controller."""
 
     def __init__(self, *, said: bool) -> None:
-        """said: whether the user knows already that the workers are waited for."""
+        """said: whether it was already reported that the run waits for workers."""
         self._said = said
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -27,7 +27,7 @@ class LogWaitingOnce(ControllerCallback):
 
 
 class OnceFilter(logging.Filter):
-    """Lets one line through for all tries that end for lack of room, and what else is logged."""
+    """Passes one line for all attempts that fail for lack of resources, and all other records."""
 
     def __init__(self, *, said: bool) -> None:
         super().__init__()
@@ -42,5 +42,5 @@ class OnceFilter(logging.Filter):
             record.msg, record.args = "waiting until the cluster has room for the workers", ()
             record.exc_info = record.exc_text = None
             return not said
-        # Each further try is announced like the first.
+        # Ray announces each further attempt like the first; these lines are dropped.
         return not (self._again and text.startswith("Attempting to start training worker group"))

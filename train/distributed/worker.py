@@ -1,4 +1,4 @@
-"""What every Ray Train worker runs: the loop, from the run's last checkpoint on."""
+"""The function of a Ray Train worker: run the loop from the run's last checkpoint."""
 
 import logging
 import sys
@@ -20,19 +20,20 @@ from train.loop.loop import Diverged, Loop
 from train.loop.parallelism import Worker
 from train.loop.run_directory import LEAST_SAMPLES, Run, WorkerSpec
 
-# Errors of code or data, which the same step raises again. Others may come from a worker that died.
+# Errors of code or data, which a retry would raise again. Other errors may be caused by a lost
+# worker.
 DETERMINISTIC = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
     *(NotImplementedError, SyntaxError, TypeError, ValueError),
 )
 
-# How often a worker looks whether a checkpoint is wanted, where looking may be a request.
+# How often a worker checks for a requested checkpoint; at a URL each check is an HTTP request.
 LOOK_EVERY_S = 0.5
 
 
 def worker_main(parameters: dict[str, Any]) -> None:
-    """Train to the end, as one of the workers that Ray Train started."""
-    # Ray Train records each of its own steps; the terminal is for the run's progress.
+    """Train to the end, as one of the workers that Ray Train starts."""
+    # Ray Train logs each of its own steps, but the terminal is for the progress of the run.
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     job: WorkerSpec = parameters["job"]
     context = ray.train.get_context()
@@ -42,23 +43,23 @@ def worker_main(parameters: dict[str, Any]) -> None:
     if worker.device.type == "cpu":
         torch.set_num_threads(max(1, int(job.config["workers"]["cpus"])))
     run = Run.open(job.run_url)
-    if run.failed():  # by a worker before, and Ray tries again
+    if run.failed():  # an earlier worker recorded the failure, and Ray retries
         return
     run_loop(job, run, worker, urgent=CheckpointTrigger(run, worker))
 
 
 def run_loop(job: WorkerSpec, run: Run, worker: Worker, **options: Any) -> None:
-    """Run the loop. A failure that another try would only repeat is left as a note.
+    """Run the training loop. A failure that a retry would only repeat is recorded with the run.
 
-    options: for the loop. Raises torch.OutOfMemoryError where another try will be with half the
-    samples at once, Superseded where others continue the run.
+    options: of Loop. Raises torch.OutOfMemoryError after halving the micro-batches for the next
+    attempt, and Superseded if other processes continue the run.
     """
     config = Config.model_validate(job.config)
     allow_plugins(config)
     shards = EncodedDataset(job.shards_url, job.shards_summary)
     tracing: Any = nullcontext(lambda: None)
     if config.profile and worker.rank == 0:
-        # Imported only where it is used: it takes a second.
+        # Imported only where it is used, because the import takes a second.
         from train.telemetry import profiler
 
         url = storage.join_path(run.url, "trace")
@@ -85,7 +86,7 @@ def run_loop(job: WorkerSpec, run: Run, worker: Worker, **options: Any) -> None:
                 **options,
             ).run()
     except Superseded as error:
-        # Ray may no longer reach this process; its log stays on this machine.
+        # Ray may no longer reach this process, so the reason is also printed to the worker's log.
         print(f"{run.name}: {error}", file=sys.stderr, flush=True)
         raise
     except Diverged as error:
@@ -97,20 +98,20 @@ def run_loop(job: WorkerSpec, run: Run, worker: Worker, **options: Any) -> None:
     except DETERMINISTIC as error:
         reason = (str(error).splitlines() or [""])[0][:300]
         run.fail(
-            f"training failed, and would again: {type(error).__name__}: {reason}. Continue it with "
-            f"--resume {run.name} once that is mended; the traceback is above, and in Ray's logs "
-            f"under {ray_internals.session_log_folder()}."
+            f"training failed and would fail again: {type(error).__name__}: {reason}. Fix the "
+            f"cause, then continue with --resume {run.name}; the traceback is above and in Ray's "
+            f"logs in {ray_internals.session_log_folder()}."
         )
         raise
 
 
 def _halve(run: Run, config: Config, shards: EncodedDataset, observe: Callable[..., None]) -> None:
-    """Ask for another try with half the samples at once, if they can be halved."""
+    """Halve the micro-batches for the next attempt; record a failure if they are too small."""
     num_samples = len(shards.open("train")[1])
     smallest = batch_sampler.smallest_batch(num_samples, config.optim.batch_size)
     if 2 * run.num_micro_batches * LEAST_SAMPLES > smallest:
         run.fail(
-            f"the GPU's memory does not hold the net and {LEAST_SAMPLES} samples; "
+            f"GPU memory does not hold the net and {LEAST_SAMPLES} samples; "
             f"make the net or the inputs smaller."
         )
         return
@@ -119,7 +120,7 @@ def _halve(run: Run, config: Config, shards: EncodedDataset, observe: Callable[.
 
 
 class CheckpointTrigger:
-    """Whether a checkpoint is wanted now: a machine will be taken away, or a resize is coming."""
+    """Returns whether to write a checkpoint now, before a machine is removed or at a resize."""
 
     def __init__(self, run: Run, worker: Worker) -> None:
         self._run = run
@@ -128,8 +129,8 @@ class CheckpointTrigger:
         self._notice: object = None
 
     def __call__(self) -> bool:
-        # Not ray.train.get_preemption_info, which is a barrier through another process: the loop
-        # brings the workers to agree at the same step itself.
+        # Not ray.train.get_preemption_info, which waits for all workers through another process.
+        # The loop itself makes all workers write the checkpoint at the same step.
         notice = preemption_notice()
         noticed = notice is not None and notice != self._notice
         self._notice = notice

@@ -1,1 +1,1 @@
-"""The training loop and its parts. One loop, whatever the task, the workers and the device."""
+"""The training loop and its parts: one loop for all tasks, numbers of workers and devices."""

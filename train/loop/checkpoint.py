@@ -1,8 +1,8 @@
-"""Checkpoints: the complete state of a run, whole or absent, verified by digest.
+"""Checkpoints: the complete state of a run, written atomically and verified by digest.
 
-A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.json`, and
-`digests.json`, which is written last. Nothing in it is a pickle. A checkpoint that is reported as
-written is on disk and was read back; those before it are deleted only then.
+A checkpoint is the directory `step-00001234` with `state.safetensors`, `state.json` and
+`digests.json`, which is written last. It contains no pickles. A checkpoint is reported as written
+once it is on disk and was read back; only then are older checkpoints deleted.
 """
 
 import json
@@ -36,20 +36,21 @@ class TrainingState:
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that differs from its digests. The message names the file."""
+    """A checkpoint does not match its digests. The message names the file."""
 
 
 class Superseded(Exception):
-    """Others continue the run. What this process would write is theirs to write."""
+    """Other processes continue the run, so this process must not write checkpoints."""
 
 
 class CheckpointManager:
     """The checkpoints of one run, in a directory or at a URL. Only rank 0 writes.
 
-    A worker that the network is cut off from, and that others have been started for, may still be
-    at work and reach the files. So the one that writes has claimed to, and stops when another has.
+    A worker that is cut off from the network and has been replaced may still be running and able to
+    write files. A worker therefore claims the run before it writes, and stops writing when another
+    worker or command has claimed the run.
 
-    written: told the step of each checkpoint that is whole, in the thread that wrote it.
+    written: called with the step of each complete checkpoint, usually in the writing thread.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class CheckpointManager:
         self._pending: tuple[TrainingState, int | None, Future[None]] | None = None
 
     def hand_over(self) -> str:
-        """Begin or continue the run; return the name under which its workers may claim it."""
+        """Start or continue the run; return the owner id with which its workers may claim it."""
         owner = secrets.token_hex(8)
         self._put_writer([owner, ""])
         return owner
 
     def claim(self, owner: str) -> None:
-        """Be the one that writes. Raises Superseded if the run was handed over to another."""
+        """Become the run's writer. Raises Superseded if the run now belongs to another owner."""
         if self._writer()[0] != owner:
             raise Superseded("another command has taken over the run")
         self._claimed = [owner, secrets.token_hex(8)]
@@ -78,18 +79,21 @@ class CheckpointManager:
     def save(self, state: TrainingState, best_step: int | None) -> None:
         """Write a state in the background; the caller must not change its tensors afterwards.
 
-        Only after `settle`, which tells what became of the one before.
+        Call `settle` first, which returns the result of the previous write.
         """
         assert self._pending is None
         writing = self._thread.submit(self._write, state, best_step)
         self._pending = state, best_step, writing
-        # Not in _write: who is told may fail, and the checkpoint is there all the same.
+        # Not in _write: a failure of the callback is not a failure to write.
         writing.add_done_callback(
             lambda done: None if done.exception() else self._written(state.values["step"])
         )
 
     def settle(self) -> OSError | None:
-        """Wait until what was saved is on disk; return why it is not. What was there stays."""
+        """Wait for the write that `save` started; return its OSError, or None if it succeeded.
+
+        Older checkpoints stay if the write failed. Other errors, such as Superseded, are raised.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -99,22 +103,25 @@ class CheckpointManager:
         return error
 
     def finish(self) -> None:
-        """Have the last state on disk: try once more if need be. Raises OSError."""
+        """Wait for the last write and repeat it once if it failed.
+
+        Raises OSError if the second attempt fails, too.
+        """
         if self._pending is not None:
             state, best_step, _ = self._pending
             if self.settle() is not None:
                 self._write(state, best_step)
 
     def steps(self) -> list[int]:
-        """Steps at which there is a checkpoint, ascending. It may yet be damaged."""
+        """Return the steps that have a checkpoint, ascending. A checkpoint may be damaged."""
         names = storage.list_names(self._url)
         found = (name.removeprefix("step-") for name in names if name.startswith("step-"))
         return sorted(int(name) for name in found if name.isdecimal())
 
     def latest(self) -> TrainingState | None:
-        """The last checkpoint that is whole; says on stderr which ones it passes over.
+        """Return the last undamaged checkpoint, or None; report damaged ones on stderr.
 
-        Raises OSError where one cannot be fetched, as it may be whole.
+        Raises OSError if a checkpoint cannot be fetched, because it may be undamaged.
         """
         for step in reversed(self.steps()):
             try:
@@ -124,15 +131,15 @@ class CheckpointManager:
         return None
 
     def load(self, step: int) -> TrainingState:
-        """Raises DamagedCheckpoint, naming the file."""
+        """Return the checkpoint of a step. Raises DamagedCheckpoint, which names the file."""
         folder = self._fetch(step)
         tensors = safetensors.torch.load_file(folder / TENSORS)
         return TrainingState(tensors, json.loads((folder / VALUES).read_text()))
 
     def adopt(self, donor: "CheckpointManager", step: int) -> None:
-        """Copy a checkpoint of another run, and that of its best epoch so far, to continue from.
+        """Copy a checkpoint of another run to continue from, and that of its best epoch so far.
 
-        Raises DamagedCheckpoint, naming the file.
+        Raises DamagedCheckpoint, which names the file.
         """
         best = donor.load(step).values["best_step"]
         for each in dict.fromkeys((best, step) if best in donor.steps() else (step,)):
@@ -142,7 +149,10 @@ class CheckpointManager:
                     shutil.copyfile(source / name, folder / name)
 
     def _fetch(self, step: int) -> Path:
-        """Return a local folder with a checkpoint. Raises DamagedCheckpoint, naming the file."""
+        """Return a local folder with the verified checkpoint of a step.
+
+        Raises DamagedCheckpoint, which names the file.
+        """
         try:
             folder = commit.fetch(self._step_url(step), last=commit.DIGESTS)
             for name in (TENSORS, VALUES):
@@ -157,19 +167,20 @@ class CheckpointManager:
         with commit.atomic_folder(target, check=check) as folder:
             try:
                 safetensors.torch.save_file(state.tensors, folder / TENSORS)
-                # Raises where the file is shorter than its header says.
+                # Raises SafetensorError if the file is shorter than its header says.
                 with safetensors.safe_open(folder / TENSORS, "pt"):
                     pass
-            except safetensors.SafetensorError as error:  # a full disk, among others
+            except safetensors.SafetensorError as error:  # for example, the disk is full
                 raise OSError(str(error)) from error
             (folder / VALUES).write_text(json.dumps(state.values))
         self._check_claim()
         self._delete_old(step, best_step)
 
     def _delete_old(self, written: int, best_step: int | None) -> None:
-        """Delete those before the one just written, but the latest and that of the best epoch.
+        """Delete old checkpoints, except the latest `keep` ones and that of the best epoch.
 
-        Those after it are damaged: else the run would have continued from them.
+        Checkpoints after the one just written do not count. They are damaged, because otherwise the
+        run would have continued from them.
         """
         for step in [each for each in self.steps() if each <= written][: -self._keep]:
             if step != best_step:
@@ -177,7 +188,7 @@ class CheckpointManager:
 
     def _check_claim(self) -> None:
         if self._claimed is not None and self._writer() != self._claimed:
-            raise Superseded("the run is continued by others; this worker stops")
+            raise Superseded("the run is continued by other workers; this worker stops")
 
     def _writer(self) -> list[str]:
         fs, path = storage.filesystem(storage.join_path(self._url, WRITER))
@@ -192,7 +203,10 @@ class CheckpointManager:
 
 
 def load_best_weights(store: CheckpointManager) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Return the weights of a finished run's best epoch, and its figures by epoch."""
+    """Return the weights of a finished run's best epoch by name, and the metrics of every epoch.
+
+    The weights have the shapes of the network's state dict.
+    """
     last = store.latest()
     assert last is not None, "a finished run has a checkpoint"
     best = last.values["best_step"]
@@ -202,7 +216,7 @@ def load_best_weights(store: CheckpointManager) -> tuple[dict[str, Tensor], list
     else:
         print(
             f"the checkpoint of the best epoch, at step {best}, could not be written; "
-            f"the model is that of step {last.values['step']}",
+            f"the model is that of the last checkpoint, at step {last.values['step']}",
             file=sys.stderr,
         )
     return states.exported_weights(found.tensors), last.values["history"]

@@ -1,6 +1,6 @@
-"""What a net learns from besides the records: weights to start from, and a teacher.
+"""Sources of learning in addition to the records: initial weights and a teacher.
 
-Shapes: B batch, K outputs.
+Shapes: B samples of a batch, K outputs.
 """
 
 import safetensors.torch
@@ -19,7 +19,10 @@ from train.tasks import Task
 
 
 def load_initial_weights(net: nn.Module, lesson: DistillationConfig) -> bool:
-    """Give a net the weights to start from; return whether there are any."""
+    """Load the initial weights into a network, if there are any; return whether there are.
+
+    Installs fake quantization, too, if `lesson` requires it.
+    """
     if lesson.start is not None:
         nets.resize_net(net, _weights(lesson.start))
     if lesson.quantized:
@@ -28,19 +31,23 @@ def load_initial_weights(net: nn.Module, lesson: DistillationConfig) -> bool:
 
 
 class Teacher:
-    """A trained net whose outputs are learned beside the targets."""
+    """A trained network whose outputs are learned in addition to the targets."""
 
     def __init__(self, lesson: DistillationConfig, task: Task, worker: Worker) -> None:
         assert lesson.teacher is not None
         net = nets.create_net(Net.model_validate(lesson.teacher_net), task)
         nets.resize_net(net, _weights(lesson.teacher))
-        # Its buffers must not follow the batches, so it is not a part of the net that learns.
+        # Not a submodule of the trained network, because batches must not update its buffers.
         self._net = nets.folded_net(net).to(worker.device).requires_grad_(False)
         self._share = lesson.teacher_fraction
         self._loss = distillation_loss(task.target, lesson.temperature)
 
     def blended(self, loss: Tensor, inputs: list[Tensor], outputs_BK: Tensor) -> Tensor:
-        """The loss against the targets with that against the teacher, by their shares."""
+        """Return the weighted mean of `loss` and the loss against the teacher, float32 [].
+
+        loss: float32 [], against the targets. inputs: of the network, [B, …] each. outputs_BK:
+        float32 [B, K], logits.
+        """
         with torch.no_grad():
             taught_BK = self._net(*inputs).float()
         return (1 - self._share) * loss + self._share * self._loss(outputs_BK, taught_BK)

@@ -1,6 +1,6 @@
-"""A net's outputs over a whole split, computed by all workers, each sample once.
+"""Compute a network's outputs for a whole split on all workers, each sample once.
 
-Shapes: W workers, T turns, B batch, K outputs of the net.
+Shapes: N samples of the split, W workers, T turns, B samples of a batch, K outputs of the network.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,13 @@ BATCH_SIZE = 500
 def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> Arrays | None:
     """Return {"logits": float32 [N, K]} in the split's order on rank 0, None on the others.
 
-    The same batches are computed whatever the number of workers, in turns.
+    inputs: by name, [N, …] each. The batches do not depend on the number of workers, which compute
+    them in turns. All workers must call this together.
     """
     count = len(next(iter(inputs.values())))
     starts = range(0, count, BATCH_SIZE)
     world_size, parts = worker.world_size, []
-    # Every worker makes as many forward passes, as FSDP needs; the surplus ones repeat the first.
+    # FSDP needs as many forward passes on every worker; surplus passes repeat the first batch.
     turns = -(-len(starts) // world_size)
     for turn in range(turns):
         number = turn * world_size + worker.rank
@@ -37,7 +38,8 @@ def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> 
         parts.append(forward(*batch).float())
     if world_size == 1:
         return {"logits": torch.cat(parts).cpu().numpy()}
-    # As tensors of one shape: objects would be pickled, and the network is not to be trusted.
+    # Tensors of one shape, because torch would pickle other objects, and unpickling what arrives
+    # over the network is not safe.
     own_TBK = torch.stack([_padded(part_BK) for part_BK in parts])
     all_WTBK = [torch.empty_like(own_TBK) for _ in range(world_size)]
     dist.gather(own_TBK, all_WTBK if worker.rank == 0 else None)
@@ -55,6 +57,6 @@ def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> 
 
 
 def _padded(part_BK: Tensor) -> Tensor:
-    """Fill up the last batch of a split to the size of the others."""
+    """Pad the outputs of a split's last batch to the size of the others."""
     missing = BATCH_SIZE - len(part_BK)
     return torch.nn.functional.pad(part_BK, (0, 0, 0, missing)) if missing else part_BK

@@ -1,9 +1,10 @@
-"""THE training loop. One for every task, any number of workers, any device.
+"""The training loop: one for all tasks, numbers of workers and devices.
 
-What happens at a step is a function of the config and the step alone: sample order, augmentation,
-dropout, rate. With the state of a checkpoint, the rest of a run follows, wherever it continues.
+The order of samples, augmentation, dropout and learning rate of a step depend only on the config
+and the step. A run that continues from a checkpoint therefore takes the same steps as without the
+interruption, on any number of workers.
 
-Shapes: B a micro-batch's part of a global batch, N samples of a split, K outputs.
+Shapes: B samples of a micro-batch, N samples of a split, K outputs.
 """
 
 import math
@@ -40,12 +41,12 @@ TELL_EVERY_STEPS = 10
 
 
 class Diverged(Exception):
-    """The loss is no longer a finite number. The message names step and rate."""
+    """The loss or the weights are not finite. The message names step and learning rate."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, as its checkpoints keep it."""
+    """The progress of a run, as stored in its checkpoints."""
 
     step: int = 0
     num_samples: int = 0  # of this epoch so far, computed by this worker
@@ -57,13 +58,16 @@ class Progress:
 
 
 class Loop:
-    """A run from where its checkpoints left it. Every worker has one, and calls the same methods.
+    """A run that continues from its last checkpoint, if it has one.
+
+    Every worker has its own Loop and calls the same methods.
 
     num_micro_batches: parts of a global batch, the same for the whole run; at least the world size.
-    observe: told on rank 0 of the start, of steps, epochs, and checkpoints that failed.
-    urgent: whether a checkpoint is wanted now, say because this machine will be taken away.
+    observe: called on rank 0 with the events of the start, steps, epochs and failed checkpoints.
+    urgent: returns whether to write a checkpoint now, for example before this machine is removed.
     after_step: called after every step.
-    lesson: where the net starts, and its teacher, if it has one.
+    build: returns the network with its initial weights.
+    lesson: initial weights from another network, and a teacher, if there are any.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Loop:
         self._forward = self._gradients.forward
         if config.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
-        # On the device, so that reading it does not hold up every step.
+        # Kept on the device and read only every few steps, because reading it waits for the GPU.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
         self._check_every = 1 if worker.device.type == "cpu" else 10
         self.progress = Progress()
@@ -134,12 +138,16 @@ class Loop:
         self._restore()
 
     def run(self) -> None:
-        """Train to the end. Raises Diverged; OSError if the last checkpoint cannot be written."""
+        """Train to the end.
+
+        Raises Diverged if the loss or the weights are not finite, OSError if the last checkpoint
+        cannot be written.
+        """
         for _ in self.epochs():
             pass
 
     def epochs(self) -> Iterator[None]:
-        """Train to the end and stop after each epoch, for who wants to look. Raises as `run`."""
+        """Train to the end, yielding after each epoch. Raises the same errors as `run`."""
         optim, stop = self._config.optim, self._config.stop
         self._throughput.report(
             "start",
@@ -164,7 +172,7 @@ class Loop:
         self._store.finish()
 
     def _take_step(self, batch: np.ndarray) -> None:
-        """Take a step on a global batch."""
+        """Take a step on the samples of a global batch, given by index."""
         self._net.train()
         factor = lr_schedule.lr_factor(self._config.optim, self.progress.step, self._total_steps)
         for group, peak in self._groups:
@@ -179,7 +187,7 @@ class Loop:
                 loss = self._loss(ids_B, micro_batch)
                 self._buffers.collect()
                 self._scaler.scale(loss * (len(ids_B) / len(batch))).backward()
-            # Only now: recomputed activations run the norms a second time.
+            # After the backward pass, because recomputing activations updates the norms again.
             self._buffers.restore()
             self._loss_sum += loss.detach() * len(ids_B)
             self.progress.num_samples += len(ids_B)
@@ -194,11 +202,11 @@ class Loop:
         if self.progress.step % TELL_EVERY_STEPS == 0:
             self._tell_step(factor)
         for each in self._optimizers:
-            # All of them skip a step whose gradients overflowed anywhere, or none.
+            # If any gradient overflowed, on any worker, all optimizers skip the step.
             if not overflow:
                 self._scaler.step(each)
             each.zero_grad(set_to_none=True)
-        if overflow:  # which a worker that has only a shard may not have seen
+        if overflow:  # the scaler of a worker sees only its own shard of the gradients
             self._scaler.update(self._scaler.get_scale() * self._scaler.get_backoff_factor())
         else:
             self._scaler.update()
@@ -207,13 +215,16 @@ class Loop:
             self._ema.update(self._net, self.progress.step)
 
     def _has_overflow(self) -> bool:
-        """Whether a gradient of any worker is not finite."""
+        """Return whether a gradient of any worker is not finite."""
         grads = [param.grad for param in self._net.parameters() if param.grad is not None]
         norm = parallelism.full_tensor(nn.utils.get_total_norm(grads))
         return self._worker.any(not bool(norm.isfinite()))[0]
 
     def _tell_step(self, factor: float) -> None:
-        """Tell of a step, its gradients still there. The loss is of this worker's micro-batches."""
+        """Report a step before its gradients are reset.
+
+        The loss is the mean of this worker's samples in the epoch so far.
+        """
         grads = [param.grad for param in self._net.parameters() if param.grad is not None]
         self._throughput.report_steps(
             self.progress.step,
@@ -224,7 +235,7 @@ class Loop:
         )
 
     def _loss(self, ids_B: np.ndarray, micro_batch: int) -> Tensor:
-        """Return the mean loss of a micro-batch's samples."""
+        """Return the mean loss of a micro-batch's samples, float32 []."""
         config, device = self._config, self._worker.device
         # Dropout and mixing depend on the step and the micro-batch, not on the worker that computes
         # it.
@@ -248,7 +259,7 @@ class Loop:
         return loss
 
     def _after_step(self) -> None:
-        """Stop together when the loss diverged anywhere; checkpoint when it is due."""
+        """Stop all workers if the loss diverged on any; save a checkpoint if one is due."""
         progress, config = self.progress, self._config
         ends_epoch = progress.step % self._steps_per_epoch == 0
         if progress.step % self._check_every != 0 and not ends_epoch:
@@ -258,7 +269,7 @@ class Loop:
         diverged, urgent, due = self._worker.any(
             not math.isfinite(self._loss_sum.item()),
             self._urgent(),
-            # Rank 0's clock decides for all.
+            # The clock of rank 0 decides for all workers.
             self._worker.rank == 0 and waited_s > config.checkpoint.every_minutes * 60,
         )
         if diverged:
@@ -294,7 +305,7 @@ class Loop:
         if self._worker.rank == 0:
             progress.history.append(row)
             self._throughput.report("epoch", **row)
-            # Of equal epochs the later one: it was taken at a lower rate.
+            # The later of equal epochs is better: its learning rate was lower.
             if (value := self._metric.signed(row)) >= progress.best:
                 progress.best, progress.best_step = value, progress.step
             progress.stopped = self._is_stale()
@@ -302,11 +313,14 @@ class Loop:
         self._save()
 
     def _sums(self) -> list[float]:
-        """The summed loss and the samples of this epoch so far, of all workers."""
+        """Return the sum of the losses and the number of samples in this epoch so far.
+
+        Both are of all workers.
+        """
         return self._worker.sum([self._loss_sum.item(), self.progress.num_samples])
 
     def _is_stale(self) -> bool:
-        """Whether the metric to stop by has not got better for the configured epochs."""
+        """Return whether `stop.after` epochs are done, or `stop.patience` without improvement."""
         stop = self._config.stop
         if stop.after is not None:
             return len(self.progress.history) >= stop.after
@@ -325,14 +339,14 @@ class Loop:
         return {} if outputs is None else self._task.metrics(outputs, targets_N, "valid")
 
     def _save(self) -> None:
-        """Hand a copy of the state to the store, once it is done with the one before.
+        """Start to write a checkpoint, after the previous one is finished.
 
-        Raises Diverged where the state is not finite.
+        Raises Diverged if the state is not finite.
         """
         progress = self.progress
         loss_sum, num_samples = self._sums()
         tensors = collect_state(self._net, self._ema, self._optimizers)
-        # The loss is of the weights before the last update.
+        # The loss was computed before the last update, so it does not show if that overflowed.
         bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
         if any(self._worker.any(bool(bad))):
             named = f" '{bad[0].removeprefix('net.')}'" if bad else ""
@@ -350,15 +364,15 @@ class Loop:
         self._store.save(TrainingState(tensors, values), progress.best_step)
 
     def _settle(self) -> None:
-        """Wait for the checkpoint that is being written; training goes on without it."""
+        """Wait for the checkpoint that is being written; report a failure and continue."""
         if error := self._store.settle():
             last = self._store.steps()[-1:]
             self._throughput.report("unwritten", error=str(error), last=last[0] if last else None)
 
     def _restore(self) -> None:
-        """Continue from the last whole checkpoint, if there is one; all workers from the same."""
+        """Load the last complete checkpoint, if there is one; the same on all workers."""
         latest = self._store.latest() if self._worker.rank == 0 else None
-        # Rank 0 says which; the others add nothing.
+        # Rank 0 chooses the checkpoint; the other workers add 0 to the sum.
         (step,) = self._worker.sum([latest.values["step"] + 1 if latest is not None else 0])
         if step == 0:
             return
@@ -370,5 +384,5 @@ class Loop:
         self.progress = Progress(**values)
         if self._worker.rank == 0:
             self._loss_sum += loss_sum
-        else:  # the saved sums are those of all workers
+        else:  # rank 0 continues the saved sums, which are of all workers
             self.progress.num_samples = 0

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 
@@ -6,10 +6,11 @@ from train.config import Optim
 
 
 def lr_factor(config: Optim, step: int, total_steps: int) -> float:
-    """Return what the peak rate is multiplied by at `step` of 0..total_steps-1.
+    """Return the factor of the peak learning rate at `step`, 0..total_steps-1.
 
-    Linear warm-up from above 0, then a fall that reaches 0 just after the last step. At least one
-    step has the peak rate.
+    The factor rises linearly from above 0 during warm-up. It then stays at 1 ("constant") or falls
+    and would reach 0 just after the last step. At least one step has the peak rate. See `one_cycle`
+    for the schedule of that name.
     """
     if config.schedule == "one_cycle":
         fraction = 0.3 if config.warmup_fraction is None else config.warmup_fraction
@@ -26,10 +27,11 @@ def lr_factor(config: Optim, step: int, total_steps: int) -> float:
 
 
 def one_cycle(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Rise from 1/25 to 1 and fall to 1/250,000 with the last step, both as half a cosine.
+    """Return the factor of the one-cycle schedule at `step`.
 
-    After Smith and Topin, https://arxiv.org/abs/1708.07120, with the shape that torch gives it.
-    Too few steps to rise in begin at the peak.
+    The factor rises from 1/25 to 1 and falls to 1/250,000 at the last step, each as half a cosine.
+    If there are too few steps for a rise, it starts at 1. After Smith and Topin,
+    https://arxiv.org/abs/1708.07120, in the form of torch's OneCycleLR.
     """
     start, end = 1 / 25, 1 / 25e4
     peak = max(warmup_fraction * total_steps - 1, 0)

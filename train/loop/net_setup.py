@@ -1,4 +1,7 @@
-"""A net ready to be trained: built for its task, fitted to its inputs, brought to its device."""
+"""Prepare a network for training: build it, fit it to its inputs, move it to its device.
+
+Shapes: N training records, B samples of a batch; inputs are by name, each with further axes.
+"""
 
 import numpy as np
 import torch
@@ -14,19 +17,25 @@ from train.tasks import Arrays, Task
 from train.telemetry import efficiency
 from train.values.records import num_rows
 
-# Samples on which a net fits its normalisation and its whitening stem: fewer where they are large,
-# as each becomes hundreds of times its bytes.
+# Samples on which a network fits its normalisation and its whitening stem: most, fewest, and bytes
+# in all. Large samples are limited by bytes, because fitting needs hundreds of times as many.
 FIT_SAMPLES, FIT_LEAST_SAMPLES, FIT_BYTES = 50_000, 32, 5000 * 32 * 32 * 3
 
 
 def build_net(config: Config, task: Task) -> nn.Module:
-    """Return the task's net with initial weights. Raises ValueError if the data do not fit it."""
+    """Return the task's network with initial weights.
+
+    Raises ValueError if the data do not fit the network.
+    """
     smallest = min(stage.side for stage in config.augment.stages)
     return nets.create_net(config.net, task, smallest)
 
 
 def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
-    """Let a net set its normalisation from a sample of the training records."""
+    """Let a network set its normalisation from a sample of the training records.
+
+    inputs: of the training split, [N, …] each.
+    """
     if hasattr(net, "fit_inputs"):
         count = num_rows(inputs)
         draws = batch_sampler.random_stream(config.seed, 0, "fit").permutation(count)
@@ -37,9 +46,9 @@ def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
 
 
 def place_net(net: nn.Module, config: Config, worker: Worker) -> nn.Module:
-    """Bring a net to the worker's device, whole or in shards."""
+    """Move a network to the worker's device, whole or in shards."""
     sharded = config.workers.parallel == "fsdp"
-    if not sharded:  # FSDP takes contiguous weights only
+    if not sharded:  # FSDP accepts only contiguous weights
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = net.to(worker.device)
     if config.activation_checkpointing:
@@ -52,7 +61,10 @@ def place_net(net: nn.Module, config: Config, worker: Worker) -> nn.Module:
 def flops_per_sample(
     net: nn.Module, config: Config, inputs: Arrays, worker: Worker, augmentation: Augmentation
 ) -> dict[Stage, float]:
-    """FLOPs of one sample's forward and backward pass, where the net is not in shards."""
+    """Return the FLOPs of a sample's forward and backward pass by stage; {} for a sharded network.
+
+    inputs: of the training split, [N, …] each.
+    """
     if config.workers.parallel != "ddp":
         return {}
     one = np.zeros(1, np.int64)
@@ -68,7 +80,10 @@ def flops_per_sample(
 def augmented_inputs(
     inputs: Arrays, ids_B: np.ndarray, worker: Worker, augmentation: Augmentation, stage: Stage
 ) -> list[Tensor]:
-    """The inputs of some samples, their images augmented."""
+    """Return the inputs of some samples as tensors, [B, …] each, with augmented images.
+
+    inputs: of the training split, [N, …] each. ids_B: int64 [B], indices of the samples.
+    """
     tensors = device_inputs(inputs, ids_B, worker.device)
     return [
         augmentation.apply(tensor, ids_B, stage) if name in augmentation.images else tensor
@@ -77,5 +92,8 @@ def augmented_inputs(
 
 
 def device_inputs(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
-    """The inputs of some samples as tensors."""
+    """Return the inputs of some samples as tensors on `device`, [B, …] each.
+
+    inputs: of a split, [N, …] each. ids_B: int64 [B], indices of the samples.
+    """
     return [torch.from_numpy(array[ids_B]).to(device) for array in inputs.values()]

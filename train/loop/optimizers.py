@@ -1,4 +1,4 @@
-"""Optimizers, and which parameters each of them turns."""
+"""Optimizers, and the parameters that each of them updates."""
 
 from collections.abc import Iterable
 
@@ -9,19 +9,19 @@ from torch.optim import Optimizer
 from train.config import Optim
 from train.loop.parallelism import full_tensor, local_shard
 
-# Layers whose weights are matrices that map one space to another.
+# Layers whose weights Muon updates, as matrices.
 TURNING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LEAST_NORM = 1e-7
 
 
 class Muon(Optimizer):
-    """Nesterov momentum whose step for a matrix is made orthogonal.
+    """SGD with Nesterov momentum whose step for a matrix is made orthogonal.
 
     After Keller Jordan, https://kellerjordan.github.io/posts/muon. A convolution counts as the
-    matrix [out, in·kh·kw]. Each weight is kept at the norm √out and needs no weight decay; a step
-    has nearly the norm rate·√out, for a matrix higher than wide by a factor of √(out/in). So the
-    rate is about the angle by which a step turns a weight. The turn is computed in `dtype`, fp32 or
-    bf16.
+    matrix [out, in·kh·kw]. Each weight is kept at the norm √out and needs no weight decay. A step
+    has a norm of nearly rate·√out; for a matrix with more rows than columns a factor of √(out/in)
+    makes it so. The learning rate is therefore about the angle, in radians, by which a step turns a
+    weight. The orthogonal matrix is computed in `dtype`, fp32 or bf16.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 nesterov = weight.grad.add(momentum, alpha=group["momentum"])
-                # A weight of zeros has no direction, and gets one by the step.
+                # A weight of zeros stays zero here; the step gives it a direction.
                 weight.mul_(len(weight) ** 0.5 / weight.norm().clamp_min(LEAST_NORM))
                 matrix = full_tensor(nesterov).reshape(len(weight), -1)
                 turn = orthogonalize(matrix.to(self._dtype)).to(weight.dtype).view(weight.shape)
@@ -54,11 +54,12 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix_RC: Tensor, num_iterations: int = 3) -> Tensor:
-    """Return a matrix with the same singular vectors, whose singular values are nearer to 1.
+    """Return a matrix with the same singular vectors, whose singular values are closer to 1.
 
-    Newton-Schulz iteration of fifth order with the coefficients of the Muon post. An iteration
-    raises a small singular value, of a matrix whose norm is 1, 3.44-fold; in three those above 0.03
-    come between 0.65 and 1.21.
+    matrix_RC: fp32 or bf16 [R, C], like the result. Newton-Schulz iteration of fifth order with the
+    coefficients of the Muon post. The matrix is first scaled to norm 1. An iteration then raises
+    small singular values 3.44-fold; after three, those that were above 0.03 are between 0.65 and
+    1.21.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x_RC = matrix_RC / (matrix_RC.norm() + 1e-7)
@@ -76,9 +77,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Return the optimizers of a run; every trainable parameter is in exactly one group.
 
-    dtype: what the net's products are computed in.
-    Weight decay is for weights of two and more dimensions only. The net's last layer is the
-    submodule `head`, where it has one.
+    dtype: of the network's matrix products. Weight decay applies only to weights with two or more
+    dimensions. The network's last layer, which Muon does not update, is its submodule `head`.
     """
     params = [param for param in net.parameters() if param.requires_grad]
     matrices = [param for param in params if param.ndim >= 2]
@@ -93,7 +93,8 @@ def build_optimizers(
         return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused)]
     if config.name == "adamw":
         return [torch.optim.AdamW(groups, fused=fused)]
-    # The weights of hidden layers turn; all else, where a turn means nothing, goes by Adam.
+    # Muon updates the weights of hidden layers. AdamW updates all other parameters, for which
+    # orthogonal steps have no meaning.
     turning = {
         id(module.weight)
         for name, module in net.named_modules()
@@ -108,6 +109,6 @@ def build_optimizers(
     adam = torch.optim.AdamW(rest, betas=(0.8, 0.95), fused=fused)
     if not hidden:
         return [adam]
-    # fp16 has not the range for Muon's iteration.
+    # The range of fp16 is too small for Muon's iteration.
     turned_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return [Muon(hidden, config.lr, config.momentum, turned_in), adam]

@@ -1,9 +1,10 @@
-"""How the workers' gradients become one: the same for every number of workers.
+"""Combine the gradients of all workers, with the same result for every number of workers.
 
-A global batch is divided into micro-batches, whose number is fixed for the run. A worker computes
-some of them, one after the other. What a micro-batch contributes does not depend on the worker that
-computed it, and contributions are summed in float64, so that the order of the sum leaves no trace
-in float32: on the same kind of device the weights come out the same on one worker as on many.
+A global batch is divided into micro-batches, whose number is fixed for the run. Each worker
+computes some of them, one after the other. The gradients of a micro-batch do not depend on the
+worker that computed them. They are summed in float64, so that the order of summation does not
+affect the float32 result: on the same kind of device, one worker and many workers train the same
+weights.
 """
 
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ class Worker:
     device: torch.device
 
     def micro_batches(self, num_micro_batches: int) -> range:
-        """The micro-batches that this worker computes."""
+        """Return the indices of the micro-batches that this worker computes."""
         return range(self.rank, num_micro_batches, self.world_size)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any worker. All workers must ask."""
+        """Return whether each flag is set on any worker. All workers must call this together."""
         if self.world_size == 1:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8, device=self.device)
@@ -40,7 +41,7 @@ class Worker:
         return [bool(value) for value in values.tolist()]
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over all workers, in float64. All workers must ask."""
+        """Return float64 sums over all workers. All workers must call this together."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
@@ -48,21 +49,24 @@ class Worker:
 
 
 class Gradients(Protocol):
-    """Collects the gradients of a step's micro-batches, each weighted by its samples."""
+    """Combines the gradients of a step's micro-batches, whose losses the caller weights.
+
+    forward: the network to call in forward passes.
+    """
 
     forward: nn.Module
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """The context of one micro-batch's forward and backward pass."""
+        """Return the context of one micro-batch's forward and backward pass."""
         ...
 
     def finish(self) -> None:
-        """Leave the sum over all micro-batches of all workers in each parameter's `grad`."""
+        """Set each parameter's `grad` to the sum over all micro-batches of all workers."""
         ...
 
 
 class ExactGradients:
-    """Sums micro-batches in float64, in one piece after the last."""
+    """Sums micro-batches in float64; one all-reduce after the last one adds up the workers."""
 
     def __init__(self, net: nn.Module, worker: Worker) -> None:
         self.forward = net
@@ -88,16 +92,16 @@ class ExactGradients:
             dist.all_reduce(self._sum)
         parts = self._sum.float().split([param.numel() for param in self._params])
         for param, part in zip(self._params, parts, strict=True):
-            # In the parameter's own memory format, which the optimizers expect.
+            # Copied into the parameter's memory format, which the optimizers expect.
             param.grad = torch.empty_like(param).copy_(part.view(param.shape))
         self._sum.zero_()
 
 
 class OverlappedGradients:
-    """DistributedDataParallel: buckets are sent while the backward pass goes on."""
+    """DistributedDataParallel: sends buckets of gradients during the backward pass."""
 
     def __init__(self, net: nn.Module, worker: Worker) -> None:
-        # Buffers are averaged over all micro-batches by `Buffers`.
+        # No broadcast, because `Buffers` averages the buffers over all micro-batches.
         self._ddp = DistributedDataParallel(
             net, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -118,7 +122,7 @@ class OverlappedGradients:
 
 
 class ShardedGradients:
-    """FSDP2: each worker keeps a shard of weights, gradients and optimizer state."""
+    """FSDP2: each worker holds a shard of the weights, gradients and optimizer state."""
 
     def __init__(self, net: nn.Module, worker: Worker) -> None:
         self.forward = net
@@ -135,17 +139,17 @@ class ShardedGradients:
 
 
 def _sum_of_mean(params: list[nn.Parameter], worker: Worker) -> None:
-    """Make the sum of gradients of their mean over workers, which is what torch's wrappers give."""
+    """Turn the means over workers that torch's wrappers leave in `grad` into sums."""
     for param in params:
         if param.grad is not None:
             param.grad.mul_(worker.world_size)
 
 
 class Buffers:
-    """Running statistics (of batch norms) as the mean over a step's micro-batches.
+    """Averages running statistics (of batch norms) over the micro-batches of a step.
 
-    Every micro-batch starts from the step's first values. Without this they would depend on which
-    worker computed which micro-batches.
+    Every micro-batch starts from the values at the start of the step. Otherwise the statistics
+    would depend on which worker computed which micro-batches.
     """
 
     def __init__(self, net: nn.Module, worker: Worker, num_micro_batches: int) -> None:
@@ -153,7 +157,7 @@ class Buffers:
         self._num_micro_batches = num_micro_batches
         buffers = dict(net.named_buffers())
         self._floats = [buffer for buffer in buffers.values() if buffer.is_floating_point()]
-        # Other whole numbers, of a user's own net, stay what they are.
+        # Other integer buffers, which custom networks may have, are left unchanged.
         self._counts = [
             buffer for name, buffer in buffers.items() if name.endswith("num_batches_tracked")
         ]
@@ -162,22 +166,22 @@ class Buffers:
         self._sum = torch.zeros(sum(self._sizes), dtype=torch.float64, device=worker.device)
 
     def start(self) -> None:
-        """Before a step's first micro-batch."""
+        """Save the buffers; called before a step's first micro-batch."""
         self._start = [buffer.clone() for buffer in (*self._floats, *self._counts)]
         self._sum.zero_()
 
     def collect(self) -> None:
-        """After a micro-batch's forward pass."""
+        """Add the buffers to the sum; called after a micro-batch's forward pass."""
         if self._floats:
             self._sum += torch.cat([buffer.view(-1) for buffer in self._floats])
 
     def restore(self) -> None:
-        """After a micro-batch's backward pass."""
+        """Restore the saved buffers; called after a micro-batch's backward pass."""
         for buffer, value in zip((*self._floats, *self._counts), self._start, strict=True):
             buffer.copy_(value)
 
     def finish(self) -> None:
-        """After a step's last micro-batch."""
+        """Set the buffers to the means; called after a step's last micro-batch."""
         if self._worker.world_size > 1 and self._floats:
             dist.all_reduce(self._sum)
         means = (self._sum / self._num_micro_batches).split(self._sizes)
@@ -188,9 +192,10 @@ class Buffers:
 
 
 def build_gradients(net: nn.Module, worker: Worker, kind: str) -> Gradients:
-    """Return what collects the gradients of `net`.
+    """Return the object that combines the gradients of `net`.
 
-    On the processor there is nothing to overlap a transfer with, and the exact sum costs little.
+    kind: "ddp" or "fsdp", see workers.parallel. On a CPU the exact sum is used, because no transfer
+    could overlap with computation there and the exact sum costs little.
     """
     if kind == "fsdp":
         return ShardedGradients(net, worker)
@@ -200,8 +205,8 @@ def build_gradients(net: nn.Module, worker: Worker, kind: str) -> Gradients:
 
 
 def shard_net(net: nn.Module, worker: Worker) -> None:
-    """Shard the weights of `net` over the workers, each of its blocks as a unit (FSDP2)."""
-    # Imported only where it is used: it takes a second, in every worker.
+    """Shard the weights of `net` over the workers (FSDP2), with each of its blocks as a unit."""
+    # Imported only where it is used, because the import takes a second in every worker.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -212,14 +217,14 @@ def shard_net(net: nn.Module, worker: Worker) -> None:
 
 
 def checkpoint_activations(net: nn.Module) -> None:
-    """Keep only the inputs of each block of `net`; compute the rest again when it is needed."""
+    """Store only the inputs of each block of `net`; recompute its activations when needed."""
     for block in _blocks(net):
         forward = partial(checkpoint, block.forward, use_reentrant=False)
         block.forward = forward
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:
-    """The parts of a net that repeat: what its modules call blocks or layers."""
+    """Return the repeated parts of a network: the items of lists named `blocks` or `layers`."""
     return [
         block
         for module in net.modules()
@@ -230,12 +235,12 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this worker holds only a part of the tensor (a DTensor)."""
+    """Return whether a tensor of any shape is a DTensor, of which this worker holds a shard."""
     return hasattr(tensor, "full_tensor")
 
 
 def local_shard(model: Tensor, tensor: Tensor) -> Tensor:
-    """This worker's shard of a whole tensor, where `model` is in shards; else all of it."""
+    """Return `tensor` sharded like `model`, a tensor of the same shape, if `model` is sharded."""
     if not is_shard(model):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -245,5 +250,8 @@ def local_shard(model: Tensor, tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this worker may hold a shard. All workers must ask."""
+    """Return a tensor in its full shape, gathered from its shards if it is sharded.
+
+    All workers must call this together.
+    """
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]

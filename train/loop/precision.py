@@ -6,7 +6,7 @@ from cluster.errors import UserError
 
 
 def set_backend_flags(device: torch.device) -> None:
-    """Let a GPU use TF32 where fp32 is asked for, and choose its convolutions by trial."""
+    """Let a GPU use TF32 for fp32 products, and let cuDNN choose convolutions by benchmark."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -14,31 +14,31 @@ def set_backend_flags(device: torch.device) -> None:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type that products are computed in.
+    """Return the dtype of matrix products and convolutions.
 
-    auto is bf16 where the device computes in it natively, else fp32. Raises UserError for bf16
-    on a GPU that has none.
+    precision: fp32, bf16, fp16, or auto, which is bf16 if the device supports it natively, else
+    fp32. Raises UserError for bf16 on a GPU that does not support it.
     """
     if precision == "fp16":
         return torch.float16
     native = _has_bf16(device)
     if precision == "bf16" and device.type == "cuda" and not native:
         raise UserError(
-            f"precision is bf16, which {torch.cuda.get_device_name(device)} has not; use fp16."
+            f"precision is bf16, which {torch.cuda.get_device_name(device)} lacks; use fp16."
         )
     use_bf16 = precision == "bf16" or (precision == "auto" and native)
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Return the context a forward pass runs in."""
+    """Return the context in which a forward pass runs."""
     if dtype == torch.float32:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype)
 
 
 def gradient_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Return the gradient scaler that fp16 needs; with other formats it does nothing."""
+    """Return the gradient scaler that fp16 needs; it is disabled for other dtypes."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 

@@ -1,7 +1,7 @@
-"""A run's directory: its config, its checkpoints, and notes between driver, controller, workers.
+"""A run's directory: its config, its checkpoints, and messages between its processes.
 
-`<storage>/train/<run>/run.json`, `checkpoints/`, `outcome.json`; while a resize waits for a
-checkpoint, `checkpoint-wanted`.
+The directory `<storage>/train/<run>/` contains `run.json`, `checkpoints/`, `outcome.json` if
+training failed, and `checkpoint-wanted` while a resize waits for a checkpoint.
 """
 
 import json
@@ -18,10 +18,10 @@ from train.telemetry.events import EventSender
 if TYPE_CHECKING:
     from train.loop.checkpoint import CheckpointManager
 
-# Samples in a micro-batch: a batch norm has nothing to learn from a single one.
+# Fewest samples of a micro-batch, because a batch norm needs more than one.
 LEAST_SAMPLES = 2
 
-# What may differ when a run is resumed: none of it changes what is learned.
+# Options that may differ when a run is resumed, because they do not change the trained weights.
 MAY_CHANGE = (
     "workers.num",
     "workers.gpu",
@@ -40,7 +40,7 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run is kept, and what of it never changes."""
+    """A run: the URL of its directory, its config, and its number of micro-batches."""
 
     url: str
     config: dict[str, Any]
@@ -48,7 +48,7 @@ class Run:
 
     @classmethod
     def start(cls, url: str, config: Config) -> "Run":
-        """Write down a new run."""
+        """Write the directory of a new run. Raises UserError if it cannot be written."""
         run = cls(url, config.model_dump(mode="json"), cls.count_micro_batches(config))
         with storage.storage_errors(url):
             run._keep()
@@ -56,32 +56,33 @@ class Run:
 
     @classmethod
     def open(cls, url: str) -> "Run":
-        """Raises FileNotFoundError if there is none."""
+        """Read a run. Raises FileNotFoundError if it does not exist."""
         fs, path = storage.filesystem(storage.join_path(url, "run.json"))
         with fs.open(path) as file:
             return cls(**json.load(file))
 
     @staticmethod
     def count_micro_batches(config: Config) -> int:
-        """How many parts a run with this config divides its global batches into."""
+        """Return the number of parts into which a run with this config divides global batches."""
         return config.workers.micro_batches or config.workers.most
 
     @classmethod
     def find(cls, parent: str, name: str) -> "Run":
-        """Read a run by its name. Raises UserError if it is not there."""
+        """Read a run by its name. Raises UserError if it does not exist."""
         url = storage.join_path(parent, name)
         if not storage.exists(storage.join_path(url, "run.json")):
             raise UserError(
                 f"there is no run '{name}' to resume; "
-                f"there are {', '.join(storage.list_names(parent)[-5:]) or 'none'}."
+                f"existing runs: {', '.join(storage.list_names(parent)[-5:]) or 'none'}."
             )
         return cls.open(url)
 
     @classmethod
     def resume(cls, url: str, config: Config) -> "Run":
-        """Read a run that stopped.
+        """Read a run that stopped, and clear the record of its failure.
 
-        Raises UserError if it is not there, or names what differs in `config` and may not.
+        Raises UserError if the run does not exist, or if `config` differs from the run's config in
+        an option that may not change. The message names the options.
         """
         run = cls.find(*url.rsplit("/", 1))
         differing = config_differences(run.config, config.model_dump(mode="json"), MAY_CHANGE)
@@ -92,8 +93,9 @@ class Run:
             )
         if config.workers.most > run.num_micro_batches:
             raise UserError(
-                f"the run has {run.num_micro_batches} micro-batches, so at most as many workers; "
-                f"workers.num is {config.workers.most}."
+                f"workers.num is {config.workers.most}, and the run has only "
+                f"{run.num_micro_batches} micro-batches, of which every worker needs one; give "
+                f"--workers.num {run.num_micro_batches} or less."
             )
         run.failure()
         return run
@@ -105,28 +107,31 @@ class Run:
     def store(
         self, keep: int, written: Callable[[int], None] = lambda step: None
     ) -> "CheckpointManager":
+        """Return the manager of the run's checkpoints; see there for `keep` and `written`."""
         from train.loop.checkpoint import CheckpointManager
 
         return CheckpointManager(storage.join_path(self.url, "checkpoints"), keep, written)
 
     def halve_micro_batches(self) -> "Run":
-        """Have twice as many micro-batches, each of half the samples, when the workers start again.
+        """Double the number of micro-batches from the next start of the workers on.
 
-        Any of them may ask, or all of them.
+        Each micro-batch then has half the samples. One or several workers may call this: all of
+        them write the same number.
         """
         run = replace(self, num_micro_batches=2 * self.num_micro_batches)
         run._keep()
         return run
 
     def fail(self, reason: str) -> None:
-        """Leave word that the run cannot go on, and why."""
+        """Record that the run cannot continue, and why."""
         self.write("outcome.json", {"failed": reason})
 
     def failed(self) -> bool:
+        """Return whether a failure is recorded."""
         return storage.exists(storage.join_path(self.url, "outcome.json"))
 
     def failure(self) -> str | None:
-        """What `fail` was told; forgotten afterwards."""
+        """Return the recorded reason of a failure and delete the record; None if there is none."""
         url = storage.join_path(self.url, "outcome.json")
         content = storage.read_file(url)
         if content is None:
@@ -136,9 +141,11 @@ class Run:
         return reason
 
     def want_checkpoint(self) -> None:
+        """Request a checkpoint from the workers."""
         self.write("checkpoint-wanted", {})
 
     def checkpoint_wanted(self, *, forget: bool = False) -> bool:
+        """Return whether a checkpoint is requested. forget: delete the request."""
         url = storage.join_path(self.url, "checkpoint-wanted")
         wanted = storage.exists(url)
         if wanted and forget:
@@ -146,12 +153,12 @@ class Run:
         return wanted
 
     def read(self, name: str) -> Any:
-        """What was written under a name; None if nothing was."""
+        """Return the JSON value that was written under a name; None if there is none."""
         content = storage.read_file(storage.join_path(self.url, name))
         return None if content is None else json.loads(content)
 
     def write(self, name: str, value: Any) -> None:
-        """Keep a JSON value with the run."""
+        """Write a JSON value under a name in the run's directory."""
         commit.write_atomic(storage.join_path(self.url, name), json.dumps(value).encode())
 
     def _keep(self) -> None:
@@ -160,12 +167,12 @@ class Run:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What a net learns from besides the records.
+    """Sources of learning in addition to the records.
 
-    start: URL of the weights to start from, whose shapes it takes.
-    teacher: URL of the weights of a net whose outputs are learned; teacher_net: its net's config.
-    teacher_fraction: of the loss. temperature: of its probabilities.
-    quantized: compute weights and activations as int8 will.
+    start: URL of the initial weights, to whose shapes the network is resized.
+    teacher: URL of the weights of a teacher. teacher_net: options of the teacher's net.
+    teacher_fraction: share of the loss. temperature: of the teacher's probabilities.
+    quantized: round weights and activations as in int8.
     """
 
     start: str | None = None
@@ -181,11 +188,11 @@ NO_LESSON = DistillationConfig()
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What the workers are sent: plain values, and where to send events.
+    """The job that is sent to the workers: plain values, and where to send events.
 
-    owner: of the run's checkpoints, which a later command may take over.
+    owner: id with which the workers claim the run's checkpoints; see `CheckpointManager`.
 
-    Ray Train's controller reads it too, so its module imports no torch.
+    Ray Train's controller unpickles it, too, so this module does not import torch.
     """
 
     config: dict[str, Any]
@@ -198,7 +205,10 @@ class WorkerSpec:
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any], may: Sequence[str]) -> str:
-    """Say in what a config differs from an old one besides the options that may; "" if in none."""
+    """Return a line with the differences of two configs, except in options that `may` differ.
+
+    It is empty if there are no differences.
+    """
     before, after = flatten_options(old), flatten_options(new)
     return "; ".join(
         f"{key} was {before.get(key)}, is {after.get(key)}"

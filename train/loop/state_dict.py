@@ -1,4 +1,4 @@
-"""All that a run is made of as tensors by name, and back; the moving average of its weights."""
+"""Convert the state of a run to named tensors and back; keep a moving average of its weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ Tensors = dict[str, Tensor]
 class EMA:
     """An exponential moving average of weights and running statistics.
 
-    The decay rises from the start, min(decay, (1 + step) / (10 + step)), so that the average
-    forgets the initial weights.
+    The decay of a step is min(decay, (1 + step) / (10 + step)). It is small at first, so that the
+    initial weights soon lose their influence.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
@@ -25,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """step: steps taken, from 1."""
+        """Update the average after a step. step: number of steps taken, from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, value in net.state_dict().items():
             if value.is_floating_point():
@@ -36,7 +36,7 @@ class EMA:
 
 @contextmanager
 def averaged_weights(net: nn.Module, average: EMA | None) -> Iterator[None]:
-    """Within the block the net has the averaged weights, where there are any."""
+    """Give a network the averaged weights, if there are any, within the block."""
     if average is None:
         yield
         return
@@ -49,7 +49,10 @@ def averaged_weights(net: nn.Module, average: EMA | None) -> Iterator[None]:
 
 
 def collect_state(net: nn.Module, average: EMA | None, optimizers: list[Optimizer]) -> Tensors:
-    """Return copies on the processor. All workers must ask; shards are put together."""
+    """Return copies of all tensors on the CPU, with their shards joined.
+
+    All workers must call this together.
+    """
     named = {f"net.{name}": value for name, value in net.state_dict().items()}
     if average is not None:
         named |= {f"ema.{name}": value for name, value in average.values.items()}
@@ -63,7 +66,7 @@ def collect_state(net: nn.Module, average: EMA | None, optimizers: list[Optimize
 def restore_state(
     net: nn.Module, average: EMA | None, optimizers: list[Optimizer], tensors: Tensors
 ) -> None:
-    """Put back what `collect` returned, whatever the workers that collected it."""
+    """Restore tensors from `collect_state`, which any number of workers may have collected."""
     with torch.no_grad():
         for name, value in net.state_dict().items():
             value.copy_(_like(value, tensors[f"net.{name}"]))
@@ -82,7 +85,7 @@ def restore_state(
 
 
 def exported_weights(tensors: Tensors) -> Tensors:
-    """The weights to use of a collected state: the average where there is one."""
+    """Return the weights of a collected state to use: the average if there is one."""
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "net."
     return {
         name.removeprefix(prefix): value
@@ -100,7 +103,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _like(model: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device, in the memory format and in the shards of `model`."""
+    """Return `value` on the device, in the memory format and in the shards of `model`."""
     if is_shard(model):
         return local_shard(model, value.to(model.device))
     return torch.empty_like(model).copy_(value)

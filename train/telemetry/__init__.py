@@ -1,1 +1,1 @@
-"""What a run reports while it trains: events, throughput, gauges, progress and profiles."""
+"""Reports of a run while it trains: events, throughput, gauges, progress and profiles."""

@@ -1,4 +1,7 @@
-"""What a run takes from its machine: floating-point work, memory, energy."""
+"""The resources that a run uses: floating-point operations, memory, energy.
+
+Shapes: B samples of a batch.
+"""
 
 import resource
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense bf16 peak of a device in FLOP/s, from its maker's data sheet, by part of its name.
+# Dense 16-bit peak of a device in FLOP/s, from the maker's data sheet, by a part of its name.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -20,7 +23,10 @@ PEAK_FLOPS = {
 
 @torch.no_grad()
 def training_flops(net: nn.Module, sample: list[Tensor]) -> float:
-    """FLOPs of one sample's forward and backward pass, taken as three times the forward pass."""
+    """Return the FLOPs of one sample's forward and backward pass.
+
+    They are estimated as three times the FLOPs of the forward pass. sample: inputs, [B, …] each.
+    """
     training = net.training
     net.eval()
     with FlopCounterMode(display=False) as counter:
@@ -30,7 +36,7 @@ def training_flops(net: nn.Module, sample: list[Tensor]) -> float:
 
 
 def utilisation(flops_per_s: float, device: torch.device) -> float | None:
-    """Share of the device's peak (MFU), where the peak is known."""
+    """Return the share of the device's peak FLOPs (MFU), or None if the peak is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -39,14 +45,14 @@ def utilisation(flops_per_s: float, device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this worker has had: on its GPU, or in all on the processor."""
+    """Return this worker's peak memory in bytes: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def joules(device: torch.device) -> float | None:
-    """Energy the GPU has taken since its driver was loaded, where NVML tells."""
+    """Return the GPU's energy use since its driver was loaded, in joules; None if not known."""
     if device.type != "cuda":
         return None
     try:

@@ -1,6 +1,6 @@
-"""Events: what a run tells of itself while it goes on, from its workers to the driver.
+"""Events that the workers of a run send to the driver during training.
 
-They pass through the key-value store that every Ray cluster has, which costs no process.
+They are sent through the key-value store of the Ray cluster, which needs no additional process.
 """
 
 import json
@@ -20,18 +20,22 @@ STORE = KeyValueStore(b"halyard-events")
 
 @dataclass(frozen=True)
 class EventSender:
-    """The sending end, which may be sent to workers."""
+    """Sends events of a run; can be pickled and sent to workers."""
 
     run: str
 
     def send(self, event: Event) -> None:
-        # Ordered by time; no two are alike.
+        """Send an event, a dict of JSON values whose key "event" names its kind."""
+        # Keys are ordered by time and unique.
         key = f"{self.run}/{time.time_ns():020d}-{secrets.token_hex(4)}"
         STORE.put(key, json.dumps(event).encode())
 
 
 def until_failure(observe: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Call `observe` until it raises; say so in one line. The run does not depend on it."""
+    """Return a function that calls `observe` until it raises; that is reported in one line.
+
+    Training continues, because it does not depend on the observer.
+    """
     failed = False
 
     def call(event: Event) -> None:
@@ -43,13 +47,13 @@ def until_failure(observe: Callable[[Event], None]) -> Callable[[Event], None]:
         except Exception as error:
             failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"figures are no longer recorded: {reason}", file=sys.stderr)
+            print(f"metrics are no longer recorded: {reason}", file=sys.stderr)
 
     return call
 
 
 class EventListener:
-    """Calls `show` with each event, in a thread, while its block runs."""
+    """Calls `show` with each event from another thread, while its block runs."""
 
     def __init__(self, show: Callable[[Event], None]) -> None:
         self._show = show

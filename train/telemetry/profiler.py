@@ -1,4 +1,4 @@
-"""A torch profiler trace of a few steps, to be opened in Perfetto or chrome://tracing."""
+"""Record a torch profiler trace of a few steps, for Perfetto or chrome://tracing."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from cluster import storage
 
 TRACE = "trace.json.gz"
 OPERATORS = "operators.txt"
-# Steps before the recorded ones: the first are slower than those that follow.
+# Numbers of skipped, warm-up and recorded steps. The first steps are slower than later ones.
 WAIT_STEPS, WARM_UP_STEPS, RECORDED_STEPS = 3, 2, 5
 
 
 @contextmanager
 def profile_steps(url: str, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Record steps of this process; yields what is to be called after each of them.
+    """Record steps of this process; yield a function to call after each step.
 
-    Writes the trace, and the operators by their time, into the directory at `url`.
+    Writes the trace, and a table of operators sorted by time, to the directory at `url`.
     """
 
     def write(finished: profile) -> None:

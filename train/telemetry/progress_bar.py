@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar on a terminal, else a line for each epoch."""
+"""Progress of a run on stderr: a bar on a terminal, otherwise a line for each epoch."""
 
 from collections.abc import Collection
 from types import TracebackType
@@ -24,7 +24,7 @@ class ProgressDisplay:
         console: Console | None = None,
         metrics: Collection[str] | None = None,
     ) -> None:
-        """metrics: those of the validation split to show; all if None."""
+        """metrics: names of the validation metrics to show; None shows all."""
         self._num_epochs, self._metrics = num_epochs, metrics
         self._console = console or Console(stderr=True, highlight=False)
         self._bar = Progress(
@@ -38,7 +38,7 @@ class ProgressDisplay:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._halved_to: int | None = None  # by which worker told of it first
+        self._halved_to: int | None = None  # every worker reports it, but it is shown once
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -53,7 +53,7 @@ class ProgressDisplay:
         self._bar.stop()
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show a start, a few steps, or an epoch."""
+        """Show an event; kinds that are not displayed are ignored."""
         kind = event["event"]
         if kind == "start":
             self._start(event)
@@ -62,16 +62,17 @@ class ProgressDisplay:
         elif kind == "halved" and event["micro_batch"] != self._halved_to:
             self._halved_to = event["micro_batch"]
             self._console.print(
-                f"out of GPU memory; going on from the last checkpoint with at most "
-                f"{event['micro_batch']} samples at once in each worker",
+                f"out of GPU memory; continuing from the last checkpoint with at most "
+                f"{event['micro_batch']} samples at a time in each worker",
                 soft_wrap=True,
             )
         elif kind == "tracing":
-            self._console.print(f"a trace of some steps goes to {event['url']}", soft_wrap=True)
+            self._console.print(f"writing a trace of some steps to {event['url']}", soft_wrap=True)
         elif kind == "unwritten":
-            last = "none was" if event["last"] is None else f"the last is of step {event['last']}"
+            last = "none" if event["last"] is None else f"at step {event['last']}"
             self._console.print(
-                f"a checkpoint could not be written: {event['error']}; training goes on, {last}",
+                f"a checkpoint could not be written: {event['error']}; training continues (last "
+                f"checkpoint: {last})",
                 soft_wrap=True,
             )
         elif kind == "steps" and self._task is not None:

@@ -1,7 +1,7 @@
-"""Gauges of a run for Prometheus, from what rank 0 tells the driver.
+"""Gauges of a run for Prometheus, set from the events that rank 0 sends to the driver.
 
-Ray shows them at the metrics port of the driver's node, as `ray_halyard_train_…`. They are set in
-the driver, which costs the workers nothing, and which is there while a run waits for workers too.
+Ray exports them at the metrics port of the driver's node, as `ray_halyard_train_…`. They are set in
+the driver, which takes no time from the workers and also works while the run waits for workers.
 """
 
 import threading
@@ -14,34 +14,37 @@ from ray.util.metrics import Gauge
 from train.telemetry.throughput import Event
 
 PREFIX = "halyard_train_"
-# Ray passes values on every 10 s and forgets one that was not set again for 20 s: so a run that has
-# ended has no gauges, however it ended, and one that hangs keeps its own.
+# Ray exports values every 10 s and drops a gauge that was not set for 20 s. A run that has ended,
+# even by a crash, therefore has no gauges, and a run that hangs keeps its gauges.
 SET_EVERY_S = 5.0
 
 WORDS = {
-    "starts": "Times that workers started on it, the first included.",
-    "step": "Steps taken.",
+    "starts": "Times that the workers started, including the first.",
+    "step": "Steps taken so far.",
     "total_steps": "Steps of the whole run.",
     "loss": "Mean training loss of the epoch so far.",
-    "valid_loss": "Loss of the validation split after the last epoch.",
-    "samples_per_second": "Samples trained on per second, of all workers.",
-    "progress_timestamp_seconds": "When the run was last further than ever; at first, its start.",
-    "checkpoint_timestamp_seconds": "When the last checkpoint was whole; at first, the start.",
-    "checkpoint_interval_seconds": "Longest time between checkpoints, by the config.",
+    "valid_loss": "Validation loss after the last epoch.",
+    "samples_per_second": "Training samples per second, of all workers.",
+    "progress_timestamp_seconds": "Time of the last progress, initially of the start.",
+    "checkpoint_timestamp_seconds": "Time of the last complete checkpoint, initially of the start.",
+    "checkpoint_interval_seconds": "Configured longest time between checkpoints.",
 }
 
 
 class GaugeLike(Protocol):
+    """The part of Ray's Gauge that is used here."""
+
     def set(self, value: float) -> None: ...
 
 
 def make_gauge(name: str, words: str, run: str) -> GaugeLike:
+    """Return a Ray gauge with a label of the run; `words` is its help text."""
     gauge: GaugeLike = Gauge(name, words, tag_keys=("run",)).set_default_tags({"run": run})
     return gauge
 
 
 class TrainingGauges:
-    """Exported while its block runs, in a thread."""
+    """Exports the gauges of a run from another thread, while its block runs."""
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class TrainingGauges:
         make: Callable[[str, str, str], GaugeLike] = make_gauge,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """now: seconds since 1970."""
+        """now: returns the Unix time in seconds."""
         self._gauges = {name: make(PREFIX + name, words, run) for name, words in WORDS.items()}
         self._now = now
         self._furthest = -1
@@ -72,13 +75,13 @@ class TrainingGauges:
         self._thread.join()
 
     def show(self, event: Event) -> None:
-        """Take over what an event says; it is exported some seconds later."""
+        """Update the values from an event; they are exported some seconds later."""
         values: dict[str, float] = {}
         match event["event"]:
             case "start":
                 values = {name: event[name] for name in ("step", "total_steps")}
                 values["starts"] = self._values.get("starts", 0) + 1
-                # What is trained a second time after a crash is no progress.
+                # Steps that are repeated after a crash are not progress.
                 self._furthest = max(self._furthest, event["step"])
             case "steps":
                 values = {name: event[name] for name in ("step", "loss")}
@@ -91,7 +94,7 @@ class TrainingGauges:
         if event["event"] in ("steps", "checkpoint") and event["step"] > self._furthest:
             self._furthest = event["step"]
             values["progress_timestamp_seconds"] = self._now()
-        # A new dict: the thread may be reading the old one.
+        # A new dict, because the thread may be reading the old one.
         self._values = {**self._values, **values}
 
     def _keep(self) -> None:

@@ -1,4 +1,4 @@
-"""Throughput of a run: samples and FLOPs per second, waiting for data, memory, energy."""
+"""Throughput of a run: samples and FLOPs per second, time waiting for data, memory, energy."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Count the time of the block as time waiting for data."""
         started = time.perf_counter()
         yield
         self._data_wait_s += time.perf_counter() - started
@@ -40,7 +41,10 @@ class ThroughputMeter:
         self._flops += flops
 
     def report_steps(self, step: int, batch_size: float, **values: float) -> None:
-        """Report the steps since the last call; the first call only starts the clock."""
+        """Report the steps since the last call; the first call only starts the clock.
+
+        batch_size: samples per step, of all workers.
+        """
         now, before = time.perf_counter(), self._before
         self._before = (step, now)
         if before is not None and step > before[0]:
@@ -54,7 +58,10 @@ class ThroughputMeter:
             )
 
     def epoch_metrics(self, num_samples: float, seconds: float) -> dict[str, float]:
-        """Speed, work, memory and energy of an epoch, as far as they are known here."""
+        """Return speed, work, memory and energy of an epoch, as far as known; reset the counters.
+
+        num_samples: of all workers.
+        """
         device, samples_per_s = self._device, num_samples / seconds
         metrics: dict[str, float | None] = {
             "samples_per_s": samples_per_s,

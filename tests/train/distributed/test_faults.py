@@ -144,8 +144,8 @@ def test_an_error_of_the_code_is_not_tried_again(tmp_path):
     # Once by each worker.
     assert len(mistakes.read_text().splitlines()) <= 2
     log = (tmp_path / "log").read_text()
-    words = "training failed, and would again: KeyError: 'no such key'. Continue it with --resume "
-    assert words + run_name(tmp_path) in log
+    words = "training failed and would fail again: KeyError: 'no such key'. Fix the cause, then "
+    assert f"{words}continue with --resume {run_name(tmp_path)};" in log
 
 
 def test_a_run_waits_for_free_cpus_and_refuses_impossible_ones(tmp_path):

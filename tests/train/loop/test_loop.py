@@ -409,7 +409,7 @@ def test_a_worker_that_others_were_started_for_no_longer_writes(state, tmp_path)
     assert cut_off.settle() is None
     later.claim(owner)
     cut_off.save(at(state, 2), None)
-    with pytest.raises(Superseded, match="continued by others"):
+    with pytest.raises(Superseded, match="continued by other workers"):
         cut_off.settle()
     later.save(at(state, 3), None)
     later.finish()

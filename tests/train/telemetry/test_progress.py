@@ -57,4 +57,4 @@ def test_an_observer_that_fails_is_told_of_once_and_left_alone(capsys):
     for step in range(4):
         record({"event": "steps", "step": step})
     assert seen == [0, 1]
-    assert capsys.readouterr().err == "figures are no longer recorded: the server is gone\n"
+    assert capsys.readouterr().err == "metrics are no longer recorded: the server is gone\n"
