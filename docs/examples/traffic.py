@@ -1,6 +1,6 @@
 """Send deliveries to a server and report whether they were late: the traffic of the quickstart.
 
-    python docs/examples/traffic.py rainy.csv
+python docs/examples/traffic.py rainy.csv
 """
 
 import sys
