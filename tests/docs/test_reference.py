@@ -20,7 +20,7 @@ METRIC = re.compile(r"\b(?:ray_)?halyard_[a-z_]+")
 PATH = re.compile(r"(?:cluster|docs|k8s|serve|tests|train|tune)/[\w./-]*\w/?")
 FILE_TYPES = ("csv", "json", "md", "onnx", "py", "yaml")
 # Commands that the project runs itself.
-INTERNAL = {"cluster/ingress/haproxy_config.py"}
+INTERNAL = {"cluster/ingress/haproxy_config.py", "serve/replica/json_process.py"}
 # Ends of a histogram's time series, and patterns such as halyard_*.
 SERIES = ("_bucket", "_count", "_sum")
 
