@@ -1,7 +1,7 @@
 """Read the options of training from the command line and a YAML file into a Config."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +9,10 @@ import yaml
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cluster import storage
 from cluster.cli import read_arguments
 from cluster.errors import UserError
 from train.config import Config, validate_config
+from train.config.files import load_yaml, merge_options
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> Command:
     save_to = options.pop(SAVE_CONFIG, None)
     train = options.get("data", {}).get("train")
     if file is None and train is not None:
-        base: dict[str, Any] = {"name": default_model_name(train)}
+        base: dict[str, Any] = {}
     else:
         base = load_yaml(file or DEFAULT_CONFIG)
     return Command(
@@ -83,43 +83,3 @@ def save_config(config: Config, path: Path) -> None:
         raise UserError(
             f"config file '{path}' cannot be written: {error.strerror}; give another path."
         ) from error
-
-
-def default_model_name(url: str) -> str:
-    """Return a model name derived from the name of the training file."""
-    stem = url.rstrip("/*").rpartition("/")[2].partition(".")[0].lower()
-    return re.sub("[^a-z0-9_-]+", "-", stem).strip("-_")[:63] or "model"
-
-
-def load_yaml(path: Path | str) -> dict[str, Any]:
-    """Read a YAML mapping from a path or URL.
-
-    Raises UserError if the file cannot be read or is not a YAML mapping.
-    """
-    fs, inner = storage.filesystem(str(path))
-    try:
-        with fs.open(inner, "r") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(
-            f"config file '{path}' cannot be read: {error.strerror or error}; give a YAML file, "
-            f"such as train/configs/{DEFAULT_CONFIG.name}."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"config file '{path}' contains no options; expected 'name: VALUE' lines.")
-    return values
-
-
-def merge_options(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` updated with `over`; sections that both contain are merged recursively."""
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            value = merge_options(inner, value)
-        merged[key] = value
-    return merged

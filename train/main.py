@@ -1,6 +1,5 @@
 """Train a model: python train/main.py [--config FILE] [--dotted.option VALUE …]"""
 
-import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -34,26 +33,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
     from train.bundle import publishing
-    from train.compress.scoring import validation_score
-    from train.training import fit
+    from train.training import train_and_register
 
     completed = inference.complete_config(config)
-    config = completed.config
     if save_to:
-        cli.save_config(config, save_to)
-    root = config.storage.root
-    if not config.registry.enabled:
-        return publishing.bundle_summary(fit(completed))
-    publishing.check_publishable(root, config.registry.metric)
-    with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
-        bundle = fit(completed, recording.observe)
-        published = publishing.publish(
-            bundle,
-            recording,
-            root,
-            config.registry.metric,
-            score=functools.partial(validation_score, config),
-        )
+        cli.save_config(completed.config, save_to)
+    bundle, published = train_and_register(completed)
     return publishing.bundle_summary(bundle) | published
 
 

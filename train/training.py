@@ -1,46 +1,36 @@
 """Train a model: `fit(config)` returns its bundle."""
 
+import functools
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from cluster import commit, connect, storage
 from cluster.errors import UserError
-from train import reports
-from train.bundle import Bundle, BundleWriter, Manifest, signature
-from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
-from train.bundle.manifest import SimpleModelFigures, TensorMetadata
-from train.calibration import fit_temperature
-from train.compress import compress
+from train.bundle import Bundle, publishing, signature
+from train.bundle.bundle import WEIGHTS
+from train.bundling import build_bundle
 from train.compress.recipes.variants import check_calibration
-from train.config import LAST, Augment, Config, DecisionRule, allow_code
+from train.compress.scoring import validation_score
+from train.config import LAST, Augment, Config, allow_code
 from train.cross_validation import HISTORY, choose_epochs
 from train.data import batch_sampler, dataset
-from train.data.baseline import build_baseline
-from train.data.data_report import PICTURE, REPORT
+from train.data.data_report import REPORT
 from train.data.dataset import EncodedDataset
 from train.data.schema import inference
 from train.data.warm_start import CompletedConfig
-from train.decision import fit_thresholds
 from train.distributed import launcher
-from train.loop import lr_schedule
-from train.loop.checkpoint import load_best_weights
-from train.loop.evaluate import evaluate
 from train.loop.net_setup import build_net
-from train.loop.parallelism import Worker
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
-from train.reports import plots
-from train.simple_models import describe_comparison, fit_simple_models
+from train.reports.model_card import CARD
 from train.tasks import Images
 from train.telemetry.throughput import Event
 
@@ -48,7 +38,61 @@ from train.telemetry.throughput import Event
 def fit(
     config: Config | CompletedConfig, observe: Callable[[Event], None] = lambda event: None
 ) -> Bundle:
-    """Train and compress a model; return its bundle, which is stored under `storage.path`.
+    """Train a model as `python train/main.py` does, and return its bundle.
+
+        bundle = fit(Config(target="price", data={"train": "houses.csv"}))
+
+    What the config leaves open is inferred from the records. Ray starts on this machine unless it
+    runs already or RAY_ADDRESS names a cluster. Progress is printed on stderr. Unless
+    registry.enabled is false, the bundle becomes a version of its model in the registry.
+
+    config: a completed one is used unchanged. observe: called with every event of training, from
+    another thread. Raises UserError for unusable data or options, CommandFailed if training fails.
+    """
+    if isinstance(config, Config):
+        inference.check_source(config)
+        connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
+        config = inference.complete_config(allow_code(config))
+    return train_and_register(config, observe)[0]
+
+
+def train_and_register(
+    completed: CompletedConfig, observe: Callable[[Event], None] = lambda event: None
+) -> tuple[Bundle, dict[str, Any]]:
+    """Return the bundle, and its version, alias and URI; without a registry, no such fields.
+
+    Raises UserError and CommandFailed as `fit` does.
+    """
+    config = completed.config
+    root, metric = config.storage.root, config.registry.metric
+    if not config.registry.enabled:
+        bundle = train_bundle(completed, observe)
+        _print_next_steps(bundle, bundle.location)
+        return bundle, {}
+    publishing.check_publishable(root, metric)
+    with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
+
+        def record(event: Event) -> None:
+            recording.observe(event)
+            observe(event)
+
+        bundle = train_bundle(completed, record)
+        score = functools.partial(validation_score, config)
+        published = publishing.publish(bundle, recording, root, metric, score=score)
+    _print_next_steps(bundle, published["uri"])
+    return bundle, published
+
+
+def _print_next_steps(bundle: Bundle, reference: str) -> None:
+    """Print where the model card is and how to serve the model, on stderr."""
+    card = storage.join_path(bundle.location, CARD)
+    print(f"model card: {card}\nnext: serve run serve.app model={reference}", file=sys.stderr)
+
+
+def train_bundle(
+    config: Config | CompletedConfig, observe: Callable[[Event], None] = lambda event: None
+) -> Bundle:
+    """Train and compress a model, without registering it; return its bundle.
 
     config: a completed one is used unchanged. observe: called with every event of training, from
     another thread. Raises UserError for unusable data or options, CommandFailed if training fails.
@@ -89,27 +133,6 @@ def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, Enco
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     check_against_data(config, data)
     return completed, data
-
-
-def build_bundle(
-    config: Config,
-    data: EncodedDataset,
-    run: Run,
-    started: float,
-    *,
-    name: str | None = None,
-    lineage: Mapping[str, Any] | None = None,
-) -> Bundle:
-    """Compress the model of a finished run; return its bundle.
-
-    started: start time by time.perf_counter. name: of the bundle's folder; default: the run's.
-    lineage: for the manifest, where the options or the initial weights come from.
-    """
-    root = config.storage.root
-    location = storage.join_path(root, "bundles", name or run.name)
-    with Bundle.create(location) as writer:
-        _write(writer, config, data, run, started, dict(lineage or {}))
-    return Bundle.load(location)
 
 
 def check_against_data(config: Config, data: EncodedDataset) -> None:
@@ -224,77 +247,3 @@ def _with_epochs(config: Config, data: EncodedDataset, runs: str) -> tuple[Confi
         "checkpoint": config.checkpoint.model_copy(update={"metric": LAST}),
     }
     return config.model_copy(update=changes), found
-
-
-def _fit_answers(net: nn.Module, data: EncodedDataset, rule: DecisionRule) -> EncodedDataset:
-    """Return data whose task has a temperature and thresholds fitted to the validation records."""
-    inputs, targets_N = data.open("valid")
-    worker = Worker(0, 1, torch.device("cpu"))
-    outputs = evaluate(net.eval(), inputs, worker)
-    assert outputs is not None, "rank 0 has the outputs"
-    task = data.task.calibrated(fit_temperature(data.task, outputs, targets_N))
-    if thresholds := fit_thresholds(task, rule, outputs, targets_N):
-        task = task.with_target(thresholds=thresholds)
-    return data.with_task(task)
-
-
-def _write(
-    writer: BundleWriter,
-    config: Config,
-    data: EncodedDataset,
-    run: Run,
-    started: float,
-    lineage: dict[str, Any],
-) -> None:
-    """Fill the bundle: weights, variants, golden outputs, baseline, plots, manifest."""
-    weights, history = load_best_weights(run.store(config.checkpoint.keep))
-    net = build_net(config, data.task)
-    net.load_state_dict(weights)
-    if not config.data.train_on_valid:
-        data = _fit_answers(net, data, config.decision_rule)
-    task = data.task
-    safetensors.torch.save_file(net.state_dict(), writer.file(WEIGHTS))
-    writer.json(FEATURES, task.to_dict())
-    writer.json("report/history.json", history)
-    if (folds := run.read(HISTORY)) is not None:
-        writer.json(f"report/{HISTORY}", folds)
-
-    for name in (REPORT, PICTURE):
-        shutil.copyfile(data.folder / name, writer.file(f"report/data{Path(name).suffix}"))
-
-    made = compress(net, config, data, writer, config.storage.root)
-    steps = batch_sampler.num_steps(
-        data.summary["splits"]["train"]["num_records"], config.optim.batch_size
-    )
-    rates = [
-        config.optim.lr * lr_schedule.lr_factor(config.optim, step, steps * config.optim.epochs)
-        for step in range(steps * len(history))
-    ]
-    plots.plot_curves(history, task.find_metric(), rates, writer.file("report/curves.png"))
-    writer.json(BASELINE, build_baseline(data, made.outputs["valid"]))
-    test = *data.open("test"), made.outputs["test"]
-    simple = fit_simple_models(data, config.seed)
-    comparison = describe_comparison(task, simple, test[2], test[1])
-    if comparison:
-        print(comparison, file=sys.stderr)
-    plots.plot_predictions(task, *test, writer.file)
-    manifest = Manifest(
-        name=config.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        task=task.to_dict(),
-        inputs=[TensorMetadata.of(spec) for spec in task.features.fields],
-        outputs=[TensorMetadata.of(spec) for spec in task.target.outputs],
-        files=writer.files(),
-        seed=config.seed,
-        data={"digest": data.summary["digest"], **data.summary["splits"]},
-        config=config.model_dump(mode="json"),
-        training_seconds=round(time.perf_counter() - started, 3),
-        lineage=lineage,
-        simple_models=[
-            SimpleModelFigures(name=e.name, metrics=e.metrics, seconds=e.seconds) for e in simple
-        ],
-        nullable=data.nullable,
-        comparison=comparison,
-        **made.fields,
-    )
-    writer.commit(reports.write_card(writer, manifest, *test), config.storage.signing_key)

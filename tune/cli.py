@@ -8,8 +8,9 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cluster.errors import UserError
-from train.cli import default_model_name, load_yaml, merge_options, read_options
+from train.cli import read_options
 from train.config import Config, validate_as
+from train.config.files import load_yaml, merge_options
 from tune import search_space
 from tune.config import StudyConfig
 
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str]) -> StudyConfig:
     file = options.pop("config", None)
     train = options.get("data", {}).get("train")
     if file is None and train is not None:
-        values = merge_options({"name": default_model_name(train)}, load_yaml(ANY_TABLE))
+        values = load_yaml(ANY_TABLE)
     else:
         values = load_study_file(Path(file or DEFAULT_STUDY))
     if "space" in options.get("tune", {}):

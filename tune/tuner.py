@@ -11,6 +11,7 @@ import yaml
 from cluster import storage
 from cluster.errors import UserError
 from train.bundle import publishing
+from train.bundling import build_bundle
 from train.compress.scoring import validation_score
 from train.config import LAST, Config
 from train.data import dataset
@@ -18,7 +19,7 @@ from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.metrics import best_epoch
-from train.training import build_bundle, check_against_data, prepare_run
+from train.training import check_against_data, prepare_run
 from tune import objectives, report, search_space
 from tune.cli import training_config
 from tune.config import StudyConfig

@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 
 from cluster import connect
 from train import cli
-from train.training import fit
+from train.training import train_bundle
 
 CONFIGS = cli.CONFIGS
 
@@ -71,7 +71,7 @@ def ours(name: str, train: pd.DataFrame, test: pd.DataFrame, seed: int, root: Pa
         *("--data.train", str(files["train"]), "--data.test", str(files["test"])),
         *("--storage.path", str(root), "--workers.num", "1"),
     ]
-    bundle = fit(cli.parse(options).config)
+    bundle = train_bundle(cli.parse(options).config)
     return float(bundle.manifest.metrics[f"test_{bundle.task.metric}"])
 
 

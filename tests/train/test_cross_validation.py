@@ -136,10 +136,10 @@ def test_a_metric_given_for_the_epoch_leaves_folds_out(table):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(ray_session, table, capfd):
     """And the bundle says how they were chosen."""
-    from train.training import fit
+    from train.training import train_bundle
 
     config = completed(table, optim={"epochs": 40}, compress={"variants": []})
-    bundle = fit(config)
+    bundle = train_bundle(config)
     rows = json.loads((bundle.path / "report" / "cross_validation.json").read_text())
     history = json.loads((bundle.path / "report" / "history.json").read_text())
     best = min(rows, key=lambda row: row["valid_loss"])
@@ -151,6 +151,6 @@ def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(ray_session, table, 
     )
     assert "choosing the number of epochs over 5 folds" in capfd.readouterr().err
     (name,) = [path.name for path in (table.parent / "runs" / "train").iterdir()]
-    again = fit(config.model_copy(update={"resume": name}))
+    again = train_bundle(config.model_copy(update={"resume": name}))
     assert "choosing" not in capfd.readouterr().err
     assert again.manifest.metrics == bundle.manifest.metrics

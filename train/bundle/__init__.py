@@ -6,5 +6,14 @@ It does not import torch, because serving does not need it.
 from train.bundle.bundle import Bundle, BundleWriter, CorruptBundle
 from train.bundle.manifest import Manifest, Variant
 from train.bundle.predictor import Predictor
+from train.bundle.registry import load_model
 
-__all__ = ["Bundle", "BundleWriter", "CorruptBundle", "Manifest", "Predictor", "Variant"]
+__all__ = [
+    "Bundle",
+    "BundleWriter",
+    "CorruptBundle",
+    "Manifest",
+    "Predictor",
+    "Variant",
+    "load_model",
+]

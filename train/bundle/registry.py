@@ -82,6 +82,16 @@ def load_bundle(uri: str, root: str) -> tuple[Bundle, str]:
     return bundle, version
 
 
+def load_model(model: str, storage_path: str = storage.DEFAULT_PATH) -> Bundle:
+    """Return the bundle of a registered model, or the bundle at a location.
+
+    model: models:/NAME@ALIAS, models:/NAME/VERSION, or the path or URL of a bundle. storage_path:
+    the storage path of the registry. Raises UserError if there is no such model, RegistryError if
+    the registry does not respond, CorruptBundle for a bundle that cannot be used.
+    """
+    return load_bundle(model, storage.resolve_path(storage_path))[0]
+
+
 def load_version(version: Any, root: str) -> Bundle:
     """Return the bundle of an MLflow model version. Raises CorruptBundle or UserError."""
     return Bundle.load(_local(version, root))

@@ -1,6 +1,7 @@
 """All options of a training run, with their bounds and descriptions."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,6 +13,7 @@ from cluster.storage import FILE_NAME, MODEL_NAME
 from train.config.augmentation import Augment, Stage
 from train.config.compression import Compress, Distill, Prune, Variant
 from train.config.data import Column, Data, Text, kind_alone
+from train.config.files import default_model_name, load_yaml
 from train.config.net import Net, class_path_alone
 from train.config.section import ColumnName, Section
 from train.config.training import Checkpoint, DecisionRule, Optim, Stop, Workers
@@ -62,7 +64,8 @@ class Config(Section):
 
     name: str = Field(
         pattern=MODEL_NAME,
-        description="Name of the model in the registry: lowercase letters, digits, - and _.",
+        description="Name of the model in the registry: lowercase letters, digits, - and _. By "
+        "default it is derived from the name of the training file.",
     )
     seed: int = Field(
         0,
@@ -148,6 +151,22 @@ class Config(Section):
     compress: Compress = Field(Compress(), description="Smaller and faster variants of the model.")
     registry: Registry = Field(Registry(), description="Registration of the model in MLflow.")
     storage: Storage = Field(Storage(), description="Place of the results.")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a YAML file of options. Raises UserError for the first one that is wrong."""
+        config = validate_as(cls, load_yaml(path))
+        allow_code(config)
+        return config
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_data(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "name" in values:
+            return values
+        data = values.get("data")
+        source = data.get("train") if isinstance(data, Mapping) else getattr(data, "train", None)
+        return {**values, "name": default_model_name(source)} if source else values
 
     @model_validator(mode="after")
     def _target_is_no_feature(self) -> Self:

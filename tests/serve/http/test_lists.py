@@ -9,7 +9,7 @@ from tests.serving import client_of, make_rest
 from train.bundle import Predictor
 from train.config import validate_config
 from train.data.schema import inference
-from train.training import fit
+from train.training import train_bundle
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -46,7 +46,7 @@ def bundle(records, ray_session, tmp_path_factory):
         "optim": {"name": "adamw", "lr": 0.01, "epochs": 10, "batch_size": 64},
         "storage": {"path": str(folder / "runs")},
     }
-    return fit(inference.complete_config(validate_config(options)))
+    return train_bundle(inference.complete_config(validate_config(options)))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from train.bundle import Bundle, Predictor
 from train.config import validate_config
 from train.data import dataset, preprocess, splits
 from train.data.reading import sources
-from train.training import fit
+from train.training import train_bundle
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -85,7 +85,7 @@ def config(table, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table_bundle(config, ray_session) -> Bundle:
-    return fit(config)
+    return train_bundle(config)
 
 
 class Recorder:
