@@ -40,7 +40,7 @@ check: setup
 # Fails on warnings, such as a link that leads nowhere or an option without a description.
 docs: setup
 	$(BIN)/python docs/reference_pages.py
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build
 	@echo "open docs/_build/index.html"
 
 clean:
