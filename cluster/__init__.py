@@ -1,1 +1,1 @@
-"""Ray and where things are kept. Imports nothing else of this project."""
+"""Ray clusters and storage: the lowest layer, which imports no other package of this project."""

@@ -15,7 +15,7 @@ from cluster.local.cluster import HEAD, Cluster
 
 
 class DoctorOptions(BaseModel):
-    """Show what works on this machine and cluster, what is missing, and what to do about it."""
+    """Check this machine and its cluster, and show how to fix each problem."""
 
     storage: str = Field(
         storage.DEFAULT_PATH,
@@ -27,16 +27,23 @@ class DoctorOptions(BaseModel):
 class UpOptions(BaseModel):
     """Start a cluster of several nodes on this machine."""
 
-    nodes: int = Field(3, ge=1, le=100, description="Nodes, the head among them.")
-    cpus: int = Field(2, ge=1, le=100, description="CPUs that each node offers.")
+    nodes: int = Field(3, ge=1, le=100, description="Number of nodes, including the head.")
+    cpus: int = Field(2, ge=1, le=100, description="CPUs that each node offers to Ray.")
     head_cpus: int | None = Field(
-        None, ge=0, le=100, description="CPUs that the head offers; with 0 no work runs there."
+        None,
+        ge=0,
+        le=100,
+        description="CPUs that the head offers to Ray; 0 keeps work off the head. Default: as "
+        "many as the other nodes.",
     )
-    port: int = Field(6379, ge=1, le=65535, description="Port of the head.")
-    dashboard_port: int = Field(8265, ge=1, le=65535, description="Port that takes jobs.")
-    tls: bool = Field(False, description="Let the nodes speak TLS with each other.")
+    port: int = Field(6379, ge=1, le=65535, description="Port of the head, for RAY_ADDRESS.")
+    dashboard_port: int = Field(
+        8265, ge=1, le=65535, description="Port of the dashboard, which also accepts jobs."
+    )
+    tls: bool = Field(False, description="Use TLS, with client certificates, between the nodes.")
     shared_network: bool = Field(
-        False, description="Give the nodes no network interfaces of their own."
+        False,
+        description="Run all nodes in this machine's network instead of a network namespace each.",
     )
 
 
@@ -45,29 +52,32 @@ class NoOptions(BaseModel):
 
 
 class NodeOptions(BaseModel):
-    node: CliPositionalArg[str] = Field(description="A node's name, from status.")
+    node: CliPositionalArg[str] = Field(description="Name of the node, as shown by status.")
 
 
 class ClusterOptions(CommandOptions):
-    """Check a cluster, or run one of several nodes on this machine."""
+    """Check a cluster, or run a cluster of several nodes on this machine."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m cluster")
 
     doctor: CliSubCommand[DoctorOptions] = Field(
-        description="Show what works here, what is missing, what to do."
+        description="Check this machine and its cluster, and show how to fix each problem."
     )
     up: CliSubCommand[UpOptions] = Field(
         description="Start a cluster of several nodes on this machine."
     )
-    status: CliSubCommand[NoOptions] = Field(description="Show which nodes are up.")
+    status: CliSubCommand[NoOptions] = Field(description="Show the nodes and their states.")
     down: CliSubCommand[NoOptions] = Field(description="Stop the cluster.")
-    kill: CliSubCommand[NodeOptions] = Field(description="Stop a node as a power cut would.")
+    kill: CliSubCommand[NodeOptions] = Field(
+        description="Stop a node abruptly, as a power failure would."
+    )
     start: CliSubCommand[NodeOptions] = Field(description="Start a node that was killed.")
-    cut: CliSubCommand[NodeOptions] = Field(description="Unplug a node's network.")
-    heal: CliSubCommand[NodeOptions] = Field(description="Plug a node's network in again.")
+    cut: CliSubCommand[NodeOptions] = Field(description="Disconnect a node from the network.")
+    heal: CliSubCommand[NodeOptions] = Field(description="Reconnect a node to the network.")
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the subcommand in `argv`; return its result. Raises UserError if there is none."""
     options = parse_options(ClusterOptions, argv)
     connect.set_ray_environment()
     for name, given in options:
@@ -84,12 +94,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 return _down()
             case _, NodeOptions():
                 return _change(name, given.node)
-    raise UserError(f"give one of {', '.join(ClusterOptions.model_fields)}.")
+    raise UserError(
+        f"no subcommand is given; expected one of {', '.join(ClusterOptions.model_fields)}."
+    )
 
 
 def _doctor(options: DoctorOptions) -> dict[str, Any]:
     if not doctor.show_findings(doctor.examine(options.storage)):
-        raise CommandFailed("something that is needed is missing; the table says what to do.")
+        raise CommandFailed("a required part is missing; the table says how to fix it.")
     return {"healthy": True}
 
 
@@ -103,7 +115,7 @@ def _up(options: UpOptions) -> dict[str, Any]:
         isolate=not options.shared_network,
         tls=options.tls,
     )
-    print("To use it, in this shell:", file=sys.stderr)
+    print("To use this cluster, run in your shell:", file=sys.stderr)
     for name, value in cluster.client_environment.items():
         print(f"  export {name}={value}", file=sys.stderr)
     return _described(cluster)
@@ -125,7 +137,7 @@ def _status() -> dict[str, Any]:
     }
     table = Table("node", "address", "state", "network")
     for name, state in states.items():
-        words = "cut" if state["cut"] else "its own" if cluster.isolated else "shared"
+        words = "cut" if state["cut"] else "own" if cluster.isolated else "shared"
         table.add_row(name, state["address"], state["state"], words)
     Console(stderr=True).print(table)
     return {**_described(cluster), "nodes": states}
@@ -145,10 +157,10 @@ def _down() -> dict[str, Any]:
 
 
 def _change(action: str, node: str) -> dict[str, Any]:
-    """action: kill, start, cut or heal, the methods of a cluster."""
+    """Call the method of the cluster that `action` names: kill, start, cut or heal."""
     cluster = _current()
     if node not in cluster.names:
-        raise UserError(f"there is no node '{node}'; there are {', '.join(cluster.names)}.")
+        raise UserError(f"unknown node '{node}'; expected one of {', '.join(cluster.names)}.")
     started = getattr(cluster, action)(node)
     if action == "start":
         lifecycle.wait_for({node: started}, cluster)

@@ -1,8 +1,9 @@
 """The token that protects Ray's ports.
 
-Whoever reaches a port of Ray can run code there, so Ray starts in its token mode: every connection
-presents a secret that all processes of a cluster share. Ray looks for it in RAY_AUTH_TOKEN, in the
-file that RAY_AUTH_TOKEN_PATH names, and in ~/.ray/auth_token, in this order.
+Anyone who can reach one of Ray's ports can run code there. Ray is therefore started in token mode,
+in which every connection presents a secret that all processes of a cluster share. Ray looks for the
+secret in RAY_AUTH_TOKEN, then in the file that RAY_AUTH_TOKEN_PATH names, then in
+~/.ray/auth_token.
 """
 
 import hashlib
@@ -18,18 +19,19 @@ MODE, TOKEN, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 def enabled() -> bool:
+    """Return whether Ray runs in token mode, which is the default."""
     return os.environ.get(MODE, "token").lower() == "token"
 
 
 def default_path() -> Path:
-    """Where Ray looks for the token when no variable says otherwise."""
+    """Return the file that Ray reads the token from if no variable is set."""
     return Path.home() / ".ray" / "auth_token"
 
 
 def ensure_token() -> None:
-    """Make the token on first use, readable by this user alone.
+    """Create the token on first use, readable by this user only.
 
-    Raises UserError where the token cannot be read, is empty, or cannot be written.
+    Raises UserError if the token cannot be read or written, or if its file is empty.
     """
     if not enabled() or os.environ.get(TOKEN):
         return
@@ -42,15 +44,15 @@ def ensure_token() -> None:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"the token of Ray cannot be read from '{path}' ({_reason(error)}); "
-            f"name a file that holds it in {PATH}."
+            f"Ray's token cannot be read from '{path}' ({_reason(error)}); "
+            f"set {PATH} to a file that holds it."
         ) from error
     if not token:
-        raise UserError(f"'{path}' is empty; expected the token of Ray. {_remedy(named)}")
+        raise UserError(f"'{path}' is empty; expected Ray's token. {_remedy(named)}")
 
 
 def token() -> str | None:
-    """Return the token, or None where the mode is another or there is no token."""
+    """Return the token, or None if Ray is not in token mode or there is no token yet."""
     if not enabled():
         return None
     if given := os.environ.get(TOKEN):
@@ -62,9 +64,9 @@ def token() -> str | None:
 
 
 def derive_secret(purpose: str) -> str:
-    """Return a secret that whoever has the token can compute, and which does not tell the token.
+    """Return a secret, in hex, that is derived from the token and does not reveal it.
 
-    Empty where there is no token.
+    Returns "" if there is no token.
     """
     if not (shared := token()):
         return ""
@@ -72,14 +74,14 @@ def derive_secret(purpose: str) -> str:
 
 
 def token_source() -> str:
-    """Where the token is, for a user to read."""
+    """Return the place of the token as text for the user."""
     if os.environ.get(TOKEN):
         return f"in {TOKEN}"
     return str(os.environ.get(PATH) or default_path())
 
 
 def _create(path: Path) -> None:
-    """Write a new token unless there is one. Several processes may do so at once: one wins."""
+    """Write a new token unless the file exists. If several processes do so at once, one wins."""
     if path.exists():
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def _create(path: Path) -> None:
             file.write(secrets.token_hex(32))
             file.flush()
             os.fsync(file.fileno())
-        # Unlike a rename, this fails where another process has been quicker.
+        # Unlike a rename, this fails if another process created the file first.
         os.link(aside, path)
     except FileExistsError:
         pass
@@ -98,18 +100,20 @@ def _create(path: Path) -> None:
 
 
 def _restrict(path: Path) -> None:
-    """Take the file from the other users of this machine; Ray itself writes it readable by all."""
+    """Let only this user read the file; Ray itself creates it readable by all users."""
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
         print(
-            f"'{path}' could be read by other users, and no longer can. Where they are not "
-            "trusted, delete it: a new token is made at the next start.",
+            f"'{path}' could be read by other users; its permissions are now 0600. If you do not "
+            "trust these users, delete the file: a new token is created at the next start.",
             file=sys.stderr,
         )
 
 
 def _remedy(named: str | None) -> str:
-    return "Copy it from the head of the cluster." if named else "Delete it: a new one is made."
+    if named:
+        return "Copy the token from the head of the cluster."
+    return "Delete the file: a new token is created."
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

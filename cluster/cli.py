@@ -1,4 +1,4 @@
-"""The command lines of all commands: options from arguments, messages for mistakes, exit codes."""
+"""Shared by all commands: parsing of options, one-line error messages, and exit codes."""
 
 import json
 import signal
@@ -20,9 +20,9 @@ from cluster.errors import EXIT_FAILED, EXIT_USER_ERROR, CommandFailed, UserErro
 
 
 class CommandOptions(BaseSettings):
-    """Base of a command's options. They come from its command line, never from the environment.
+    """Base of a command's options, which are read from the command line only, not the environment.
 
-    The docstring of a subclass is the text of --help; its `cli_prog_name` is how it is called.
+    The docstring of a subclass is the text of --help; its `cli_prog_name` is the program's name.
     """
 
     model_config = SettingsConfigDict(
@@ -31,7 +31,8 @@ class CommandOptions(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
-        # Shown by --help. Not pydantic's "null", which scripts pass on and which lifts a limit.
+        # The word for None, shown by --help. With pydantic's default, a "null" that a script
+        # passes on by mistake would be read as None and lift a limit.
         cli_parse_none_str="not given",
     )
 
@@ -53,11 +54,11 @@ Options = TypeVar("Options", bound=CommandOptions)
 def parse_options(
     command: type[Options], argv: Sequence[str], *, verbatim: Collection[str] = ()
 ) -> Options:
-    """Return the options that a command line gives. --help prints them and exits.
+    """Return the options on a command line. --help prints all options and exits.
 
-    verbatim: list options, such as "--header", whose values may hold commas. Each use of such an
-    option adds one entry; the entries of other lists are divided at commas.
-    Raises UserError with one line that names the option.
+    verbatim: list options, such as "--header", whose values may contain commas. Each use of such
+    an option adds one entry; the values of other list options are split at commas.
+    Raises UserError, with one line that names the option, if an option is wrong.
     """
     rest, entries = _take_verbatim(argv, verbatim)
     try:
@@ -65,16 +66,16 @@ def parse_options(
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"] if isinstance(part, str)]
-        # The names of subcommands come first.
+        # The location begins with the names of subcommands.
         name = (path[-1] if path else "").replace("_", "-")
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"option --{name}: {message[:1].lower()}{message[1:]}.") from error
 
 
 def read_arguments(command: type[BaseSettings], argv: Sequence[str]) -> dict[str, Any]:
-    """Return what a command line gives, by section, not yet validated.
+    """Return the values on a command line, by section and not yet validated.
 
-    Raises UserError for an unknown or incomplete option.
+    Raises UserError if an option is unknown or has no value.
     """
     try:
         return CliSettingsSource(command, cli_parse_args=list(argv), cli_exit_on_error=False)()
@@ -87,7 +88,7 @@ def read_arguments(command: type[BaseSettings], argv: Sequence[str]) -> dict[str
 def _take_verbatim(
     argv: Sequence[str], names: Collection[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Split a command line into the other arguments and the entries of `names`, by field."""
+    """Split a command line into the values of the options `names`, by field, and all the rest."""
     rest: list[str] = []
     entries: dict[str, list[str]] = {}
     arguments = iter(argv)
@@ -108,10 +109,10 @@ def _take_verbatim(
 def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     """Run a command's `main` on the process's arguments, then exit.
 
-    What `main` returns is printed on stdout as one line of JSON. The exit status is 0 if it
-    succeeded, 2 if the user's input was wrong (one line on stderr, no traceback), 1 if it failed.
+    The return value of `main` is printed on stdout as one line of JSON. The exit status is 0 for
+    success, 2 for wrong input (one line on stderr, no traceback) and 1 for any other failure.
     """
-    # A process manager ends a command by SIGTERM, a user by Ctrl-C: both mean the same.
+    # Treat SIGTERM, which process managers send, like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = main(sys.argv[1:])
@@ -125,7 +126,7 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
         if disk_is_full(error):
             _exit(
                 EXIT_FAILED,
-                "the disk is full. What was complete stays; free some and run it again.",
+                "the disk is full. Complete files are kept; free some space and run this again.",
             )
         traceback.print_exc()
         sys.exit(EXIT_FAILED)

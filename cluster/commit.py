@@ -1,9 +1,9 @@
-"""Commit files and folders, so that a write reported as done is complete and stays; fetch them.
+"""Write files and folders atomically and durably, and fetch them.
 
-On local paths what is written goes to a name beside its target, is synced to disk, renamed onto
-the target and read back; the folder that holds it is synced too. A process that dies at any point,
-or a machine that loses power, leaves the target as it was before or complete. At URLs a folder's
-files are uploaded before the one that marks it complete, and read back by their sizes.
+On local paths, content is written next to its target under another name, synced to disk, renamed
+to the target and read back; the parent folder is synced too. If the process dies or the machine
+loses power at any point, the target is either unchanged or complete. At URLs, a folder's files are
+uploaded before the file that marks it complete, and their sizes are checked.
 """
 
 import errno
@@ -21,34 +21,34 @@ from cluster import private
 from cluster.errors import UserError
 from cluster.storage import filesystem, is_url, join_path, storage_errors
 
-# Written last into a folder: the SHA-256 of each other file, by name.
+# The last file written to a folder: the SHA-256 of each other file, by name.
 DIGESTS = "digests.json"
 PART_PREFIX = "part-"
-# What object stores, HTTP servers and file systems tell of a file's version, by their names.
+# Fields in which object stores, HTTP servers and file systems report the version of a file.
 VERSIONS = ("ETag", "etag", "md5Hash", "content_hash", "LastModified", "last_modified", "mtime")
 
 
 class DamagedFile(Exception):
-    """A committed file that is missing or differs from its digest. The message names it."""
+    """A committed file that is missing or differs from its digest; the message names the file."""
 
 
 class IncompleteFolder(UserError):
-    """A folder at a URL that has not the file which marks it complete."""
+    """A folder at a URL that lacks the file which marks it complete."""
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a local file, in hex. Raises OSError."""
+    """Return the SHA-256 of a local file in hex. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def committed_files(folder: Path) -> list[str]:
-    """Names of the files of a committed local folder. Raises DamagedFile."""
+    """Return the sorted names of a committed local folder's files, or raise DamagedFile."""
     return sorted(_read_digests(folder))
 
 
 def check_file(folder: Path, name: str) -> None:
-    """Compare a file of a committed local folder with its digest. Raises DamagedFile."""
+    """Compare a committed local file with its digest. Raises DamagedFile if they differ."""
     try:
         differs = file_digest(folder / name) != _read_digests(folder).get(name)
     except OSError as error:
@@ -58,13 +58,13 @@ def check_file(folder: Path, name: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Compare all files of a committed local folder with their digests. Raises DamagedFile."""
+    """Compare all files of a committed local folder with their digests, or raise DamagedFile."""
     for name in committed_files(folder):
         check_file(folder, name)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a committed local folder is there, complete and undamaged."""
+    """Return whether a committed local folder exists and is complete and undamaged."""
     try:
         check_folder(folder)
     except DamagedFile:
@@ -89,16 +89,15 @@ def atomic_folder(
     whole: Callable[[Path], bool] = is_whole,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
-    """Yield a folder to write in, which becomes `target` when the block ends without an error.
+    """Yield a folder to write to, which becomes `target` when the block ends without an error.
 
-    last: the file that marks the folder complete. The list of digests is written here; another
-    file is written by the block.
-    whole: whether a local folder is complete and undamaged. A target that is stays as it is,
-    since equal names mean equal content; one that is not is replaced.
-    check: called before the target appears; what it raises prevents that.
-
-    Raises OSError where the folder cannot be written or does not read back; UserError where its
-    parent cannot be made.
+    last: the file that marks the folder complete. The list of digests is written by this function;
+    any other file must be written by the block.
+    whole: whether a local folder is complete and undamaged. A whole target is kept, because equal
+    names mean equal content; a damaged one is replaced.
+    check: called just before the target appears; if it raises, the target does not appear.
+    Raises OSError if the folder cannot be written or reads back differently, UserError if its
+    parent cannot be created.
     """
     parent = None if is_url(target) else Path(target).parent
     if parent:
@@ -138,37 +137,37 @@ def _upload(
         size, wanted = fs.size(join_path(path, name)), (aside / name).stat().st_size
         if size != wanted:
             raise OSError(
-                errno.EIO, f"'{join_path(target, name)}' has {size} bytes of {wanted} written"
+                errno.EIO, f"'{join_path(target, name)}' has {size} bytes; {wanted} were written"
             )
 
 
 def _replace_folder(aside: Path, target: Path, whole: Callable[[Path], bool]) -> None:
     if target.exists() and not whole(target):
-        # Out of the way; it goes with the folder that `aside` is in.
+        # Move it aside; it is deleted together with the temporary folder that holds `aside`.
         with suppress(FileNotFoundError):  # another process did the same
             target.rename(aside.with_name("replaced"))
     try:
         aside.rename(target)
     except OSError:
-        # Another process has committed the same content meanwhile.
+        # Another process may have committed the same content in the meantime.
         if not whole(target):
             raise
     sync_folder(target.parent)
     if not whole(target):
-        raise OSError(errno.EIO, f"'{target}' does not read back as it was written")
+        raise OSError(errno.EIO, f"'{target}' reads back differently from what was written")
 
 
 @contextmanager
 def atomic_file(url: str, mode: int | None = None) -> Iterator[IO[bytes]]:
     """Yield a stream whose content appears at a path or URL when the block ends without an error.
 
-    Readers see the file before or after it; several processes may write it at once.
-    mode: permissions of a local file, before its content is there; the user's default if None.
-    Raises OSError where it cannot be written or does not read back.
+    Readers see the old file or the complete new one. Several processes may write it at once.
+    mode: permissions of a local file, set before its content is written; None for the default.
+    Raises OSError if the file cannot be written or reads back with another size.
     """
     fs, path = filesystem(url)
     folder, _, name = path.rpartition("/")
-    # Readers of folders of Parquet files pass over names that begin with an underscore.
+    # Readers of Parquet folders skip names that begin with an underscore.
     part = f"{folder}/_{name}.{PART_PREFIX}{secrets.token_hex(4)}"
     local = not is_url(url)
     if local:
@@ -191,7 +190,7 @@ def atomic_file(url: str, mode: int | None = None) -> Iterator[IO[bytes]]:
             fs.mv(part, path)
             fs.invalidate_cache()
             if (found := fs.size(path)) != size:
-                raise OSError(errno.EIO, f"'{url}' has {found} bytes of {size} written")
+                raise OSError(errno.EIO, f"'{url}' has {found} bytes; {size} were written")
     except BaseException:
         with suppress(Exception):  # the first error is the one to report
             fs.rm_file(part)
@@ -199,18 +198,18 @@ def atomic_file(url: str, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 
 def write_atomic(url: str, content: bytes, mode: int | None = None) -> None:
-    """Write a small file, complete or not at all; see `atomic_file`."""
+    """Write a small file atomically; see `atomic_file`."""
     with atomic_file(url, mode) as stream:
         stream.write(content)
 
 
 def create_file(url: str, content: bytes) -> bool:
-    """Write a small file that does not exist yet; return False where it does. Raises OSError."""
+    """Create a small file; return False if it exists. Raises OSError if it cannot be written."""
     fs, path = filesystem(url)
     if is_url(url):
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         with suppress(FileExistsError):
-            # Exclusive where the store knows conditional writes, as S3 does.
+            # Exclusive only in stores with conditional writes, such as S3.
             fs.pipe_file(path, content, mode="create")
             return True
         return False
@@ -225,13 +224,13 @@ def create_file(url: str, content: bytes) -> bool:
     try:
         sync_folder(Path(path).parent)
     except OSError:
-        os.unlink(path)  # it is reported as not written
+        os.unlink(path)  # the error means that the file was not created
         raise
     return True
 
 
 def make_folder(folder: Path) -> None:
-    """Make a local folder and its parents where they do not exist, on disk. Raises OSError."""
+    """Create a local folder and its missing parents, and sync them to disk. Raises OSError."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -240,14 +239,14 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file and folder below a local folder, and itself, on disk. Raises OSError."""
+    """Sync a local folder, and every file and folder below it, to disk. Raises OSError."""
     for path in folder.rglob("*"):
         sync_folder(path)
     sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a local folder, or a file's content, on disk. Raises OSError."""
+    """Sync the entries of a local folder, or the content of a file, to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -258,9 +257,9 @@ def sync_folder(path: Path) -> None:
 def fetch(source: str, last: str) -> Path:
     """Return a local folder with the content of `source`.
 
-    A URL is copied to a private folder, once for each version of its files.
-    last: the file that marks the source complete.
-    Raises IncompleteFolder where it is, UserError for a file whose name leads out of it, OSError.
+    A URL is downloaded to a private folder, once for each version of its files.
+    last: the file that marks the source complete. Raises IncompleteFolder if that file is missing,
+    UserError if a file's name leads out of the folder, and OSError.
     """
     if not is_url(source):
         return Path(source)
@@ -269,7 +268,7 @@ def fetch(source: str, last: str) -> Path:
     fs.invalidate_cache()
     found = fs.find(base, detail=True)
     if f"{base}{last}" not in found:
-        raise IncompleteFolder(f"'{source}' is not there, or is incomplete: it has no {last}.")
+        raise IncompleteFolder(f"'{source}' does not exist or is incomplete: it has no {last}.")
     versions = [[name, *_version(fs, name, info)] for name, info in sorted(found.items())]
     key = hashlib.sha256(json.dumps([source, versions]).encode()).hexdigest()[:32]
     target = private.private_folder("fetched") / key
@@ -281,20 +280,20 @@ def fetch(source: str, last: str) -> Path:
 
 
 def _version(fs: Any, name: str, info: dict[str, Any]) -> list[str]:
-    """A file's size and version; both change with its content where the server tells them."""
+    """Return the size of a file and, if its server reports them, the fields of its version."""
     if not any(info.get(key) for key in VERSIONS):
         info = fs.info(name)
     return [str(info.get("size")), *(str(info[key]) for key in VERSIONS if info.get(key))]
 
 
 def _below(folder: Path, name: str, base: str) -> Path:
-    """Where a file that is called `name` in its file system, below `base`, goes in a folder.
+    """Return the local path, in `folder`, for a file whose remote path `name` is below `base`.
 
-    Raises UserError for a name that leads out of it: whoever writes the source chose it.
+    Raises UserError if the name leads out of the folder: the writer of the source chose the name.
     """
     parts = name.removeprefix(base).split("/")
     if not name.startswith(base) or not parts[-1] or {"", ".", ".."} & set(parts):
-        raise UserError(f"'{base}' has a file '{name[:200]}', whose name leads out of it.")
+        raise UserError(f"the file name '{name[:200]}' leads out of the folder '{base}'.")
     path = folder.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

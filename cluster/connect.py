@@ -19,36 +19,36 @@ from cluster.ray_address import answers, forget_ended, wrong_token
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# How long the processes of a node may take to start. Ray's own 30 s are not enough on a machine
-# whose cores are taken by other work.
+# Seconds that the processes of a node may take to start. Ray's own limit of 30 is too short on a
+# busy machine.
 START_S = 180
 
-# Read by Ray when it is imported or started, so set before either. Each may be overridden from
-# outside.
+# Ray reads these when it is imported or started, so they are set before either. Values that are
+# already in the environment take precedence.
 ENVIRONMENT = {
-    # Whoever reaches a port of Ray can run code there; see `cluster.auth`. Where this is not set,
-    # the clients of jobs and of Serve send no token.
+    # Anyone who can reach one of Ray's ports can run code there; see `cluster.auth`. Without this
+    # variable, Ray's clients for jobs and for Serve send no token.
     auth.MODE: "token",
     **private.NO_TELEMETRY,
-    # Without GPUs asked for, leave CUDA_VISIBLE_DEVICES as it is (Ray's own future default).
+    # Leave CUDA_VISIBLE_DEVICES unchanged for work without GPUs (Ray's own future default).
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray gives its workers the least of the cores (15): beside other work they would stand still.
+    # Ray's default of 15 would starve its workers on a machine that also runs other programs.
     "RAY_worker_niceness": "0",
-    # So would their start fail: Ray waits a minute for one that it has started.
+    # Ray's default of 60 s for the start of a worker is too short on a busy machine.
     "RAY_worker_register_timeout_seconds": str(START_S),
     "RAY_gcs_server_port_wait_time_s": str(START_S),
-    # Workers report once an epoch; a shorter poll than the default 2 s ends a run sooner.
+    # Workers report once per epoch; polling more often than the default of 2 s ends a run sooner.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
 
-# Where it is 0, Ray takes the loopback address for its node, as it does on macOS and Windows.
+# If it is 0, Ray uses the loopback address for its node, as it does on macOS and Windows.
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-# Starting one worker per core ahead of need takes the cores from the work itself.
+# By default, Ray starts one worker per core in advance, which slows down the work itself.
 LEAN_RAYLET = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
-# When a user is told what a start waits for.
+# Seconds after which a message says what a start is waiting for.
 PATIENCE_S = 10
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -56,16 +56,16 @@ _local = False
 
 
 def set_ray_environment() -> None:
-    """Set Ray's environment variables that are not set already."""
+    """Set the environment variables for Ray and for privacy that are not set already."""
     private.set_privacy_environment()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def local_environment() -> dict[str, str]:
-    """What a Ray that starts on this machine alone needs besides ENVIRONMENT.
+    """Return the variables that a Ray for this machine only needs in addition to ENVIRONMENT.
 
-    Raises CommandFailed.
+    Raises CommandFailed if another user owns the folder for its files.
     """
     return {
         ON_LOOPBACK: "0",
@@ -74,9 +74,9 @@ def local_environment() -> dict[str, str]:
 
 
 def _temporary() -> str:
-    """Where a Ray of this machine alone keeps the folder of its sessions.
+    """Return the parent of the folder in which a Ray for this machine only stores its sessions.
 
-    Ray lets every user of the machine write in it; the default keeps them out.
+    Ray makes that folder writable for all users; the default parent keeps other users out.
     """
     return os.environ.get("RAY_TMPDIR") or str(private.private_folder("ray").parent)
 
@@ -90,15 +90,15 @@ def connect(
 ) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine, bound to loopback.
 
-    Inside a `ray job` RAY_ADDRESS is set by Ray. Does nothing when already connected.
-    From the main thread: the processes that a local Ray starts end with the thread.
+    In a Ray job, Ray itself sets RAY_ADDRESS. Does nothing if already connected. Call it from the
+    main thread: the processes of a local Ray end with the thread that started them.
 
-    num_cpus: least that a local Ray offers, whose count is otherwise the machine's.
-    metrics: whether a local Ray measures itself, which takes a few hundredths of a core.
-    logs: whether what other processes print appears here.
+    num_cpus: minimum number of CPUs that a local Ray offers; it offers at least all cores.
+    metrics: whether a local Ray collects its own metrics, which uses a few percent of a core.
+    logs: whether the output of Ray's other processes is printed here.
 
-    Raises UserError where no cluster answers at RAY_ADDRESS, or one of another Ray or Python, or
-    one with another token; Failed where Ray does not start here.
+    Raises UserError if no cluster responds at RAY_ADDRESS, or if its token or its version of Ray
+    or Python differs; CommandFailed if Ray does not start on this machine.
     """
     set_ray_environment()
     import ray
@@ -111,7 +111,7 @@ def connect(
         if not answers(address):
             tls = "" if certificates.nodes_speak_tls() else " without TLS (RAY_USE_TLS is not set)"
             raise UserError(
-                f"RAY_ADDRESS is {address}, where no Ray answers{tls}; start it there, or unset "
+                f"RAY_ADDRESS is {address}, where no Ray responds{tls}; start Ray there, or unset "
                 "RAY_ADDRESS to start Ray on this machine."
             )
         with _sigterm_kept():
@@ -119,7 +119,7 @@ def connect(
         return
     global _local
     _local = True
-    # This machine is not taken away with notice.
+    # Preemption notices come from cloud providers; this machine has none to watch for.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options |= {
         "address": "local",
@@ -128,14 +128,14 @@ def connect(
         "_temp_dir": str(Path(_temporary()) / "ray"),
         "_system_config": {**LEAN_RAYLET, "enable_metrics_collection": metrics},
     }
-    # Ray has read ON_LOOPBACK on import, before it is set; its processes read it again.
+    # Ray read ON_LOOPBACK on import, so `loopback` changes it here; Ray's processes read it again.
     with _sigterm_kept(), ray_internals.loopback(), _set(ON_LOOPBACK, "0"):
         _start(lambda: ray.init(**options))
 
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Put this process's handler of SIGTERM back, in whose place Ray puts ones that abort."""
+    """Restore this process's SIGTERM handler, which Ray replaces with one that aborts."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -143,7 +143,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def import_ray_data() -> ModuleType:
-    """Ray Data, without its bars and without a word on each of its plans."""
+    """Import Ray Data, with its progress bars and the messages on its plans turned off."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -152,16 +152,16 @@ def import_ray_data() -> ModuleType:
 
 
 def is_local() -> bool:
-    """Whether `connect` started the Ray that this process is connected to."""
+    """Return whether `connect` started the Ray that this process is connected to."""
     return _local
 
 
 def join_running() -> bool:
-    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, if there is any.
+    """Join the cluster at RAY_ADDRESS or on this machine; return False if there is none.
 
-    A Ray on loopback belongs to the command that started it and is left alone.
+    A Ray on a loopback address belongs to the command that started it and is not joined.
 
-    Raises UserError where no cluster answers at RAY_ADDRESS, and as `connect` does.
+    Raises UserError if no cluster responds at RAY_ADDRESS, and the other errors of `connect`.
     """
     set_ray_environment()
     if address := os.environ.get("RAY_ADDRESS"):
@@ -175,9 +175,9 @@ def join_running() -> bool:
 
 
 def _start(init: Callable[[], Any]) -> None:
-    """Start Ray on this machine; once more, where its processes were not up in time.
+    """Start Ray on this machine; try a second time if its processes did not start in time.
 
-    Raises CommandFailed when that fails too.
+    Raises CommandFailed if the second attempt fails too.
     """
     import ray
 
@@ -188,7 +188,7 @@ def _start(init: Callable[[], Any]) -> None:
             with _told("Ray to start on this machine"), ray_internals.patient_start(START_S):
                 init()
             return
-        except Exception as error:  # Ray raises plain ones here
+        except Exception as error:  # Ray raises plain exceptions here
             ray.shutdown()
             reason = " ".join(str(error).split())[:200]
             if again:
@@ -197,17 +197,17 @@ def _start(init: Callable[[], Any]) -> None:
 
 
 def check_port_free(host: str, port: int) -> None:
-    """Raises UserError if something listens on a port that a server is to use."""
+    """Check that a port is free for a server. Raises UserError if a program listens on it."""
     if node_checks.port_is_taken(host, port):
         raise UserError(
-            f"port {port} is taken by another program; stop that one first "
-            f"(ss -ltnp 'sport = :{port}' names it), or give another port."
+            f"port {port} is taken by another program; stop that program "
+            f"(ss -ltnp 'sport = :{port}' shows it), or give another port."
         )
 
 
 @contextmanager
 def _set(name: str, value: str) -> Iterator[None]:
-    """Set a variable of the environment for the processes that the block starts."""
+    """Set an environment variable for the processes that the block starts."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -221,8 +221,8 @@ def _set(name: str, value: str) -> Iterator[None]:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Say on stderr, once and after a while, what the block waits for."""
-    words = f"waiting for {what}; other work takes its cores"
+    """Print once on stderr what the block is waiting for, if it takes longer than PATIENCE_S."""
+    words = f"waiting for {what}; other programs are using the CPU"
     timer = threading.Timer(PATIENCE_S, print, [words], {"file": sys.stderr})
     timer.daemon = True
     timer.start()
@@ -233,7 +233,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _join(address: str, **options: Any) -> None:
-    """Raises UserError where the cluster cannot be joined, such as one of another Ray."""
+    """Join a cluster. Raises UserError if that fails, for example if its version of Ray differs."""
     import ray
 
     auth.ensure_token()
@@ -252,7 +252,7 @@ def _join(address: str, **options: Any) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local Ray that `connect` started stops with it."""
+    """Disconnect from the cluster, and stop it if `connect` started it on this machine."""
     import ray
 
     global _local

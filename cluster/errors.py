@@ -1,4 +1,4 @@
-"""What can go wrong by the user's hand, and the exit codes of commands."""
+"""Errors that are shown to the user in one line, and the exit codes of commands."""
 
 import errno
 
@@ -7,18 +7,21 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """The user's input is wrong.
+    """Wrong input from the user.
 
-    The message is one line: what was given, what is accepted, what to do.
+    The message is one line: what was received, what is accepted, and what to do.
     """
 
 
 class CommandFailed(Exception):
-    """A command failed for a reason that one line explains as well as a traceback would."""
+    """A failure of a command that one line explains as well as a traceback would."""
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is the cause of an error. SQLite reports it in words only."""
+    """Return whether an error was caused by a full disk.
+
+    The message is searched too, because SQLite reports a full disk only there.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,4 +1,4 @@
-"""What only this user may read, write or hear of: a folder, and libraries that report to nobody."""
+"""Privacy: a folder that only this user can access, and libraries without telemetry."""
 
 import os
 import stat
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from cluster.errors import CommandFailed
 
-# Not the system's temporary folder: paths of sockets have at most 107 bytes, and Ray's are long.
+# Not TMPDIR, which may be long: paths of sockets have at most 107 bytes, and Ray's are long.
 PARENT = Path("/tmp")
 
-# Libraries that report their use to their makers unless told otherwise. Each may be overridden
-# from outside.
+# Turns off the usage reports of libraries. Values that are already in the environment take
+# precedence.
 NO_TELEMETRY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "ORT_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-# Names the private key with which bundles are signed when they are registered.
+# The private key, or its path, with which bundles are signed when they are registered.
 SIGNING_KEY = "HALYARD_SIGNING_KEY"
-# Compiled code that torch runs; its default is a folder that any user could have made before.
+# Folder of torch's compiled code. By default, another user could have created it beforehand.
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -30,9 +30,9 @@ def private_root() -> Path:
 
 
 def private_folder(name: str) -> Path:
-    """Return `name` below this user's folder, made where it does not exist, with mode 0700.
+    """Return the folder `name` in this user's folder; both are created if missing, with mode 0700.
 
-    Raises CommandFailed where another user owns the folder: it may have been put there to be used.
+    Raises CommandFailed if another user owns one of them, perhaps to read or change its files.
     """
     for path in (private_root(), private_root() / name):
         with suppress(FileExistsError):
@@ -46,14 +46,14 @@ def private_folder(name: str) -> Path:
 
 
 def set_privacy_environment() -> None:
-    """Turn off telemetry, and keep compiled code in this user's folder, unless set already.
+    """Turn off telemetry, and store compiled code in this user's folder, unless set already.
 
-    For libraries that read it when they are imported.
+    Call it before the libraries are imported, because they read the variables on import.
     """
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     if COMPILED not in os.environ:
         try:
             os.environ[COMPILED] = str(private_folder("inductor"))
-        except CommandFailed:  # the command that needs the folder says so
+        except CommandFailed:  # reported by the command that needs the folder
             os.environ[COMPILED] = str(Path.home() / ".cache" / "halyard" / "inductor")

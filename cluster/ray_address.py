@@ -1,4 +1,4 @@
-"""The address of the Ray that runs on this machine, by Ray's own note, and whether it answers."""
+"""The address of the Ray that runs on this machine, and whether a Ray responds at an address."""
 
 import os
 import socket
@@ -10,35 +10,36 @@ from pathlib import Path
 from cluster import auth, ray_internals
 from cluster.errors import UserError
 
-# A cluster that is up answers in far less, also on a busy machine.
+# Seconds. A running cluster responds much faster, even on a busy machine.
 ANSWER_S = 4.0
-# State of a socket in the kernel's tables of connections.
+# The state of a listening socket in /proc/net/tcp.
 LISTENING = "0A"
 
 
 def forget_ended() -> str | None:
-    """Return the address of the Ray that runs on this machine by Ray's own notes, if any.
+    """Return the address, from Ray's address file, of the Ray that runs on this machine, if any.
 
-    Where it has ended, which Ray finds out in minutes only, the note is removed, and stderr says
-    so. Raises UserError where it asks for another token.
+    If that Ray has ended, which Ray itself would notice only after minutes, the file is removed and
+    a message is printed on stderr. Raises UserError if that Ray requires another token.
     """
     address = _noted_address()
     if address is None or answers(address):
         return address
     file = ray_internals.address_file()
-    print(f"Ray has ended at {address}, which {file} still named.", file=sys.stderr)
+    print(f"Ray at {address} has ended; removing its address file {file}.", file=sys.stderr)
     with suppress(OSError):
         file.unlink()
     return None
 
 
 def _noted_address() -> str | None:
-    """The address of the Ray that was started last on this machine, by this user or by root.
+    """Return the address of the Ray last started on this machine by this user or by root.
 
-    Every user may write there, and whom this process joins may run code in it.
+    Files of other users are ignored: everyone can write there, and a cluster that this process
+    joins can run code in it.
     """
     try:
-        # A pipe would be waited for.
+        # Opening a named pipe would block without O_NONBLOCK.
         file = os.open(ray_internals.address_file(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(file) as notes:
             found = os.fstat(file)
@@ -49,9 +50,9 @@ def _noted_address() -> str | None:
 
 
 def answers(address: str) -> bool:
-    """Whether Ray answers at HOST:PORT; other forms of address are taken to answer.
+    """Return whether Ray responds at HOST:PORT; True for addresses of any other form.
 
-    Ray itself tries for minutes. Raises UserError where it asks for another token.
+    Ray itself would retry for minutes. Raises UserError if the cluster requires another token.
     """
     import grpc
 
@@ -68,20 +69,20 @@ def answers(address: str) -> bool:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise UserError(wrong_token(address)) from None
-            return False  # nothing is there, or another program
+            return False  # no program listens there, or it is not Ray
     return True
 
 
 def _is_of_another_user(host: str, port: int) -> bool:
-    """Whether an address of this machine is listened on by another user than this one and root.
+    """Return whether a user other than this one and root listens on a port of this machine.
 
-    Where a Ray has died anybody may take its port, and would be sent the token.
+    After a Ray has died, any user could listen on its port and would receive the token.
     """
     try:
         with socket.socket() as probe:
             probe.bind((host, 0))
     except OSError:
-        return False  # of another machine, or no address
+        return False  # the address is another machine's, or invalid
     users = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
@@ -93,7 +94,8 @@ def _is_of_another_user(host: str, port: int) -> bool:
 
 
 def wrong_token(address: str) -> str:
+    """Return the message for a cluster that requires another token."""
     return (
-        f"the cluster at {address} asks for another token. Set {auth.MODE}=token, and {auth.PATH} "
-        "to a file with the cluster's token where that is not in ~/.ray/auth_token."
+        f"the cluster at {address} requires another token. Set {auth.MODE}=token, and set "
+        f"{auth.PATH} to a file with the cluster's token if it is not in ~/.ray/auth_token."
     )

@@ -1,8 +1,8 @@
-"""The names of Ray that this project uses and that are not part of Ray's public interface.
+"""All uses of names that are not part of Ray's public interface.
 
-Written against Ray 2.60. `tests/test_ray_internals.py` touches each of them, so that another
-version of Ray fails there. Ray reads its environment when it is imported, so nothing here imports
-it before it is needed.
+Written for Ray 2.60. `tests/test_ray_internals.py` uses each of these names, so that a version of
+Ray without one fails there. Ray reads its environment on import, so the functions here import it
+only when they are called.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def address_file() -> Path:
-    """Return the file in which Ray notes the address of the cluster that runs on this machine."""
+    """Return the file in which Ray stores the address of the cluster on this machine."""
     from ray._common.utils import get_ray_address_file
 
     return Path(get_ray_address_file(None))
@@ -27,7 +27,7 @@ def gcs_channel(address: str) -> Any:
 
 
 def reload_environment() -> None:
-    """Let Ray read the environment again: it reads it on import, perhaps before it was set."""
+    """Make Ray read the environment again, because variables may be newer than Ray's import."""
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")
@@ -35,9 +35,9 @@ def reload_environment() -> None:
 
 @contextmanager
 def loopback() -> Iterator[None]:
-    """Let a node started in the block take the loopback address, as on macOS and Windows.
+    """Make a node that is started in the block use the loopback address, as on macOS and Windows.
 
-    Nodes that this process starts later have the machine's address.
+    Nodes that this process starts later use the machine's address.
     """
     from ray._private import ray_constants
 
@@ -51,9 +51,10 @@ def loopback() -> Iterator[None]:
 
 @contextmanager
 def patient_start(timeout_s: float) -> Iterator[None]:
-    """Let Ray's node take `timeout_s` to start, in place of the 30 s that are a constant of Ray.
+    """Let Ray's node take `timeout_s` seconds to start, instead of Ray's constant of 30.
 
-    Ray checks its limit between calls of `get_node`, which fails until the node has registered.
+    Ray checks its limit only between calls of `get_node`, which fails until the node has
+    registered. In the block, `get_node` itself retries until then.
     """
     import psutil
     from ray._private import services
@@ -81,7 +82,7 @@ def patient_start(timeout_s: float) -> Iterator[None]:
 
 
 def is_worker() -> bool:
-    """Whether this process is one of Ray's workers, rather than a driver."""
+    """Return whether this process is one of Ray's workers rather than a driver."""
     import ray
     from ray._private.worker import global_worker
 
@@ -89,14 +90,14 @@ def is_worker() -> bool:
 
 
 def session_log_folder() -> Path:
-    """Return the folder in which Ray's processes of this machine write their logs."""
+    """Return the folder in which Ray's processes on this machine write their logs."""
     from ray._private import worker
 
     return Path(worker._global_node.get_logs_dir_path())
 
 
 def silence_workers() -> None:
-    """Stop printing what Ray's workers print."""
+    """Stop printing the output of Ray's workers."""
     from ray._private import ray_logging, worker
 
     ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
@@ -104,18 +105,19 @@ def silence_workers() -> None:
 
 
 class KeyValueStore:
-    """Ray's key-value store, which the GCS keeps in memory."""
+    """A namespace of Ray's key-value store, which the GCS keeps in memory."""
 
     def __init__(self, namespace: bytes) -> None:
         self._namespace = namespace
 
     def put(self, key: str, value: bytes) -> None:
+        """Store a value under a key, and replace an earlier one."""
         from ray.experimental.internal_kv import _internal_kv_put
 
         _internal_kv_put(key, value, namespace=self._namespace)
 
     def pop(self, prefix: str) -> Iterator[bytes]:
-        """Yield the values below a prefix in the order of their keys, and delete each."""
+        """Yield the values whose keys begin with a prefix, in order of the keys; delete each."""
         from ray.experimental import internal_kv
 
         for key in sorted(internal_kv._internal_kv_list(prefix, namespace=self._namespace)):

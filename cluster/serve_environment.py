@@ -1,4 +1,4 @@
-"""The ingress: HAProxy in front of the replicas where it runs, else Ray Serve's own proxy."""
+"""Environment variables for Ray Serve, with HAProxy as its ingress if HAProxy can run here."""
 
 import os
 import sys
@@ -13,52 +13,53 @@ PYTHON = "HALYARD_PYTHON"
 WRAPPER = Path(haproxy_config.__file__).with_name("haproxy")
 
 
-# Read by Ray Serve when it starts. A cluster that already runs needs them in its own environment,
-# on the head and on every worker.
+# Ray Serve reads these when it starts. A running cluster must have been started with them, on the
+# head and on every worker.
 ENVIRONMENT = {
     HAPROXY: "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.gateway:middlewares",
-    # Else a Python process reads a line for each request; replicas count them already.
+    # If enabled, a Python process parses a log line for each request; replicas already count them.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # Of a message; one option is the limit of requests, and is checked once a message is here.
+    # Maximum size of a gRPC message; the option max_body_bytes is enforced after receipt.
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
-    # A prediction may be asked for twice: what a dying replica leaves unanswered, another answers.
+    # If a replica dies before it responds, its requests are sent to another one. Predictions may
+    # run twice.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    # Once, as what ended one replica may end another.
+    # Retry only once, because a request that killed one replica may kill the next.
     "RAY_SERVE_HAPROXY_RETRIES": "1",
-    # An HAProxy that is stopping keeps a connection for 120 s, until its client asks again; then
-    # that request is under way.
+    # A stopping HAProxy keeps idle connections for 120 s, in case their clients send one more
+    # request. The rest is time for that request.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "180",
-    # For bodies that the gateway of several models passes on, whose size is limited where they
-    # arrive. Ray's limit is 4 MiB.
+    # The gateway of several models passes on bodies whose size it has already checked. Ray's
+    # default limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-    # HAProxy can send a request of up to 64 KB, the size of many photographs, to another replica.
-    # A connection has at most three such buffers, so 4,096 connections have 768 MiB.
+    # HAProxy can resend a request only if it fits its buffer: 64 KB holds many photographs. A
+    # connection has at most three buffers, so 4,096 connections use at most 768 MiB.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 2**10),
-    # More threads than cores pass connections to each other; four is what Ray has.
+    # Ray's default of 4, but no more threads than cores: they would only pass connections on.
     "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-    # Ray has 0.1: the controller then takes a hundredth of what replicas do on two cores.
+    # At Ray's default of 0.1 s, the controller takes 1% of the replicas' work on two cores.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # A replica that is gone is noticed within a second.
+    # A replica that has died is detected within a second.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",
-    # So is an HAProxy; three checks must fail, and Ray has 10 s between them.
+    # An HAProxy that has died is detected after three failed checks; Ray's default is 10 s each.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # Where its cores are taken, a machine takes longer than Ray's 5 s to start a proxy. One that
-    # has died fails its checks at once, whatever their limit.
+    # On a busy machine, a proxy takes longer to start than Ray's default of 5 s. A proxy that has
+    # died fails its checks immediately, whatever the limit.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
-    # Of a client that neither sends nor takes; Ray has an hour.
+    # Limit for a client that neither sends nor receives; Ray's default is an hour.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
 }
 
 
 def local_paths() -> dict[str, str]:
-    """What Ray Serve needs besides ENVIRONMENT, with paths of this machine.
+    """Return the variables with paths on this machine, which Ray Serve needs besides ENVIRONMENT.
 
-    HAProxy's files are in a folder of this user: whoever reaches its administration can send
-    requests elsewhere.
+    HAProxy's files are in this user's private folder, because anyone who can reach its
+    administration socket can redirect requests.
     """
     folder = private.private_root() / "haproxy"
     return {
@@ -73,29 +74,32 @@ def local_paths() -> dict[str, str]:
 
 
 def variable_names() -> list[str]:
-    """All variables that a node which serves is started with."""
+    """Return the names of all variables that a node needs for serving."""
     return [*connect.ENVIRONMENT, *ENVIRONMENT, *local_paths()]
 
 
 def set_serve_environment() -> None:
-    """Set what is not set already; fall back to Ray's own proxy, saying so, without HAProxy."""
+    """Set the variables that are not set already.
+
+    If HAProxy cannot run here, Ray's own proxy is used and a message is printed on stderr.
+    """
     connect.set_ray_environment()
-    # A HAProxy of the user's own is the one that ours runs.
+    # Run the user's own HAProxy, if one is named, through the wrapper.
     given = os.environ.get(HAPROXY_BINARY)
     if given and Path(given) != WRAPPER:
         os.environ.setdefault(haproxy_config.BINARY, given)
         os.environ[HAPROXY_BINARY] = str(WRAPPER)
     if HAPROXY not in os.environ and (problem := haproxy_config.haproxy_problem()):
-        print(f"HAProxy does not run here ({problem}); using Ray's own proxy.", file=sys.stderr)
+        print(f"HAProxy cannot run here ({problem}); using Ray's own proxy.", file=sys.stderr)
         os.environ[HAPROXY] = "0"
     for name, value in (ENVIRONMENT | local_paths()).items():
         os.environ.setdefault(name, value)
 
 
 def prepare_local_serving() -> None:
-    """Set what is not set already, and make what a Ray that starts on this machine needs.
+    """Prepare the environment, token and folder for a Ray that serves on this machine.
 
-    Raises UserError, Failed.
+    Raises UserError if the token cannot be used, CommandFailed if another user owns the folder.
     """
     set_serve_environment()
     auth.ensure_token()

@@ -1,4 +1,4 @@
-"""Where runs, bundles and the model registry are kept: a local path or any fsspec URL."""
+"""Storage of runs, bundles and the model registry: a local path or any fsspec URL."""
 
 import os
 import re
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 DEFAULT_PATH = "runs"
-# What a model, a variant or a run may be called, as paths are made of the name.
+# Names of models, variants and runs are restricted because they become parts of paths.
 MODEL_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
 REGISTRY = "mlflow.db"
-# A job submitted to Ray runs in a copy of the working directory that goes when the job ends.
+# A Ray job runs in a copy of the working directory, which is deleted when the job ends.
 JOB_COPY_MARK = "/runtime_resources/working_dir_files/"
 
 
@@ -27,10 +27,10 @@ def is_url(path: str) -> bool:
 
 
 def resolve_path(path: str) -> str:
-    """Return `path` as a URL unchanged, or as an absolute local path.
+    """Return a URL without a slash at its end, or a local path as an absolute path.
 
-    A relative path starts at the current directory; inside a submitted Ray job, whose current
-    directory does not outlive it, at the home directory.
+    A relative path starts at the current directory. In a submitted Ray job it starts at the home
+    directory, because the job's current directory is deleted when the job ends.
     """
     if is_url(path):
         return path.rstrip("/")
@@ -39,9 +39,9 @@ def resolve_path(path: str) -> str:
 
 
 def check_name(name: str, pattern: str, what: str) -> str:
-    """Return a name that a path may be made of. Raises UserError for another.
+    """Return a name that is safe to use in paths. Raises UserError if it is not.
 
-    what: the name of the option or the thing, for the message.
+    what: the option or thing that has this name, for the message.
     """
     if not re.fullmatch(pattern.removesuffix("$"), name):
         raise UserError(
@@ -52,13 +52,14 @@ def check_name(name: str, pattern: str, what: str) -> str:
 
 
 def join_path(root: str, *parts: str) -> str:
+    """Return a path or URL with further parts."""
     return "/".join([root.rstrip("/"), *parts])
 
 
 def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
     """Return the fsspec file system of `path` and the path inside it.
 
-    Raises UserError when the URL's kind is unknown or its package is not installed.
+    Raises UserError if the URL's scheme is unknown or its package is not installed.
     """
     import fsspec
 
@@ -69,9 +70,9 @@ def filesystem(path: str) -> tuple["AbstractFileSystem", str]:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there. Raises OSError where it cannot be found out.
+    """Return whether a file or folder exists. Raises OSError if that cannot be determined.
 
-    fsspec's own `exists` takes any error, of permissions or of the network, for absence.
+    fsspec's own `exists` returns False for any error, such as a lack of permission.
     """
     fs, path = filesystem(url)
     fs.invalidate_cache()
@@ -83,7 +84,7 @@ def exists(url: str) -> bool:
 
 
 def list_names(url: str) -> list[str]:
-    """Return the names in a folder, sorted; none where there is no folder. Raises OSError."""
+    """Return the sorted names in a folder; none if it does not exist. Raises OSError."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
     try:
@@ -94,7 +95,7 @@ def list_names(url: str) -> list[str]:
 
 
 def read_file(url: str) -> bytes | None:
-    """Return the content of a file, or None where there is none. Raises OSError."""
+    """Return the content of a file, or None if it does not exist. Raises OSError."""
     fs, path = filesystem(url)
     fs.invalidate_cache()
     try:
@@ -105,7 +106,7 @@ def read_file(url: str) -> bytes | None:
 
 
 def remove(url: str) -> None:
-    """Remove a file or folder with all that is in it, if it is there. Raises OSError."""
+    """Remove a file, or a folder with its content, if it exists. Raises OSError."""
     if exists(url):
         fs, path = filesystem(url)
         fs.rm(path, recursive=True)
@@ -113,7 +114,7 @@ def remove(url: str) -> None:
 
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
-    """Turn what the file system says of a place that cannot be written into a UserError."""
+    """Turn an OSError in the block into a UserError: the place cannot be written."""
     try:
         yield
     except OSError as error:
@@ -124,7 +125,7 @@ def storage_errors(place: str) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(parent: str) -> Iterator[str]:
-    """Yield a folder's path or URL below `parent`, for files that go when the block ends."""
+    """Yield the path or URL of a folder below `parent` that is removed when the block ends."""
     folder = join_path(parent, f".scratch-{secrets.token_hex(6)}")
     try:
         yield folder
@@ -133,7 +134,10 @@ def scratch_folder(parent: str) -> Iterator[str]:
 
 
 def tracking_uri(root: str) -> str:
-    """MLflow's tracking URI: MLFLOW_TRACKING_URI, or SQLite under a local storage root."""
+    """Return MLflow's tracking URI: MLFLOW_TRACKING_URI, or SQLite under a local storage root.
+
+    Raises UserError if the root is a URL and MLFLOW_TRACKING_URI is not set.
+    """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     if is_url(root):
@@ -147,5 +151,5 @@ def tracking_uri(root: str) -> str:
 
 
 def has_registry(root: str) -> bool:
-    """Whether there is a registry to read: a server is named, or the embedded one was made."""
+    """Return whether a registry exists: a server is named, or there is an embedded one."""
     return "MLFLOW_TRACKING_URI" in os.environ or Path(root, REGISTRY).exists()

@@ -1,4 +1,4 @@
-"""python -m cluster doctor: what works here, what is missing, and how to mend it."""
+"""python -m cluster doctor: check this machine and its cluster, and show how to fix problems."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ from cluster.nodes import node_checks
 
 
 def examine(storage_path: str) -> Iterator[Finding]:
-    """Look at everything, in the order in which a user needs it."""
+    """Run all checks, in the order in which a user needs their results."""
     yield from python()
     yield from packages()
     yield machine()
@@ -36,11 +36,11 @@ def examine(storage_path: str) -> Iterator[Finding]:
 
 
 def show_findings(findings: Iterator[Finding]) -> bool:
-    """Show a table on stderr; return whether nothing that is required is missing."""
+    """Print a table of the findings on stderr; return whether no required part is missing."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "what", "found", "what to do", title="Halyard doctor")
+    table = Table("", "check", "found", "how to fix", title="Halyard doctor")
     colours = {"ok": "green", "missing": "red", "optional": "yellow"}
     healthy = True
     for finding in findings:

@@ -1,11 +1,11 @@
-"""A line of the doctor's table."""
+"""The result of one check of the doctor."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. remedy: what to do; empty when all is well."""
+    """One row of the doctor's table. remedy: how to fix the problem; "" if there is none."""
 
     subject: str
     found: str
@@ -14,6 +14,7 @@ class Finding:
 
     @property
     def mark(self) -> str:
+        """ "ok", "missing" for a problem with a required part, or "optional" for any other."""
         if not self.remedy:
             return "ok"
         return "missing" if self.required else "optional"

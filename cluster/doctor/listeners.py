@@ -1,4 +1,4 @@
-"""What listens on this machine or a node, and what protects it."""
+"""The ports on which this machine or a node listens, and how they are protected."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,16 +6,19 @@ from typing import Any
 from cluster import auth
 from cluster.doctor.finding import Finding
 
-# Clients' ports of Serve: those of replicas, and those of Ray's own proxy.
+# Serve's ports for clients: those of replicas, and those of Ray's own proxy.
 CLIENT_PORTS = (range(30000, 31001), range(40000, 41001), (8500, 9500))
-# Ray's processes that show their metrics by HTTP.
+# Ray's processes that expose metrics over HTTP.
 METRICS = ("DashboardAgent", "dashboard.py", "monitor.py")
-OPEN = "open: whoever reaches it can run code"
+OPEN = "open: anyone who can reach it can run code"
 READABLE = "open: metrics"
 
 
 def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Finding]:
-    """What Ray, Serve and HAProxy listen on, and what protects it; a line for each process."""
+    """Yield one finding for each process of Ray, Serve and HAProxy: its ports and protection.
+
+    found: the entries of `node_checks.listeners`. where: "here" or "on NODE", for the table.
+    """
     by_process: dict[str, dict[str, list[str]]] = {}
     for each in found:
         kinds = by_process.setdefault(each["process"], {})
@@ -25,24 +28,27 @@ def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Findin
         words = "; ".join(f"{', '.join(places)} ({kind})" for kind, places in kinds.items())
         remedy = ""
         if OPEN in kinds:
-            remedy = f"unset {auth.MODE} before Ray starts, or close them by a firewall"
+            remedy = f"unset {auth.MODE} before Ray starts, or block the ports with a firewall"
         elif READABLE in kinds:
-            remedy = "close it by a firewall; see the README, 'Who reaches what'"
+            remedy = "block the port with a firewall; see README, 'Who reaches what'"
         yield Finding(f"{process} {where}", words, remedy, required=False)
 
 
 def protection(listener: Mapping[str, Any]) -> str:
-    """Who can use what `probe.listeners` found."""
+    """Return how a listener is protected, or who can use it.
+
+    listener: an entry of `node_checks.listeners`.
+    """
     host, port, process = listener["host"], listener["port"], listener["process"]
     is_serve = process in ("ServeReplica", "ProxyActor")
     if host.startswith("127.") or host == "::1":
         return "this machine only"
     if process == "haproxy" or (is_serve and any(port in ports for ports in CLIENT_PORTS)):
-        return "for clients: by the server's keys"
+        return "for clients: the server's keys"
     if process in METRICS and host == "0.0.0.0":
         return READABLE
     if listener["auth"] != "token":
         return OPEN
     if process == "RayTrainWorker":
-        return "Ray's token; torch's store and Gloo have none"
+        return "Ray's token; torch's store and Gloo are unprotected"
     return "Ray's token"

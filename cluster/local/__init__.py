@@ -1,1 +1,1 @@
-"""A cluster of several nodes on one machine, each in a network namespace of its own."""
+"""A cluster of several nodes on one machine, each in its own network namespace."""

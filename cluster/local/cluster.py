@@ -1,9 +1,9 @@
-"""A Ray cluster of several nodes on this machine, for tests and trials.
+"""A Ray cluster of several nodes on this machine, for tests and experiments.
 
-Real raylets, each with its own agents, object store and, where that is permitted, its own network
-and temporary files, as if on machines of their own. The head is on this machine's network, so that
-commands here join it as they would join any cluster. What is up is kept in a file, so that one
-command starts it and another stops it.
+The nodes are real raylets, each with its own agents, object store and, if permissions allow it, its
+own network and temporary files, as if on separate machines. The head is in this machine's network,
+so that commands can join the cluster like any other. The state of the cluster is stored in a file,
+so that one command can start it and another one stop it.
 """
 
 import http.client
@@ -32,7 +32,7 @@ HEAD = "head"
 
 LOOPBACK = "127.0.0.1"
 
-# In the environment of every process of a node.
+# Names the cluster and the node in the environment of every process of a node.
 MARK = "HALYARD_NODE"
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -42,7 +42,7 @@ STOP_S = 15
 
 @dataclass
 class Cluster:
-    """What is up. Written down after each change."""
+    """A local cluster and its options. Stored in a file after each change."""
 
     id: str
     host: str
@@ -52,29 +52,29 @@ class Cluster:
     isolated: bool
     names: list[str]
     head_cpus: int
-    # Ray's mode of authentication that the nodes were started in.
+    # Ray's authentication mode in the nodes.
     auth_mode: str = "token"
-    # What nodes are started with besides this process's environment, and the head alone.
+    # Variables added to the environment of all nodes, and of the head only.
     environment: dict[str, str] = field(default_factory=dict)
     head_environment: dict[str, str] = field(default_factory=dict)
-    # Whether the nodes speak TLS with each other.
+    # Whether the nodes use TLS between each other.
     tls: bool = False
-    # Ray's ids of nodes that were killed: it takes them for alive for some seconds more.
+    # Ray's ids of killed nodes, which Ray lists as alive for some seconds more.
     killed: list[str] = field(default_factory=list)
 
     @property
     def address(self) -> str:
-        """What RAY_ADDRESS is set to."""
+        """The value for RAY_ADDRESS."""
         return f"{self.host}:{self.port}"
 
     @property
     def dashboard(self) -> str:
-        """Where `ray job submit --address` goes."""
+        """The URL of the dashboard, for `ray job submit --address`."""
         return f"http://{LOOPBACK}:{self.dashboard_port}"
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What a command needs to use this cluster."""
+        """The environment variables that a command needs to use this cluster."""
         token = {auth.PATH: os.environ[auth.PATH]} if auth.PATH in os.environ else {}
         return {
             "RAY_ADDRESS": self.address,
@@ -87,14 +87,15 @@ class Cluster:
         return tls_environment(certificates_home(), name) if self.tls else {}
 
     def node_address(self, name: str) -> str:
+        """Return a node's IP address."""
         return (
             network_namespace.node_address(self.names.index(name)) if self.isolated else self.host
         )
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
-        """Start a node that is not up; return its first process."""
+        """Start a node; return its first process. Raises UserError if the node is running."""
         if self.processes(name):
-            raise UserError(f"node '{name}' is up already.")
+            raise UserError(f"node '{name}' is already running.")
         folder = cluster_home() / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -110,7 +111,7 @@ class Cluster:
             command += [f"--dashboard-port={self.dashboard_port}"]
             command += [f"--system-config={json.dumps(connect.LEAN_RAYLET)}"]
         else:
-            # The machine's GPUs are the head's, lest every node offers them.
+            # Only the head offers the machine's GPUs, which every node would offer otherwise.
             command += [f"--address={self.address}", "--num-gpus=0"]
         if self.isolated and name != HEAD:
             network_namespace.disconnect_node(name)
@@ -127,34 +128,34 @@ class Cluster:
             )
 
     def kill(self, name: str) -> None:
-        """End a node as a power cut would."""
+        """Stop a node abruptly, as a power failure would."""
         self.killed += [node["node_id"] for node in self._listed() if name in _resources(node)]
         write_note(self)
         self.end(name)
 
     def end(self, name: str) -> None:
-        """Kill a node's processes."""
+        """Kill a node's processes. Raises CommandFailed if they do not end in STOP_S seconds."""
         deadline = time.monotonic() + STOP_S
         while pids := self.processes(name):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise CommandFailed(f"processes {pids} of node '{name}' do not end.")
+                raise CommandFailed(f"processes {pids} of node '{name}' did not end when killed.")
             time.sleep(0.05)
 
     def cut(self, name: str) -> None:
-        """Unplug a node's network."""
+        """Disconnect a node from the network."""
         self._pluggable(name)
         network_namespace.cut_node(name)
 
     def heal(self, name: str) -> None:
-        """Plug a node's network in again."""
+        """Reconnect a node to the network."""
         self._pluggable(name)
         network_namespace.heal_node(name)
 
     def processes(self, name: str | None = None) -> list[int]:
-        """Ids of a node's processes, or of all."""
+        """Return the ids of the processes of a node, or of all nodes."""
         mark = f"{MARK}={self.id}/{name or ''}"
         return [
             pid
@@ -163,35 +164,39 @@ class Cluster:
         ]
 
     def alive(self) -> list[str]:
-        """Names of the nodes that Ray takes for alive; none where the head does not answer."""
+        """Return the names of the nodes that are alive; none if the head does not respond."""
         alive = [node for node in self._listed() if node["node_id"] not in self.killed]
         return [name for name in self.names if any(name in _resources(node) for node in alive)]
 
     def stale(self) -> bool:
-        """Whether Ray takes a node that was killed for alive still."""
+        """Return whether Ray still lists a killed node as alive."""
         return any(node["node_id"] in self.killed for node in self._listed())
 
     def _listed(self) -> list[dict[str, Any]]:
-        """Nodes that Ray takes for alive, in its own words."""
+        """Return Ray's own records of the nodes that it lists as alive."""
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes")
         if token := auth.token():
             request.add_header("Authorization", f"Bearer {token}")
-        # Not by way of a proxy that the environment names.
+        # Ignore a proxy that the environment names.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(request, timeout=10) as answer:
                 nodes = json.load(answer)["data"]["result"]["result"]
         except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
-            return []  # the head starts, or ends
+            return []  # the head is starting or stopping
         return [node for node in nodes if node["state"] == "ALIVE"]
 
     def forget_head(self) -> None:
-        """Ray takes a head for running that is in its notes while nodes of it run here."""
+        """Delete Ray's address file if it names this head.
+
+        While other nodes of this cluster run here, Ray would consider that head as running.
+        """
         notes = Path("/tmp/ray/ray_current_cluster")
         if notes.exists() and notes.read_text().strip() == self.address:
             notes.unlink()
 
     def _pluggable(self, name: str) -> None:
+        """Raise UserError if a node's network cannot be cut."""
         if not self.isolated:
             raise UserError("the nodes share this machine's network; there is nothing to cut.")
         if name == HEAD:
@@ -202,9 +207,9 @@ class Cluster:
         shared = {
             **{key: os.environ[key] for key in serve_environment.variable_names()},
             auth.MODE: self.auth_mode,
-            # A command that had a Ray of its own may have set this one.
+            # This process has set it to 0 if it started a local Ray earlier.
             connect.ON_LOOPBACK: "1",
-            # So that a node is known by the name that it has here.
+            # The resource with the node's name identifies the node in Ray's records.
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": self._cpus_of(name), name: 1}),
             MARK: f"{self.id}/{name}",
             **self._tls_environment(name),
@@ -222,16 +227,17 @@ def _resources(node: Mapping[str, Any]) -> dict[str, float]:
 
 
 def cluster_home() -> Path:
-    """Where the nodes' logs and the file of what is up are."""
+    """Return the folder of the cluster's state and of the nodes' logs."""
     return Path(tempfile.gettempdir()) / f"halyard-cluster-{os.getuid()}"
 
 
 def certificates_home() -> Path:
-    """Where the nodes' certificates are."""
+    """Return the folder of the nodes' certificates."""
     return cluster_home() / "certificates"
 
 
 def write_note(cluster: Cluster) -> None:
+    """Store the state of a cluster in its file."""
     part = cluster_home() / "cluster.json.part"
     part.write_text(json.dumps(asdict(cluster)))
     part.replace(cluster_home() / "cluster.json")

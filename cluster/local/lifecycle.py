@@ -38,15 +38,18 @@ def up(
     environment: Mapping[str, str] | None = None,
     head_environment: Mapping[str, str] | None = None,
 ) -> Cluster:
-    """Start `num` nodes, each of `cpus` cores, and return when Ray knows all of them.
+    """Start `num` nodes with `cpus` CPUs each; return when Ray lists all of them as alive.
 
-    tls: whether they speak TLS with each other. head_cpus: of the head, where it differs.
-    environment: of all nodes besides this process's; head_environment: of the head alone.
-    Raises UserError where a cluster is up or a port is taken, Failed where a node does not start.
+    isolate: whether each node gets its own network, if possible. tls: whether the nodes use TLS
+    between each other. head_cpus: CPUs of the head, if different. environment: variables added to
+    the environment of all nodes. head_environment: variables of the head only.
+    Raises UserError if a cluster is up, a port is taken or this is not Linux; CommandFailed if a
+    node does not start.
     """
     if not Path("/proc/self/environ").exists():
         raise UserError(
-            "several nodes on one machine need Linux; here, commands start a local Ray."
+            "several nodes on one machine require Linux; on this system, commands start a local "
+            "Ray instead."
         )
     if (running := current()) is not None:
         raise UserError(
@@ -56,8 +59,8 @@ def up(
     from ray.util import get_node_ip_address
 
     serve_environment.prepare_local_serving()
-    problem = network_namespace.problem() if isolate else "not asked for"
-    # Ray takes the loopback address of several nodes for the machine's own.
+    problem = network_namespace.problem() if isolate else "not requested"
+    # Not loopback: with several nodes, Ray replaces it by the machine's own address.
     host = get_node_ip_address() if problem else network_namespace.node_address(0)
     names = [HEAD, *(f"node{index}" for index in range(1, num))]
     cluster = Cluster(
@@ -78,13 +81,13 @@ def up(
         connect.check_port_free(LOOPBACK, each)
     if problem and isolate:
         print(
-            f"no networks of their own for the nodes ({problem}); they share this machine's.",
+            f"the nodes cannot have separate networks ({problem}); they share this machine's.",
             file=sys.stderr,
         )
     if not auth.enabled():
         print(
-            f"whoever reaches {host} can run code there, as {auth.MODE} is "
-            f"{os.environ[auth.MODE]}; unset it to ask for a token.",
+            f"anyone who can reach {host} can run code there, because {auth.MODE} is "
+            f"{os.environ[auth.MODE]}; unset it to require a token.",
             file=sys.stderr,
         )
     down()
@@ -107,7 +110,7 @@ def up(
 
 
 def down() -> int:
-    """Stop what is up, and clear away what is left; return how many nodes were up."""
+    """Stop the cluster and delete its files; return the number of nodes that were running."""
     cluster = _noted()
     if cluster is None:
         return 0
@@ -124,13 +127,16 @@ def down() -> int:
 
 
 def current() -> Cluster | None:
-    """What is up, or None. What is left of one whose processes have ended is not."""
+    """Return the running cluster, or None. A cluster without processes does not count."""
     cluster = _noted()
     return cluster if cluster is not None and cluster.processes() else None
 
 
 def _noted() -> Cluster | None:
-    """What was started last and not stopped. Raises UserError if the note may be another's."""
+    """Return the cluster that was started and not stopped, or None.
+
+    Raises UserError if another user may have written the file.
+    """
     place = cluster_home()
     try:
         folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -139,7 +145,7 @@ def _noted() -> Cluster | None:
     except OSError:
         raise UserError(f"'{place}' is not a folder of this user; remove it.") from None
     try:
-        # The note is read from the folder that was looked at, whatever has its name by now.
+        # Read from the folder that was checked, even if its path now leads to another one.
         if os.fstat(folder).st_uid != os.getuid():
             raise UserError(f"'{place}' is not a folder of this user; remove it.")
         note = os.open("cluster.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
@@ -153,7 +159,7 @@ def _noted() -> Cluster | None:
 
 @contextmanager
 def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
-    """Yield a cluster that stops when the block ends. For the options see `up`."""
+    """Yield a cluster that is stopped when the block ends. See `up` for the options."""
     cluster = up(num, cpus, **options)
     try:
         yield cluster
@@ -162,9 +168,10 @@ def running(num: int, cpus: int, **options: Any) -> Iterator[Cluster]:
 
 
 def wait_for(started: Mapping[str, subprocess.Popen[bytes]], cluster: Cluster) -> None:
-    """Wait until Ray knows the nodes, and that those killed before them are gone.
+    """Wait until Ray lists the nodes as alive, and no killed node any more.
 
-    started: their first processes. Raises CommandFailed, with the end of a node's log.
+    started: the first process of each node, by name. Raises CommandFailed, with the end of its
+    log, if a node does not start.
     """
     deadline = time.monotonic() + connect.START_S
     while missing := [name for name in started if name not in cluster.alive()]:
@@ -172,11 +179,11 @@ def wait_for(started: Mapping[str, subprocess.Popen[bytes]], cluster: Cluster) -
         if ended or time.monotonic() > deadline:
             name = (ended or missing)[0]
             log = (cluster_home() / name / "log").read_text(errors="replace").strip().splitlines()
-            raise CommandFailed(f"node '{name}' does not start: {' '.join(log[-3:])[-400:]}")
+            raise CommandFailed(f"node '{name}' did not start: {' '.join(log[-3:])[-400:]}")
         time.sleep(0.1)
     while cluster.stale():
         if time.monotonic() > deadline:
             raise CommandFailed(
-                "Ray takes a node that was killed for alive; ray status shows which."
+                "Ray still lists a killed node as alive; run ray status to see which."
             )
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""A network of its own for each node on one machine, so that it can be cut.
+"""A separate network for each node on one machine, so that nodes can be disconnected.
 
-Nodes live in network namespaces, joined by a bridge to this machine, which has the bridge's first
-address. Made by iproute2 and by root only; needs nothing of Ray.
+Each node runs in a network namespace. A bridge connects the namespaces with this machine, which has
+the first address of the bridge. Needs iproute2 and root permissions, but not Ray.
 """
 
 import shutil
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 PREFIX = "halyard-"
 BRIDGE = "halyard0"
-# For measurements between devices (RFC 2544): no network that a machine is on uses it.
+# Reserved for benchmarks of network devices (RFC 2544), so no real network should use it.
 SUBNET = "198.18.87."
 
 
 def node_address(index: int) -> str:
-    """The address of node `index`; this machine's is that of 0."""
+    """Return the IP address of node `index`; index 0 is this machine."""
     return f"{SUBNET}{index + 1}"
 
 
 def problem() -> str | None:
-    """Say why nodes cannot have networks of their own here, or return None."""
+    """Return the reason why nodes cannot have separate networks here, None if they can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
     try:
@@ -36,7 +36,7 @@ def problem() -> str | None:
 
 
 def create_bridge() -> None:
-    """Make the bridge, if it is not there."""
+    """Create the bridge unless it exists."""
     if subprocess.run(["ip", "link", "show", BRIDGE], capture_output=True, check=False).returncode:
         _ip("link", "add", BRIDGE, "type", "bridge")
         _ip("addr", "add", f"{node_address(0)}/24", "dev", BRIDGE)
@@ -44,7 +44,7 @@ def create_bridge() -> None:
 
 
 def connect_node(name: str, address: str) -> None:
-    """Make a node's network and plug it in. Raises CalledProcessError without permission."""
+    """Create a node's network and connect it. Raises CalledProcessError without permission."""
     create_bridge()
     space = PREFIX + name
     _ip("netns", "add", space)
@@ -56,35 +56,38 @@ def connect_node(name: str, address: str) -> None:
 
 
 def disconnect_node(name: str) -> None:
-    """Take a node's network away; its processes must have ended."""
-    # What still holds the namespace would keep the cable, too.
+    """Remove a node's network. The node's processes must have ended."""
+    # The link is deleted too, because a process that holds the namespace would keep it.
     for command in (("link", "del", PREFIX + name), ("netns", "del", PREFIX + name)):
         subprocess.run(["ip", *command], capture_output=True, check=False)
 
 
 def remove_bridge() -> None:
+    """Remove the bridge if it exists."""
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 
 def enter_command(name: str, command: str) -> list[str]:
-    """Return the words that run a shell command in a node's network and a mount table of its own.
+    """Return the arguments that run a shell command in a node's network and a mount namespace.
 
-    Without what it mounts being seen outside.
+    What the command mounts is not visible outside.
     """
     inside = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", command]
     return ["nsenter", f"--net=/run/netns/{PREFIX}{name}", *inside]
 
 
 def cut_node(name: str) -> None:
-    """Unplug a node: what is sent to it or by it is lost."""
+    """Disconnect a node: all packets to and from it are lost."""
     _ip("link", "set", PREFIX + name, "down")
 
 
 def heal_node(name: str) -> None:
+    """Reconnect a node."""
     _ip("link", "set", PREFIX + name, "up")
 
 
 def is_cut(name: str) -> bool:
+    """Return whether a node is disconnected."""
     shown = subprocess.run(
         ["ip", "-oneline", "link", "show", PREFIX + name],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Certificates with which the nodes of a local cluster speak TLS to each other."""
+"""Certificates for TLS between the nodes of a local cluster."""
 
 import ipaddress
 import os
@@ -13,15 +13,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 VALID = timedelta(days=365)
-# A clock that is a little behind still takes them.
+# Certificates are valid from this long ago, for nodes whose clocks are a little behind.
 SLACK = timedelta(hours=1)
 
 
 def issue_certificates(folder: Path, addresses: Mapping[str, str]) -> None:
-    """Write `ca.pem`, and for each node `NAME/cert.pem` and `NAME/key.pem`, below a folder.
+    """Write `ca.pem`, and `NAME/cert.pem` and `NAME/key.pem` for each node, to a new folder.
 
-    The authority is new and its key is not kept, so that no further node can join later.
-    addresses: by the names of nodes.
+    The authority is new and its key is not stored, so that no other node can join later.
+    addresses: the nodes' IP addresses, by name.
     """
     folder.mkdir(mode=0o700)
     now = datetime.now(UTC)
@@ -61,7 +61,7 @@ def issue_certificates(folder: Path, addresses: Mapping[str, str]) -> None:
 
 
 def tls_environment(folder: Path, node: str) -> dict[str, str]:
-    """What Ray reads to speak TLS as a node."""
+    """Return the environment variables with which Ray uses a node's certificate."""
     return {
         "RAY_USE_TLS": "1",
         "RAY_TLS_SERVER_CERT": str(folder / node / "cert.pem"),

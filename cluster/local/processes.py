@@ -1,4 +1,4 @@
-"""Processes of nodes that share a machine: what each has for itself, and which are whose."""
+"""Processes of nodes on the same machine: their private files, and how to identify them."""
 
 import shlex
 from collections.abc import Iterator
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def with_private_tmp(folder: Path, command: list[str]) -> str:
-    """The shell command that runs another with a folder of its own for Ray's temporary files."""
+    """Return a shell command that runs `command` with a private folder for Ray's temporary files.
+
+    It must run in a mount namespace of its own. folder: the node's folder.
+    """
     shared, own = Path("/tmp/ray"), folder / "ray"
     shared.mkdir(exist_ok=True)
     own.mkdir()
@@ -16,7 +19,7 @@ def with_private_tmp(folder: Path, command: list[str]) -> str:
 
 
 def process_environments() -> Iterator[tuple[int, list[str]]]:
-    """Every process of ours that can be looked at, and its environment."""
+    """Yield the id and the environment of each process that this user may inspect."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             with suppress(OSError):

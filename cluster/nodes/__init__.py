@@ -1,1 +1,1 @@
-"""Questions to the nodes of a cluster, asked from the head."""
+"""Functions that run on every node of a cluster, and their results."""

@@ -1,6 +1,6 @@
-"""Checks of a node for the doctor.
+"""Checks that run on a node, for the doctor.
 
-They are sent there together with `haproxy_config`, as a node may not have this project.
+This module and `haproxy_config` are sent to the node, which may not have this project installed.
 """
 
 import importlib.metadata
@@ -14,16 +14,17 @@ from typing import Any
 
 from cluster.ingress.haproxy_config import haproxy_problem
 
-# The full mlflow is for training; what serving has of it is a package that both share.
+# mlflow-skinny is the part of MLflow that training and serving share.
 PACKAGES = ("ray", "torch", "onnxruntime", "mlflow-skinny")
-# What Ray Serve needs to know on every node; see `cluster.serve_environment`.
+# Must be set on every node before Ray starts; see `cluster.serve_environment`.
 INGRESS = "RAY_SERVE_ENABLE_HA_PROXY"
 
 
 def inspect_node(storage_root: str | None, nonce: str, ports: tuple[int, ...]) -> dict[str, Any]:
-    """Return what this node has, as plain values.
+    """Return this node's versions, resources and problems, as plain values.
 
-    storage_root: a folder or URL where the driver has left a file named by `nonce`.
+    storage_root: a folder or URL in which the driver has created a file named `nonce`; None to
+    skip this check. ports: those to report if a program listens on them.
     """
     return {
         "host": socket.gethostname(),
@@ -42,9 +43,10 @@ def inspect_node(storage_root: str | None, nonce: str, ports: tuple[int, ...]) -
 
 
 def listeners() -> list[dict[str, Any]]:
-    """What Ray, Serve and HAProxy of this user listen on here: {"process", "host", "port", "auth"}.
+    """Return the TCP ports on which this user's Ray, Serve and HAProxy listen on this node.
 
-    process: in the words of Ray, such as raylet or ServeReplica. auth: Ray's mode in it.
+    Each entry has "process", Ray's name such as raylet or ServeReplica; "host"; "port"; and
+    "auth", the process's RAY_AUTH_MODE.
     """
     import psutil
 
@@ -61,13 +63,13 @@ def listeners() -> list[dict[str, Any]]:
                         host = connection.laddr.ip.removeprefix("::ffff:")
                         port = connection.laddr.port
                         found.append({"process": name, "host": host, "port": port, "auth": auth})
-        except psutil.Error:  # it has ended, or is another user's
+        except psutil.Error:  # the process has ended, or belongs to another user
             continue
     return sorted(found, key=lambda each: (each["process"], each["port"]))
 
 
 def _auth(process: Any) -> str:
-    """Ray's mode of authentication in a process; in its parent, where its title hides it."""
+    """Return a process's RAY_AUTH_MODE, or its parent's if the process title overwrote its own."""
     for each in filter(None, (process, process.parent())):
         if mode := each.environ().get("RAY_AUTH_MODE"):
             return str(mode)
@@ -75,7 +77,7 @@ def _auth(process: Any) -> str:
 
 
 def _kind(process: Any) -> str | None:
-    """What a process is called here; None for one that has nothing to do with Ray."""
+    """Return the name of a process for `listeners`; None if it does not belong to Ray."""
     command = process.cmdline()
     if not command:
         return None
@@ -96,22 +98,22 @@ def _kind(process: Any) -> str | None:
 
 
 def gateway_path() -> str:
-    """Where Serve's proxies of this node find what binds them to their addresses; "" if nowhere."""
+    """Return the import path of the callback that binds Serve's proxies here, "" if not set."""
     return os.environ.get("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "")
 
 
 def tls_certificate() -> str:
-    """The certificate with which HAProxy of this node speaks TLS; "" if it speaks none."""
+    """Return the path of HAProxy's certificate on this node, "" if it does not use TLS."""
     return os.environ.get("HALYARD_TLS_CERT", "")
 
 
 def node_time() -> float:
-    """Seconds since 1970, by this node's clock."""
+    """Return the time of this node's clock, in seconds since 1970."""
     return time.time()
 
 
 def storage_problem(root: str, nonce: str) -> str:
-    """Say why a node cannot read what the driver wrote, or write beside it; "" if it can."""
+    """Return why this node cannot read the driver's file or write next to it, "" if it can."""
     own = f".probe-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     try:
         if "://" in root:
@@ -119,16 +121,16 @@ def storage_problem(root: str, nonce: str) -> str:
 
             fs, folder = fsspec.url_to_fs(root)
             if not fs.exists(f"{folder}/{nonce}"):
-                return "does not see what is written elsewhere"
+                return "cannot see files written by other machines"
             fs.pipe_file(f"{folder}/{own}", b"")
             fs.rm_file(f"{folder}/{own}")
         else:
             if not os.path.exists(os.path.join(root, nonce)):
-                return "does not see what is written elsewhere"
+                return "cannot see files written by other machines"
             with open(os.path.join(root, own), "x"):
                 pass
             os.unlink(os.path.join(root, own))
-    except Exception as error:  # of any file system: each has kinds of its own
+    except Exception as error:  # each file system has its own kinds of errors
         return str(error) or type(error).__name__
     return ""
 
@@ -155,7 +157,7 @@ def _gpus() -> list[str]:
 
 
 def port_is_taken(host: str, port: int) -> bool:
-    """Return whether something listens there. host: "" for all addresses."""
+    """Return whether a program listens on a port. host: "" for all addresses."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""Which process wrote a file, so that another one can tell later whether it still runs."""
+"""Identities of processes, stored in files so that others can check if a process still runs."""
 
 import os
 import socket
@@ -10,16 +10,17 @@ from typing import Any, Self
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MACHINE_ID = Path("/etc/machine-id")
-# Of /proc/PID/stat, after the command's name, which may hold spaces: proc(5) counts it as 22.
+# Index of the start time in /proc/PID/stat, counted from the field after the command's name, which
+# may contain spaces; field 22 in proc(5).
 START_FIELD = 19
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, distinct from any other that gets its process id later or elsewhere.
+    """A process, distinguished from any other process with the same id, later or elsewhere.
 
-    host: name of the host. machine: its machine id. boot: id of its last start. started: when the
-    process started, in clock ticks since then. The last three are empty or 0 where not known.
+    host: name of the host. machine: its machine id. boot: the id of its current boot. started: the
+    start of the process, in clock ticks since boot. The last three are "" or 0 if unknown.
     """
 
     host: str
@@ -30,13 +31,14 @@ class ProcessIdentity:
 
     @classmethod
     def current(cls) -> Self:
+        """Return the identity of this process."""
         pid = os.getpid()
         machine, boot = _read(MACHINE_ID), _read(BOOT_ID)
         return cls(socket.gethostname(), pid, machine, boot, _start_time(pid))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the identity in what `to_dict` gave. Raises KeyError without host or pid."""
+        """Return the inverse of `to_dict`. Raises KeyError if host or pid is missing."""
         return cls(
             values["host"],
             values["pid"],
@@ -46,10 +48,11 @@ class ProcessIdentity:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for JSON."""
         return asdict(self)
 
     def has_ended(self) -> bool:
-        """Whether the process is known to have ended; False for one of another host."""
+        """Return whether the process is known to have ended; False if it is on another host."""
         now = self.current()
         if (self.host, self.machine or now.machine) != (now.host, now.machine):
             return False
@@ -59,7 +62,7 @@ class ProcessIdentity:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # another user's
+        except PermissionError:  # the process belongs to another user
             pass
         return self.started not in (0, _start_time(self.pid) or self.started)
 

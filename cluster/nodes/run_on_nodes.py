@@ -1,4 +1,4 @@
-"""Ask every node of the cluster the same question."""
+"""Run a function on every node of the cluster."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from cluster.ingress import haproxy_config
 from cluster.nodes import node_checks
 
-NO_ANSWER = "does not answer"
-# Modules that nodes are sent, as they may not have this project.
+NO_ANSWER = "did not respond"
+# Modules that are sent to the nodes, which may not have this project installed.
 SENT = (node_checks, haproxy_config)
 
 Node = dict[str, Any]
 
 
 def alive_nodes() -> list[Node]:
-    """The nodes that Ray takes for alive, in its words."""
+    """Return Ray's own records of the nodes that it lists as alive."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
@@ -23,9 +23,10 @@ def alive_nodes() -> list[Node]:
 def run_on_each(
     nodes: Sequence[Node], question: Callable[..., Any], *arguments: Any, timeout_s: float
 ) -> dict[str, tuple[Any, str]]:
-    """Call a function of `node_checks`: by address, (its result, "") or (None, why there is none).
+    """Call a function of `node_checks` on each node; return the results by address.
 
-    Nodes that share an address are told apart by the first digits of Ray's id.
+    A result is (returned value, "") or (None, the reason why there is none). Nodes that share an
+    address are distinguished by the first digits of their ids in Ray.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -68,9 +69,9 @@ def _name(node: Node, nodes: Sequence[Node]) -> str:
 
 
 def nodes_without_storage(folder: str, file: str, *, timeout_s: float = 30) -> dict[str, str]:
-    """Say which nodes cannot read a file that was written here, or write beside it, and why.
+    """Return the nodes that cannot read a file written here or write next to it, with the reasons.
 
-    folder: a path or URL. A node that does not answer is left out.
+    folder: a path or URL. A node that does not respond is left out.
     """
     answers = run_on_each(
         alive_nodes(), node_checks.storage_problem, folder, file, timeout_s=timeout_s

@@ -210,7 +210,7 @@ def test_a_half_written_pair_leaves_the_former_in_use(tmp_path, authority):
         context, former = authority.context(), serial(cert)
         new_cert, new_key = authority.issue("new")
         cert.write_bytes(new_cert.read_bytes())
-        said = haproxy.await_said("the former certificates stay in use")
+        said = haproxy.await_said("the previous certificates stay in use")
         assert "does not belong to the certificate" in said
         assert haproxy.certificate(context) == former
         # Meanwhile HAProxy is replaced, as when replicas change.
@@ -233,7 +233,7 @@ def test_changed_authorities_decide_on_clients(tmp_path, authority):
             haproxy.asks(made)
         with authority.file.open("ab") as file:
             file.write(other.file.read_bytes())
-        haproxy.await_said("HAProxy has the changed certificates")
+        haproxy.await_said("HAProxy has loaded the changed certificates")
         with haproxy.connect(context) as made:
             assert haproxy.asks(made).startswith(b"HTTP/1.1 503")
 
@@ -269,7 +269,7 @@ def encrypted(path):
         (lambda cert, key, ca: cert.unlink(), "server.pem' cannot be read"),
         (lambda cert, key, ca: key.unlink(), "server.key' cannot be read"),
         (lambda cert, key, ca: ca.unlink(), "authority.pem' cannot be read"),
-        (lambda cert, key, ca: encrypted(key), "is encrypted; expected one without password"),
+        (lambda cert, key, ca: encrypted(key), "is encrypted; expected a key without a password"),
         (lambda cert, key, ca: cert.write_text("none"), "are not a certificate and its key in PEM"),
         (lambda cert, key, ca: key.write_bytes(b"\xff"), "are not a certificate and its key"),
         (lambda cert, key, ca: key.write_text(cert.read_text()), "are not a certificate and its"),
@@ -303,5 +303,6 @@ def test_what_is_no_certificate_is_said(tmp_path, authority, spoil, words):
 def test_a_certificate_needs_its_key(monkeypatch):
     monkeypatch.setenv(certificates.CERT, "server.pem")
     monkeypatch.delenv(certificates.KEY, raising=False)
-    with pytest.raises(ValueError, match="HALYARD_TLS_CERT and HALYARD_TLS_KEY go together"):
+    words = "HALYARD_TLS_CERT and HALYARD_TLS_KEY must be set together"
+    with pytest.raises(ValueError, match=words):
         certificates.from_environment()

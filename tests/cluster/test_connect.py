@@ -95,7 +95,7 @@ def test_what_is_waited_for_is_said_once_and_only_after_a_while(monkeypatch, cap
         for timer in threading.enumerate():
             if isinstance(timer, threading.Timer):
                 timer.join(10)
-    assert capsys.readouterr().err == "waiting for Ray to start; other work takes its cores\n"
+    assert capsys.readouterr().err == "waiting for Ray to start; other programs are using the CPU\n"
 
 
 # Waiting for a cluster that is in use.

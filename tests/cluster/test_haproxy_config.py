@@ -216,7 +216,7 @@ def test_changes_and_feedback_are_asked_for_once():
 def test_grpcs_port_takes_calls_of_grpc_only():
     config = haproxy_config.restrict(RAYS)
     http, grpc = config.split("frontend grpc_frontend")
-    assert "not a call of gRPC" not in http
+    assert "not a gRPC call" not in http
     (pattern,) = re.findall(r"url_reg (\S+) }", grpc)
     for good in ("/a.B/C", "https://localhost:9000/a.B/C", "http://[::1]/a"):
         assert re.match(pattern, good)

@@ -133,7 +133,7 @@ def test_without_namespaces_nodes_share_the_network_with_a_note():
         done = command("up", "--nodes", "2", "--cpus", "1", before=bare if os.getuid() == 0 else [])
         described = answer(done)
         assert not described["isolated"]
-        assert "no networks of their own for the nodes (" in done.stderr
+        assert "the nodes cannot have separate networks (" in done.stderr
         assert states() == {"head": "alive", "node1": "alive"}
         refused = command("cut", "node1")
         assert refused.returncode == 2
@@ -160,9 +160,9 @@ class TestOfTwoNodes:
         assert states()["node1"] == "off"
         answer(command("start", "node1"))
         wait_for(lambda: states()["node1"] == "alive", START_S)
-        assert command("start", "node1").stderr == "error: node 'node1' is up already.\n"
+        assert command("start", "node1").stderr == "error: node 'node1' is already running.\n"
         done = command("kill", "node7")
-        assert done.stderr == "error: there is no node 'node7'; there are head, node1.\n"
+        assert done.stderr == "error: unknown node 'node7'; expected one of head, node1.\n"
 
     def test_another_token_is_refused_in_one_line(self, cluster):
         environment = {**cluster.client_environment, "RAY_AUTH_TOKEN": "0" * 64}
@@ -178,7 +178,7 @@ class TestOfTwoNodes:
         assert done.returncode != 0
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("cluster.errors.UserError: the cluster at")
-        assert "asks for another token" in last
+        assert "requires another token" in last
 
     def test_no_port_of_ray_does_anything_without_the_token(self, cluster):
         found = [each for each in node_checks.listeners() if not is_loopback(each["host"])]
@@ -199,7 +199,7 @@ class TestOfTwoNodes:
         assert answer(done) == {"healthy": True}
         for matter in ("versions", "storage", "clocks", "disk", "HAProxy", "authentication"):
             (line,) = [line for line in done.stderr.splitlines() if f" {matter} o" in line]
-            assert "well on all 2" in line
+            assert "ok on all 2" in line
         assert not [file for file in storage_path.iterdir() if "doctor" in file.name]
 
     def test_storage_out_of_a_nodes_reach_is_named_before_training(self, cluster, tmp_path):
@@ -222,7 +222,7 @@ class TestOfTwoNodes:
             )
         finally:
             subprocess.run([*own, "umount", str(tmp_path)], check=True)
-        problem = f"{cluster.node_address('node1')}: does not see what is written elsewhere"
+        problem = f"{cluster.node_address('node1')}: cannot see files written by other machines"
         assert doctor.returncode == 1
         assert problem in doctor.stderr
         assert train.returncode == 2, train.stderr

@@ -100,7 +100,7 @@ def test_without_a_certificate_nobody_joins(cluster):
     }
     done = run("from cluster import connect; connect.connect()", environment)
     assert done.returncode != 0
-    assert "no Ray answers without TLS (RAY_USE_TLS is not set)" in done.stderr.splitlines()[-1]
+    assert "no Ray responds without TLS (RAY_USE_TLS is not set)" in done.stderr.splitlines()[-1]
 
 
 def test_a_certificate_that_the_nodes_do_not_have_is_refused(cluster, bundle, tmp_path):

@@ -141,9 +141,10 @@ def test_a_ray_that_has_ended_is_forgotten_and_that_is_said(tmp_path, monkeypatc
     note.write_text("127.0.0.1:9")
     assert not connect.join_running()
     assert not note.exists()
-    assert capsys.readouterr().err == f"Ray has ended at 127.0.0.1:9, which {note} still named.\n"
+    said = capsys.readouterr().err
+    assert said == f"Ray at 127.0.0.1:9 has ended; removing its address file {note}.\n"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match="where no Ray answers"):
+    with pytest.raises(UserError, match="where no Ray responds"):
         connect.join_running()
 
 
@@ -151,7 +152,7 @@ def test_a_ray_that_has_ended_is_forgotten_and_that_is_said(tmp_path, monkeypatc
     "name", ["/bundle/../evil", "/bundle/a/../../evil", "/bundle//evil", "/other/x", "/bundle/."]
 )
 def test_a_file_name_that_leads_out_of_a_bundle_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="leads out of it"):
+    with pytest.raises(UserError, match="leads out of the folder '/bundle/'"):
         commit._below(tmp_path, name, "/bundle/")
 
 
