@@ -1,1 +1,1 @@
-"""Tuning: a search over training options, whose trials go through the training loop."""
+"""Hyperparameter search over training options. Each trial is a run of the training loop."""

@@ -1,4 +1,4 @@
-"""The command line and the file of a study: options in, a StudyConfig out."""
+"""Parsing of a study's command line and file into a StudyConfig."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from tune.config import StudyConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_STUDY = CONFIGS / "digits.yaml"
-# What is searched of records that no study was written for.
+# The study that is used if only records are given.
 ANY_TABLE = CONFIGS / "any.yaml"
 BASE = "base"
 
 
 class _Command(BaseSettings, StudyConfig):
-    """Search training options, train on the best, compress it, and register it."""
+    """Search training options for the best model, compress it and register it."""
 
     model_config = SettingsConfigDict(
         cli_prog_name="python tune/main.py",
@@ -32,15 +32,16 @@ class _Command(BaseSettings, StudyConfig):
 
     config: Path = Field(
         DEFAULT_STUDY.relative_to(CONFIGS.parents[1]),
-        description="YAML file with the study under tune, and options of training, or base: a "
-        "training config to begin from, relative to the file.",
+        description="YAML file of the study: training options, the search under tune, and "
+        "optionally base, the path of a training config to start from, relative to this file.",
     )
 
 
 def parse(argv: Sequence[str]) -> StudyConfig:
-    """Read `[--config FILE] [--option VALUE …]`; options win over the file, and it over its base.
+    """Return the study that `[--config FILE] [--option VALUE …]` describes.
 
-    Raises UserError with one line that names the field.
+    Options override the file, and the file overrides its base. Raises UserError, with one line
+    that names the field, if a value is wrong.
     """
     options = read_options(argv, _Command)
     file = options.pop("config", None)
@@ -51,26 +52,29 @@ def parse(argv: Sequence[str]) -> StudyConfig:
         values = load_study_file(Path(file or DEFAULT_STUDY))
     if "space" in options.get("tune", {}):
         values = merge_options(values, {"tune": {}})
-        values["tune"].pop("space", None)  # one space in place of another, not both
+        values["tune"].pop("space", None)  # a given space replaces the file's space
     config = validate_as(StudyConfig, merge_options(values, options))
     if config.resume is not None:
-        raise UserError("resume is for a single run; the same command continues a study.")
+        raise UserError("resume is for a single run; to continue a study, run the same command.")
     if config.init is not None:
-        raise UserError("init is for a single run; the nets of a study begin from nothing.")
+        raise UserError("init is for a single run; trials start from random weights. Leave it out.")
     changing = config.tune.scheduling == "pbt"
     search_space.check_space(config.tune.space, training_config(config), changing=changing)
     return config
 
 
 def training_config(config: StudyConfig) -> Config:
-    """The training config of a study."""
+    """Return the training config of a study."""
     return Config.model_validate(
         config.model_dump(mode="json", exclude={"tune"}, exclude_unset=True)
     )
 
 
 def load_study_file(path: Path) -> dict[str, Any]:
-    """Return the options of a study's file over those of its base. Raises UserError."""
+    """Return the options of a study's file, merged over those of its base.
+
+    Raises UserError if a file cannot be read.
+    """
     values = load_yaml(path)
     base = values.pop(BASE, None)
     return values if base is None else merge_options(load_yaml(path.parent / base), values)

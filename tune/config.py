@@ -1,4 +1,4 @@
-"""Every knob of a study: a training config, and under `tune` what is searched and how."""
+"""Configuration of a study: a training config, and the search under `tune`."""
 
 from typing import Literal, Self
 
@@ -11,83 +11,101 @@ Scheduling = Literal["asha", "hyperband", "median", "pbt", "none"]
 
 
 class SchedulerConfig(Section):
-    """When a trial that does worse than others ends early."""
+    """The scheduler, which ends trials early that do worse than others."""
 
     name: Scheduling | None = Field(
         None,
-        description="asha: at each rung only the best share goes on; hyperband: the same, some "
-        "trials with later rungs; median: a trial worse than the median of the means of others "
-        "ends; pbt: the worst continue from the best, with options changed; none. asha by default "
-        "where one metric is made best, else none: it would end what is small and less accurate.",
+        description="Rule that ends trials early. asha: only the best trials pass each rung; "
+        "hyperband: like asha, with later rungs for some trials; median: trials worse than the "
+        "median of the others' means end; pbt: the worst trials continue from the best ones, with "
+        "changed options; none. Default: asha if only one metric is optimised, otherwise none, "
+        "because early stopping would end small but less accurate models.",
     )
     grace_epochs: int = Field(
-        1, ge=1, le=10_000, description="Epochs that every trial has: the first rung."
+        1, ge=1, le=10_000, description="Epochs before a trial can be ended: the first rung."
     )
     reduction: float = Field(
-        3, ge=2, le=16, description="One in so many goes on at a rung, and rungs lie so far apart."
+        3,
+        ge=2,
+        le=16,
+        description="Factor between the epochs of two rungs; one in this many trials passes a "
+        "rung. Larger values end more trials.",
     )
-    brackets: int = Field(3, ge=2, le=8, description="Of hyperband.")
+    brackets: int = Field(
+        3, ge=2, le=8, description="Number of groups of trials with different rungs, for hyperband."
+    )
     interval_epochs: int = Field(
-        2, ge=1, le=10_000, description="Of pbt: epochs between two comparisons."
+        2, ge=1, le=10_000, description="Epochs between two comparisons of all trials, for pbt."
     )
     quantile: float = Field(
-        0.25, gt=0, le=0.5, description="Of pbt: share of trials that take over, and are copied."
+        0.25,
+        gt=0,
+        le=0.5,
+        description="Share of the worst trials that continue from as many of the best, for pbt.",
     )
 
 
 def _is_of_task(objective: str) -> bool:
-    """Whether an objective is a metric, of the net or of a variant; else a size or a latency."""
+    """Return whether an objective is a validation metric rather than a size or a latency."""
     return objective.rpartition(".")[2].startswith("valid_")
 
 
 class TuneConfig(Section):
-    """What is searched, for what, and how."""
+    """The search: its space, its objectives and its method."""
 
     study: str | None = Field(
         None,
         pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$",
-        description="Name under which it is kept and continued; the model's by default.",
+        description="Name under which the study is stored and continued. Default: the model's.",
     )
     space: Space = Field(
         min_length=1,
-        description="Options by dotted name: {uniform: [low, high]}, loguniform, integer, "
-        "loginteger, or {choice: [...]}.",
+        description="Training options to search, by dotted name. Each is {uniform: [low, high]}, "
+        "loguniform, integer, loginteger, or {choice: [...]}.",
     )
     objectives: tuple[str, ...] = Field(
         (),
         max_length=4,
-        description="valid_…, or of a variant made at the end of a trial VARIANT.valid_…, "
-        "VARIANT.bytes, VARIANT.p50_ms@BATCH; the task's own metric by default. The first "
-        "valid_… decides which trials end early.",
+        description="Figures to optimise: valid_METRIC of the model, or VARIANT.valid_METRIC, "
+        "VARIANT.bytes or VARIANT.p50_ms@BATCH of a variant made at the end of a trial. Default: "
+        "the task's main metric. The first valid_METRIC decides which trials end early.",
     )
     pick: str | None = Field(
         None,
-        description="Which trial wins: best OBJECTIVE [with OBJECTIVE <= NUMBER [and …]]; the best "
-        "in the first objective by default.",
+        description="Rule for the winner: best OBJECTIVE [with OBJECTIVE <= NUMBER [and …]]. "
+        "Default: the best in the first objective.",
     )
     sampler: Literal["gp", "tpe", "nsga2", "random"] = Field(
         "gp",
-        description="Gaussian process, the best of a few dozen trials; tree-structured Parzen "
-        "estimator, for hundreds; genetic, for several objectives; random.",
+        description="Method that proposes trials. gp: Gaussian process, best for a few dozen "
+        "trials; tpe: tree-structured Parzen estimator, for hundreds; nsga2: genetic, for several "
+        "objectives; random.",
     )
     scheduler: SchedulerConfig = SchedulerConfig()
     start: bool = Field(
-        True, description="Begin with the options as the config has them, where in the space."
+        True, description="Use the config's own options in the first trial, if they are in space."
     )
-    num_trials: int = Field(24, ge=1, le=100_000, description="Trials in all.")
+    num_trials: int = Field(24, ge=1, le=100_000, description="Total number of trials.")
     parallel: int | None = Field(
-        None, ge=1, le=4096, description="Trials at a time; as many as the cluster holds if none."
+        None,
+        ge=1,
+        le=4096,
+        description="Number of trials at the same time. Default: as many as the cluster holds.",
     )
     max_minutes: float | None = Field(
-        None, gt=0, le=100_000, description="Stop after so long; the same command goes on."
+        None,
+        gt=0,
+        le=100_000,
+        description="Minutes after which the search stops; the same command continues it. "
+        "Default: no limit.",
     )
     refit: bool = Field(
-        False, description="Train the winner again, on training and validation records together."
+        False, description="Train the winner again on training and validation records together."
     )
 
     @property
     def scheduling(self) -> Scheduling:
-        """The scheduler: the one that is named, or what suits the objectives."""
+        """The configured scheduler, or by default the one that suits the objectives."""
         if self.scheduler.name:
             return self.scheduler.name
         is_one_metric = len(self.objectives) < 2 and all(map(_is_of_task, self._wanted))
@@ -95,7 +113,7 @@ class TuneConfig(Section):
 
     @property
     def _wanted(self) -> tuple[str, ...]:
-        """Names of what is made best: the objectives, and what the winner is best in."""
+        """Names of the figures to optimise: the objectives, and the one that decides the winner."""
         picked = self.pick.split(" with ")[0].removeprefix("best ") if self.pick else ""
         return tuple(name for name in (*self.objectives, picked.strip()) if name)
 
@@ -104,8 +122,8 @@ class TuneConfig(Section):
         names = self.objectives or self._wanted
         if self.scheduling != "none" and names and not any(map(_is_of_task, names)):
             raise ValueError(
-                f"scheduler {self.scheduling} ends trials by a metric of the validation split, and "
-                f"{names[0]} is none; give none, or an objective valid_…"
+                f"scheduler {self.scheduling} compares trials by a validation metric, but "
+                f"{names[0]} is not one; give scheduler none, or add an objective valid_METRIC"
             )
         return self
 
@@ -117,7 +135,7 @@ class TuneConfig(Section):
 
 
 class StudyConfig(Config):
-    """A study: the training config that trials begin from, and what is searched."""
+    """A study: the training config from which trials start, and the search."""
 
     tune: TuneConfig
 
@@ -125,11 +143,12 @@ class StudyConfig(Config):
     def _refits_what_was_found(self) -> Self:
         if self.tune.refit and (self.stop.metric or self.tune.scheduling == "pbt"):
             raise ValueError(
-                "tune.refit trains all epochs with the winner's options; it goes with neither "
-                "stop.metric nor pbt, so leave it out"
+                "tune.refit trains for all epochs with the winner's options, so it cannot be "
+                "combined with stop.metric or pbt; leave one of them out"
             )
         return self
 
     @property
     def study(self) -> str:
+        """The name under which the study is stored."""
         return self.tune.study or self.name

@@ -1,4 +1,4 @@
-"""What a study makes best: figures of the net, and of the variants that will be served."""
+"""Objectives of a study: figures of the model, and of the variants that will be served."""
 
 import operator
 import re
@@ -11,7 +11,7 @@ from train.bundle.manifest import BATCH_SIZES, Variant
 from train.config import Variant as VariantName
 from train.tasks import Metric
 
-# Variants that are made without training again, for which a trial has no workers.
+# Variants that need no further training, because a trial has no workers for it.
 MADE_AT_ONCE = tuple(
     name for name in get_args(VariantName) if not name.startswith(("pruned", "distilled"))
 )
@@ -28,7 +28,7 @@ GRAMMAR = "'best OBJECTIVE [with OBJECTIVE <= NUMBER [and …]]'"
 
 @dataclass(frozen=True)
 class Objective:
-    """A figure of a finished trial: of its net, or of one of its variants."""
+    """A figure of a finished trial: of its model (variant is None) or of one of its variants."""
 
     name: str
     variant: str | None
@@ -36,30 +36,37 @@ class Objective:
 
     @property
     def of_task(self) -> bool:
-        """Whether it is a metric of the task; else a size or a latency."""
+        """Whether this is a metric of the task rather than a size or a latency."""
         return self.metric.name.startswith("valid_")
 
     @property
     def maximize(self) -> bool:
+        """Whether a higher value is better."""
         return self.metric.better == "higher"
 
     def signed(self, value: float) -> float:
-        """More of it is better; a value that is not a number is worse than any."""
+        """Return the value with the sign that makes higher better; -inf for NaN."""
         return self.metric.signed({self.metric.name: value})
 
     def of(self, net: Mapping[str, float], served: Mapping[str, Mapping[str, Any]]) -> float:
-        """net: figures of the net. served: those of each variant, by `figures`."""
+        """Return the value of this objective.
+
+        net: figures of the model. served: figures of each variant, by `variant_metrics`.
+        """
         found = net if self.variant is None else served[self.variant]
         return float(found[self.metric.name])
 
 
 @dataclass(frozen=True)
 class Condition:
+    """A bound for an objective, such as `fp32.p50_ms <= 2`."""
+
     objective: Objective
     comparison: str
     bound: float
 
     def holds(self, value: float) -> bool:
+        """Return whether a value of the objective is within the bound."""
         return COMPARISONS[self.comparison](value, self.bound)
 
     def __str__(self) -> str:
@@ -68,30 +75,32 @@ class Condition:
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """Which trial wins: the best in one figure, of those within some bounds."""
+    """The rule for the winner: the best in one objective among the trials within some bounds."""
 
     best: Objective
     conditions: tuple[Condition, ...] = ()
 
     @property
     def objectives(self) -> list[Objective]:
+        """The objectives that the rule reads."""
         return [self.best, *(condition.objective for condition in self.conditions)]
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What the trials of a study are measured by."""
+    """The figures by which the trials of a study are measured."""
 
     objectives: tuple[Objective, ...]
     pick: SelectionRule
 
     @property
     def early(self) -> Metric:
-        """The metric of the net by which trials are compared while they run."""
+        """The metric of the model by which running trials are compared."""
         return next(each.metric for each in self.objectives if each.of_task)
 
     @property
     def measured(self) -> tuple[Objective, ...]:
+        """All figures of a complete trial, without duplicates."""
         return tuple(dict.fromkeys((*self.objectives, *self.pick.objectives)))
 
     @property
@@ -101,9 +110,11 @@ class Goals:
 
 
 def study_goals(names: Sequence[str], pick: str | None, known: Sequence[Metric]) -> Goals:
-    """known: the metrics of the task, the one that decides first.
+    """Return the goals of a study.
 
-    Raises UserError for an objective that the task does not have.
+    names: the configured objectives; the task's main metric if empty. pick: the rule for the
+    winner. known: the metrics of the task, the main one first.
+    Raises UserError if the rule is malformed or the task does not have an objective.
     """
     task = [metric.of_split("valid") for metric in known]
     own = task[0].name
@@ -111,13 +122,16 @@ def study_goals(names: Sequence[str], pick: str | None, known: Sequence[Metric])
     chosen = SelectionRule(objectives[0]) if pick is None else _pick(pick, task)
     found = Goals(objectives, chosen)
     if not any(each.of_task for each in objectives):
-        # Trials are compared by it while they run.
+        # Running trials can only be compared by a metric of the task.
         found = Goals((*objectives, _objective(own, task)), chosen)
     return found
 
 
 def variant_metrics(variant: Variant) -> dict[str, Any]:
-    """What objectives may ask of a variant. The test split is for no choice, so not of it."""
+    """Return the figures of a variant that objectives can use.
+
+    Metrics of the test split are left out, because no choice may depend on that split.
+    """
     return {
         "verdict": variant.verdict,
         BYTES: variant.size_bytes,
@@ -128,7 +142,10 @@ def variant_metrics(variant: Variant) -> dict[str, Any]:
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Which points no other is better than; of signed figures, more of each is better."""
+    """Return the indices of the points that no other point dominates.
+
+    points: signed figures, for which higher is better; all points have the same length.
+    """
 
     def beaten(mine: Sequence[float], other: Sequence[float]) -> bool:
         return all(o >= m for o, m in zip(other, mine, strict=True)) and tuple(other) != tuple(mine)
@@ -150,8 +167,8 @@ def _objective(name: str, known: Sequence[Metric]) -> Objective:
         return Objective(name, variant, of_variant[wanted])
     names = ", ".join((*of_net, BYTES, f"{LATENCY}@{'|'.join(map(str, BATCH_SIZES))}"))
     raise UserError(
-        f"objective '{name}' is not one of this task; there are {', '.join(of_net)}, and "
-        f"VARIANT.METRIC with {names} and the variants {', '.join(MADE_AT_ONCE)}."
+        f"objective '{name}' is unknown for this task; expected {', '.join(of_net)}, or "
+        f"VARIANT.METRIC with one of {names} and one of the variants {', '.join(MADE_AT_ONCE)}."
     )
 
 
@@ -164,10 +181,12 @@ def _pick(rule: str, metrics: Sequence[Metric]) -> SelectionRule:
     for part in bounds.split(" and ") if bounds else []:
         match = CONDITION.fullmatch(part.strip())
         if match is None:
-            raise UserError(f"tune.pick is '{rule}', with '{part}'; expected {GRAMMAR}.")
+            raise UserError(f"tune.pick is '{rule}', with the bound '{part}'; expected {GRAMMAR}.")
         try:
             bound = float(match[3])
         except ValueError as error:
-            raise UserError(f"tune.pick is '{rule}'; '{match[3]}' is no number.") from error
+            raise UserError(
+                f"tune.pick is '{rule}', where '{match[3]}' is not a number; expected {GRAMMAR}."
+            ) from error
         conditions.append(Condition(_objective(match[1], metrics), match[2], bound))
     return SelectionRule(_objective(name.strip(), metrics), tuple(conditions))

@@ -23,12 +23,12 @@ TABLE = "report.md"
 
 
 class ReportOptions(CommandOptions):
-    """Write the table and plots of a study again, whether it has finished or still runs."""
+    """Write the table and plots of a study, finished or running."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m tune.report")
 
     study: CliPositionalArg[str | None] = Field(
-        None, description="Name of the study; may be left out if there is only one."
+        None, description="Name of the study. Default: the only one under the storage path."
     )
     storage: str = Field(
         storage.DEFAULT_PATH,
@@ -38,6 +38,7 @@ class ReportOptions(CommandOptions):
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Write the report of a study; return a summary of its trials."""
     options = parse_options(ReportOptions, argv)
     root = storage.resolve_path(options.storage)
     study = Study.load(study_location(root, options.study or _only(root)))
@@ -55,9 +56,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def write_report(study: Study, also: Callable[[Path], None] = lambda folder: None) -> str:
-    """Write the table and the pictures into the study's folder; return where they are.
+    """Write the table and plots to the study's folder; return the path or URL of the report.
 
-    also: called with a local folder that holds them.
+    also: called with a local folder that holds the same files.
     """
     place = storage.join_path(study.url, REPORT)
     best = current_winner(study)
@@ -73,7 +74,7 @@ def write_report(study: Study, also: Callable[[Path], None] = lambda folder: Non
 
 
 def current_winner(study: Study) -> Trial | None:
-    """The trial that wins as the study stands, or None."""
+    """Return the trial that would win at this point of the study, or None."""
     try:
         return select_winner(study)
     except CommandFailed:
@@ -81,13 +82,13 @@ def current_winner(study: Study) -> Trial | None:
 
 
 def count_states(study: Study) -> dict[str, int]:
-    """How many trials are in each state that there is."""
+    """Return the number of trials by state; states without trials are left out."""
     states = [trial.state for trial in study.trials]
     return {state: states.count(state) for state in dict.fromkeys(states)}
 
 
 def trials_table(study: Study, best: Trial | None) -> str:
-    """All trials in Markdown: complete ones first, the best before all."""
+    """Return a Markdown table of all trials: the winner, other complete trials, then the rest."""
     goals, names = study.goals, list(study.config.tune.space)
     measured = [each.name for each in goals.measured]
     words = ", ".join(f"{count} {state}" for state, count in count_states(study).items())
@@ -95,7 +96,7 @@ def trials_table(study: Study, best: Trial | None) -> str:
     lines = [
         f"# Study {study.name}",
         "",
-        f"{len(study.trials)} trials ({words}), {format_duration(seconds)} of trials in all.",
+        f"{len(study.trials)} trials ({words}), {format_duration(seconds)} of training in total.",
         "",
         "| " + " | ".join(["trial", "state", "epoch", "s", *measured, *names]) + " |",
         "|" + "---|" * (4 + len(measured) + len(names)),
@@ -108,7 +109,7 @@ def trials_table(study: Study, best: Trial | None) -> str:
     several = len(goals.objectives) > 1
     best_of_all = [complete[at] for at in pareto_front(points)] if several else []
     if several:
-        lines.insert(3, "\nfront: trials that no other complete one beats in all objectives.")
+        lines.insert(3, "\nfront: complete trials that no other trial beats in all objectives.")
     order = {"complete": 0, "running": 1, "stopped": 2, "failed": 3}
     first = goals.pick.best
 
@@ -130,7 +131,7 @@ def trials_table(study: Study, best: Trial | None) -> str:
     for trial in study.trials:
         notes = [trial.cause] if trial.cause else []
         notes += [
-            f"at epoch {each.epoch} it took over from trial {each.donor}, and had "
+            f"at epoch {each.epoch} it continued from trial {each.donor}, and until then had "
             + ", ".join(f"{name} {format_value(value)}" for name, value in each.values.items())
             for each in trial.takeovers
         ]
@@ -153,9 +154,9 @@ def _only(root: str) -> str:
     names = storage.list_names(study_location(root, ""))
     if len(names) != 1:
         raise UserError(
-            f"there are the studies {', '.join(names)}; name one."
+            f"there are several studies, {', '.join(names)}; name one of them."
             if names
-            else f"there is no study at '{root}'; search with: python tune/main.py"
+            else f"there is no study at '{root}'; start one with: python tune/main.py"
         )
     return names[0]
 

@@ -1,4 +1,4 @@
-"""The search space: options of training by their dotted names, and what each may be."""
+"""The search space: training options by dotted name, and the values that each can have."""
 
 import json
 import math
@@ -18,37 +18,44 @@ from cluster.errors import UserError
 from train.cli import merge_options
 from train.config import Config, Section, validate_config
 
-# What a search may change: how a model is learned, not what is learned or how that is judged.
+# Options that can be searched: how a model is trained, but not its task, data or evaluation.
 SEARCHED = (
     *("seed", "precision", "compile", "activation_checkpointing"),
     *("net", "optim", "augment", "stop"),
 )
-# What may change in the middle of a run, whose weights and steps stay what they are.
+# Options that can change during a run: they affect neither the weights' shapes nor the steps.
 CHANGEABLE = (
     *("optim.lr", "optim.vector_lr", "optim.head_lr", "optim.momentum", "optim.weight_decay"),
     *("optim.clip_norm", "optim.label_smoothing", "net.dropout", "net.text_dropout"),
     *("augment.flip", "augment.translate", "augment.crop_area", "augment.cutout"),
     *("augment.mixup", "augment.cutmix"),
 )
-# Where between the ends of a range a value is tried, to see whether fractions are accepted.
+# Position in a range of a value that is tried to check whether the option accepts fractions.
 INSIDE = 0.618
+# A perturbation's step as a share of the value, and its least step as a share of the range.
 PERTURBATION, LEAST_STEP = 0.2, 0.01
+# The probability that a perturbation draws a new value instead.
 RESAMPLED_SHARE = 0.25
 Values = dict[str, Any]
 
 
 class Dimension(Section):
-    """What one option may be; one of these is given."""
+    """The values that an option can have. Exactly one of the fields is given."""
 
-    uniform: tuple[float, float] | None = Field(None, description="A number from low to high.")
+    uniform: tuple[float, float] | None = Field(
+        None, description="A number from low to high, uniformly distributed."
+    )
     loguniform: tuple[float, float] | None = Field(
-        None, description="A number whose logarithm is uniform, from low to high."
+        None, description="A number from low to high whose logarithm is uniformly distributed."
     )
-    integer: tuple[int, int] | None = Field(None, description="A whole number, low to high.")
+    integer: tuple[int, int] | None = Field(
+        None, description="A whole number from low to high, uniformly distributed."
+    )
     loginteger: tuple[int, int] | None = Field(
-        None, description="A whole number whose logarithm is uniform, low to high."
+        None,
+        description="A whole number from low to high whose logarithm is uniformly distributed.",
     )
-    choice: tuple[Any, ...] | None = Field(None, description="One of a list.")
+    choice: tuple[Any, ...] | None = Field(None, description="One of the values in a list.")
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
@@ -62,25 +69,26 @@ class Dimension(Section):
             return self
         low, high = self.ends
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"from {low:g} to {high:g} is no range; give the lower end first")
+            raise ValueError(f"{low:g} to {high:g} is not a range; give the lower end first")
         if self.is_log and low <= 0:
-            raise ValueError(f"a logarithm needs a low end above 0, not {low:g}")
+            raise ValueError(f"the lower end is {low:g}; expected a number above 0 for a logarithm")
         return self
 
     @property
     def is_log(self) -> bool:
+        """Whether values are distributed on a logarithmic scale."""
         return self.loguniform is not None or self.loginteger is not None
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The ends of a range."""
+        """The lower and the upper end of a range."""
         found = self.uniform or self.loguniform or self.integer or self.loginteger
         assert found is not None
         return found
 
     @property
     def tried(self) -> list[Any]:
-        """Values that show whether the option accepts all of them."""
+        """Values to try in order to check that the option accepts the whole dimension."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.ends
@@ -92,7 +100,7 @@ class Dimension(Section):
         return self.uniform is not None or self.loguniform is not None
 
     def distribution(self) -> BaseDistribution:
-        """As Optuna has it; a choice that is no plain value is known to it by its JSON."""
+        """Return Optuna's distribution. A choice that is not a plain value is encoded as JSON."""
         if self.choice is not None:
             return CategoricalDistribution([_named(value) for value in self.choice])
         low, high = self.ends
@@ -101,13 +109,16 @@ class Dimension(Section):
         return IntDistribution(int(low), int(high), log=self.is_log)
 
     def value(self, raw: Any) -> Any:
-        """The option's value for one of Optuna's."""
+        """Return the option's value for a value of Optuna."""
         if self.choice is None:
             return raw
         return next(value for value in self.choice if _named(value) == raw)
 
     def raw(self, value: Any) -> Any:
-        """The inverse of `value`. Raises ValueError for one that is not in the space."""
+        """Return Optuna's value for an option's value. Raises ValueError if it is not in the space.
+
+        The inverse of `value`.
+        """
         if self.choice is not None:
             for choice in self.choice:
                 if _plain(choice) == _plain(value):
@@ -117,7 +128,7 @@ class Dimension(Section):
         raise ValueError(f"{value!r} is not in the space")
 
     def place(self, value: Any) -> float:
-        """Where a value lies between the ends, 0 to 1; of a choice, by its place in the list."""
+        """Return the position of a value between the ends, or of a choice in the list, 0 to 1."""
         if self.choice is not None:
             at = [_plain(choice) for choice in self.choice].index(_plain(value))
             return at / max(len(self.choice) - 1, 1)
@@ -127,11 +138,11 @@ class Dimension(Section):
         return (value - low) / (high - low)
 
     def perturbed(self, value: Any, rng: np.random.Generator) -> Any:
-        """Another value near one: a fifth more or less, the next choice, or drawn anew.
+        """Return a value near the given one: 20% more or less, the next choice, or a new draw.
 
-        As in population based training (Jaderberg et al. 2017), within the ends. Of values not on a
-        scale of logarithms a step is at least a hundredth of the range, and of whole numbers 1; at
-        an end it goes inwards.
+        As in population based training (Jaderberg et al. 2017), but always within the ends: at an
+        end, the step goes inwards. A step is at least 1% of the range on a linear scale, and at
+        least 1 for whole numbers.
         """
         if rng.random() < RESAMPLED_SHARE:
             return self._drawn(rng)
@@ -151,7 +162,7 @@ class Dimension(Section):
         if self.choice is not None:
             return self.choice[int(rng.integers(len(self.choice)))]
         low, high = self.ends
-        # Half of a whole number beyond the ends rounds to them, as around any other.
+        # Half a number is added at both ends, so that rounding gives the ends their full share.
         around = 0.0 if self._is_float else 0.5
         if self.is_log:
             drawn = math.exp(rng.uniform(math.log(low - around), math.log(high + around)))
@@ -162,7 +173,7 @@ class Dimension(Section):
 
 
 def _moved(value: float, step: float, low: float, high: float, rng: np.random.Generator) -> float:
-    """The value a step up or down, either as likely; where that ends at the value, the other."""
+    """Move a value a step up or down at random, or the other way if it is already at that end."""
     signs = [-1, 1] if rng.random() < 0.5 else [1, -1]
     moved = [float(np.clip(value + sign * step, low, high)) for sign in signs]
     return moved[0] if moved[0] != value else moved[1]
@@ -172,7 +183,7 @@ Space = dict[str, Dimension]
 
 
 def nest_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by section, of options by dotted names."""
+    """Return options nested by section, given options by dotted name."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         *sections, field = name.split(".")
@@ -184,27 +195,27 @@ def nest_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A config with some of its options changed. Raises UserError."""
+    """Return a config with some options changed. Raises UserError if the result is not valid."""
     return validate_config(
         merge_options(config.model_dump(mode="json", exclude_unset=True), nest_options(values))
     )
 
 
 def check_space(space: Space, config: Config, *, changing: bool) -> None:
-    """Raises UserError for an option that is not there, is not searched, or has other bounds.
+    """Check that each option in a space exists, can be searched, and accepts all values.
 
-    changing: whether options change in the middle of a run.
+    changing: whether options change in the middle of a run. Raises UserError for the first problem.
     """
     for name, dimension in space.items():
         if name.split(".")[0] not in SEARCHED:
             raise UserError(
-                f"tune.space: '{name}' is not searched; accepted are options of "
+                f"tune.space: '{name}' cannot be searched; accepted are options of "
                 f"{', '.join(SEARCHED)}."
             )
         if changing and name not in CHANGEABLE:
             raise UserError(
-                f"tune.space: '{name}' cannot change in the middle of a run, as pbt does; accepted "
-                f"are {', '.join(CHANGEABLE)}."
+                f"tune.space: '{name}' cannot change in the middle of a run, as pbt requires; "
+                f"accepted are {', '.join(CHANGEABLE)}."
             )
         for value in dimension.tried:
             try:
@@ -214,7 +225,7 @@ def check_space(space: Space, config: Config, *, changing: bool) -> None:
 
 
 def current_values(config: Config, space: Space) -> Values:
-    """The searched options as the config has them, those that lie in the space."""
+    """Return a config's own values of the searched options, except those outside the space."""
     found: Values = {}
     for name, dimension in space.items():
         value: Any = config.model_dump(mode="json")
@@ -233,6 +244,6 @@ def _named(value: Any) -> Any:
 
 
 def _plain(value: Any) -> tuple[type, Any]:
-    """What tells values apart: True is not 1."""
+    """Return a value for comparisons that distinguish types: True is not 1."""
     value = list(value) if isinstance(value, tuple) else value
     return type(value), value

@@ -1,4 +1,4 @@
-"""Which trial wins: the study's rule, applied to what its trials measured."""
+"""Selection of the winner: the study's rule, applied to the figures of its trials."""
 
 import math
 
@@ -15,11 +15,14 @@ def select_winner(study: Study) -> Trial:
     if not complete:
         failed = study.in_state("failed")
         if failed and len(failed) == len(study.trials):
-            raise CommandFailed(f"all {len(failed)} trials failed; the last: {failed[-1].cause}")
-        more = "the same command with a larger --max-minutes goes on"
-        if not study.in_state("running"):
-            more = "--num-trials with more goes on"
-        raise CommandFailed(f"none of {len(study.trials)} trials is complete yet; {more}.")
+            raise CommandFailed(
+                f"all {len(failed)} trials failed; error of the last: {failed[-1].cause}"
+            )
+        option = "--max-minutes" if study.in_state("running") else "--num-trials"
+        raise CommandFailed(
+            f"none of {len(study.trials)} trials is complete yet; to continue, run the same "
+            f"command with a larger {option}."
+        )
     figures = {trial.number: study.measured(trial) for trial in complete}
     accepted = [
         trial
@@ -28,8 +31,8 @@ def select_winner(study: Study) -> Trial:
     ]
     if not accepted:
         raise CommandFailed(
-            f"of {len(complete)} complete trials none has figures that are numbers, and variants "
-            f"that the gate accepts; look at them with: python -m tune.report {study.name}"
+            f"none of {len(complete)} complete trials has finite figures and variants that the "
+            f"gate accepts; to see why, run: python -m tune.report {study.name}"
         )
     fit_to_win = [
         trial
@@ -39,12 +42,12 @@ def select_winner(study: Study) -> Trial:
     if not fit_to_win:
         bounds = " and ".join(str(each) for each in pick.conditions)
         ranges = "; ".join(
-            f"{name} is from {min(values):g} to {max(values):g}"
+            f"{name} ranges from {min(values):g} to {max(values):g}"
             for name in dict.fromkeys(each.objective.name for each in pick.conditions)
             for values in [[figures[trial.number][name] for trial in accepted]]
         )
-        raise CommandFailed(f"no trial has {bounds}: {ranges}. Give another --tune.pick.")
-    # Of equal ones the one that was found first.
+        raise CommandFailed(f"no trial satisfies {bounds}: {ranges}. Give another --tune.pick.")
+    # The earliest trial wins a tie.
     return max(
         fit_to_win,
         key=lambda trial: (
@@ -55,10 +58,10 @@ def select_winner(study: Study) -> Trial:
 
 
 def broken_rule(study: Study, trial: Trial, manifest: Manifest) -> str | None:
-    """Say where a bundle that was made of the winner breaks the rule by which it won; else None.
+    """Return how the winner's bundle breaks the rule by which the trial won; None if it does not.
 
     The bundle's variants were compressed and measured again. After a refit, metrics of the
-    validation split are not compared, as the net has learned from it.
+    validation split are not compared, because the model was trained on that split.
     """
     measured, pick = study.measured(trial), study.goals.pick
     served = {name: variant_metrics(each) for name, each in manifest.variants.items()}
@@ -66,10 +69,10 @@ def broken_rule(study: Study, trial: Trial, manifest: Manifest) -> str | None:
     for name in dict.fromkeys(each.variant for each in pick.objectives if each.variant):
         if name not in served:
             broken.append(
-                f"{name} could not be made: {manifest.skipped.get(name, 'not asked for')}"
+                f"{name} could not be made: {manifest.skipped.get(name, 'not requested')}"
             )
         elif served[name]["verdict"] != "accepted":
-            broken.append(f"{name} is {served[name]['verdict']} by the gate now")
+            broken.append(f"{name} is now {served[name]['verdict']} by the gate")
     for each in pick.conditions:
         objective = each.objective
         if objective.variant not in (None, *served):
@@ -79,7 +82,9 @@ def broken_rule(study: Study, trial: Trial, manifest: Manifest) -> str | None:
         value = objective.of(manifest.metrics, served)
         if not each.holds(value):
             before = measured[objective.name]
-            broken.append(f"it has {value:.6g} where {each} was asked for, and had {before:.6g}")
+            broken.append(
+                f"{objective.name} is now {value:.6g}, was {before:.6g}, and must satisfy {each}"
+            )
     return "; ".join(broken) or None
 
 

@@ -1,4 +1,4 @@
-"""tune(config) -> result: search, pick the winner, and make of it what will be served."""
+"""tune(config) -> result: search, pick the winner, and build the bundle to serve."""
 
 import functools
 import secrets
@@ -42,17 +42,17 @@ REFITTED = {
 
 
 def tune(config: StudyConfig, root: str) -> dict[str, Any]:
-    """Search, or go on with a search; return what the command prints.
+    """Start or continue a search; return the result that the command prints.
 
-    root: the storage path. Raises UserError before any trial starts; Failed when no trial is fit
-    to win.
+    root: the storage path. Raises UserError, before any trial starts, for wrong input;
+    CommandFailed if no trial can win.
     """
     started = time.perf_counter()
     completed, data = prepare_run(training_config(config))
     base = completed.config
     known = data.task.known_metrics
     wanted = objectives.study_goals(config.tune.objectives, config.tune.pick, known).variants
-    # What trials are measured by, the winner has too.
+    # The winner's bundle also needs the variants by which trials are measured.
     variants = list(dict.fromkeys((*base.compress.variants, *wanted)))
     base = search_space.with_values(base, {"compress.variants": variants})
     for name, dimension in config.tune.space.items():
@@ -67,13 +67,13 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
         study = Study.open(url, config, known, choice, data.summary["digest"])
         if (result := _result(study)) is not None:
             print(
-                f"study {study.name} has its {len(study.trials)} trials; --num-trials with more "
-                "goes on, another --tune.study begins anew",
+                f"study {study.name} already has its {len(study.trials)} trials; a larger "
+                "--num-trials continues it, another --tune.study starts a new one",
                 file=sys.stderr,
             )
             return result
         plan = SearchContext(study, base, parallel)
-        judge = runner.build_scheduler(plan)  # first, as it ends trials
+        judge = runner.build_scheduler(plan)  # first, because it may end stored trials
         first = search_space.current_values(base, config.tune.space) if config.tune.start else {}
         sampler = TrialSampler(study, first)
         with MLflowTracking(study, root) as tracking:
@@ -90,7 +90,7 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
 def _finish(
     plan: SearchContext, trial: Trial, root: str, tracking: MLflowTracking, started: float
 ) -> dict[str, Any]:
-    """Make the bundle of the winner, register it, and write its config."""
+    """Build the winner's bundle, register it, and write the winner's config."""
     study, refit = plan.study, plan.study.config.tune.refit
     measured = study.measured(trial)
     shown = ", ".join(f"{name} {value:.6g}" for name, value in measured.items())
@@ -103,7 +103,7 @@ def _finish(
     with fs.open(path, "w") as file:
         file.write(f"# Trial {trial.number} of study {study.name}: {shown}.\n")
         if trial.takeovers:
-            file.write("# Its options changed while it ran, so these alone give another net.\n")
+            file.write("# Its options changed during training: these alone give another model.\n")
         options = best.model_dump(mode="json", exclude_unset=True)
         yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
 
@@ -122,7 +122,7 @@ def _finish(
     result = publishing.bundle_summary(bundle)
     if best.registry.enabled:
         metric = best.registry.metric or f"valid_{bundle.task.metric}"
-        # The refitted net has seen the records that it would be judged by.
+        # The refitted model cannot be scored on validation records, which it was trained on.
         figure = best_epoch(trial.rows, study.choice)[metric] if refit else None
         score = functools.partial(validation_score, best)
         broken = broken_rule(study, trial, bundle.manifest)
@@ -138,11 +138,11 @@ def _finish(
 
 
 def _refitted(study: Study, config: Config, data: EncodedDataset) -> Run:
-    """Train on training and validation records together, or go on with it."""
+    """Train on training and validation records together, or resume such a run."""
     url = study.run_url(REFIT)
     try:
         run = Run.resume(url, config)
-    except UserError:  # none, or of another winner
+    except UserError:  # there is no such run, or it is of another winner
         storage.remove(url)
         run = Run.start(url, config)
     launcher.train(config, run, data)
@@ -150,7 +150,7 @@ def _refitted(study: Study, config: Config, data: EncodedDataset) -> Run:
 
 
 def _result(study: Study) -> dict[str, Any] | None:
-    """What a finished study ended in, if nothing of it would be different now."""
+    """Return the stored result of a finished study; None if it is missing or out of date."""
     found = study.read(RESULT)
     unfinished = study.in_state("running") or len(study.trials) < study.config.tune.num_trials
     if unfinished or found is None or found["of"] != _key(study):
@@ -159,7 +159,7 @@ def _result(study: Study) -> dict[str, Any] | None:
 
 
 def _key(study: Study) -> dict[str, Any]:
-    """What decides a result, of a study that is finished."""
+    """Return the values that determine the result of a finished study."""
     config = study.config
     return {
         "num_trials": len(study.trials),

@@ -140,7 +140,7 @@ def test_a_finished_study_continues_only_with_more_trials(undisturbed, root):
     arguments = [*COMMAND, "--storage.path", str(root)]
     again = run_main(arguments, "tune/main.py")
     assert json.loads(again.stdout) == undisturbed
-    assert "--num-trials with more goes on" in again.stderr
+    assert "a larger --num-trials continues it" in again.stderr
     before = facts(kept(root))
     more = run_main([*arguments, "--num-trials", str(TRIALS + 1)], "tune/main.py")
     assert more.returncode == 0, more.stderr
@@ -234,7 +234,7 @@ def test_a_population_takes_over_from_its_best(ray_session, tmp_path):
         assert last.rows[-1]["valid_loss"] >= worst.rows[last.epoch - 1]["valid_loss"]
         for name, dimension in study.config.tune.space.items():
             assert 0 <= dimension.place(trial.values[name]) <= 1
-        row = f"at epoch {last.epoch} it took over from trial {last.donor}"
+        row = f"at epoch {last.epoch} it continued from trial {last.donor}"
         assert row in report.trials_table(study, None)
     winner = study.trials[result["trial"]]
     lineage = Bundle.load(result["bundle"]).manifest.lineage
@@ -319,7 +319,7 @@ def test_a_trial_that_fails_is_told_of_and_the_search_goes_on(ray_session, tmp_p
         ({}, {"space": LR, "objectives": ["valid_r2"]}, ["valid_r2", "valid_accuracy"]),
         ({}, {"space": LR, "parallel": 9}, ["tune.parallel is 9", "holds 4"]),
         ({}, {"space": {"net.widths": {"choice": [[8], [8, 8, 8, 8]]}}}, ["8×8", "net.widths"]),
-        ({"workers": {"num": [1, 2]}}, {"space": LR}, ["workers.num", "first to last"]),
+        ({"workers": {"num": [1, 2]}}, {"space": LR}, ["workers.num", "fixed number of workers"]),
         ({}, {"space": LR, "pick": "best thing"}, ["thing"]),
     ],
 )

@@ -67,10 +67,10 @@ def play(study, sampler, *, losses=lambda values, epoch: values["optim.lr"] / ep
         ({}, "0 are given"),
         ({"uniform": [0, 1], "choice": [1]}, "2 are given"),
         ({"uniform": [1, 0]}, "lower end first"),
-        ({"uniform": [1, 1]}, "no range"),
+        ({"uniform": [1, 1]}, "not a range"),
         ({"loguniform": [0, 1]}, "above 0"),
         ({"choice": []}, "empty"),
-        ({"uniform": [0, float("inf")]}, "no range"),
+        ({"uniform": [0, float("inf")]}, "not a range"),
     ],
 )
 def test_a_dimension_that_is_none_says_why(given, words):
@@ -147,7 +147,10 @@ def test_the_configs_options_are_the_first_trial_if_in_the_space():
         (["--tune.space", '{"optim.rate": {"uniform": [0, 1]}}'], ["optim.rate", "momentum"]),
         (["--tune.space", '{"optim.lr": {"uniform": [1, 20]}}'], ["optim.lr", "20", "10"]),
         (["--tune.space", '{"optim.epochs": {"uniform": [1, 9]}}'], ["optim.epochs", "integer"]),
-        (["--tune.space", '{"data.train": {"choice": ["a"]}}'], ["data.train", "not searched"]),
+        (
+            ["--tune.space", '{"data.train": {"choice": ["a"]}}'],
+            ["data.train", "cannot be searched"],
+        ),
         (["--tune.space", "{}"], ["tune.space", "at least 1"]),
         (["--tune.space", '{"optim.lr": {"choice": []}}'], ["optim.lr", "empty"]),
         (["--tune.scheduler.name", "pbt"], ["batch_size", "middle of a run"]),
@@ -285,7 +288,7 @@ def test_a_damaged_or_missing_study_is_named(tmp_path):
     (tmp_path / "studies/s/trials/00000.json").write_text("{")
     with pytest.raises(UserError, match=r"00000\.json"):
         Study.load(study.url)
-    with pytest.raises(UserError, match="no study 'other'; there are s"):
+    with pytest.raises(UserError, match="no study 'other'; existing studies: s"):
         Study.load(str(tmp_path / "studies" / "other"))
 
 
@@ -429,7 +432,8 @@ def test_trials_end_early_only_where_a_metric_is_made_best(options, scheduling):
 
 
 def test_a_scheduler_without_a_metric_to_go_by_is_refused():
-    with pytest.raises(UserError, match=r"asha ends trials by a metric .* fp32\.bytes is none"):
+    words = r"asha compares trials by a validation metric, but fp32\.bytes is not one"
+    with pytest.raises(UserError, match=words):
         study_config(objectives=["fp32.bytes"], scheduler={"name": "asha"})
 
 
@@ -685,8 +689,8 @@ def remade(verdict="accepted", p50_ms=1.0, skipped=()):
     ("manifest", "words"),
     [
         (remade(), None),
-        (remade(p50_ms=2.5), "it has 2.5 where fp32.p50_ms <= 2 was asked for, and had 1"),
-        (remade(verdict="refused"), "fp32 is refused by the gate now"),
+        (remade(p50_ms=2.5), "fp32.p50_ms is now 2.5, was 1, and must satisfy fp32.p50_ms <= 2"),
+        (remade(verdict="refused"), "fp32 is now refused by the gate"),
         (remade(skipped=[("fp32", "no room")]), "fp32 could not be made: no room"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Studies that are shipped."""
+"""Studies that are part of the package."""

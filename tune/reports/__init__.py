@@ -1,1 +1,1 @@
-"""What a study shows: progress, plots, and records in MLflow."""
+"""Reports on a study: progress, plots, and records in MLflow."""

@@ -1,6 +1,6 @@
-"""MLflow: a run for the study, below it one for each trial that ended.
+"""Tracking of a study in MLflow: a run for the study, with a child run for each ended trial.
 
-Written in a thread of its own, as the search does not wait for it.
+A separate thread writes to MLflow, so that the search does not wait for it.
 """
 
 import sys
@@ -20,16 +20,16 @@ STATUS = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflowTracking:
-    """Tracks a study while its block runs; of one that goes on, in the run that it has.
+    """Tracks a study while its block runs. A continued study keeps its run in MLflow.
 
-    Nothing of the search depends on it: when it fails, it says so in one line and is silent.
+    The search does not depend on tracking: after a failure, one line is printed and tracking ends.
     """
 
     def __init__(self, study: Study, root: str) -> None:
         config = study.config
         self._study, self._root = study, root
         self._name, self._enabled = config.name, config.registry.enabled
-        # The runs that there are: of the study, and of its trials by number.
+        # Ids of the runs in MLflow: of the study, and of its trials by number.
         self._known = study.read(TRACKED) or {"run_id": None, "trials": {}}
         self._parent = RunRecorder(
             root,
@@ -76,7 +76,7 @@ class MLflowTracking:
         *,
         candidate: str | None = None,
     ) -> dict[str, Any]:
-        """Register the winner's bundle, in a run below the study's; see `publishing.publish`."""
+        """Register the winner's bundle in a child run of the study; see `publishing.publish`."""
         self._later(lambda: None).result()
         _, parent = self._parent.begin()
         tags = {"mlflow.parentRunId": parent, "study": self._study.name}
@@ -148,9 +148,9 @@ class MLflowTracking:
                 return
             try:
                 work()
-            except Exception as error:  # a tracking server's, a database's: many kinds
+            except Exception as error:  # tracking servers and databases raise errors of many kinds
                 self._enabled = False
                 line = (str(error).splitlines() or [type(error).__name__])[0]
-                print(f"the study is no longer tracked: {line}", file=sys.stderr)
+                print(f"MLflow failed, so the study is no longer tracked: {line}", file=sys.stderr)
 
         return self._thread.submit(attempt)

@@ -1,4 +1,4 @@
-"""Pictures of a study, finished or not."""
+"""Plots of a study, finished or running."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,15 +22,16 @@ from tune.run.trial_record import Trial
 
 COLORS = {"complete": "tab:blue", "stopped": "0.65", "failed": "tab:red", "running": "tab:orange"}
 BEST = "tab:green"
-# Fewer trials say nothing of what matters.
+# Fewer trials are too few to estimate importances or to cut off an axis.
 LEAST_TRIALS = 6
+# Choices of an option that are labelled; more labels would overlap.
 NAMED_CHOICES = 6
 
 
 def draw_study(study: Study, winner: Trial | None, file: Callable[[str], Path]) -> None:
-    """Write the pictures that there is something to show in.
+    """Draw the plots for which the study has data.
 
-    file: from a name to the path to write.
+    file: returns the path to write to, given the name of a file.
     """
     if not any(trial.reports for trial in study.trials):
         return
@@ -44,7 +45,7 @@ def draw_study(study: Study, winner: Trial | None, file: Callable[[str], Path]) 
 
 
 def plot_history(study: Study, winner: Trial | None, path: Path) -> None:
-    """What each trial reached, by the time at which it ended, and the best so far."""
+    """Plot the figures of each trial over the time at which it ended, and the best so far."""
     measured = study.goals.measured
     figure, axes = plt.subplots(
         len(measured), 1, figsize=(9, 1 + 3 * len(measured)), layout="constrained", squeeze=False
@@ -75,7 +76,7 @@ def plot_history(study: Study, winner: Trial | None, path: Path) -> None:
 
 
 def plot_rungs(study: Study, winner: Trial | None, path: Path) -> None:
-    """The metric that decides who goes on, by epoch; and how many trials reached each epoch."""
+    """Plot the metric that decides which trials end early, and how many trials reached an epoch."""
     early = study.goals.early
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     drawn = [trial for trial in study.trials if trial.reports]
@@ -108,20 +109,20 @@ def plot_rungs(study: Study, winner: Trial | None, path: Path) -> None:
     share = sum(reached) / (len(drawn) * most)
     right.set(
         xlabel="epoch",
-        ylabel="trials that reached it",
+        ylabel="trials that reached the epoch",
         ylim=(0, None),
-        title=f"{sum(reached)} epochs were trained, {share:.0%} of all",
+        title=f"{sum(reached)} epochs were trained, {share:.0%} of those without early stopping",
     )
     _save(figure, path)
 
 
 def plot_parallel(study: Study, winner: Trial | None, path: Path) -> None:
-    """Options of each trial, and what it reached, as a line each."""
+    """Plot a line for each trial, through its options and the rank of its result."""
     space, early = study.config.tune.space, study.goals.early
     drawn = [trial for trial in study.trials if trial.reports]
     values = np.array([early.signed(_kept(study, trial)) for trial in drawn])
     axis_of = Objective(early.name, None, early)
-    # By rank: a few that failed to learn would take all of the axis.
+    # Ranks, because a few trials that failed to learn would stretch an axis of values.
     ranks = np.argsort(np.argsort(values)) / max(len(values) - 1, 1)
     names = [*space, early.name]
     figure, axis = plt.subplots(figsize=(1.6 * len(names) + 1, 4.5), layout="constrained")
@@ -156,10 +157,10 @@ def plot_parallel(study: Study, winner: Trial | None, path: Path) -> None:
 
 
 def plot_importances(study: Study) -> tuple[dict[str, float], int] | None:
-    """How much each option explains of the variance of the metric, by fANOVA; and at which epoch.
+    """Return the share of the metric's variance that each option explains (fANOVA), and the epoch.
 
-    Of the last epoch that enough trials reached: to compare trials of different length would be to
-    learn of the scheduler. None of too few trials.
+    The epoch is the last one that enough trials reached: a comparison of trials with different
+    lengths would show the scheduler's effect. Returns None if there are too few trials.
     """
     early = study.goals.early
     epochs = sorted((trial.epoch for trial in study.trials), reverse=True)
@@ -188,18 +189,19 @@ def plot_importances(study: Study) -> tuple[dict[str, float], int] | None:
 
 
 def compute_importance(shares: dict[str, float], epoch: int, path: Path) -> None:
+    """Plot the shares that `plot_importances` returned, for an epoch."""
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(shares)), layout="constrained")
     names = list(shares)[::-1]
     bars = axis.barh(names, [shares[name] for name in names], color=COLORS["complete"])
     axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axis.set(xlim=(0, 1), xlabel=f"share of the variance at epoch {epoch} that it explains")
+    axis.set(xlim=(0, 1), xlabel=f"share of the variance at epoch {epoch} that the option explains")
     for side in ("right", "top"):
         axis.spines[side].set_visible(False)
     _save(figure, path)
 
 
 def plot_pareto(study: Study, winner: Trial | None, path: Path) -> None:
-    """Complete trials by two figures each; those that no other beats in both are joined."""
+    """Plot the complete trials by pairs of figures, with a line through the Pareto front."""
     complete = study.in_state("complete")
     first, *others = study.goals.measured
     figure, axes = plt.subplots(
@@ -238,7 +240,7 @@ def plot_pareto(study: Study, winner: Trial | None, path: Path) -> None:
             if condition.objective == first:
                 axis.axhline(condition.bound, color="tab:red", linestyle=":")
         axis.set(xlabel=other.name, ylabel=first.name)
-    figure.suptitle("Complete trials; on the line those that no other beats in both")
+    figure.suptitle("Complete trials; on the line are those that no other trial beats in both")
     _save(figure, path)
 
 
@@ -252,7 +254,7 @@ def _kept(study: Study, trial: Trial) -> dict[str, float]:
 
 
 def _to_what_matters(axis: Axes, objective: Objective, values: Sequence[float]) -> None:
-    """Leave room for differences among the good, whatever the bad reached."""
+    """Scale an axis so that differences among good trials are visible despite bad ones."""
     finite = [value for value in values if np.isfinite(value)]
     if not objective.maximize and all(value > 0 for value in finite):
         axis.set_yscale("log")

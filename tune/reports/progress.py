@@ -1,4 +1,4 @@
-"""The search on the terminal: a live table, or a line for each trial that ended."""
+"""Progress of the search: a live table on a terminal, otherwise a line for each ended trial."""
 
 import time
 from typing import Any
@@ -11,13 +11,13 @@ from rich.text import Text
 from tune.run.study_store import Study
 from tune.run.trial_record import Trial
 
-# Looks that follow sooner are passed over.
+# Least time in seconds between two updates of the table.
 REFRESH_S = 0.25
 MAX_ROWS = 12
 
 
 class StudyDisplay:
-    """Shows a study while its block runs."""
+    """Shows the progress of a study on stderr while its block runs."""
 
     def __init__(self, study: Study, parallel: int, console: Console | None = None) -> None:
         self._study, self._config, self._goals = study, study.config.tune, study.goals
@@ -29,13 +29,13 @@ class StudyDisplay:
 
     def __enter__(self) -> "StudyDisplay":
         tune = self._config
-        turns = "in turns" if tune.scheduling == "pbt" else f"{self._parallel} at a time"
-        begun = f", of which {len(self._study.trials)} began before" if self._study.trials else ""
+        turns = "taking turns" if tune.scheduling == "pbt" else f"{self._parallel} at a time"
+        begun = f" ({len(self._study.trials)} of them exist)" if self._study.trials else ""
         self._console.print(
             f"study {self._study.name}: {tune.num_trials} trials{begun}, {turns}; sampler "
-            f"{tune.sampler}, scheduler {tune.scheduling}; for "
-            f"{', '.join(each.name for each in self._goals.objectives)}. If it stops, the same "
-            "command goes on.",
+            f"{tune.sampler}, scheduler {tune.scheduling}; objectives "
+            f"{', '.join(each.name for each in self._goals.objectives)}. If it is interrupted, "
+            "run the same command to continue.",
             soft_wrap=True,
         )
         if self._console.is_terminal:
@@ -52,7 +52,7 @@ class StudyDisplay:
             self._live.update(self.table(), refresh=True)
 
     def ended(self, trial: Trial) -> None:
-        """Say how a trial ended; of one that failed, on a terminal too."""
+        """Print how a trial ended. On a terminal, only failed trials are printed."""
         if self._console.is_terminal and trial.state != "failed":
             return
         values = ", ".join(f"{name} {format_value(value)}" for name, value in trial.values.items())
@@ -70,7 +70,7 @@ class StudyDisplay:
         )
 
     def best(self) -> Trial | None:
-        """The complete trial that is best in what the winner is picked by, whatever its bounds."""
+        """Return the best complete trial by the rule for the winner, without its bounds."""
         best = self._goals.pick.best
         complete = self._study.in_state("complete")
         return max(
@@ -80,6 +80,7 @@ class StudyDisplay:
         )
 
     def table(self) -> Group:
+        """Return the table of trials, with a summary below it."""
         study, best = self._study, self.best()
         names = list(self._config.space)
         table = Table(box=None, pad_edge=False)
@@ -127,7 +128,7 @@ class StudyDisplay:
         return ", ".join(words) or "no figures"
 
     def _known(self, trial: Trial) -> dict[str, float]:
-        """The figures of a trial: of a complete one what counts, of others the last epoch's."""
+        """Return all figures of a complete trial; of any other, the metric of its last epoch."""
         if trial.state == "complete":
             return self._study.measured(trial)
         early = self._goals.early.name
@@ -135,7 +136,7 @@ class StudyDisplay:
 
 
 def format_value(value: Any) -> str:
-    """A value of an option or a figure, short."""
+    """Return a short text for the value of an option or for a figure."""
     if isinstance(value, bool) or not isinstance(value, float):
         return (
             f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -144,5 +145,6 @@ def format_value(value: Any) -> str:
 
 
 def format_duration(seconds: float) -> str:
+    """Return a duration as minutes and seconds, such as `3 min 20 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

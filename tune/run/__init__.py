@@ -1,1 +1,1 @@
-"""A study while it runs: sampling, scheduling, trials, and their state on disk."""
+"""Running a study: sampling, scheduling, trials, and their state on disk."""

@@ -1,4 +1,4 @@
-"""The search: Ray Tune runs the trials that the sampler proposes, and the study keeps them."""
+"""The search: Ray Tune runs the trials that the sampler proposes, and the study stores them."""
 
 import logging
 import os
@@ -26,8 +26,8 @@ from tune.run.trainable import TrialProcess, TrialSpec
 from tune.run.trial_record import Trial
 from tune.search_space import with_values
 
-# Read by Ray Tune. It is told of reports by callbacks, so it writes no logs of its own; SIGINT
-# ends this process as it ends any.
+# Read by Ray Tune. Its own logs are turned off, because callbacks record all reports; so is its
+# handler of SIGINT, which would keep Ctrl-C from ending this process.
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -37,29 +37,30 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# For the process of a trial whose workers have others: no core, but Ray wants something.
+# Resources, in bytes of memory, for the process of a trial whose workers are other processes. The
+# process needs no CPU, but Ray does not accept an empty set of resources.
 LAUNCHER = {"memory": 2.0**20}
-# Tries to give a trial whose process was lost, not one whose training failed.
+# Restarts of a trial whose process was lost. A trial whose training failed is not restarted.
 MAX_LOST = 3
 
 
 class StudyObserver(Protocol):
-    """Looks on while a study is searched."""
+    """An observer of a running search."""
 
     def look(self) -> None:
-        """Called often."""
+        """Do something at each step of the search; called often."""
         ...
 
     def ended(self, trial: Trial) -> None:
-        """Called when a trial has ended."""
+        """Do something after a trial has ended."""
         ...
 
 
 @dataclass(frozen=True)
 class SearchContext:
-    """All that a search needs to know.
+    """A study, with the values that its search needs.
 
-    base: the training config, complete. parallel: trials at a time.
+    base: the complete training config. parallel: number of trials at the same time.
     """
 
     study: Study
@@ -67,22 +68,24 @@ class SearchContext:
     parallel: int
 
     def of(self, trial: Trial) -> Config:
-        """A trial's training config."""
+        """Return a trial's training config."""
         return with_values(self.base, trial.values)
 
     def epochs(self, trial: Trial) -> int:
+        """Return the number of epochs of a complete run of a trial."""
         return self.of(trial).optim.epochs
 
     @property
     def most_epochs(self) -> int:
+        """The largest number of epochs that a trial can have."""
         dimension = self.study.config.tune.space.get("optim.epochs")
         return int(max(dimension.tried)) if dimension else self.base.optim.epochs
 
     def plan(self, trial: Trial) -> dict[str, Any]:
-        """What a trial's process is sent."""
+        """Return the fields of the `TrialSpec` that a trial's process receives."""
         config = self.of(trial)
         if self.study.config.tune.scheduling == "pbt":
-            # Others may begin from any epoch.
+            # Keep all checkpoints, because other trials may continue from any epoch.
             rule = {"keep": min(self.most_epochs, 1000), "every_steps": None, "every_minutes": 1440}
             checkpoint = config.checkpoint.model_copy(update=rule)
             config = config.model_copy(update={"checkpoint": checkpoint})
@@ -100,32 +103,36 @@ class SearchContext:
 
 
 def max_concurrent(config: StudyConfig) -> int:
-    """Return how many trials run at a time. Raises UserError if not so many fit the cluster."""
+    """Return the number of trials at the same time.
+
+    Raises UserError if the cluster cannot hold as many as configured, or if the number of workers
+    is not fixed.
+    """
     workers, wanted = config.workers, config.tune.parallel
     if workers.num[0] != workers.num[1]:
         raise UserError(
-            f"workers.num is {list(workers.num)}; a trial has as many workers from first to last. "
+            f"workers.num is {list(workers.num)}; a trial needs a fixed number of workers. "
             f"Give --workers.num {workers.most}."
         )
     fit = launcher.check_resources(workers).workers // workers.most
     if wanted is not None and wanted > fit:
         raise UserError(
-            f"tune.parallel is {wanted}, and a trial has {workers.most} workers, each with "
-            f"{workers.cpus:g} CPU{' and 1 GPU' if workers.gpu else ''}; the cluster holds {fit} "
-            f"such trials. Give --tune.parallel {fit}, or add nodes."
+            f"tune.parallel is {wanted}, and a trial needs {workers.most} workers with "
+            f"{workers.cpus:g} CPU{' and 1 GPU' if workers.gpu else ''} each; the cluster holds "
+            f"{fit} such trials. Give --tune.parallel {fit}, or add nodes."
         )
     if config.tune.scheduling == "pbt":
         if wanted is not None:
             raise UserError(
-                "tune.parallel is not for pbt, whose trials take turns on all of the cluster; "
-                "leave it out."
+                "tune.parallel cannot be set for pbt, whose trials take turns on the whole "
+                "cluster; leave it out."
             )
         return config.tune.num_trials
     return wanted or fit
 
 
 def build_scheduler(search: SearchContext) -> TrialScheduler:
-    """Return the scheduler. Trials that it had told to end before a restart are ended."""
+    """Return the scheduler; end the trials that it had decided to end before a restart."""
     terms = SchedulerContext(
         search.study,
         search.study.goals.early,
@@ -142,20 +149,20 @@ def run_search(
     judge: TrialScheduler,
     watchers: Sequence[StudyObserver],
 ) -> None:
-    """Search until there are as many trials as configured, or the time is over.
+    """Search until the configured number of trials or the time limit is reached.
 
-    What was begun before goes on first.
+    Trials that an earlier search left unfinished run first. watchers: receive the events.
     """
     study = search.study
     workers = study.config.workers
     alone = workers.most == 1
-    # So Ray counts the workers of a trial as it counts the trial.
+    # With its workers in its own placement group, a trial starts only if all of them fit.
     per_worker = {"CPU": workers.cpus, "GPU": float(workers.gpu)}
     bundles = [per_worker] if alone else [LAUNCHER, *[per_worker] * workers.most]
     os.environ.update(ENVIRONMENT)
-    # By itself Ray asks for the process of one trial only when that of the last has begun.
+    # By default, Ray requests the process of a trial only after that of the previous one started.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.parallel)
-    # It looks for the logs that it was told not to write.
+    # Ray Tune warns about its missing logs, which are turned off above.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     minutes = study.config.tune.max_minutes
     tune.run(
@@ -168,7 +175,7 @@ def run_search(
         callbacks=[StudyRecorder(study, watchers)],
         time_budget_s=minutes * 60 if minutes else None,
         max_failures=MAX_LOST,
-        # A process with workers of its own ends with them.
+        # A process that has started workers ends with them, so it cannot run another trial.
         reuse_actors=alone,
         raise_on_failed_trial=False,
         verbose=0,
@@ -176,7 +183,7 @@ def run_search(
 
 
 class StudySearchAlgorithm(SearchAlgorithm):
-    """Gives Ray Tune the trials that did not end, then those that the sampler proposes."""
+    """Passes the unfinished trials to Ray Tune, then those that the sampler proposes."""
 
     def __init__(self, search: SearchContext, sampler: TrialSampler) -> None:
         self._search, self._sampler = search, sampler
@@ -227,7 +234,7 @@ class StudySearchAlgorithm(SearchAlgorithm):
 
 
 class StudyRecorder(tune.Callback):
-    """Writes what Ray Tune tells into the study."""
+    """Writes the events of Ray Tune to the study."""
 
     def __init__(self, study: Study, watchers: Sequence[StudyObserver]) -> None:
         self._study, self._watchers = study, watchers
@@ -254,9 +261,9 @@ class StudyRecorder(tune.Callback):
         known = self._of(trial)
         if known.ended:
             return
-        # What Ray keeps beside this text is a pickle.
+        # Ray also stores the exception itself, but as a pickle.
         said = Path(trial.error_file).read_text() if trial.error_file else ""
-        lines = [line for line in said.splitlines() if line.strip()] or ["no reason is known"]
+        lines = [line for line in said.splitlines() if line.strip()] or ["unknown reason"]
         cause = f"its process was lost: {lines[-1].strip()[:300]}"
         self._study.end(known, "failed", cause)
         self._tell(known)

@@ -1,8 +1,8 @@
-"""Which options to try next: Optuna, told of what has been tried.
+"""Proposals for the next trial, made by Optuna from the stored trials.
 
-Optuna keeps nothing: its study is made of the trials that are kept, and each proposal is drawn by
-a sampler whose seed is that of the study and the trial. So what is proposed is a function of the
-trials before it, whether the driver was started once or often.
+Optuna stores nothing: its study is rebuilt from the stored trials, and each proposal is drawn by a
+sampler whose seed depends on the study and on the number of the trial. A proposal is therefore a
+function of the trials before it, however often the driver was restarted.
 """
 
 import json
@@ -21,18 +21,18 @@ from tune.run.study_store import Study
 from tune.run.trial_record import Trial
 from tune.search_space import Values
 
-# Trials before a model of the space is made.
+# Random trials before a sampler fits its model of the space.
 STARTUP_TRIALS = 8
-# Of a generation of the genetic sampler.
+# Trials per generation of the genetic sampler.
 POPULATION = 12
-# Keeps the seeds of one study's trials apart from those of another's.
+# Makes the seeds of trials differ between studies that have different seeds.
 SEED_STRIDE = 1_000_003
 
 
 class TrialSampler:
-    """Proposes options for a study's next trial, by the trials that the study keeps.
+    """Proposes options for a study's next trial, based on the trials in the study.
 
-    first: options of the first trial.
+    first: options of the first trial; those that are missing are sampled.
     """
 
     def __init__(self, study: Study, first: Values) -> None:
@@ -41,16 +41,16 @@ class TrialSampler:
         self._distributions = {
             name: each.distribution() for name, each in self._config.space.items()
         }
-        # Whether figures of epochs are of the metric that is made best.
+        # Whether every epoch reports the objective: there is one, and it is the model's metric.
         objectives = self._goals.objectives
         self._by_epoch = len(objectives) == 1 and objectives[0].metric == self._goals.early
         optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def propose(self) -> tuple[Values, dict[str, Any]]:
-        """Return the options of a new trial, and what is to be noted of it.
+        """Return the options of a new trial, and Optuna's attributes to store with it.
 
-        Optuna's study is rebuilt each time, as a failed trial counts as the worst of all that have
-        finished by then.
+        Optuna's study is rebuilt each time, because a failed trial counts as the worst of all
+        trials that have finished so far.
         """
         known, number = self._known_study(), len(self._study.trials)
         known.sampler = self._sampler(number)
@@ -66,7 +66,8 @@ class TrialSampler:
             name: dimension.value(asked.params[name])
             for name, dimension in self._config.space.items()
         }
-        # The genetic sampler notes generations at trials, and parents at the study.
+        # The genetic sampler stores generations as attributes of trials, and parents as attributes
+        # of the study.
         notes = {
             "trial": _plain(known.get_trials(deepcopy=False)[number].system_attrs),
             "study": _plain(known._storage.get_study_system_attrs(known._study_id)),
@@ -74,7 +75,7 @@ class TrialSampler:
         return values, notes
 
     def _known_study(self) -> optuna.Study:
-        """The trials as Optuna has them."""
+        """Return an Optuna study with all trials."""
         objectives = self._goals.objectives
         known = optuna.create_study(
             directions=["maximize" if each.maximize else "minimize" for each in objectives]
@@ -108,25 +109,28 @@ class TrialSampler:
     def _outcome(
         self, trial: Trial, worst: list[float] | None
     ) -> tuple[TrialState, list[float] | None]:
-        """How a trial counts. worst: of all that finished, by objective."""
+        """Return a trial's state and values for Optuna.
+
+        worst: the worst figures of all finished trials, by objective; None if there are none.
+        """
         if trial.state == "running":
             return TrialState.RUNNING, None
         if (values := self._measured(trial)) is not None:
             return TrialState.COMPLETE, values
         is_single = len(self._goals.objectives) == 1
         if is_single and self._config.sampler == "tpe":
-            return TrialState.PRUNED, None  # ranked by its epochs, after those that are complete
-        # The others know complete trials only.
+            return TrialState.PRUNED, None  # TPE ranks it by its epochs, after complete trials
+        # The other samplers use complete trials only.
         if (reached := self._reached(trial)) is not None:
             return TrialState.COMPLETE, [reached]
-        # A trial that was ended early is no failure, and its latency is not known.
+        # A trial that was ended early did not fail, and its other figures are unknown.
         is_early = trial.state == "stopped" and np.isfinite(trial.rows[-1][self._goals.early.name])
         if worst is None or (is_early and not is_single):
             return TrialState.FAIL, None
         return TrialState.COMPLETE, worst
 
     def _measured(self, trial: Trial) -> list[float] | None:
-        """The figures of a complete trial by objective; None of another, or if one is no number."""
+        """Return a trial's figures by objective; None if not complete, or not all are finite."""
         if trial.state != "complete":
             return None
         measured = self._study.measured(trial)
@@ -134,7 +138,7 @@ class TrialSampler:
         return values if np.isfinite(values).all() else None
 
     def _worst(self) -> list[float] | None:
-        """The worst figure in each objective of all trials that have finished."""
+        """Return the worst figure of all finished trials in each objective, None without any."""
         found = [values for trial in self._study.trials if (values := self._measured(trial))]
         if len(self._goals.objectives) == 1:
             reached = (self._reached(trial) for trial in self._study.trials if trial.ended)
@@ -145,7 +149,7 @@ class TrialSampler:
         return [(min if each.maximize else max)(values) for each, values in by_objective]
 
     def _reached(self, trial: Trial) -> float | None:
-        """What a trial's best epoch reached, where that is a measure of the only objective."""
+        """Return the only objective at a trial's best epoch; None if it failed or has none."""
         if trial.state == "failed" or not trial.reports or not self._by_epoch:
             return None
         value = best_epoch(trial.rows, self._study.choice)[self._goals.early.name]
@@ -167,7 +171,7 @@ class TrialSampler:
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What of Optuna's notes is plain JSON; options that it was given to try first are no note."""
+    """Return Optuna's attributes that are plain JSON, except the options of an enqueued trial."""
     found = {}
     for key, value in attributes.items():
         try:

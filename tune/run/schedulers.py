@@ -1,7 +1,8 @@
-"""Which trials end early, and which take over from others: Ray Tune's schedulers.
+"""Ray Tune's schedulers, which end trials early or let them continue from other trials.
 
-Ray does not keep a scheduler's state. Here it is made again: a scheduler that compares hears all
-reports once more, in the order in which they came; a population's is read off its trials.
+Ray does not store a scheduler's state, so the state is rebuilt after a restart. A scheduler that
+only compares trials receives all reports again in their original order. The state of population
+based training is derived from its trials.
 """
 
 import math
@@ -27,18 +28,18 @@ from tune.run.study_store import Study
 from tune.run.trial_record import Trial
 from tune.search_space import Values
 
-# What a trial tells of an epoch, by name: more of the value is better.
+# Keys in a trial's report on an epoch; a higher value is better.
 EPOCH, VALUE = "epoch", "value"
-# Keeps the draws of a population's rounds apart from those of its first options.
+# Makes the random draws of a population's rounds differ from those of its first options.
 POPULATION_SEED = 7_919
 
 
 @dataclass(frozen=True)
 class SchedulerContext:
-    """What a scheduler knows of a study.
+    """The values of a study that a scheduler needs.
 
-    early: the metric by which trials are compared. last_epoch: at which a trial ends anyway.
-    most_epochs: of any trial.
+    early: the metric by which trials are compared. last_epoch: returns the epoch at which a trial
+    is complete. most_epochs: the largest number of epochs of any trial.
     """
 
     study: Study
@@ -51,9 +52,9 @@ class SchedulerContext:
 def create_scheduler(
     config: TuneConfig, terms: SchedulerContext, relaunch: Callable[[Trial], dict[str, Any]]
 ) -> Any:
-    """Return the scheduler that a study is configured to have, in the state that it had.
+    """Return a study's scheduler, in the state that it had before a restart.
 
-    relaunch: a trial's config for Ray, after it took over from another.
+    relaunch: returns a trial's config for Ray after the trial took over from another one.
     """
     if config.scheduling == "pbt":
         return ReplayedPopulation(config, terms, relaunch)
@@ -76,7 +77,7 @@ def _rule(name: str, options: SchedulerConfig, most_epochs: int) -> TrialSchedul
         case "median":
             return MedianStoppingRule(
                 grace_period=grace,
-                # Trials do not make way for others.
+                # Never pause a trial to let others run.
                 min_time_slice=math.inf,
                 **named,
             )
@@ -86,16 +87,16 @@ def _rule(name: str, options: SchedulerConfig, most_epochs: int) -> TrialSchedul
 
 @dataclass(frozen=True)
 class KnownTrial:
-    """A trial, as a scheduler that only compares knows it: across restarts the same."""
+    """A trial as Ray's comparing schedulers identify it; equal after a restart."""
 
     trial_id: str
 
 
 class ReplayedScheduler(FIFOScheduler):
-    """Ends trials as one of Ray's schedulers says, which first hears what was before a restart.
+    """Ends trials by the rule of one of Ray's schedulers, after a replay of the earlier reports.
 
-    A trial of the study that was told to end, and did not live to be ended, is ended. So is, by any
-    rule and without one, a trial whose metric is no longer a number.
+    A trial that the rule had decided to end before a restart is ended now. A trial whose metric is
+    no longer finite is always ended, even without a rule.
     """
 
     def __init__(self, rule: TrialScheduler, terms: SchedulerContext) -> None:
@@ -107,7 +108,7 @@ class ReplayedScheduler(FIFOScheduler):
             self._add(trial)
             decision = self._judge(trial, report.figures)
             if report is not trial.reports[-1]:
-                # It did go on, whatever is said of it now.
+                # The trial continued after this report, whatever the rule decides now.
                 getattr(rule, "_stopped_trials", set()).discard(KnownTrial(trial.name))
                 continue
             if trial.ended:
@@ -119,9 +120,9 @@ class ReplayedScheduler(FIFOScheduler):
         self._add(self._of(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        # Ray flattens what it hands on.
+        # Ray flattens the reports that it passes on.
         figures, known = flatten_report(result), self._of(trial)
-        if figures["epoch"] <= known.epoch:  # its process was lost, and it came here again
+        if figures["epoch"] <= known.epoch:  # repeated after its process was lost
             return str(TrialScheduler.CONTINUE)
         return self._judge(known, figures)
 
@@ -135,15 +136,15 @@ class ReplayedScheduler(FIFOScheduler):
     def _add(self, trial: Trial) -> None:
         if trial.number not in self._added:
             self._added.add(trial.number)
-            # The bracket of hyperband is drawn from numpy's own generator.
+            # Hyperband draws the bracket from numpy's global generator.
             with seeded_random(self._terms.seed, trial.number):
                 self._rule.on_trial_add(None, KnownTrial(trial.name))
 
     def _judge(self, trial: Trial, figures: dict[str, float]) -> str:
         if figures["epoch"] >= self._terms.last_epoch(trial):
-            return str(TrialScheduler.CONTINUE)  # it ends of itself
+            return str(TrialScheduler.CONTINUE)  # the trial is complete and ends by itself
         if not math.isfinite(self._result(figures)[VALUE]):
-            # Not shown to the rule, whose quantiles and medians it would make infinite.
+            # Not passed to the rule, whose quantiles and medians would become infinite.
             return str(TrialScheduler.STOP)
         return str(self._rule.on_trial_result(None, KnownTrial(trial.name), self._result(figures)))
 
@@ -153,14 +154,14 @@ class ReplayedScheduler(FIFOScheduler):
             self._rule.on_trial_complete(None, KnownTrial(trial.name), result)
 
     def _result(self, figures: dict[str, float]) -> dict[str, float]:
-        """An epoch as Ray's rules know it; a value that is not a number is minus infinity."""
+        """Return an epoch's report for Ray's rules; a NaN becomes minus infinity."""
         return {EPOCH: int(figures["epoch"]), VALUE: self._terms.early.signed(figures)}
 
 
 class ReplayedPopulation(PopulationBasedTraining):
-    """Population based training whose options stay in the space, and whose takeovers are kept.
+    """Population based training that keeps options in the space and stores takeovers in the study.
 
-    All trials wait for one another at each comparison.
+    All trials wait for each other at each comparison.
     """
 
     def __init__(
@@ -205,8 +206,8 @@ class ReplayedPopulation(PopulationBasedTraining):
         known = self._of(trial)
         epoch = result[EPOCH]
         if epoch <= known.epoch or epoch >= self._terms.last_epoch(known):
-            return str(TrialScheduler.CONTINUE)  # it came here before, or ends of itself
-        # Before others take it over.
+            return str(TrialScheduler.CONTINUE)  # repeated after a loss, or complete
+        # Stored first, because other trials may now take over its reports.
         self._terms.study.report(known, flatten_report(result))
         with seeded_random(self._terms.seed, POPULATION_SEED, epoch, known.number):
             return str(super().on_trial_result(tune_controller, trial, result))
@@ -215,8 +216,8 @@ class ReplayedPopulation(PopulationBasedTraining):
         chosen = super().choose_trial_to_run(tune_controller)
         states = {trial.status for trial in tune_controller.get_live_trials()}
         if chosen is None and states == {RayTrial.PAUSED}:
-            # The one they waited for failed or ended, and Ray would wait for ever: without a
-            # comparison, on to the next.
+            # The trial that the others waited for has failed or ended, and Ray would wait forever.
+            # Skip this comparison.
             self._next_perturbation_sync += self._perturbation_interval
             chosen = super().choose_trial_to_run(tune_controller)
         return chosen
@@ -225,7 +226,7 @@ class ReplayedPopulation(PopulationBasedTraining):
         return self._terms.study.trials[int(trial.trial_id)]
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Values]:
-        """Let a trial take over from a better one; return what Ray sends to its process."""
+        """Let a trial take over from a better one; return the config for its process."""
         mine, donor = self._of(trial), self._of(trial_to_clone)
         epoch = int(self._trial_state[trial_to_clone].last_train_time)
         rng = np.random.default_rng([self._terms.seed, POPULATION_SEED, epoch, mine.number])
@@ -237,7 +238,7 @@ class ReplayedPopulation(PopulationBasedTraining):
 
 
 def flatten_report(result: dict[str, Any]) -> dict[str, float]:
-    """An epoch's figures, of what Ray makes of a trial's report: one level, names joined."""
+    """Return an epoch's figures from the report that Ray has flattened to `figures/NAME` keys."""
     prefix = "figures/"
     return {
         key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)
@@ -246,7 +247,10 @@ def flatten_report(result: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def seeded_random(*key: int) -> Iterator[None]:
-    """Within the block the generators of numpy and Python, which Ray draws from, begin at a key."""
+    """Seed the global generators of numpy and Python, which Ray uses; restore them after the block.
+
+    key: numbers that determine the seed.
+    """
     before = np.random.get_state(), random.getstate()
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     np.random.seed(seed)

@@ -1,9 +1,9 @@
-"""The study as it is kept: one file for what is searched, and one for each trial.
+"""The files of a study: one for the study itself, and one for each trial.
 
 `<storage>/studies/<name>/study.json`, `trials/00007.json`, `runs/00007/` (the trial's run, with its
-checkpoints), `report/`, `best.yaml`, `result.json`. A trial's file is written whole at each of its
-reports, by the one driver that searches. What searcher and scheduler know is made of these files
-again, so a driver may end at any moment; nothing else is read back, and no pickle.
+checkpoints), `report/`, `best.yaml`, `result.json`. The driver, of which there is one at a time,
+rewrites a trial's file atomically at each of its reports. The state of the sampler and scheduler is
+rebuilt from these files, so the driver may be killed at any moment; no pickle is ever read.
 """
 
 import fcntl
@@ -32,10 +32,10 @@ STUDY, TRIALS, RUNS, RESULT, BEST, REPORT = (
     *("result.json", "best.yaml", "report"),
 )
 
-# How the folders begin in which Ray Tune keeps its own notes, which are not read.
+# Prefix of the folders in which Ray Tune stores its own files, which are not read.
 RAY = "ray-"
 
-# What may differ when a study goes on: none of it changes what a trial finds.
+# Options that may change when a study is continued, because they do not affect trials' results.
 MAY_CHANGE = (
     *("tune.num_trials", "tune.parallel", "tune.max_minutes", "tune.pick", "tune.refit"),
     *("workers.gpu", "workers.max_failures", "checkpoint.keep", "profile", "registry", "storage"),
@@ -43,10 +43,10 @@ MAY_CHANGE = (
 
 
 class Study:
-    """The trials of a study, and where they are kept. One process writes, any may read.
+    """The trials of a study and their files. One process writes; any process may read.
 
-    known: the metrics of the task, the one that decides first. choice: the metric whose best epoch
-    a run keeps.
+    known: the metrics of the task, the main one first. choice: the metric that selects the best
+    epoch of a run.
     """
 
     def __init__(
@@ -63,12 +63,15 @@ class Study:
 
     @classmethod
     def load(cls, url: str) -> "Study":
-        """Raises UserError if there is none, naming those that there are, or a file is damaged."""
+        """Return the study stored at a path or URL.
+
+        Raises UserError if there is none, or if one of its files is invalid.
+        """
         content = storage.read_file(storage.join_path(url, STUDY))
         if content is None:
             parent, name = url.rsplit("/", 1)
             known = ", ".join(storage.list_names(parent))
-            raise UserError(f"there is no study '{name}'; there are {known or 'none'}.")
+            raise UserError(f"there is no study '{name}'; existing studies: {known or 'none'}.")
         found = json.loads(content)
         folder = storage.join_path(url, TRIALS)
         trials = []
@@ -79,12 +82,13 @@ class Study:
                     trials.append(Trial.model_validate_json(trial))
                 except ValidationError as error:
                     raise UserError(
-                        f"'{name}' is no trial of this version; give another --tune.study."
+                        f"'{name}' is not a trial's file of this version; give another "
+                        "--tune.study."
                     ) from error
         config = validate_as(StudyConfig, found["config"])
         if "metrics" not in found:
             raise UserError(
-                f"study '{_name(url)}' was begun by an earlier version; give another --tune.study."
+                f"study '{_name(url)}' is from an earlier version; give another --tune.study."
             )
         metrics = [Metric(**each) for each in found["metrics"]]
         return cls(url, config, metrics, Metric(**found["choice"]), trials)
@@ -98,10 +102,10 @@ class Study:
         choice: Metric,
         data: str = "",
     ) -> "Study":
-        """Return the study that is kept, or a new one.
+        """Return the stored study, or a new one.
 
-        data: digest of the records. Raises UserError if the one that is kept searches something
-        else, or on other records.
+        data: digest of the records. Raises UserError if the stored study has another config or
+        other records.
         """
         values = config.model_dump(mode="json")
         trials: list[Trial] = []
@@ -110,13 +114,13 @@ class Study:
             before = earlier.config.model_dump(mode="json")
             if differing := config_differences(before, values, MAY_CHANGE):
                 raise UserError(
-                    f"study '{config.study}' exists and keeps its config, but {differing}. Give "
-                    "another --tune.study, or the options as they were."
+                    f"study '{config.study}' exists with another config: {differing}. Restore "
+                    "these options, or give another --tune.study."
                 )
             if json.loads(content)["data"] != data:
                 raise UserError(
                     f"study '{config.study}' exists, and '{config.data.train}' no longer holds the "
-                    "records that it was begun on. Give another --tune.study."
+                    "records that it was started with. Give another --tune.study."
                 )
             trials = earlier.trials
         study = cls(url, config, known, choice, trials)
@@ -128,16 +132,16 @@ class Study:
         return study
 
     def measured(self, trial: Trial) -> dict[str, float]:
-        """The figures that a complete trial is measured by, by the name of the objective."""
+        """Return the figures of a complete trial, by the name of the objective."""
         net = best_epoch(trial.rows, self.choice)
         return {each.name: each.of(net, trial.served) for each in self.goals.measured}
 
     def _check_measured(self) -> None:
-        """Raises UserError if the rule asks for what complete trials did not measure."""
+        """Raise UserError if an objective needs a variant that complete trials did not make."""
         for trial in self.in_state("complete"):
             if missing := [name for name in self.goals.variants if name not in trial.served]:
                 raise UserError(
-                    f"tune.pick asks for '{missing[0]}', which the trials of study '{self.name}' "
+                    f"tune.pick requires '{missing[0]}', which the trials of study '{self.name}' "
                     "did not make; give another --tune.study."
                 )
 
@@ -146,32 +150,35 @@ class Study:
         return _name(self.url)
 
     def run_url(self, run: str) -> str:
+        """Return the path or URL of a run."""
         return storage.join_path(self.url, RUNS, run)
 
     def in_state(self, *states: State) -> list[Trial]:
+        """Return the trials that are in one of the states."""
         return [trial for trial in self.trials if trial.state in states]
 
     def begin(self, values: dict[str, Any], notes: dict[str, Any]) -> Trial:
-        """Add a trial."""
+        """Add a trial and store it. notes: the sampler's attributes."""
         trial = Trial(number=len(self.trials), values=values, began=time.time(), notes=notes)
         self.trials.append(trial)
         self.keep(trial)
         return trial
 
     def report(self, trial: Trial, figures: dict[str, float]) -> None:
-        """Add an epoch's figures."""
+        """Add an epoch's figures to a trial and store it."""
         trial.reports.append(EpochReport(at=self._reported, time=time.time(), figures=figures))
         self._reported += 1
         self.keep(trial)
 
     def end(self, trial: Trial, state: State, cause: str | None = None) -> None:
+        """Set a trial's final state and store it. cause: the reason for a failure."""
         trial.state, trial.cause, trial.ended_at = state, cause, time.time()
         self.keep(trial)
 
     def take_over(self, trial: Trial, donor: Trial, epoch: int, values: dict[str, Any]) -> None:
-        """Let a trial go on from another's checkpoint of an epoch, with other options.
+        """Let a trial continue from another trial's checkpoint of an epoch, with other options.
 
-        What its weights have been through is now what the other's have.
+        The donor's reports replace the trial's own, because they describe its new weights.
         """
         takeover = Exploit(
             epoch=epoch,
@@ -196,12 +203,12 @@ class Study:
         _write(storage.join_path(self.url, name), value)
 
     def read(self, name: str) -> Any | None:
-        """A JSON file of the study, or None if there is none."""
+        """Return the content of a JSON file of the study, None if it does not exist."""
         content = storage.read_file(storage.join_path(self.url, name))
         return None if content is None else json.loads(content)
 
     def tidy(self) -> None:
-        """Remove what no winner will be made of: runs of trials that ended early, Ray's notes."""
+        """Remove files that no winner needs: runs of trials that ended early, and Ray's folders."""
         used = {trial.run for trial in self.trials if trial.state in ("running", "complete")}
         runs = storage.join_path(self.url, RUNS)
         for name in storage.list_names(runs):
@@ -212,7 +219,7 @@ class Study:
                 storage.remove(storage.join_path(self.url, name))
 
     def replay(self) -> Iterator[tuple[Trial, EpochReport]]:
-        """The reports of all trials in the order in which they came."""
+        """Yield the reports of all trials in the order in which they arrived."""
         reports = [(report.at, trial, report) for trial in self.trials for report in trial.reports]
         for _, trial, report in sorted(reports, key=lambda each: each[0]):
             yield trial, report
@@ -220,9 +227,9 @@ class Study:
 
 @contextmanager
 def lock_study(url: str) -> Iterator[None]:
-    """Hold a study's place while the block runs. Raises UserError if another process does.
+    """Lock a study while the block runs. Raises UserError if another process has locked it.
 
-    On this machine only: at a URL nothing is there to hold it by.
+    A study at a URL is not locked, because URLs offer no locks.
     """
     if storage.is_url(url):
         yield
@@ -241,7 +248,7 @@ def lock_study(url: str) -> Iterator[None]:
 
 
 def study_location(root: str, name: str) -> str:
-    """Where a study is kept under the storage path."""
+    """Return the path or URL of a study under the storage path."""
     return storage.join_path(root, "studies", name)
 
 
@@ -250,5 +257,5 @@ def _name(path: str) -> str:
 
 
 def _write(url: str, value: Any) -> None:
-    """Write a file that readers see as it was or complete."""
+    """Write a JSON file atomically."""
     commit.write_atomic(url, json.dumps(value, indent=1).encode())

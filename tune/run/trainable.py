@@ -1,4 +1,4 @@
-"""A trial, in the process that Ray Tune gives it: the loop here, or on workers of its own."""
+"""A trial in its Ray Tune process, which trains itself or starts workers that train."""
 
 import contextlib
 import io
@@ -28,24 +28,23 @@ from train.tasks import Metric
 from train.telemetry.throughput import Event
 from tune.objectives import variant_metrics
 
-# Seconds of measuring the latencies of a trial's variants.
+# Seconds for measuring the latencies of a trial's variants.
 MEASURE_S = 1.0
 MARK = "run.txt"
-# What training says of a run that can be continued.
+# End of the training loop's error messages, cut off because a failed trial is not continued.
 KEPT = " The last checkpoint is kept."
-# How long a run that begins from another's checkpoint waits for it.
+# Seconds that a run waits for the checkpoint, of another run, from which it continues.
 CHECKPOINT_WAIT_S = 20
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a trial's process is sent, all of it plain values.
+    """The message to a trial's process, with plain values only.
 
-    early: the fields of the metric by which trials are compared while they run.
-
-    config: of training, with the trial's options. run_url: where its run is, or will be.
-    source_url, source_epoch: the run, and its epoch, that a new run begins from.
-    reported: the last epoch that is known already. variants: to make and measure at the end.
+    config: the training config, with the trial's options. run_url: path or URL of the trial's run,
+    which may not exist yet. reported: the last epoch that the study has stored. early: the fields
+    of the metric by which running trials are compared. variants: those to make and measure at the
+    end. source_url, source_epoch: the run and its epoch from which a new run continues.
     """
 
     number: int
@@ -58,13 +57,14 @@ class TrialSpec:
     source_epoch: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict."""
         return asdict(self)
 
 
 class TrialProcess(tune.Trainable):
-    """What Ray Tune calls: a step is an epoch, and at the end one that measures the variants.
+    """A trial for Ray Tune. Each step is an epoch; the last step measures the variants.
 
-    The run keeps its own checkpoints; to Ray a checkpoint is only the name of the run.
+    The run stores its own checkpoints. A checkpoint for Ray holds only the path of the run.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -81,11 +81,11 @@ class TrialProcess(tune.Trainable):
         try:
             with contextlib.redirect_stderr(said):
                 return next(self._results)
-        except (Diverged, UserError, CommandFailed, ValueError) as error:  # which say what to do
+        except (Diverged, UserError, CommandFailed, ValueError) as error:  # with clear messages
             return {"failed": str(error).removesuffix(KEPT), "done": True}
         except torch.OutOfMemoryError:
-            return {"failed": "the GPU's memory does not hold it", "done": True}
-        except Exception as error:  # of a user's own task or net: any kind
+            return {"failed": "the GPU ran out of memory", "done": True}
+        except Exception as error:  # the user's own task or network can raise any kind
             line = " ".join(str(error).split())[:300]
             return {"failed": f"{type(error).__name__}: {line}", "done": True}
 
@@ -93,16 +93,16 @@ class TrialProcess(tune.Trainable):
         Path(checkpoint_dir, MARK).write_text(self._plan.run_url)
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """The plan says where the run goes on."""
+        """Do nothing: the trial's spec says where the run continues."""
 
     def cleanup(self) -> None:
         self._results.close()
 
 
 def trial_results(plan: TrialSpec) -> Generator[dict[str, Any]]:
-    """Yield each epoch's figures, then what the variants measured, with done.
+    """Yield each epoch's figures, then the figures of the variants with `done` set.
 
-    Raises what training raises.
+    Raises the errors of training.
     """
     config = validate_config(plan.config)
     allow_plugins(config)
@@ -119,7 +119,7 @@ def trial_results(plan: TrialSpec) -> Generator[dict[str, Any]]:
 
 
 def _run(plan: TrialSpec, config: Config, data: EncodedDataset) -> Run:
-    """The trial's run where it stopped, or a new one, from another's checkpoint if so planned."""
+    """Return the trial's existing run, or a new one, which may start from another's checkpoint."""
     try:
         return Run.open(plan.run_url)
     except FileNotFoundError:
@@ -127,7 +127,8 @@ def _run(plan: TrialSpec, config: Config, data: EncodedDataset) -> Run:
             num_records = data.summary["splits"]["train"]["num_records"]
             step = plan.source_epoch * batch_sampler.num_steps(num_records, config.optim.batch_size)
             source = Run.open(plan.source_url).store(config.checkpoint.keep)
-            # Whose process writes it while this one begins; killed in between, it did not.
+            # The source's process may still be writing the checkpoint. If it was killed first, the
+            # checkpoint never appears.
             deadline = time.monotonic() + CHECKPOINT_WAIT_S
             while step not in (steps := source.steps()) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -156,7 +157,7 @@ def _here(config: Config, data: EncodedDataset, run: Run) -> Iterator[Event]:
 def _on_workers(config: Config, data: EncodedDataset, run: Run) -> Iterator[Event]:
     """Train on Ray Train's workers; yield the figures of each epoch.
 
-    The workers belong to this process: should it end, so do they.
+    The workers belong to this process and end with it.
     """
     last = _store(run.url, config).latest()
     yield from last.values["history"] if last is not None else []
@@ -185,11 +186,12 @@ def _on_workers(config: Config, data: EncodedDataset, run: Run) -> Iterator[Even
 def measure_variants(
     plan: TrialSpec, config: Config, data: EncodedDataset, run: Run, root: str
 ) -> dict[str, dict[str, Any]]:
-    """Make the variants of what a run trained, in a folder that goes; return their figures.
+    """Make the variants of a run's model in a temporary folder; return their figures by variant.
 
-    Without training again, so an int8 variant that needs it may do better as the winner.
+    The variants are not trained further. An int8 variant that needs training may therefore be
+    better in the winner's bundle. Raises CommandFailed if a variant cannot be made.
     """
-    # Imported only where it is used: it takes seconds.
+    # Imported here, because the import takes seconds.
     from train.compress import compress
 
     options = config.compress.model_dump() | {

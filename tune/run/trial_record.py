@@ -1,4 +1,4 @@
-"""What is kept of a trial."""
+"""The stored record of a trial."""
 
 from typing import Any, Literal
 
@@ -8,13 +8,15 @@ State = Literal["running", "complete", "stopped", "failed"]
 
 
 class StoredModel(BaseModel):
+    """Base of the records in a trial's file; unknown fields are an error."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class Exploit(StoredModel):
-    """A trial went on from another's weights of an epoch, with options near the other's.
+    """A takeover: a trial continued from a donor's weights of an epoch, with similar options.
 
-    values, rows: its own options and figures until then.
+    values, rows: the trial's own options and figures until then.
     """
 
     epoch: int
@@ -25,7 +27,7 @@ class Exploit(StoredModel):
 
 
 class EpochReport(StoredModel):
-    """An epoch's figures. at: their place among those of all trials. time: when they came."""
+    """An epoch's figures. at: index among the reports of all trials. time: seconds since 1970."""
 
     at: int
     time: float
@@ -33,7 +35,7 @@ class EpochReport(StoredModel):
 
 
 class Trial(StoredModel):
-    """What is known of a trial."""
+    """A trial: its options, state and results."""
 
     number: int
     values: dict[str, Any]
@@ -44,7 +46,7 @@ class Trial(StoredModel):
     served: dict[str, dict[str, Any]] = {}
     cause: str | None = None
     takeovers: list[Exploit] = []
-    # What the sampler noted of it.
+    # Attributes that the sampler stored with the trial.
     notes: dict[str, Any] = {}
 
     @property
@@ -53,7 +55,7 @@ class Trial(StoredModel):
 
     @property
     def run(self) -> str:
-        """The folder of its run; after a takeover another."""
+        """The folder of the trial's run, which changes with each takeover."""
         return self.name + (f"-{len(self.takeovers)}" if self.takeovers else "")
 
     @property
@@ -62,12 +64,12 @@ class Trial(StoredModel):
 
     @property
     def epoch(self) -> int:
-        """The last that was reported."""
+        """The last reported epoch, 0 before the first one."""
         return int(self.reports[-1].figures["epoch"]) if self.reports else 0
 
     @property
     def seconds(self) -> float:
-        """Of training, without what it waited."""
+        """The seconds of training, without the time that the trial waited."""
         return sum(row["seconds"] for row in self.rows)
 
     @property
