@@ -67,7 +67,7 @@ def train_and_register(
     root, metric = config.storage.root, config.registry.metric
     if not config.registry.enabled:
         bundle = train_bundle(completed, observe)
-        _print_next_steps(bundle, bundle.location)
+        print_next_steps(bundle, bundle.location)
         return bundle, {}
     publishing.check_publishable(root, metric)
     with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
@@ -79,11 +79,11 @@ def train_and_register(
         bundle = train_bundle(completed, record)
         score = functools.partial(validation_score, config)
         published = publishing.publish(bundle, recording, root, metric, score=score)
-    _print_next_steps(bundle, published["uri"])
+    print_next_steps(bundle, published["uri"])
     return bundle, published
 
 
-def _print_next_steps(bundle: Bundle, reference: str) -> None:
+def print_next_steps(bundle: Bundle, reference: str) -> None:
     """Print where the model card is and how to serve the model, on stderr."""
     card = storage.join_path(bundle.location, CARD)
     print(f"model card: {card}\nnext: serve run serve.app model={reference}", file=sys.stderr)

@@ -54,13 +54,18 @@ def parse(argv: Sequence[str]) -> StudyConfig:
         values = merge_options(values, {"tune": {}})
         values["tune"].pop("space", None)  # a given space replaces the file's space
     config = validate_as(StudyConfig, merge_options(values, options))
+    check_study(config)
+    return config
+
+
+def check_study(config: StudyConfig) -> None:
+    """Raises UserError for options that a study cannot have, or a space that does not fit them."""
     if config.resume is not None:
         raise UserError("resume is for a single run; to continue a study, run the same command.")
     if config.init is not None:
         raise UserError("init is for a single run; trials start from random weights. Leave it out.")
     changing = config.tune.scheduling == "pbt"
     search_space.check_space(config.tune.space, training_config(config), changing=changing)
-    return config
 
 
 def training_config(config: StudyConfig) -> Config:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         imported.result()
     from tune import tuner
 
-    return tuner.tune(config, config.storage.root)
+    return {**tuner.tune(config)}
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import functools
 import secrets
 import sys
 import time
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
-from cluster import storage
+from cluster import connect, storage
 from cluster.errors import UserError
 from train.bundle import publishing
 from train.bundling import build_bundle
@@ -19,9 +19,9 @@ from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.metrics import best_epoch
-from train.training import check_against_data, prepare_run
+from train.training import check_against_data, prepare_run, print_next_steps
 from tune import objectives, report, search_space
-from tune.cli import training_config
+from tune.cli import check_study, training_config
 from tune.config import StudyConfig
 from tune.reports.mlflow_tracking import MLflowTracking
 from tune.reports.progress import StudyDisplay
@@ -41,13 +41,47 @@ REFITTED = {
 }
 
 
-def tune(config: StudyConfig, root: str) -> dict[str, Any]:
-    """Start or continue a search; return the result that the command prints.
+class StudyResult(TypedDict, total=False):
+    """Result of a study: what training returns for the winner, and facts about the search.
 
-    root: the storage path. Raises UserError, before any trial starts, for wrong input;
+    version, alias and uri are None without a registry. bundle and best_config are paths or URLs.
+    metrics and objectives hold values by name, variants the metrics of each variant. trial is the
+    winner's number; report lists the files of the study's report.
+    """
+
+    model: str
+    version: int | None
+    alias: str | None
+    uri: str | None
+    bundle: str
+    metrics: dict[str, float]
+    simple_models: dict[str, dict[str, float]]
+    comparison: str
+    variants: dict[str, dict[str, Any]]
+    default_variant: str
+    seconds: float
+    study: str
+    num_trials: int
+    trial: int
+    objectives: dict[str, float]
+    best_config: str
+    report: Any
+
+
+def tune(config: StudyConfig) -> StudyResult:
+    """Search training options, train on the best ones, register the winner; return the result.
+
+        tune(StudyConfig(target="price", data={"train": "houses.csv"},
+                         tune={"space": {"optim.lr": {"loguniform": [0.001, 0.1]}}}))
+
+    A study that was interrupted continues. Ray starts on this machine unless it runs already or
+    RAY_ADDRESS names a cluster. Raises UserError, before any trial starts, for wrong input;
     CommandFailed if no trial can win.
     """
     started = time.perf_counter()
+    root = config.storage.root
+    check_study(config)
+    connect.connect(num_cpus=config.workers.all_cpus, metrics=False, logs=False)
     completed, data = prepare_run(training_config(config))
     base = completed.config
     known = data.task.known_metrics
@@ -71,7 +105,7 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
                 "--num-trials continues it, another --tune.study starts a new one",
                 file=sys.stderr,
             )
-            return result
+            return cast(StudyResult, result)
         plan = SearchContext(study, base, parallel)
         judge = runner.build_scheduler(plan)  # first, because it may end stored trials
         first = search_space.current_values(base, config.tune.space) if config.tune.start else {}
@@ -84,7 +118,7 @@ def tune(config: StudyConfig, root: str) -> dict[str, Any]:
             result = _finish(plan, select_winner(study), root, tracking, started)
             result["report"] = pictures
         study.write(RESULT, {"of": _key(study), "result": result})
-        return result
+        return cast(StudyResult, result)
 
 
 def _finish(
@@ -127,6 +161,7 @@ def _finish(
         score = functools.partial(validation_score, best)
         broken = broken_rule(study, trial, bundle.manifest)
         result |= tracking.publish(bundle, metric, figure, score, candidate=broken)
+    print_next_steps(bundle, result["uri"] or bundle.location)
     return result | {
         "study": study.name,
         "num_trials": len(study.trials),

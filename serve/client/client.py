@@ -157,13 +157,14 @@ class Client:
     ) -> Any:
         """Return the predictions for N records, in the order and form of the records.
 
-        records: one of
-        - a sequence of records, each a mapping of columns; bytes are files such as a PNG. For a
+        Records may be a sequence, a DataFrame, or arrays by column:
+
+        - A sequence of records, each a mapping of columns; bytes are files such as a PNG. For a
           model with one input, a record may be its value alone. Returns a list of N dicts, such as
-          {"label": "7", "probabilities": {"0": 0.01, …}} or {"value": 12.5};
-        - a pandas DataFrame. Returns a DataFrame with the same index, with a column for each
-          output and, as `probabilities.CLASS`, for each class;
-        - a mapping of column names to arrays of N rows, or for a model with one input that array
+          {"label": "7", "probabilities": {"0": 0.01, …}} or {"value": 12.5}.
+        - A pandas DataFrame. Returns a DataFrame with the same index, with a column for each
+          output and, as "probabilities.CLASS", for each class.
+        - A mapping of column names to arrays of N rows, or for a model with one input that array
           alone, such as uint8 [N, H, W, C]. Values travel as binary tensors. Returns a dict of
           arrays: "label" object [N], "probabilities" float32 [N, K], or "value" float32 [N].
 

@@ -199,7 +199,7 @@ def tune(folder, options, **tune):
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **options, "tune": {"study": "s", **tune}}))
     config = parse(["--config", str(path), "--storage.path", str(folder)])
-    return tuner.tune(config, str(folder)), kept(folder, "s")
+    return tuner.tune(config), kept(folder, "s")
 
 
 # Fails at a rate of 10, after a while.

@@ -30,6 +30,8 @@ from tune.search_space import with_values
 # handler of SIGINT, which would keep Ctrl-C from ending this process.
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Trials read data by the same relative paths as this process.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
