@@ -60,7 +60,7 @@ def test_training_prints_one_json_object_that_holds_the_result(trained, bundle):
     assert bundle.manifest.variants[trained["default_variant"]].accepted
 
 
-def test_a_served_model_answers_all_protocols_and_ends_cleanly(
+def test_a_server_handles_all_protocols_and_stops_cleanly(
     trained, bundle, test_split, storage_path, tmp_path
 ):
     before = processes()
@@ -144,7 +144,7 @@ def test_wrong_serving_input_exits_2_with_one_line(trained, bundle, tmp_path, st
             assert word in line
 
 
-def test_a_taken_port_is_named(trained, storage_path):
+def test_the_error_names_a_port_that_is_in_use(trained, storage_path):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind((server.URL.split("/")[2].split(":")[0], 8000))
@@ -154,7 +154,7 @@ def test_a_taken_port_is_named(trained, storage_path):
     assert "port 8000 is taken" in done.stderr.splitlines()[-1]
 
 
-def test_the_doctor_finds_what_works(tmp_path):
+def test_the_doctor_command_reports_a_healthy_machine(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-m", "cluster", "doctor", "--storage.path", str(tmp_path / "runs")],

@@ -162,7 +162,7 @@ def folder(module: str) -> str:
 
 
 @pytest.mark.parametrize("path", paths(), ids=module_name)
-def test_a_module_imports_only_what_stands_before_it(path):
+def test_a_module_imports_only_its_allowed_packages(path):
     module = module_name(path)
     package = max((name for name in ALLOWED if below(module, name)), key=len)
     strings = {
@@ -180,7 +180,7 @@ def in_circles(edges: dict[str, set[str]]) -> set[str]:
     return left
 
 
-def test_folders_import_each_other_in_no_circle():
+def test_folders_have_no_circular_imports():
     edges = defaultdict(set)
     for module, path in modules().items():
         for name in imports(path):
@@ -190,7 +190,7 @@ def test_folders_import_each_other_in_no_circle():
     assert not in_circles(edges)
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_modules_have_no_circular_imports():
     """What a function imports when it is called is no part of one."""
     edges = defaultdict(set)
     for module, path in modules().items():
@@ -264,7 +264,7 @@ def leaves(value):
         "serve.requestlog.writer",
     ],
 )
-def test_serving_needs_no_torch(package):
+def test_serving_imports_neither_torch_nor_mlflow(package):
     code = (
         f"import sys; sys.modules['torch'] = None; sys.modules['mlflow'] = None\nimport {package}"
     )
@@ -274,7 +274,7 @@ def test_serving_needs_no_torch(package):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_top_level_holds_the_agreed_folders_only():
+def test_the_top_level_has_only_the_agreed_folders():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -282,7 +282,7 @@ def test_the_top_level_holds_the_agreed_folders_only():
     assert folders <= {".ci", "cluster", "train", "tune", "serve", "k8s", "tests", "docs"}
 
 
-def test_folders_of_tests_mirror_the_packages():
+def test_folders_mirror_the_packages():
     tests = REPOSITORY / "tests"
     for path in tests.rglob("test_*.py"):
         folder = path.parent.relative_to(tests)

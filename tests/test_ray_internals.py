@@ -49,7 +49,7 @@ def test_one_module_per_area_imports_private_names_of_ray():
 
 
 @pytest.mark.parametrize("package", ["ray", "uvicorn"])
-def test_the_installed_version_is_the_one_written_against(package):
+def test_the_installed_version_matches_the_pinned_minor(package):
     wanted = [Requirement(each) for each in requires("halyard")]
     (needed,) = [each.specifier for each in wanted if each.name == package and not each.marker]
     assert needed.contains(version(package))
@@ -58,7 +58,7 @@ def test_the_installed_version_is_the_one_written_against(package):
     assert f">={minor}" in str(needed)
 
 
-def test_names_of_ray_itself_are_there():
+def test_private_names_of_ray_core_exist():
     from ray._private import ray_constants, ray_logging, services, worker
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.worker import global_worker
@@ -82,7 +82,7 @@ def test_names_of_ray_itself_are_there():
         assert "namespace" in inspect.signature(inspect.unwrap(function)).parameters
 
 
-def test_the_function_that_ray_calls_waits_for_a_slow_node():
+def test_patient_start_patches_the_function_that_ray_calls():
     from ray._private import node, services
 
     assert "services.get_node(" in inspect.getsource(node)
@@ -92,7 +92,7 @@ def test_the_function_that_ray_calls_waits_for_a_slow_node():
     assert services.get_node is before
 
 
-def test_names_of_ray_train_are_there():
+def test_private_names_of_ray_train_exist():
     for name in ray_train_internals.__all__:
         assert getattr(ray_train_internals, name) is not None
     callback = ray_train_internals.ControllerCallback
@@ -113,7 +113,7 @@ def test_names_of_ray_train_are_there():
         assert callable(getattr(TorchTrainer, hook))
 
 
-def test_names_of_ray_serve_are_there():
+def test_private_names_of_ray_serve_exist():
     assert callable(ray_serve_internals.default_impl.add_grpc_address)
     assert callable(ray_serve_internals.replica.add_port_to_grpc_server)
     assert ray_serve_internals.build_address("::1", "80") == "[::1]:80"

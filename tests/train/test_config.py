@@ -8,7 +8,7 @@ from train.config import Config, portable_options
 from tune.cli import parse as parse_study
 
 
-def test_options_win_over_the_file():
+def test_options_override_the_config_file():
     parsed = cli.parse(["--optim.lr", "0.5", "--net.widths", "[8,16]", "--workers.num", "3"]).config
     assert parsed.name == "digits"
     assert (parsed.optim.lr, parsed.net.widths, parsed.workers.num) == (0.5, [8, 16], (3, 3))
@@ -44,7 +44,7 @@ def test_the_shipped_configs_are_valid():
         (["--config", "missing.yaml"], ["missing.yaml", "No such file", "digits.yaml"]),
     ],
 )
-def test_a_wrong_option_is_named_with_what_is_accepted(arguments, words):
+def test_the_error_names_a_wrong_option_and_accepted_values(arguments, words):
     with pytest.raises(UserError) as caught:
         cli.parse(arguments)
     message = str(caught.value)
@@ -63,7 +63,7 @@ def test_a_wrong_option_is_named_with_what_is_accepted(arguments, words):
         ("a: [\n", ["not valid YAML"]),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_accepted(tmp_path, text, words):
+def test_errors_in_a_config_file_are_explained_in_one_line(tmp_path, text, words):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:

@@ -41,7 +41,7 @@ def completed(table, **changes):
     return inference.complete_config(validate_config(values)).config
 
 
-def test_the_epochs_with_the_least_mean_loss_are_chosen(table):
+def test_the_number_of_epochs_with_the_least_loss_is_chosen(table):
     config = completed(table)
     assert config.stop.folds == 5
     data = dataset.prepare_dataset(config, config.storage.root)
@@ -73,7 +73,7 @@ def test_every_training_record_is_held_out_once(table, monkeypatch):
     assert sorted(held_out_NF.tolist()) == sorted(whole_NF.tolist())
 
 
-def test_a_diverging_net_ends_the_choice_in_one_line(table):
+def test_a_diverging_net_fails_cross_validation(table):
     config = completed(table, optim={"name": "sgd", "lr": 10, "weight_decay": 1})
     data = dataset.prepare_dataset(config, config.storage.root)
     with pytest.raises(CommandFailed, match=r"cross-validation failed: .* lower optim\.lr"):
@@ -91,7 +91,7 @@ def test_fewer_records_than_folds_make_fewer_folds(tmp_path):
     assert 1 <= epochs <= len(rows) == 2
 
 
-def test_a_run_ends_after_the_epoch_that_was_chosen(digits, tmp_path, config):
+def test_a_run_ends_after_the_chosen_epoch(digits, tmp_path, config):
     stop = {"after": 2, "metric": "valid_loss", "patience": 5}
     changed = make_config(
         optim={"epochs": 6},
@@ -126,7 +126,7 @@ def test_options_that_contradict_folds_are_refused(changes, words):
         make_config(**changes)
 
 
-def test_a_metric_given_for_the_epoch_leaves_folds_out(table):
+def test_a_given_checkpoint_metric_turns_folds_off(table):
     config = completed(table, checkpoint={"metric": "valid_auc"})
     assert (config.stop.folds, config.epoch_metric) == (0, "valid_auc")
     assert completed(table).epoch_metric == "valid_loss"
@@ -134,7 +134,7 @@ def test_a_metric_given_for_the_epoch_leaves_folds_out(table):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_resumed_run_keeps_to_the_epochs_that_were_chosen(ray_session, table, capfd):
+def test_a_resumed_run_keeps_the_chosen_number_of_epochs(ray_session, table, capfd):
     """And the bundle says how they were chosen."""
     from train.training import train_bundle
 

@@ -31,7 +31,7 @@ def logits(yes_N):
 
 @pytest.mark.parametrize("recall", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("num_known", [9, 40, 300])
-def test_new_records_are_recognised_as_often_as_asked(rng, recall, num_known):
+def test_new_records_reach_the_requested_recall(rng, recall, num_known):
     """In the mean over draws of the known records, by at most 1 / (n + 1) more."""
     found = []
     for _ in range(2000):
@@ -42,7 +42,7 @@ def test_new_records_are_recognised_as_often_as_asked(rng, recall, num_known):
     assert recall - error <= np.mean(found) <= recall + 1 / (num_known + 1) + error
 
 
-def test_too_few_records_for_a_recall_recognise_everything():
+def test_too_few_records_for_a_recall_give_threshold_zero():
     assert recall_threshold(np.array([0.9, 0.8]), np.array([True, True]), 0.9) == 0.0
 
 
@@ -53,7 +53,7 @@ def test_calibrated_probabilities_get_the_threshold_of_the_costs(rng):
     assert cost_threshold(scores_N, truths_N, COSTS) == pytest.approx(0.1)
 
 
-def test_a_threshold_that_is_better_beyond_chance_is_found(rng):
+def test_a_significantly_better_threshold_is_found(rng):
     """Scores that are the square of the probability, as of a net that is badly calibrated."""
     probabilities_N = rng.beta(0.5, 2, 20_000)
     truths_N = rng.random(20_000) < probabilities_N
@@ -68,7 +68,7 @@ def test_a_threshold_that_is_better_beyond_chance_is_found(rng):
 
 
 @pytest.mark.parametrize("counts", [(95, 5), (5, 95)])
-def test_the_threshold_is_of_the_rarer_class(counts):
+def test_the_threshold_applies_to_the_rarer_class(counts):
     """And answers as the class of least expected cost, in either order of the classes."""
     task = applied(class_task(counts), cost=[[0, 1], [4, 0]])
     probabilities_N = np.linspace(0, 1, 101)
@@ -85,7 +85,7 @@ def test_the_threshold_is_of_the_rarer_class(counts):
     assert chosen_N[inside_N].tolist() == by_costs_N[inside_N].tolist()
 
 
-def test_of_several_classes_the_least_expected_cost_is_chosen(rng):
+def test_the_class_of_least_expected_cost_is_chosen(rng):
     costs = [[0, 1, 5], [2, 0, 1], [1, 8, 0]]
     task = applied(class_task((10, 20, 30)), cost=costs)
     outputs = {"logits": rng.normal(size=(200, 3))}
@@ -105,7 +105,7 @@ def test_of_several_classes_the_least_expected_cost_is_chosen(rng):
     assert fit_thresholds(task, rule(cost=costs), outputs, truths_N) == ()
 
 
-def test_each_label_has_a_threshold_of_its_own(rng):
+def test_each_label_has_its_own_threshold(rng):
     task = Task(Features(()), LabelsTarget("y", ("a", "b"), (50, 10), num_records=100))
     truths_NK = rng.random((4000, 2)) < [0.5, 0.1]
     outputs = {"logits": rng.normal(size=(4000, 2)) + 2 * truths_NK - [0, 4]}
@@ -141,7 +141,7 @@ def test_costs_and_recall_together_are_refused():
         rule(cost=[[0, 1], [1, 0]], recall=0.9)
 
 
-def test_a_quantile_is_for_numbers():
+def test_the_quantile_option_requires_a_numeric_target():
     config = make_config(quantile=0.9)
     task = apply_options(Task(Features(()), ValueTarget("y", 0.0, 1.0)), config)
     assert (task.target.quantile, task.metric, task.target.loss) == (

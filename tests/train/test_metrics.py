@@ -24,7 +24,7 @@ def draw(num_classes, shares=None, count=400, seed=0):
     return ClassTarget("y").fit(names[truths_N]), {"logits": logits_NK}, truths_N
 
 
-def test_metrics_of_two_classes_are_scikit_learns():
+def test_metrics_of_two_classes_match_scikit_learn():
     target, outputs, truths_N = draw(2, [0.94, 0.06])
     found = target.metrics(outputs, truths_N)
     probabilities_N = target.probabilities(outputs)[:, 1]
@@ -63,7 +63,7 @@ def test_metrics_of_several_classes_are_means_over_them():
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_the_rarer_class_is_the_one_that_is_looked_for(swapped):
+def test_the_rarer_class_is_the_positive_class(swapped):
     """Whatever the order of the names is."""
     names = ["x", "y"] if swapped else ["y", "x"]
     values = [names[0]] * 95 + [names[1]] * 5
@@ -86,14 +86,14 @@ def test_the_rarer_class_is_the_one_that_is_looked_for(swapped):
         ((300, 300, 300, 20), "average_precision"),
     ],
 )
-def test_average_precision_decides_where_a_class_is_rare(counts, metric):
+def test_average_precision_is_the_metric_if_a_class_is_rare(counts, metric):
     classes = tuple("abcdefghij"[: len(counts)])
     task = task_of(ClassTarget("y", classes, counts))
     assert task.metric == metric
     assert task.find_metric() == Metric(f"valid_{metric}", "higher")
 
 
-def test_the_calibration_error_is_that_of_its_definition():
+def test_the_calibration_error_matches_its_definition():
     confidence_N = np.array([0.55, 0.58, 0.91, 0.95, 1.0])
     right_N = np.array([True, False, True, True, False])
     # Bins of a fifteenth: 8 has two of them, 13 one, 14 two.
@@ -104,7 +104,7 @@ def test_the_calibration_error_is_that_of_its_definition():
     assert calibration_error(confidence_N, rng.random(200_000) < confidence_N) < 0.01
 
 
-def test_outputs_that_are_no_numbers_have_metrics_that_are_none():
+def test_nan_outputs_give_nan_metrics():
     """Instead of an error, so that a run can end with what to do about it."""
     target, outputs, truths_N = draw(2)
     outputs["logits"][3] = np.nan
@@ -126,7 +126,7 @@ def test_the_quantile_loss_is_least_at_the_quantile(quantile):
     )
 
 
-def test_a_metric_says_which_way_is_better():
+def test_the_best_epoch_respects_the_direction_of_the_metric():
     loss, accuracy = Metric("valid_loss", "lower"), Metric("valid_accuracy", "higher")
     rows = [
         {"epoch": 1, "valid_loss": 0.9, "valid_accuracy": 0.5},
@@ -140,7 +140,7 @@ def test_a_metric_says_which_way_is_better():
         Metric("mape", "up")
 
 
-def test_a_metric_that_is_not_a_number_is_worst():
+def test_a_nan_metric_is_the_worst():
     rows = [{"epoch": n + 1, "valid_loss": loss} for n, loss in enumerate([np.nan, 0.7, np.nan])]
     assert best_epoch(rows, Metric("valid_loss", "lower"))["epoch"] == 2
     for better, extreme in (("lower", 1e300), ("higher", -1e300)):
@@ -159,7 +159,7 @@ class ValuesByShare(ValueTarget):
         return {"mape": float(np.mean(np.abs(predicted_N / true_N - 1)))}
 
 
-def test_a_metric_of_ones_own_goes_the_way_that_it_says():
+def test_a_custom_metric_uses_its_declared_direction():
     target = ValuesByShare("y", mean=5.0, scale=1.0)
     metric = task_of(target).find_metric()
     assert metric == Metric("valid_mape", "lower")
@@ -185,7 +185,7 @@ def test_a_metric_without_a_direction_is_refused():
         task.metrics({"logits": np.zeros((3, 1))}, np.zeros(3), "valid")
 
 
-def test_every_target_returns_the_metrics_that_it_knows():
+def test_every_target_returns_its_known_metrics():
     target, outputs, truths_N = draw(3)
     labels = LabelsTarget("y").fit(["a", "b", "a|b"])
     costs = ((0.0, 1.0), (3.0, 0.0))

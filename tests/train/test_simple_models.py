@@ -47,7 +47,7 @@ def frame(rng):
 KINDS = {"x": "number", "z": "number", "name": "category"}
 
 
-def test_trees_see_what_a_linear_model_does_not(make, frame):
+def test_trees_learn_interactions_that_a_linear_model_misses(make, frame):
     """The product of two numbers."""
     models = fit_simple_models(make(frame, KINDS, "classification"), seed=0)
     assert [model.name for model in models] == [BOOSTED, LINEAR]
@@ -56,7 +56,7 @@ def test_trees_see_what_a_linear_model_does_not(make, frame):
     assert boosted.metrics["valid_loss"] < linear.metrics["valid_loss"]
 
 
-def test_the_linear_model_is_scikit_learns(make, frame, rng):
+def test_the_linear_model_matches_scikit_learn(make, frame, rng):
     data = make(frame.assign(x=frame["x"].where(rng.random(3000) > 0.1)), KINDS, "classification")
     (linear,) = (model for model in fit_simple_models(data, seed=0) if model.name == LINEAR)
 
@@ -80,13 +80,13 @@ def test_the_linear_model_is_scikit_learns(make, frame, rng):
 
 
 @pytest.mark.parametrize("kinds", [{"text": "text"}, {**KINDS, "text": "text"}])
-def test_words_are_seen_by_both(make, frame, kinds):
+def test_both_models_learn_from_words(make, frame, kinds):
     labelled = frame.assign(y=np.where(frame["x"] > 0, "up", "down"))
     for model in fit_simple_models(make(labelled, kinds, "classification"), seed=0):
         assert model.metrics["test_accuracy"] > 0.99
 
 
-def test_values_are_predicted_in_the_targets_unit(make, frame):
+def test_metrics_of_values_are_in_the_unit_of_the_target(make, frame):
     data = make(frame.assign(y=1000 + 50 * frame["x"]), KINDS, "regression")
     linear = next(model for model in fit_simple_models(data, seed=0) if model.name == LINEAR)
     assert linear.metrics["test_r2"] > 0.999
@@ -98,7 +98,7 @@ def test_images_have_no_simple_model(digits):
     assert describe_comparison(digits.task, [], {}, np.zeros(0)) == ""
 
 
-def test_a_net_that_is_worse_is_said_to_be_so(make, frame):
+def test_a_net_worse_than_a_simple_model_gets_a_warning(make, frame):
     data = make(frame, KINDS, "classification")
     models = fit_simple_models(data, seed=0)
     _, targets_N = data.open("test")
@@ -137,7 +137,7 @@ def task(make, frame) -> Task:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_a_temperature_undoes_what_is_too_sure(rng, task, temperature):
+def test_the_fitted_temperature_calibrates_probabilities(rng, task, temperature):
     outputs, targets_N = outputs_of(rng, 4000, temperature)
     found = fit_temperature(task, outputs, targets_N)
     assert found == pytest.approx(temperature, rel=0.1)
@@ -153,6 +153,6 @@ def test_a_temperature_undoes_what_is_too_sure(rng, task, temperature):
     assert restored.target.temperature == found
 
 
-def test_a_temperature_that_chance_explains_is_not_taken(rng, task):
+def test_a_temperature_explained_by_chance_is_not_used(rng, task):
     taken = sum(fit_temperature(task, *outputs_of(rng, 200, 1.0)) != 1 for _ in range(200))
     assert taken / 200 < 0.05 + 4 * np.sqrt(0.05 * 0.95 / 200)

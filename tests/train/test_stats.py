@@ -18,14 +18,14 @@ from train.stats import (
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 3), (7, 9), (50, 100), (1000, 1000)])
-def test_the_interval_of_a_proportion_is_scipys(correct, count):
+def test_the_interval_of_a_proportion_matches_scipy(correct, count):
     expected = scipy_stats.binomtest(correct, count).proportion_ci(method="wilson")
     expected = (expected.low, expected.high)
     assert wilson_interval(correct, count) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 0), (3, 9), (40, 22), (600, 500)])
-def test_the_p_of_the_sign_test_is_scipys(better, worse):
+def test_the_p_value_of_the_sign_test_matches_scipy(better, worse):
     count = better + worse
     expected = scipy_stats.binomtest(better, count).pvalue if count else 1.0
     assert sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
@@ -48,13 +48,13 @@ def pairs(same, gained, lost):
         ((200, 0, 0), -1.959964 / 202, 1.959964 / 202, 1e-9),
     ],
 )
-def test_the_interval_of_paired_proportions_is_the_published_one(cells, low, high, tolerance):
+def test_the_interval_of_paired_proportions_matches_publications(cells, low, high, tolerance):
     interval = paired_interval(*pairs(*cells), binary=True)
     assert interval == pytest.approx((low, high), abs=tolerance)
 
 
 @pytest.mark.parametrize("count", [50, 400])
-def test_the_interval_of_paired_proportions_has_its_coverage(rng, count):
+def test_the_interval_of_paired_proportions_covers_95_percent(rng, count):
     covered = 0
     for _ in range(1000):
         kinds = rng.choice(3, p=[0.8, 0.125, 0.075], size=count)
@@ -63,7 +63,7 @@ def test_the_interval_of_paired_proportions_has_its_coverage(rng, count):
     assert 0.935 <= covered / 1000 <= 0.975
 
 
-def test_the_interval_of_paired_means_has_its_coverage(rng):
+def test_the_interval_of_paired_means_covers_95_percent(rng):
     covered = 0
     for _ in range(1000):
         before, after = rng.normal(size=(2, 200)) * [[1], [2]] + [[0], [0.3]]
@@ -72,7 +72,7 @@ def test_the_interval_of_paired_means_has_its_coverage(rng):
     assert 0.93 <= covered / 1000 <= 0.97
 
 
-def test_the_bootstrap_interval_is_scipys(rng):
+def test_the_bootstrap_interval_matches_scipy(rng):
     values = rng.lognormal(size=150)
     expected = scipy_stats.bootstrap(
         (values,), np.median, n_resamples=1000, method="percentile", rng=np.random.default_rng(1)
@@ -90,7 +90,7 @@ def test_the_bootstrap_agrees_with_the_closed_form(rng):
     np.testing.assert_allclose(interval, expected, atol=0.0035)
 
 
-def test_a_draw_for_which_a_statistic_is_undefined_is_left_out():
+def test_bootstrap_draws_with_an_undefined_statistic_are_skipped():
     values = np.array([1.0, 2.0, np.nan])
     low, high = bootstrap_interval(lambda ids: float(values[ids].mean()), 3)
     assert (low, high) == pytest.approx((1, 2), abs=0.01)

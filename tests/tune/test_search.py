@@ -211,7 +211,7 @@ FRAGILE = {
 LR = {"optim.lr": {"loguniform": [0.005, 1]}}
 
 
-def test_a_population_takes_over_from_its_best(ray_session, tmp_path):
+def test_a_population_trial_takes_over_from_a_better_one(ray_session, tmp_path):
     space = {**LR, "net.dropout": {"uniform": [0, 0.5]}}
     result, study = tune(
         tmp_path,
@@ -241,7 +241,7 @@ def test_a_population_takes_over_from_its_best(ray_session, tmp_path):
     assert len(lineage["takeovers"]) == len(winner.takeovers)
 
 
-def test_a_population_goes_on_when_the_one_it_waits_for_fails(ray_session, tmp_path):
+def test_a_population_continues_when_an_awaited_trial_fails(ray_session, tmp_path):
     _, study = tune(
         tmp_path,
         FRAGILE,
@@ -296,7 +296,7 @@ def test_objectives_of_variants_and_a_winner_trained_on_all_data(ray_session, tm
     assert float(version.tags["valid_accuracy"]) in [row["valid_accuracy"] for row in rows]
 
 
-def test_a_trial_that_fails_is_told_of_and_the_search_goes_on(ray_session, tmp_path, capsys):
+def test_a_failed_trial_is_reported_and_the_search_continues(ray_session, tmp_path, capsys):
     result, study = tune(
         tmp_path,
         FRAGILE,
@@ -332,7 +332,7 @@ def test_wrong_input_is_refused_before_any_trial(ray_session, tmp_path, options,
     assert not (tmp_path / "studies").exists()
 
 
-def test_a_search_out_of_time_ends_and_the_same_command_resumes(ray_session, tmp_path):
+def test_the_same_command_resumes_a_search_that_ran_out_of_time(ray_session, tmp_path):
     options = {"optim": {"epochs": 400, "batch_size": 64}}
     study = {"space": LR, "num_trials": 2, "scheduler": {"name": "none"}}
     started = time.monotonic()

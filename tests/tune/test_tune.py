@@ -73,13 +73,13 @@ def play(study, sampler, *, losses=lambda values, epoch: values["optim.lr"] / ep
         ({"uniform": [0, float("inf")]}, "not a range"),
     ],
 )
-def test_a_dimension_that_is_none_says_why(given, words):
+def test_an_invalid_dimension_is_refused_with_a_reason(given, words):
     with pytest.raises(ValueError, match=words):
         Dimension.model_validate(given)
 
 
 @pytest.mark.parametrize("given", SPACE.values(), ids=SPACE.keys())
-def test_values_survive_the_way_through_optuna(given, rng):
+def test_values_survive_the_round_trip_through_optuna(given, rng):
     dimension = Dimension.model_validate(given)
     value = dimension.tried[0]
     for _ in range(200):
@@ -113,7 +113,7 @@ def test_perturbed_numbers_are_a_fifth_away_or_drawn_anew(rng):
         ({"choice": ["a", "b", "c"]}, "c"),
     ],
 )
-def test_a_perturbed_value_leaves_where_it_is(given, value, rng):
+def test_a_perturbed_value_differs_from_the_old_one(given, value, rng):
     """Also zero, a small whole number or an end; only a random draw may give the same value."""
     dimension = Dimension.model_validate(given)
     changed = [dimension.perturbed(value, rng) for _ in range(2000)]
@@ -170,14 +170,14 @@ def test_a_wrong_study_is_refused_in_one_line(arguments, words):
         assert word in str(error.value)
 
 
-def test_a_study_extends_a_training_config_and_options_win():
+def test_a_study_extends_a_training_config_and_options_override():
     config = parse(["--num-trials", "7", "--max-minutes", "2", "--optim.epochs", "3"])
     assert (config.tune.num_trials, config.tune.max_minutes, config.optim.epochs) == (7, 2, 3)
     assert config.optim.batch_size == 64  # of train/configs/digits.yaml
     assert config.workers.num == (1, 1)
 
 
-def test_records_alone_are_enough():
+def test_a_data_file_and_a_target_define_a_study():
     config = parse(["--data.train", "some/table.csv", "--target", "price"])
     assert (config.name, config.study, config.target) == ("table", "table", "price")
     assert "optim.lr" in config.tune.space
@@ -192,7 +192,7 @@ def test_shipped_studies_are_valid(name):
 # Objectives
 
 
-def test_objectives_know_which_way_is_better():
+def test_objectives_have_the_right_direction():
     names = ("valid_accuracy", "valid_loss", "int8_static.p50_ms@32", "fp32.bytes")
     goals = objectives.study_goals(names, None, METRICS)
     assert [each.maximize for each in goals.objectives] == [True, False, False, False]
@@ -204,7 +204,7 @@ def test_objectives_know_which_way_is_better():
     "name",
     ["valid_r2", "test_accuracy", "int8_static.test_accuracy", "pruned.bytes", "fp32.p50_ms@3"],
 )
-def test_an_objective_that_the_task_does_not_have_is_refused(name):
+def test_an_unknown_objective_is_refused(name):
     with pytest.raises(UserError, match="valid_accuracy"):
         objectives.study_goals([name], None, METRICS)
 
@@ -213,12 +213,12 @@ def test_an_objective_that_the_task_does_not_have_is_refused(name):
     "rule",
     ["valid_loss", "best", "best valid_r2", "best valid_loss with p50 2", "best valid_loss with 3"],
 )
-def test_a_rule_that_is_none_is_refused(rule):
+def test_an_invalid_pick_rule_is_refused(rule):
     with pytest.raises(UserError):
         objectives.study_goals(["valid_loss"], rule, METRICS)
 
 
-def test_a_rule_names_what_is_best_and_its_bounds():
+def test_a_pick_rule_is_parsed_into_objective_and_bounds():
     rule = "best valid_accuracy with fp32.p50_ms ≤ 2 and fp32.bytes<=1e6"
     pick = objectives.study_goals([], rule, METRICS).pick
     assert pick.best.name == "valid_accuracy"
@@ -227,7 +227,7 @@ def test_a_rule_names_what_is_best_and_its_bounds():
     assert not pick.conditions[0].holds(2.1)
 
 
-def test_the_front_is_what_nothing_beats(rng):
+def test_the_pareto_front_contains_the_undominated_points(rng):
     points = rng.integers(0, 8, (60, 3)).tolist()
     expected = [
         at
@@ -242,7 +242,7 @@ def test_the_front_is_what_nothing_beats(rng):
 # The study's files
 
 
-def test_a_study_is_read_as_it_was_written(tmp_path):
+def test_a_study_is_loaded_as_it_was_saved(tmp_path):
     study = new_study(tmp_path)
     first = study.begin({"optim.lr": 0.1}, {"note": [1]})
     second = study.begin({"optim.lr": 0.2}, {})
@@ -273,7 +273,7 @@ def test_a_study_keeps_its_space_and_may_have_more_trials(tmp_path):
         new_study(tmp_path, space=other)
 
 
-def test_a_rule_may_not_ask_for_what_trials_did_not_make(tmp_path):
+def test_a_pick_rule_cannot_use_variants_that_trials_lack(tmp_path):
     study = new_study(tmp_path)
     trial = study.begin({}, {})
     study.report(trial, figures(1, 0.5))
@@ -282,7 +282,7 @@ def test_a_rule_may_not_ask_for_what_trials_did_not_make(tmp_path):
         new_study(tmp_path, pick="best valid_loss with fp32.bytes <= 5")
 
 
-def test_a_damaged_or_missing_study_is_named(tmp_path):
+def test_the_error_names_a_damaged_or_missing_study(tmp_path):
     study = new_study(tmp_path)
     study.begin({}, {})
     (tmp_path / "studies/s/trials/00000.json").write_text("{")
@@ -292,7 +292,7 @@ def test_a_damaged_or_missing_study_is_named(tmp_path):
         Study.load(str(tmp_path / "studies" / "other"))
 
 
-def test_a_study_does_not_go_on_with_other_records(tmp_path):
+def test_a_study_does_not_continue_with_other_records(tmp_path):
     url = str(tmp_path / "studies" / "s")
     Study.open(url, study_config(), METRICS, LOSS, "digest")
     Study.open(url, study_config(), METRICS, LOSS, "digest")
@@ -316,7 +316,7 @@ with lock_study(sys.argv[1]):
     assert free.returncode == 0, free.stderr
 
 
-def test_what_no_winner_is_made_of_is_removed(tmp_path):
+def test_runs_of_stopped_and_failed_trials_are_removed(tmp_path):
     study = new_study(tmp_path)
     for state in ("complete", "stopped", "failed", "running"):
         trial = study.begin({}, {})
@@ -334,7 +334,7 @@ def test_what_no_winner_is_made_of_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp"])
-def test_what_is_proposed_does_not_depend_on_restarts(tmp_path, sampler):
+def test_proposals_do_not_depend_on_restarts(tmp_path, sampler):
     options = {"sampler": sampler}
     if sampler == "nsga2":
         options["objectives"] = ["valid_loss", "valid_accuracy"]
@@ -353,7 +353,7 @@ def test_what_is_proposed_does_not_depend_on_restarts(tmp_path, sampler):
 
 
 @pytest.mark.parametrize(("sampler", "count"), [("tpe", 40), ("gp", 20)])
-def test_the_sampler_learns_where_it_is_good(tmp_path, sampler, count):
+def test_the_sampler_finds_better_regions(tmp_path, sampler, count):
     study = new_study(tmp_path, sampler=sampler)
     sampler = TrialSampler(study, {})
 
@@ -370,7 +370,7 @@ def test_the_sampler_learns_where_it_is_good(tmp_path, sampler, count):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_a_trial_that_failed_is_avoided_and_a_nan_does_no_harm(tmp_path, sampler):
+def test_the_sampler_avoids_failed_trials_and_tolerates_nan(tmp_path, sampler):
     study = new_study(tmp_path, sampler=sampler)
     sampler = TrialSampler(study, {})
     for _ in range(30):
@@ -426,18 +426,18 @@ def test_searches_learn_where_trials_fail(tmp_path, sampler, objectives):
         ({"pick": "best fp32.bytes with valid_accuracy >= 0.9"}, "none"),
     ],
 )
-def test_trials_end_early_only_where_a_metric_is_made_best(options, scheduling):
+def test_trials_stop_early_only_if_a_metric_is_optimized(options, scheduling):
     """A metric that is only a bound would end the small nets that were asked for."""
     assert study_config(**options).tune.scheduling == scheduling
 
 
-def test_a_scheduler_without_a_metric_to_go_by_is_refused():
+def test_a_scheduler_without_a_metric_is_refused():
     words = r"asha compares trials by a validation metric, but fp32\.bytes is not one"
     with pytest.raises(UserError, match=words):
         study_config(objectives=["fp32.bytes"], scheduler={"name": "asha"})
 
 
-def test_a_trial_ended_without_a_number_counts_as_failed(tmp_path):
+def test_a_trial_stopped_with_a_nan_loss_counts_as_failed(tmp_path):
     """With several objectives, where one that was ended early for its figures does not count."""
     study = new_study(tmp_path, objectives=["valid_loss", "fp32.bytes"], sampler="gp")
     for loss, size in ((0.5, 10), (0.9, 20), (0.7, None), (float("nan"), None)):
@@ -520,7 +520,7 @@ def simulate(study, judge, losses, *, restart=lambda study, judge: (study, judge
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_scheduler_decides_after_restarts_as_without(tmp_path, rng, name):
+def test_scheduler_decisions_do_not_depend_on_restarts(tmp_path, rng, name):
     losses = rng.random(24)
     options = {"scheduler": {"name": name}}
     study = new_study(tmp_path / "a", **options)
@@ -540,7 +540,7 @@ def test_a_scheduler_decides_after_restarts_as_without(tmp_path, rng, name):
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_trials_end_where_rays_own_scheduler_ends_them(tmp_path, rng, name):
+def test_trials_stop_where_rays_own_scheduler_stops_them(tmp_path, rng, name):
     losses = rng.random(24)
     study = new_study(tmp_path, scheduler={"name": name})
     mine = simulate(study, create_scheduler(study.config.tune, terms(study), dict), losses)
@@ -565,7 +565,7 @@ def test_trials_end_where_rays_own_scheduler_ends_them(tmp_path, rng, name):
 
 
 @pytest.mark.parametrize("name", [*RULES, "none"])
-def test_a_trial_whose_metric_is_no_number_ends(tmp_path, name):
+def test_a_trial_with_a_nan_metric_is_stopped(tmp_path, name):
     """And the others are judged as if it had not been."""
     study = new_study(tmp_path / "a", scheduler={"name": name})
     judge = create_scheduler(study.config.tune, terms(study), dict)
@@ -582,7 +582,7 @@ def test_a_trial_whose_metric_is_no_number_ends(tmp_path, name):
     assert study.trials[-1].state == "stopped"
 
 
-def test_a_trial_told_to_end_is_ended_by_the_next_driver(tmp_path):
+def test_the_next_driver_stops_a_trial_that_was_told_to_stop(tmp_path):
     study = new_study(tmp_path, scheduler={"name": "asha"})
     for loss in (0.1, 0.2, 0.9):
         study.report(study.begin({}, {}), figures(1, loss))
@@ -592,7 +592,7 @@ def test_a_trial_told_to_end_is_ended_by_the_next_driver(tmp_path):
     assert states == ["running", "stopped", "stopped"]
 
 
-def test_an_epoch_that_comes_again_is_not_judged_again(tmp_path):
+def test_a_repeated_epoch_is_not_judged_again(tmp_path):
     study = new_study(tmp_path, scheduler={"name": "asha"})
     judge = create_scheduler(study.config.tune, terms(study), dict)
     for number, loss in enumerate((0.1, 0.9)):
@@ -605,7 +605,7 @@ def test_an_epoch_that_comes_again_is_not_judged_again(tmp_path):
     assert judge.on_trial_result(None, Ray(1), result(1, 0.9)) == "STOP"
 
 
-def test_several_objectives_end_no_trial_early_by_default():
+def test_several_objectives_disable_early_stopping_by_default():
     one, two = (
         TuneConfig(space=SPACE, objectives=names) for names in ((), ("valid_loss", "fp32.bytes"))
     )
@@ -640,7 +640,7 @@ def test_the_best_epoch_of_the_best_complete_trial_wins(tmp_path):
     assert study.measured(best) == {"valid_loss": min(row["valid_loss"] for row in best.rows)}
 
 
-def test_what_is_no_number_does_not_win(tmp_path):
+def test_a_nan_loss_does_not_win(tmp_path):
     study = new_study(tmp_path, objectives=["valid_loss"])
     for loss in (float("nan"), 0.5, 0.4):
         trial = study.begin({}, {})
@@ -694,7 +694,7 @@ def remade(verdict="accepted", p50_ms=1.0, skipped=()):
         (remade(skipped=[("fp32", "no room")]), "fp32 could not be made: no room"),
     ],
 )
-def test_a_winner_made_anew_must_keep_the_rule(tmp_path, manifest, words):
+def test_a_retrained_winner_must_satisfy_the_pick_rule(tmp_path, manifest, words):
     study = new_study(tmp_path, pick="best valid_loss with fp32.p50_ms <= 2")
     trial = study.begin({}, {})
     study.report(trial, figures(1, 0.4))
@@ -703,7 +703,7 @@ def test_a_winner_made_anew_must_keep_the_rule(tmp_path, manifest, words):
     assert broken_rule(study, select_winner(study), manifest) == words
 
 
-def test_without_a_complete_trial_it_says_what_to_do(tmp_path):
+def test_without_a_complete_trial_the_error_says_what_to_do(tmp_path):
     study = new_study(tmp_path)
     trial = study.begin({}, {})
     with pytest.raises(CommandFailed, match="--max-minutes"):
@@ -713,7 +713,7 @@ def test_without_a_complete_trial_it_says_what_to_do(tmp_path):
         select_winner(study)
 
 
-def test_a_report_is_made_of_a_study_that_runs(tmp_path):
+def test_a_report_can_be_written_for_a_running_study(tmp_path):
     study = finished(tmp_path, pick="best valid_loss with valid_accuracy >= 0")
     running = study.begin(study.trials[0].values, {})
     study.report(running, figures(1, 0.5))
@@ -739,7 +739,7 @@ def test_the_report_command_finds_the_only_study(tmp_path):
     assert "**winner**" in done.stderr
 
 
-def test_the_table_shows_best_running_and_how_many_are_left(tmp_path):
+def test_the_table_shows_best_running_and_finished_trials(tmp_path):
     from rich.console import Console
 
     study = finished(tmp_path, num_trials=12)

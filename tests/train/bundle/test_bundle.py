@@ -23,7 +23,7 @@ def copy(bundle, tmp_path):
     return path
 
 
-def test_a_bundle_describes_itself(bundle):
+def test_the_manifest_lists_files_tensors_and_variants(bundle):
     manifest = bundle.manifest
     on_disk = {
         path.relative_to(bundle.path).as_posix()
@@ -47,7 +47,7 @@ def test_no_file_of_a_bundle_is_a_pickle(bundle):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_file_is_refused_by_name(copy, damage):
+def test_the_error_names_a_damaged_file(copy, damage):
     file = copy / "weights.safetensors"
     data = bytearray(file.read_bytes())
     if damage == "flip":
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_refused_by_name(copy, damage):
 
 
 @pytest.mark.parametrize("damage", ["absent", "no JSON", "unknown field", "newer format"])
-def test_a_manifest_that_cannot_be_trusted_is_refused(copy, damage):
+def test_an_invalid_manifest_is_refused(copy, damage):
     file = copy / manifests.FILENAME
     values = json.loads(file.read_text())
     if damage == "absent":
@@ -89,7 +89,7 @@ def test_a_manifest_cannot_name_a_file_outside_the_bundle(copy):
 
 
 @pytest.mark.parametrize("name", ["variants/fp32/model.onnx", "golden.npz", "features.json"])
-def test_a_file_without_a_digest_is_refused(copy, name):
+def test_a_required_file_without_a_digest_is_refused(copy, name):
     file = copy / manifests.FILENAME
     values = json.loads(file.read_text())
     del values["files"][name]
@@ -99,7 +99,7 @@ def test_a_file_without_a_digest_is_refused(copy, name):
 
 
 @pytest.mark.parametrize("name", ["variants/fp32/more.data", "baseline.json", "link"])
-def test_a_file_that_no_digest_covers_is_refused(copy, name):
+def test_a_file_not_listed_in_the_manifest_is_refused(copy, name):
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"].pop(name, None)
@@ -112,7 +112,7 @@ def test_a_file_that_no_digest_covers_is_refused(copy, name):
         Bundle.load(str(copy))
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path):
+def test_an_interrupted_write_leaves_no_files(tmp_path):
     target = tmp_path / "bundles" / "one"
 
     def write():
@@ -126,7 +126,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8_static"])
-def test_the_golden_outputs_come_out_again(bundle, variant):
+def test_the_golden_outputs_are_reproduced(bundle, variant):
     predictor = Predictor.load(bundle, variant)
     inputs, expected = bundle.golden(variant)
     np.testing.assert_allclose(
@@ -141,7 +141,7 @@ class Wrong(OnnxRuntimeEngine):
         return {name: array + 1e3 for name, array in super().run(inputs).items()}
 
 
-def test_an_engine_that_answers_differently_is_refused(bundle, monkeypatch):
+def test_an_engine_with_wrong_golden_outputs_is_refused(bundle, monkeypatch):
     monkeypatch.setattr(engines, "find_engine", lambda name: Wrong)
     with pytest.raises(CorruptBundle, match="golden"):
         Predictor.load(bundle)
@@ -174,7 +174,7 @@ def run_by(bundle, monkeypatch):
     return run_by
 
 
-def test_a_variant_computed_differently_yields_to_the_next_best(bundle, run_by, caplog):
+def test_a_variant_with_wrong_outputs_falls_back_to_the_next(bundle, run_by, caplog):
     manifest = bundle.manifest
     default = manifest.default_variant
     run_by(default, Wrong)
@@ -189,7 +189,7 @@ def test_a_variant_computed_differently_yields_to_the_next_best(bundle, run_by, 
 @pytest.mark.parametrize(
     ("optimize_for", "served"), [("throughput", "fp32"), ("latency", "fp32"), ("size", None)]
 )
-def test_fp32_is_served_where_the_default_is_slower(bundle, run_by, caplog, optimize_for, served):
+def test_fp32_is_served_if_the_default_is_slower(bundle, run_by, caplog, optimize_for, served):
     default = bundle.manifest.default_variant
     assert default != "fp32"
     run_by(default, Slow)
@@ -200,13 +200,13 @@ def test_fp32_is_served_where_the_default_is_slower(bundle, run_by, caplog, opti
     assert Predictor.load_fastest(bundle, default).variant == default
 
 
-def test_the_default_is_served_where_it_is_faster(bundle, run_by, caplog):
+def test_the_default_is_served_if_it_is_faster(bundle, run_by, caplog):
     run_by("fp32", Slow)
     assert Predictor.load_fastest(bundle).variant == bundle.manifest.default_variant
     assert not caplog.text
 
 
-def test_the_default_is_served_where_fp32_cannot_be(bundle, run_by, caplog):
+def test_the_default_is_served_if_fp32_gives_wrong_outputs(bundle, run_by, caplog):
     run_by("fp32", Wrong)
     assert Predictor.load_fastest(bundle).variant == bundle.manifest.default_variant
     assert "'fp32'" in caplog.text
@@ -231,7 +231,7 @@ def test_golden_records_include_the_largest_numbers(rng):
     np.testing.assert_array_equal(golden["numbers"][8:10], [known.min(0), known.max(0)])
 
 
-def test_a_default_that_was_not_accepted_is_not_served(bundle):
+def test_a_default_refused_by_the_gate_is_not_served(bundle):
     manifest = bundle.manifest
     name = manifest.default_variant
     refused = manifest.variants[name].model_copy(update={"verdict": "refused"})
@@ -241,7 +241,7 @@ def test_a_default_that_was_not_accepted_is_not_served(bundle):
         Predictor.load(replace(bundle, manifest=changed), name)
 
 
-def test_a_bundle_of_another_format_says_so(bundle, tmp_path):
+def test_a_bundle_with_an_old_format_is_refused(bundle, tmp_path):
     copy = tmp_path / "old"
     shutil.copytree(bundle.path, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -250,13 +250,13 @@ def test_a_bundle_of_another_format_says_so(bundle, tmp_path):
         Bundle.load(str(copy))
 
 
-def test_an_unknown_variant_names_the_known_ones(bundle):
+def test_the_error_for_an_unknown_variant_lists_the_known_ones(bundle):
     with pytest.raises(ValueError, match=r"'int4' is unknown; 'digits' has fp32, int8_dyn"):
         Predictor.load(bundle, "int4")
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8_static"])
-def test_the_answer_does_not_depend_on_the_batch(bundle, trained, variant):
+def test_predictions_do_not_depend_on_the_batch(bundle, trained, variant):
     predictor = Predictor.load(bundle, variant)
     inputs, _ = EncodedDataset(*shards_of(bundle, trained)).open("test")
     whole = predictor.run({name: array[:64] for name, array in inputs.items()})

@@ -150,7 +150,7 @@ def test_a_bundle_that_names_code_is_refused_without_importing(
     assert not mark.exists()
 
 
-def test_code_among_the_models_is_refused_even_where_it_is_named(bundle, tmp_path, monkeypatch):
+def test_code_in_a_data_folder_is_refused_even_if_allowed(bundle, tmp_path, monkeypatch):
     copy = rewritten(bundle, tmp_path, {"features.json": with_encoder})
     mark = tmp_path / "imported"
     (copy / "brought_along.py").write_text(BROUGHT.format(mark=str(mark)))
@@ -168,7 +168,7 @@ def test_code_among_the_models_is_refused_even_where_it_is_named(bundle, tmp_pat
     assert not mark.exists()
 
 
-def test_code_that_is_named_is_imported(bundle, tmp_path, monkeypatch):
+def test_code_of_an_allowed_module_is_imported(bundle, tmp_path, monkeypatch):
     copy = rewritten(bundle, tmp_path / "models", {"features.json": with_encoder})
     mark = tmp_path / "imported"
     code = tmp_path / "code"
@@ -196,7 +196,7 @@ def test_code_that_is_named_is_imported(bundle, tmp_path, monkeypatch):
         ("../tests.server:start", "is not a valid path"),
     ],
 )
-def test_no_more_is_imported_than_what_is_named(path, words):
+def test_only_objects_defined_in_allowed_modules_are_imported(path, words):
     plugins.allow_modules(["tests.server"])
     with pytest.raises(ValueError, match=words):
         plugins.import_object(path)
@@ -211,7 +211,7 @@ def test_a_class_in_a_users_options_is_allowed_for_the_run():
     assert validate_config(config.model_dump(mode="json")).plugins == config.plugins
 
 
-def test_options_of_a_bundle_allow_nothing():
+def test_options_stored_in_a_bundle_allow_no_modules():
     values = make_config().model_dump()
     values |= {"net": {"class_path": "train.configs.curve_net:CurveNet"}, "plugins": ["os"]}
     with pytest.raises(UserError, match="curve_net"):
@@ -286,7 +286,7 @@ def test_each_command_refuses_a_bundle_that_names_code(bundle, tmp_path):
     assert not mark.exists()
 
 
-def test_the_state_of_a_task_is_read_by_the_same_rule():
+def test_a_task_state_that_names_other_code_is_refused():
     state = {
         "kind": "task",
         "features": [{"kind": "os:system"}],

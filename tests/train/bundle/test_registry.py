@@ -57,7 +57,7 @@ def test_a_version_becomes_production_only_if_it_is_no_worse(bundle, tmp_path):
     assert type(bundle).load(location).manifest == bundle.manifest
 
 
-def test_a_version_to_be_tried_is_candidate_whatever_its_metrics(bundle, tmp_path):
+def test_publishing_as_candidate_ignores_the_metrics(bundle, tmp_path):
     from mlflow import MlflowClient
 
     root = str(tmp_path)
@@ -83,20 +83,20 @@ def test_a_version_to_be_tried_is_candidate_whatever_its_metrics(bundle, tmp_pat
         ("valid_accuracy", 0.5, float("nan"), "candidate"),
     ],
 )
-def test_each_metric_has_its_direction(bundle, tmp_path, metric, old, new, alias):
+def test_promotion_respects_the_direction_of_the_metric(bundle, tmp_path, metric, old, new, alias):
     root = str(tmp_path)
     publish(with_metric(bundle, old, metric), root, metric)
     assert publish(with_metric(bundle, new, metric), root, metric)["alias"] == alias
 
 
-def test_a_path_with_spaces_and_percents_is_found_again(bundle, tmp_path):
+def test_a_path_with_spaces_and_percent_signs_is_resolved(bundle, tmp_path):
     root = str(tmp_path / "my 100% runs")
     published = publish(bundle, root, "valid_accuracy")
     location, _ = registry.resolve_model(published["uri"], root)
     assert type(bundle).load(location).manifest == bundle.manifest
 
 
-def test_an_mlflow_server_keeps_the_bundle(bundle, tmp_path, monkeypatch):
+def test_an_mlflow_server_stores_and_returns_the_bundle(bundle, tmp_path, monkeypatch):
     """A real server that proxies artifacts; the root has nothing but the downloaded copy."""
     with mlflow_server(tmp_path) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -138,7 +138,7 @@ def test_the_run_holds_options_curves_and_pictures(bundle, tmp_path):
         ("models:/digits/x", ["models:/NAME/VERSION"]),
     ],
 )
-def test_a_model_that_is_not_there_is_said_in_one_line(bundle, uri, words, storage_path):
+def test_a_missing_model_is_reported_in_one_line(bundle, uri, words, storage_path):
     with pytest.raises(UserError) as caught:
         registry.resolve_model(uri, str(storage_path))
     assert "\n" not in str(caught.value)
@@ -146,12 +146,12 @@ def test_a_model_that_is_not_there_is_said_in_one_line(bundle, uri, words, stora
         assert word in str(caught.value)
 
 
-def test_a_metric_that_may_not_decide_names_those_that_may(tmp_path):
+def test_the_error_for_an_unusable_metric_lists_usable_ones(tmp_path):
     with pytest.raises(UserError, match=r"'test_accuracy'; accepted are .* valid_accuracy, "):
         publishing.check_publishable(str(tmp_path), "test_accuracy")
 
 
-def test_asking_for_a_model_makes_no_registry(tmp_path):
+def test_looking_up_a_model_creates_no_registry(tmp_path):
     with pytest.raises(UserError, match="there is no registry"):
         registry.resolve_model("models:/digits@production", str(tmp_path / "typo"))
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +201,7 @@ def with_other_records(bundle):
         ),
     ],
 )
-def test_a_model_with_another_interface_is_candidate(bundle, tmp_path, capsys, change, words):
+def test_a_model_with_another_interface_becomes_candidate(bundle, tmp_path, capsys, change, words):
     """Clients of the model in production could not call it."""
     root = str(tmp_path)
     publish(with_metric(bundle, 0.1), root, METRIC)
@@ -211,7 +211,7 @@ def test_a_model_with_another_interface_is_candidate(bundle, tmp_path, capsys, c
     assert f"candidate: {words} from version 1" in capsys.readouterr().err
 
 
-def test_figures_on_other_records_do_not_decide(bundle, tmp_path, capsys):
+def test_metrics_on_other_records_do_not_decide_promotion(bundle, tmp_path, capsys):
     root = str(tmp_path)
     publish(with_metric(bundle, 0.5), root, METRIC)
     other = with_other_records(with_metric(bundle, 0.9))
@@ -235,7 +235,7 @@ def test_figures_on_other_records_do_not_decide(bundle, tmp_path, capsys):
         assert f"0.9000 against {figure:.4f} of version 1" in capsys.readouterr().err
 
 
-def test_a_production_that_cannot_be_read_is_not_replaced(bundle, tmp_path, capsys):
+def test_an_unreadable_production_version_is_not_replaced(bundle, tmp_path, capsys):
     root = str(tmp_path)
     published = publish(with_metric(bundle, 0.1), root, METRIC)
     (Path(registry.resolve_model(published["uri"], root)[0]) / "manifest.json").unlink()
@@ -243,7 +243,7 @@ def test_a_production_that_cannot_be_read_is_not_replaced(bundle, tmp_path, caps
     assert "version 1 in production cannot be read" in capsys.readouterr().err
 
 
-def test_a_production_of_an_older_format_is_replaced(bundle, tmp_path, capsys):
+def test_a_production_version_of_an_older_format_is_replaced(bundle, tmp_path, capsys):
     """Nothing serves it any more."""
     root = str(tmp_path)
     published = publish(with_metric(bundle, 0.9), root, METRIC)
@@ -253,7 +253,7 @@ def test_a_production_of_an_older_format_is_replaced(bundle, tmp_path, capsys):
     assert "version 1 has an older format" in capsys.readouterr().err
 
 
-def test_a_promotion_leaves_the_version_before_as_previous(bundle, tmp_path):
+def test_a_promotion_keeps_the_old_version_as_previous(bundle, tmp_path):
     root = str(tmp_path)
     for value in (0.5, 0.6):
         publish(with_metric(bundle, value), root, METRIC)
@@ -264,7 +264,7 @@ def test_a_promotion_leaves_the_version_before_as_previous(bundle, tmp_path):
     assert aliases(root, "digits") == {"production": "3", "previous": "2"}
 
 
-def test_a_candidate_replaces_only_what_it_was_compared_with(bundle, tmp_path):
+def test_a_candidate_replaces_only_the_version_compared_with(bundle, tmp_path):
     root = str(tmp_path)
     publish(with_metric(bundle, 0.5), root, METRIC)
     publish(with_metric(bundle, 0.1), root, METRIC)
@@ -307,7 +307,7 @@ def test_production_does_not_change_when_the_registry_fails(bundle, proxy, tmp_p
 
 
 @pytest.mark.slow
-def test_of_two_registered_at_once_the_better_is_production(bundle, server, tmp_path, monkeypatch):
+def test_the_better_of_two_concurrent_models_is_production(bundle, server, tmp_path, monkeypatch):
     location = str(bundle.path)
     for folder, pairs, first_use in (("one", 4, False), ("new", 3, True)):
         root = str(tmp_path / folder)
@@ -330,7 +330,7 @@ with registry_lock.lock_registry(client, ""):
 
 
 @pytest.mark.slow
-def test_the_lock_of_a_process_that_died_is_taken_over(server, monkeypatch):
+def test_the_lock_of_a_dead_process_is_taken_over(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD],
@@ -360,7 +360,7 @@ def test_the_lock_of_a_process_that_died_is_taken_over(server, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_number_that_others_have_passed_is_no_lock(server, monkeypatch):
+def test_a_delayed_process_takes_a_newer_lock_number(server, monkeypatch):
     """A process stood still between its look at the registry and its attempt."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     client = mlflow_client("")
@@ -385,6 +385,6 @@ def test_a_number_that_others_have_passed_is_no_lock(server, monkeypatch):
         assert highest(client)[0] == asked[0][0] + 3
 
 
-def test_a_lock_that_may_end_too_soon_changes_nothing():
+def test_a_lock_about_to_expire_prevents_changes():
     with pytest.raises(RegistryError, match="too slowly"):
         registry_lock.RegistryLock(until=time.monotonic()).check()

@@ -101,7 +101,7 @@ def with_digest(folder, name):
         ),
     ],
 )
-def test_what_changed_after_signing_is_named(copy, keys, change, named):
+def test_the_error_names_a_file_changed_after_signing(copy, keys, change, named):
     (ours, trusted), _ = keys
     signature.sign(copy, ours)
     signature.require([trusted])
@@ -157,7 +157,7 @@ def test_a_bundle_is_signed_when_it_is_written(bundle, keys, tmp_path, monkeypat
     assert (Bundle.load(location).path / signature.SIGNATURE).is_file()
 
 
-def test_openssfs_own_command_verifies_and_signs(copy, keys):
+def test_the_openssf_command_verifies_and_signs_bundles(copy, keys):
     (ours, trusted), _ = keys
     signature.sign(copy, ours)
     command = [sys.executable, "-m", "model_signing"]
@@ -170,7 +170,7 @@ def test_openssfs_own_command_verifies_and_signs(copy, keys):
 
 
 @pytest.mark.parametrize("made", ["missing", "text", "rsa", "encrypted", "public"])
-def test_a_key_that_cannot_be_used_is_named_before_any_work(tmp_path, made):
+def test_an_unusable_key_is_refused_before_any_work(tmp_path, made):
     key = rsa.generate_private_key(65537, 2048) if made == "rsa" else None
     private_key, public_key = write_keys(
         tmp_path / "keys", key, b"secret" if made == "encrypted" else None
@@ -190,7 +190,7 @@ def test_a_key_that_cannot_be_used_is_named_before_any_work(tmp_path, made):
 
 
 @pytest.mark.parametrize("form", ["option", "path", "secret"])
-def test_the_private_key_comes_by_option_path_or_secret(copy, keys, monkeypatch, form):
+def test_the_private_key_is_read_from_option_path_or_secret(copy, keys, monkeypatch, form):
     (ours, trusted), _ = keys
     if form != "option":
         value = Path(ours).read_text() if form == "secret" else ours
@@ -203,7 +203,7 @@ def test_the_private_key_comes_by_option_path_or_secret(copy, keys, monkeypatch,
     assert Bundle.load(str(copy))
 
 
-def test_public_keys_are_found_from_any_folder(keys, monkeypatch):
+def test_relative_paths_of_public_keys_become_absolute(keys, monkeypatch):
     (ours, trusted), _ = keys
     monkeypatch.chdir(Path(ours).parent)
     config = validate_options({"security.require_signature": "trusted.pub,other.pub"})
@@ -221,7 +221,7 @@ def test_commands_refuse_an_unsigned_model(copy, keys, tmp_path):
         )
 
 
-def test_the_doctor_says_whether_bundles_are_signed(keys, monkeypatch):
+def test_the_doctor_reports_whether_bundles_are_signed(keys, monkeypatch):
     (ours, _), _ = keys
     assert (bundle_signatures().found, bundle_signatures().mark) == (
         "bundles are not signed",

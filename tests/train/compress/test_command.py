@@ -31,7 +31,7 @@ def production(root):
 
 
 @pytest.mark.ray
-def test_a_variant_with_wrong_weights_keeps_production(bundle, storage_path, tmp_path):
+def test_a_refused_variant_leaves_production_unchanged(bundle, storage_path, tmp_path):
     model = onnx.load(bundle.path / bundle.manifest.variants["fp32"].file)
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
@@ -94,7 +94,7 @@ def test_the_default_is_chosen_again_without_new_variants(bundle, storage_path, 
         (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),
     ],
 )
-def test_wrong_input_gets_one_line(bundle, storage_path, arguments, words):
+def test_wrong_input_exits_2_without_a_traceback(bundle, storage_path, arguments, words):
     given = [str(bundle.path) if each == "MODEL" else each for each in arguments]
     done = run_compress(*given, "--storage.path", str(storage_path))
     assert done.returncode == 2, done.stderr

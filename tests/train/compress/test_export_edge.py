@@ -16,7 +16,7 @@ from train.data.dataset import EncodedDataset
 from train.tasks import Task
 
 
-def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path):
+def test_the_edge_file_predicts_the_labels_of_the_bundle(bundle, trained, tmp_path):
     from tests.train.bundle.test_bundle import shards_of
     from train.bundle import Predictor
 
@@ -26,7 +26,7 @@ def test_the_edge_file_gives_the_labels_of_the_bundle(bundle, trained, tmp_path)
     assert labels == Predictor.load(bundle).run({"image": images})["label"].tolist()
 
 
-def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
+def test_the_code_in_the_edge_readme_runs(bundle, tmp_path, rng):
     from tests.train.tasks.test_tasks import image_bytes
 
     export_edge.export_edge(bundle, None, tmp_path)
@@ -48,7 +48,7 @@ def test_the_lines_in_the_edge_readme_run(bundle, tmp_path, rng):
         ("pqr", {"costs": ((0.0, 1.0, 1.0), (1.3, 0.0, 1.0), (0.8, 1.0, 0.0))}),
     ],
 )
-def test_the_edge_form_of_a_table_answers_as_the_task(rng, tmp_path, classes, changes):
+def test_the_edge_file_of_a_table_model_matches_the_task(rng, tmp_path, classes, changes):
     kinds = {"n": "number", "b": "boolean", "c": "category", "d": "date", "e": "date"}
     kinds |= {"v": "vector", "s": "set", "m": "number"}
     moments = np.array(["2024-02-29T13:45:10", "2021-07-01T00:00:00", "NaT"], "datetime64[s]")

@@ -48,7 +48,7 @@ def test_the_gate_weighs_the_drop_and_its_interval(lost, won, strict, verdict):
     assert f"{comparison.value:.4f}" in judged.reason
 
 
-def test_numbers_are_compared_by_their_metric(rng):
+def test_regression_variants_are_compared_by_r2(rng):
     task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
     targets_N = np.linspace(-1, 1, 500).astype(np.float32)
     before = {"logits": targets_N[:, None]}
@@ -62,7 +62,7 @@ def test_numbers_are_compared_by_their_metric(rng):
     assert gate.judge_variant(comparison, 0.02).verdict == "accepted"
 
 
-def test_a_figure_that_is_no_number_is_refused():
+def test_a_metric_that_is_nan_is_refused():
     nothing = gate.VariantComparison(
         "accuracy", 0.9, float("nan"), float("nan"), 0.1, 0.2, 0.0, 0.0
     )
@@ -99,7 +99,7 @@ class Broken(Leaning):
         return {"logits": logits * np.nan if len(logits) > 7 else logits}
 
 
-def test_answers_that_are_no_numbers_differ_by_all(rng):
+def test_nan_outputs_count_as_an_infinite_difference(rng):
     inputs = {"x": rng.normal(size=(64, 1)).astype(np.float32)}
     task = Task(three_classes().features, ValueTarget("y", mean=0.0, scale=2.0))
     assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
@@ -113,7 +113,7 @@ def test_answers_that_are_no_numbers_differ_by_all(rng):
     assert gate.judge_variant(comparison, 0.005, max_change=0.1).verdict == "refused"
 
 
-def test_answers_that_depend_on_the_batch_are_refused(rng):
+def test_outputs_that_depend_on_the_batch_are_refused(rng):
     inputs = {"x": rng.normal(size=(64, 3)).astype(np.float32)}
     task = three_classes()
     assert gate.batch_difference(task, Leaning(0.0), inputs) == 0
@@ -126,7 +126,7 @@ def test_answers_that_depend_on_the_batch_are_refused(rng):
     assert "batch" in verdict.reason
 
 
-def test_any_metric_of_the_task_may_be_the_one_that_is_compared(rng):
+def test_variants_can_be_compared_by_any_metric_of_the_task(rng):
     targets_N = rng.integers(0, 3, 400)
     before = {"logits": rng.normal(size=(400, 3)) + 2 * np.eye(3)[targets_N]}
     after = {"logits": before["logits"] * 0.5}
@@ -139,7 +139,7 @@ def test_any_metric_of_the_task_may_be_the_one_that_is_compared(rng):
     assert gate.compare_with_fp32(task, before, after, targets_N).drop == 0
 
 
-def test_a_decision_rule_is_part_of_what_is_compared(rng):
+def test_the_comparison_applies_the_decision_rule(rng):
     """The same labels by the largest probability, others by the threshold."""
     task = Task(three_classes().features, ClassTarget("y", ("a", "b"), (9, 1)))
     targets_N = np.zeros(200, np.int64)
@@ -167,7 +167,7 @@ def judge(tmp_path_factory):
     return VariantJudge(config, data), data
 
 
-def test_few_validation_records_are_joined_by_training_records(judge):
+def test_training_records_supplement_few_validation_records(judge):
     """By those only that calibration did not use; a variant that learned from them is not asked."""
     judge, data = judge
     num_valid = len(data.open("valid")[1])

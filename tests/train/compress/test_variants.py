@@ -67,7 +67,7 @@ def logits(path, inputs):
 # Export
 
 
-def test_the_exported_net_takes_any_batch(exported, images):
+def test_the_exported_net_accepts_any_batch_size(exported, images):
     engine = OnnxRuntimeEngine.load(exported, num_threads=1)
     for count in (1, 2, 40):
         part = {"image": images["image"][:count]}
@@ -249,7 +249,7 @@ def rounded(weight, axis, steps=127):
     return np.rint(weight / scale) * scale
 
 
-def test_int8_weights_answers_as_the_net_with_rounded_weights(table, tmp_path):
+def test_int8_weights_matches_the_net_with_rounded_weights(table, tmp_path):
     net, arrays, path = table
     quantize_weight_only.int8_weights(path, tmp_path / "int8.onnx")
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_int8_weights_answers_as_the_net_with_rounded_weights(table, tmp_path):
     assert (tmp_path / "int8.onnx").stat().st_size < 0.5 * path.stat().st_size
 
 
-def test_int8_dynamic_multiplies_with_a_scale_for_each_record(table, tmp_path):
+def test_int8_dynamic_scales_each_record_separately(table, tmp_path):
     net, arrays, path = table
     quantize_weight_only.int8_dynamic(path, tmp_path / "int8.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
@@ -318,7 +318,7 @@ def test_integer_products_are_exact_on_every_processor(rng):
     assert np.array_equal(signed, exact) or np.array_equal(signed, cut)
 
 
-def test_static_weights_cut_no_sum_on_any_processor(table, tmp_path, rng):
+def test_static_int8_weights_saturate_on_no_processor(table, tmp_path, rng):
     """Weights have 7 bits, so that two products with any activations are within 16."""
     _, inputs, source = table
     quantizer = StaticQuantizer.calibrate(source, tmp_path, inputs, inputs, ["minmax"])
@@ -353,7 +353,7 @@ def test_quantization_aware_training_rounds_as_static_int8_does(table, tmp_path)
     np.testing.assert_allclose(written[0], expected, atol=1e-6)
 
 
-def test_int8_dynamic_writes_both_sides_unsigned(table, tmp_path):
+def test_int8_dynamic_multiplies_unsigned_operands(table, tmp_path):
     quantize_weight_only.int8_dynamic(table[2], tmp_path / "int8.onnx")
     graph = onnx.load(tmp_path / "int8.onnx").graph
     tensors = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -393,7 +393,7 @@ def test_the_faster_engine_measures_faster(images):
 # Pruning, distillation, quantization-aware training
 
 
-def test_pruning_removes_channels_and_the_rest_is_found_again(images):
+def test_pruned_weights_load_into_a_resized_net(images):
     torch.manual_seed(0)
     net = ConvNet((8, 8, 1), 10, [32, 64], whiten=True)
     pixels = torch.from_numpy(images["image"])
@@ -412,7 +412,7 @@ def test_pruning_removes_channels_and_the_rest_is_found_again(images):
     torch.testing.assert_close(again.folded()(pixels), net(pixels), rtol=1e-4, atol=1e-4)
 
 
-def test_the_channels_that_matter_are_kept(images):
+def test_pruning_removes_unused_channels_first(images):
     """A channel that nothing reads goes before the others."""
     torch.manual_seed(0)
     net = ConvNet((8, 8, 1), 10, [32, 32], whiten=True)
@@ -427,13 +427,13 @@ def test_the_channels_that_matter_are_kept(images):
     torch.testing.assert_close(net.head.weight, kept)
 
 
-def test_what_cannot_be_pruned_says_why():
+def test_pruning_an_unsupported_net_raises_unprunable():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     with pytest.raises(prune.Unprunable):
         prune.remove_channels(net, (torch.ones(3, 4),), torch.zeros(3).long(), F.cross_entropy, 0.3)
 
 
-def test_distillation_is_the_divergence_from_the_teacher(rng):
+def test_distillation_loss_is_the_divergence_from_the_teacher(rng):
     student, teacher = (torch.from_numpy(rng.normal(size=(6, 3))) for _ in range(2))
     loss = distillation_loss(ClassTarget("y", ("a", "b", "c"), (1, 1, 1)), 2.0)
     p, q = (np.exp(x.numpy() / 2) for x in (teacher, student))
@@ -479,7 +479,7 @@ def test_a_student_learns_what_only_its_teacher_knows(digits, config, tmp_path):
     assert np.mean(answers_N == (targets_N[:500] + 1) % 10) > 0.6
 
 
-def test_training_goes_on_from_given_weights(digits, config, tmp_path):
+def test_training_starts_from_given_weights(digits, config, tmp_path):
     weights = run_loop(config, digits, tmp_path / "first", DistillationConfig())
     (tmp_path / "start").mkdir()
     save_file(weights, tmp_path / "start/weights.safetensors")
@@ -517,7 +517,7 @@ def test_fake_quantization_rounds_as_int8_does(rng):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
-def test_the_torch_engine_answers_as_the_net(net, digits, tmp_path, precision, tolerance):
+def test_the_torch_engine_matches_the_net(net, digits, tmp_path, precision, tolerance):
     net = ConvNet((8, 8, 1), 10, [16, 32], whiten=True)
     inputs, _ = digits.open("test")
     pixels = {"image": np.array(inputs["image"][:32])}
@@ -555,7 +555,7 @@ def test_a_net_that_cannot_be_exported_is_run_by_torch(digits, tmp_path, capsys)
     )
 
 
-def test_variants_for_gpus_are_left_out_without_one(digits, config, tmp_path, monkeypatch):
+def test_gpu_variants_are_skipped_without_a_gpu(digits, config, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     net = build_net(config, digits.task)
     compress_options = {"variants": ["fp8"], "measure_seconds": 0.01}
@@ -565,7 +565,7 @@ def test_variants_for_gpus_are_left_out_without_one(digits, config, tmp_path, mo
     assert "GPU" in made.skipped["fp8"]
 
 
-def test_calibration_sees_every_class(digits, config, tmp_path):
+def test_calibration_records_include_every_class(digits, config, tmp_path):
     few = make_config(compress={"calibration_records": 10})
     builder = VariantBuilder(
         build_net(config, digits.task),
@@ -585,7 +585,7 @@ def test_calibration_sees_every_class(digits, config, tmp_path):
     assert len(builder.trial["image"]) == TRIAL_RECORDS
 
 
-def test_a_full_disk_while_variants_are_written_is_told(digits, config, tmp_path, monkeypatch):
+def test_a_full_disk_while_writing_variants_is_reported(digits, config, tmp_path, monkeypatch):
     from cluster.errors import CommandFailed
 
     def full(*_):
@@ -598,7 +598,7 @@ def test_a_full_disk_while_variants_are_written_is_told(digits, config, tmp_path
         compress(net, values, digits, BundleWriter(tmp_path / "b"), str(tmp_path / "runs"))
 
 
-def test_a_variant_that_fails_does_not_end_the_others(digits, config, tmp_path, monkeypatch):
+def test_a_failed_variant_does_not_stop_the_others(digits, config, tmp_path, monkeypatch):
     def broken(*_):
         raise AssertionError("scale issue")
 
@@ -612,7 +612,7 @@ def test_a_variant_that_fails_does_not_end_the_others(digits, config, tmp_path, 
     assert set(made.variants) == {"fp32", "int8_dynamic"}
 
 
-def test_what_is_no_form_of_the_net_is_left_out(digits, config, tmp_path, exported):
+def test_onnx_files_that_do_not_fit_the_net_are_skipped(digits, config, tmp_path, exported):
     """A net of nine outputs, one that answers NaN, and no ONNX at all."""
     net = build_net(config, digits.task)
     inputs, _ = digits.open("train")
@@ -640,7 +640,7 @@ def test_what_is_no_form_of_the_net_is_left_out(digits, config, tmp_path, export
     assert made.skipped["text"].startswith("onnxruntime: ")
 
 
-def test_extreme_outputs_are_calibrated_on(rng):
+def test_calibration_records_include_extreme_outputs(rng):
     """One record in a thousand is far out; drawn ones alone would miss it."""
     values = rng.normal(size=(5000, 1)).astype(np.float32)
     values[1234], values[2345] = 40, -30

@@ -36,17 +36,17 @@ def kind_of(column, values, targets_N=None, **columns):
 @pytest.mark.parametrize(
     "column", ["user_id", "userId", "zip", "area code", "PULocationID", "item"]
 )
-def test_whole_numbers_are_codes_where_the_name_says_so(rng, column):
+def test_whole_numbers_are_codes_if_the_column_name_says_so(rng, column):
     assert kind_of(column, rng.integers(100, 300, COUNT)).kind == "category"
     assert kind_of(column, rng.permutation(9 * COUNT)[:COUNT]).kind is None
 
 
 @pytest.mark.parametrize("column", ["age", "identity", "decode", "paid", "items", "zipf", "amount"])
-def test_other_names_leave_numbers_as_they_are(rng, column):
+def test_whole_numbers_under_other_names_stay_numbers(rng, column):
     assert kind_of(column, rng.integers(18, 90, COUNT)).kind == "number"
 
 
-def test_ids_are_left_out_and_amounts_are_not(rng):
+def test_ids_are_dropped_and_amounts_are_kept(rng):
     ids = rng.permutation(50_000)[:COUNT] + 100_000
     assert "all differ and are dense or evenly spread" in kind_of("x", ids).why
     assert kind_of("x", ids).kind is None
@@ -61,7 +61,7 @@ def test_ids_are_left_out_and_amounts_are_not(rng):
     assert kind_of("x", rng.permutation(incomes)[:COUNT]).kind == "number"
 
 
-def test_codes_are_told_from_numbers_by_what_predicts_the_target(rng):
+def test_the_target_decides_between_codes_and_numbers(rng):
     codes = rng.integers(0, 80, 4 * COUNT)
     noise = rng.normal(size=len(codes))
     by_code = rng.normal(size=80)[codes] * 2 + noise
@@ -74,7 +74,7 @@ def test_codes_are_told_from_numbers_by_what_predicts_the_target(rng):
     assert kind_of("x", codes, noise).kind == "number"
 
 
-def test_other_columns_settle_what_is_in_doubt():
+def test_other_columns_resolve_ambiguous_formats():
     prices, sizes = ["1.234", "2.500"] * 20, ["3,5", "4,25"] * 20
     assert kind_of("price", prices).options == {}
     german = kind_of("price", prices, size=sizes)
@@ -88,7 +88,7 @@ def test_other_columns_settle_what_is_in_doubt():
     }
 
 
-def test_lists_are_vectors_and_sets():
+def test_number_lists_are_vectors_and_label_lists_are_sets():
     assert kind_of("x", [[1, 2], [1.5, 2.5], None]).kind == "vector"
     assert kind_of("x", [[1, 2], [1]]).kind is None
     assert kind_of("x", [["a"], [], ["b", "a"]]).kind == "set"
@@ -100,7 +100,7 @@ def test_lists_are_vectors_and_sets():
     assert kind_of("phone", [f"+49 {number}" for number in range(10**6, 10**6 + 99)]).kind is None
 
 
-def test_whole_number_targets_name_the_option_that_changes_them(rng):
+def test_whole_number_targets_name_the_task_type_option(rng):
     for values, taken, option in (
         (rng.integers(1, 6, 500), "classification", "--task_type regression"),
         (rng.integers(0, 500, 900), "regression", "--task_type classification"),
@@ -110,7 +110,7 @@ def test_whole_number_targets_name_the_option_that_changes_them(rng):
         assert option in why
 
 
-def test_records_beyond_the_first_count(tmp_path):
+def test_the_sample_includes_values_far_into_the_file(tmp_path):
     path = tmp_path / "data.csv"
     frame = pd.DataFrame(
         {"x": np.arange(12_000) * 0.5, "late": None, "one": "a", "y": [0, 1] * 6_000}
@@ -138,7 +138,7 @@ def test_records_beyond_the_first_count(tmp_path):
         ("alone\n1\n", ","),
     ],
 )
-def test_the_delimiter_divides_header_and_rows_alike(start, delimiter):
+def test_the_delimiter_splits_header_and_rows_equally(start, delimiter):
     assert find_delimiter(start) == delimiter
 
 
@@ -153,7 +153,7 @@ def test_headers_lose_line_breaks_and_spaces(tmp_path):
     assert complete.features["Zip code"].kind == "category"
 
 
-def test_the_report_says_what_was_taken_for_something_else(rng, tmp_path):
+def test_the_report_notes_sentinels_and_similar_spellings(rng, tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [
         {
@@ -177,7 +177,7 @@ def test_the_report_says_what_was_taken_for_something_else(rng, tmp_path):
     assert data.task.target.classes == ("no", "yes")
 
 
-def test_folders_of_splits_are_no_classes(tmp_path, rng):
+def test_split_folders_are_not_read_as_classes(tmp_path, rng):
     from PIL import Image
 
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
@@ -201,7 +201,7 @@ def test_folders_of_splits_are_no_classes(tmp_path, rng):
     )
 
 
-def test_a_table_of_eight_rows_is_refused_with_what_is_needed(tmp_path):
+def test_a_table_of_eight_rows_is_refused(tmp_path):
     path = tmp_path / "data.csv"
     pd.DataFrame({"x": np.arange(8.0) ** 2, "y": [0, 1] * 4}).to_csv(path, index=False)
     config = validate_config({"name": "x", "target": "y", "data": {"train": str(path)}})
@@ -210,7 +210,7 @@ def test_a_table_of_eight_rows_is_refused_with_what_is_needed(tmp_path):
         dataset.prepare_dataset(config, str(tmp_path / "runs"))
 
 
-def test_a_line_that_names_the_separator_is_no_header(tmp_path):
+def test_a_line_that_names_the_separator_is_not_the_header(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("\ufeffsep=;\n\na;y\n" + "1,5;x\n2,5;z\n" * 20, encoding="utf-8")
     found = sample_source(sources.find_source(str(path)), 100)
@@ -220,7 +220,7 @@ def test_a_line_that_names_the_separator_is_no_header(tmp_path):
         sample_source(sources.find_source(str(path)), 100)
 
 
-def test_numbers_in_several_spellings_are_named(tmp_path):
+def test_the_report_names_numbers_with_several_spellings(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("version,y\n" + "1.1,a\n1.10,b\n2.0,a\n" * 40)
     given = {"name": "x", "target": "y", "data": {"train": str(path)}}
@@ -239,7 +239,9 @@ def test_numbers_in_several_spellings_are_named(tmp_path):
         (["--target", "price", "--data.train", "{folder}/home.csv"], ["home.csv"]),
     ],
 )
-def test_a_misspelt_name_is_found_before_ray_starts(script, options, words, tmp_path, monkeypatch):
+def test_a_misspelt_name_is_reported_before_ray_starts(
+    script, options, words, tmp_path, monkeypatch
+):
     path = tmp_path / "homes.csv"
     path.write_text("size,price\n" + "1,2\n" * 30)
     options = [each.format(folder=tmp_path) for each in ("--data.train", str(path), *options)]
@@ -267,11 +269,11 @@ def test_a_misspelt_name_is_found_before_ray_starts(script, options, words, tmp_
         (["[1, [2, 3]]", "plain, b"] * 50, "category"),
     ],
 )
-def test_flags_and_words_of_one_meaning_keep_their_values(values, kind):
+def test_flags_and_nested_lists_get_the_expected_kind(values, kind):
     assert infer_column("c", values).kind == kind
 
 
-def test_a_constant_says_in_how_many_records_it_is():
+def test_a_constant_column_reports_its_record_count():
     assert infer_column("c", ["a", "a"]).why == "the same in all of 2 records"
     why = infer_column("c", ["a"] * 299 + [None]).why
     assert why == "the same in all of 299 records; missing in 1"
@@ -292,11 +294,11 @@ def test_amounts_per_user_or_store_are_numbers(name, rng):
         ["12,5", "13", "-1,5", "8"],
     ],
 )
-def test_numbers_with_commas_are_no_label_lists(texts):
+def test_numbers_with_commas_are_not_label_lists(texts):
     assert infer_task_type(texts * 40)[0] in ("regression", "classification")
 
 
-def test_texts_in_other_arrow_types_show_what_comes_later(tmp_path):
+def test_the_sample_of_arrow_text_types_includes_late_values(tmp_path):
     texts = ["1"] * 90 + ["many"]
     for number, kind in enumerate((pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
         path = tmp_path / f"{number}.parquet"

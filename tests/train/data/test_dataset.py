@@ -93,7 +93,7 @@ def test_a_crop_is_a_window_of_the_shifted_image(rng):
     assert len({place for (place,) in places}) > 20
 
 
-def test_a_shrunk_image_is_that_of_pillow(rng):
+def test_a_shrunk_image_matches_pillow(rng):
     images = rng.integers(0, 256, (5, 32, 20, 3), dtype=np.uint8)
     stage = Stage(scale=0.75)
     shrunk = varied(Augment(stages=[stage]), images, stage=stage)
@@ -102,7 +102,7 @@ def test_a_shrunk_image_is_that_of_pillow(rng):
         np.testing.assert_allclose(small.astype(int), np.asarray(expected, dtype=int), atol=1)
 
 
-def test_stages_follow_one_another_to_the_end():
+def test_augmentation_stages_cover_the_whole_run():
     augment = Augment(stages=[{"until": 0.25, "scale": 0.5}, {"until": 1.0}])
     augmentation = Augmentation(augment, seed=0, num_samples=4)
     scales = [augmentation.stage(step / 8).scale for step in range(8)]
@@ -123,7 +123,7 @@ def test_two_epochs_show_both_sides_of_every_image(rng):
     np.testing.assert_array_equal(sides[0].numpy(), sides[1].numpy()[:, :, ::-1])
 
 
-def test_a_variation_does_not_depend_on_the_batch(rng):
+def test_shift_and_flip_do_not_depend_on_the_batch(rng):
     images = torch.from_numpy(rng.integers(0, 256, (20, 6, 6, 3), dtype=np.uint8))
     augmentation = Augmentation(Augment(flip=True, translate=2), seed=5, num_samples=20)
     augmentation.start_epoch(4)
@@ -207,7 +207,7 @@ def assigned(url: str, scratch: Path, **data: object) -> splits.SplitSource:
     return splits.assign_splits(config, {"train": blocks}, columns, class_column="label")[0]
 
 
-def test_splits_never_overlap_and_leave_nothing_out(tmp_path):
+def test_splits_cover_all_records_in_the_requested_shares(tmp_path):
     """Each has its share but for 4 standard deviations."""
     counts = np.bincount(assigned("sklearn:digits", tmp_path).codes_N)
     assert counts.sum() == 1797
@@ -215,7 +215,7 @@ def test_splits_never_overlap_and_leave_nothing_out(tmp_path):
     assert np.all(np.abs(counts - 1797 * shares) < 4 * np.sqrt(1797 * shares * (1 - shares)))
 
 
-def test_shards_hold_what_the_task_encodes(digits, tmp_path):
+def test_shards_contain_the_encoded_records(digits, tmp_path):
     part = assigned("sklearn:digits", tmp_path)
     columns: dict[str, list] = {"image": [], "label": []}
     for batch in part.blocks[0].read(list(columns)):
@@ -239,7 +239,7 @@ def images(count: int, rng: np.random.Generator) -> list[bytes]:
     return [image_bytes(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(count)]
 
 
-def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
+def test_parquet_image_structs_and_class_names_are_read(write_parquet, rng, tmp_path):
     records = [
         {"img": {"bytes": data, "path": None}, "label": name}
         for data, name in zip(images(30, rng), ["cat", "dog", "emu"] * 10, strict=True)
@@ -264,7 +264,7 @@ def test_parquet_with_image_structs_and_names(write_parquet, rng, tmp_path):
         ("unlabelled", ["row ", "missing"]),
     ],
 )
-def test_bad_data_is_named_by_source_and_row(write_parquet, rng, tmp_path, records, words):
+def test_errors_name_the_source_and_row_of_bad_data(write_parquet, rng, tmp_path, records, words):
     if isinstance(records, str):
         rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
         if records == "one class":
@@ -285,7 +285,7 @@ def test_bad_data_is_named_by_source_and_row(write_parquet, rng, tmp_path, recor
     assert not written.exists() or not any(written.iterdir()), "nothing half-written is left"
 
 
-def test_a_label_made_of_signs_is_a_name(write_parquet, rng, tmp_path):
+def test_a_label_of_signs_and_digits_is_a_name(write_parquet, rng, tmp_path):
     rows = [{"image": data, "label": ["--5", "a"][i % 2]} for i, data in enumerate(images(30, rng))]
     prepared = dataset.prepare_dataset(
         make_config(data={"train": write_parquet(rows)}), str(tmp_path)
@@ -293,7 +293,7 @@ def test_a_label_made_of_signs_is_a_name(write_parquet, rng, tmp_path):
     assert prepared.task.target.to_dict()["classes"] == ["--5", "a"]
 
 
-def test_an_unreadable_first_training_image_is_named_by_row(write_parquet, rng, tmp_path):
+def test_the_error_names_the_row_of_an_unreadable_first_image(write_parquet, rng, tmp_path):
     rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
     part = assigned(write_parquet(rows), tmp_path)
     first = int(np.flatnonzero(part.codes_N == splits.TRAIN)[0])
@@ -303,7 +303,7 @@ def test_an_unreadable_first_training_image_is_named_by_row(write_parquet, rng, 
         dataset.prepare_dataset(config, str(tmp_path))
 
 
-def test_a_class_that_training_never_saw_is_named(write_parquet, rng, tmp_path):
+def test_the_error_names_a_class_unseen_in_training(write_parquet, rng, tmp_path):
     rows = [{"image": data, "label": i % 2} for i, data in enumerate(images(30, rng))]
     test = write_parquet([*rows[:4], {**rows[4], "label": 7}], "test.parquet")
     config = make_config(data={"train": write_parquet(rows), "test": test})
@@ -312,12 +312,12 @@ def test_a_class_that_training_never_saw_is_named(write_parquet, rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.parquet", "nosuch://bucket/data.parquet"])
-def test_a_missing_source_is_named(name, tmp_path):
+def test_the_error_names_a_missing_source(name, tmp_path):
     with pytest.raises(UserError, match=name.split(":")[0]):
         dataset.prepare_dataset(make_config(data={"train": name}), str(tmp_path))
 
 
-def test_a_file_that_is_not_parquet_is_named(tmp_path):
+def test_the_error_names_a_file_that_is_not_parquet(tmp_path):
     path = tmp_path / "data.parquet"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"data\.parquet' cannot be read: Parquet"):

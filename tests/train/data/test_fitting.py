@@ -52,7 +52,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("task_type", TARGETS)
-def test_names_that_say_nothing_of_the_target_are_merged(prepare, frame, task_type):
+def test_names_unrelated_to_the_target_are_merged(prepare, frame, task_type):
     """The target is of any type; a few names are left as they are, whatever they say."""
     data = prepare(frame.assign(y=TARGETS[task_type](frame["score"])), KINDS, task_type)
     (categories,) = data.task.features.encoders
@@ -69,7 +69,7 @@ def test_names_that_say_nothing_of_the_target_are_merged(prepare, frame, task_ty
     assert new.tolist() == [[categories.names_C[0].index("s3") + FIRST, UNSEEN, UNSEEN]]
 
 
-def test_all_names_are_kept_where_that_is_asked_for(prepare, frame):
+def test_all_names_are_kept_without_merge_noise(prepare, frame):
     data = prepare(
         frame.assign(y=TARGETS["classification"](frame["score"])),
         KINDS,
@@ -81,7 +81,7 @@ def test_all_names_are_kept_where_that_is_asked_for(prepare, frame):
     assert data.summary["report"]["notes"] == []
 
 
-def test_names_that_say_something_together_alone_are_kept(rng):
+def test_names_that_matter_only_in_combination_are_kept(rng):
     """Of users and items whose factors' products are rated, neither says anything by itself."""
     users, items = rng.integers(0, 100, 6_000), rng.integers(0, 80, 6_000)
     taste, kind = rng.normal(size=(100, 2)), rng.normal(size=(80, 2))

@@ -25,7 +25,7 @@ def prepared(folder, **options):
 
 
 @pytest.mark.parametrize("others", [["test"], ["models"], ["test", "docs"]])
-def test_folders_beside_splits_are_no_classes(others, tmp_path, rng, capsys):
+def test_other_folders_next_to_splits_are_ignored(others, tmp_path, rng, capsys):
     for label in ("cat", "dog"):
         write(tmp_path / "pets" / "train" / label, 30, rng)
     for other in others:
@@ -38,7 +38,7 @@ def test_folders_beside_splits_are_no_classes(others, tmp_path, rng, capsys):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_an_image_that_is_cut_short_is_named(share, tmp_path, rng):
+def test_the_error_names_a_truncated_image(share, tmp_path, rng):
     for label in ("cat", "dog"):
         write(tmp_path / "pets" / label, 30, rng)
     damaged = tmp_path / "pets" / "dog" / "7.png"

@@ -56,7 +56,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_columns_are_taken_for_what_they_are(passengers, tmp_path, capsys, kind):
+def test_the_kinds_of_columns_are_inferred(passengers, tmp_path, capsys, kind):
     path = tmp_path / f"data.{kind}"
     passengers.to_csv(path, index=False) if kind == "csv" else passengers.to_parquet(path)
     config = validate_config({"name": "a", "target": "survived", "data": {"train": str(path)}})
@@ -70,7 +70,7 @@ def test_columns_are_taken_for_what_they_are(passengers, tmp_path, capsys, kind)
         assert words in told
 
 
-def test_what_is_given_stays(passengers, tmp_path):
+def test_given_options_are_not_overridden(passengers, tmp_path):
     path = tmp_path / "data.csv"
     passengers.to_csv(path, index=False)
     given = {
@@ -88,7 +88,7 @@ def test_what_is_given_stays(passengers, tmp_path):
     assert inference.complete_config(complete).config == complete
 
 
-def test_targets_are_learned_as_they_look():
+def test_the_task_type_is_inferred_from_the_target():
     assert infer_task_type(["a", "b", "a"])[0] == "classification"
     assert infer_task_type([0, 1] * 30)[0] == "classification"
     assert infer_task_type(["0.5", "1.25", "3"] * 5)[0] == "regression"
@@ -98,14 +98,14 @@ def test_targets_are_learned_as_they_look():
         infer_task_type([None, None])
 
 
-def test_images_and_their_structs_are_images(rng):
+def test_image_bytes_and_image_structs_are_images(rng):
     data = image_bytes(rng.integers(0, 256, (4, 4), dtype=np.uint8))
     assert infer_column("a", [data, None]).kind == "image"
     assert infer_column("a", [{"bytes": data, "path": None}]).kind == "image"
     assert infer_column("a", [b"other"]).kind is None
 
 
-def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
+def test_a_file_without_usable_columns_is_refused_with_reasons(tmp_path):
     path = tmp_path / "data.csv"
     pd.DataFrame({"a": ["x"] * 30, "y": [0, 1] * 15}).to_csv(path, index=False)
     config = validate_config({"name": "a", "target": "y", "data": {"train": str(path)}})
@@ -113,7 +113,7 @@ def test_a_file_with_nothing_to_predict_from_says_why(tmp_path):
         inference.complete_config(config)
 
 
-def test_a_command_with_a_file_alone_needs_no_config(tmp_path):
+def test_a_data_file_and_a_target_need_no_config(tmp_path):
     arguments = ["--data.train", "some/My Table.csv", "--target", "y", "--save-config", "a.yaml"]
     parsed, save_to = cli.parse(arguments)
     assert save_to == Path("a.yaml")
@@ -126,7 +126,7 @@ def test_a_command_with_a_file_alone_needs_no_config(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_table_is_trained_again_from_the_saved_config(passengers, tmp_path):
+def test_the_saved_config_repeats_the_run_of_a_table(passengers, tmp_path):
     passengers["survived"] = passengers["sex"] == "female"
     path, saved = tmp_path / "table.csv", tmp_path / "saved.yaml"
     passengers.to_csv(path, index=False)

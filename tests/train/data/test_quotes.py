@@ -23,7 +23,7 @@ def unquoted(tmp_path):
     return path
 
 
-def test_a_quote_that_swallows_records_is_refused(unquoted):
+def test_an_unclosed_quote_that_swallows_records_is_refused(unquoted):
     with pytest.raises(UserError, match="lines that look like records") as caught:
         read(unquoted)
     assert "--data.quotes" in str(caught.value)

@@ -110,7 +110,7 @@ def test_image_folders_are_classes(rng, tmp_path):
         dataset.prepare_dataset(config, str(tmp_path / "again"))
 
 
-def test_a_large_row_group_is_divided(frame, tmp_path, monkeypatch):
+def test_a_large_row_group_is_split_into_blocks(frame, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_GROUP_ROWS", 30)
     monkeypatch.setattr(sources, "GROUP_ROWS", 30)
     url = write(frame, "parquet", tmp_path)
@@ -121,7 +121,7 @@ def test_a_large_row_group_is_divided(frame, tmp_path, monkeypatch):
     assert list(read_all(url, tmp_path / "other")["y"]) == TABLE["y"]
 
 
-def test_csv_with_one_field_too_many_names_its_line(frame, tmp_path):
+def test_the_error_names_the_line_of_a_csv_with_an_extra_field(frame, tmp_path):
     path = tmp_path / "data.csv"
     frame[["n", "y"]].to_csv(path, index=False)
     lines = path.read_text().splitlines()
@@ -131,7 +131,7 @@ def test_csv_with_one_field_too_many_names_its_line(frame, tmp_path):
         sources.open_source(sources.find_source(str(path)), str(tmp_path / "scratch"))
 
 
-def test_csv_in_another_encoding_is_refused_by_line_or_read(tmp_path):
+def test_csv_in_another_encoding_needs_the_encoding_option(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes("c,y\nx,1\nmüde,2\n".encode("latin-1"))
     source = sources.find_source(str(path))
@@ -152,7 +152,7 @@ def test_csv_in_another_encoding_is_refused_by_line_or_read(tmp_path):
         ("a,a,y\n1,2,3\n", "'a' occurs twice"),
     ],
 )
-def test_a_csv_file_that_holds_no_table_is_named(tmp_path, content, words):
+def test_the_error_names_a_csv_file_without_a_table(tmp_path, content, words):
     path = tmp_path / "data.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=words) as caught:
@@ -160,7 +160,7 @@ def test_a_csv_file_that_holds_no_table_is_named(tmp_path, content, words):
     assert str(path) in str(caught.value)
 
 
-def test_files_with_different_columns_are_named(frame, tmp_path):
+def test_the_error_names_files_with_different_columns(frame, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     frame.to_parquet(folder / "0.parquet")
@@ -169,7 +169,7 @@ def test_files_with_different_columns_are_named(frame, tmp_path):
         dataset.prepare_dataset(table_config(str(folder)), str(tmp_path))
 
 
-def test_columns_differ_by_case_and_a_wrong_case_is_hinted_at(frame, tmp_path):
+def test_column_names_are_case_sensitive_and_errors_give_a_hint(frame, tmp_path):
     frame["N"] = frame["n"] * 2
     url = write(frame, "csv", tmp_path)
     config = table_config(url).model_dump(exclude_unset=True)
@@ -181,7 +181,7 @@ def test_columns_differ_by_case_and_a_wrong_case_is_hinted_at(frame, tmp_path):
         dataset.prepare_dataset(wrong, str(tmp_path))
 
 
-def test_bad_records_end_the_run_or_are_left_out_and_counted(frame, tmp_path):
+def test_bad_records_stop_the_run_or_are_dropped_and_counted(frame, tmp_path):
     frame["n"] = frame["n"].astype(object)
     frame.loc[[17, 60], "n"] = "broken"
     url = write(frame, "csv", tmp_path)
@@ -201,7 +201,7 @@ def test_bad_records_end_the_run_or_are_left_out_and_counted(frame, tmp_path):
     np.testing.assert_allclose(sorted(seen * target.scale + target.mean), expected, atol=1e-3)
 
 
-def test_json_lines_take_what_the_whole_file_bears_out(tmp_path):
+def test_json_lines_types_fit_the_whole_file(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [
         {"a": None, "b": 1},
@@ -222,13 +222,13 @@ def test_json_lines_take_what_the_whole_file_bears_out(tmp_path):
         read_all(str(path), tmp_path / "other")
 
 
-def test_whole_numbers_with_gaps_keep_their_digits(tmp_path):
+def test_whole_numbers_with_missing_values_keep_their_digits(tmp_path):
     path = tmp_path / "data.parquet"
     pa.parquet.write_table(pa.table({"id": [2**53 + 1, None]}), path)
     assert read_all(str(path), tmp_path / "scratch")["id"] == [2**53 + 1, None]
 
 
-def test_empty_files_beside_others_are_passed_over(frame, tmp_path):
+def test_empty_files_among_others_are_skipped(frame, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     frame.head(0).to_parquet(folder / "0.parquet")
@@ -241,7 +241,7 @@ def test_empty_files_beside_others_are_passed_over(frame, tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_data_encodes_as_threads_do(frame, tmp_path, monkeypatch, ray_session):
+def test_ray_data_and_threads_encode_the_same(frame, tmp_path, monkeypatch, ray_session):
     url = write(frame, "parquet", tmp_path)
     local = dataset.prepare_dataset(table_config(url), str(tmp_path / "local"))
     monkeypatch.setattr(preprocess, "LARGE_BYTES", 0)
@@ -253,7 +253,7 @@ def test_ray_data_encodes_as_threads_do(frame, tmp_path, monkeypatch, ray_sessio
 
 
 @pytest.mark.ray
-def test_ray_data_names_the_record_that_is_wrong(frame, tmp_path, monkeypatch, ray_session):
+def test_errors_from_ray_data_name_the_bad_record(frame, tmp_path, monkeypatch, ray_session):
     monkeypatch.setattr(preprocess, "LARGE_BYTES", 0)
     monkeypatch.setattr(fitting, "FIT_RECORDS", 10)
     frame["c"] = frame["c"].map(lambda value: value or "")
@@ -304,7 +304,7 @@ def test_a_split_by_time_tests_on_the_latest(frame, tmp_path, rng):
         codes(frame, tmp_path, split_time="when")
 
 
-def test_the_report_tells_of_missing_duplicates_and_leaks(tmp_path, rng):
+def test_the_report_lists_missing_values_duplicates_and_leaks(tmp_path, rng):
     values = rng.normal(size=300)
     frame = pd.DataFrame(
         {
@@ -334,7 +334,7 @@ def test_the_report_tells_of_missing_duplicates_and_leaks(tmp_path, rng):
     assert (prepared.folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_csv_fields_with_lines_and_quotes_are_read_as_by_python(tmp_path):
+def test_csv_line_breaks_and_quotes_are_read_as_by_python(tmp_path):
     path = tmp_path / "data.csv"
     rows = [["a\nb", 'c"d', "1"], ["e,f", "g", "2"]]
     with path.open("w", newline="") as file:
@@ -394,7 +394,7 @@ def test_pickles_of_ray_data_in_a_file_are_refused_unread(tmp_path, kind, nested
     assert not (tmp_path / "ran").exists()
 
 
-def test_types_of_arrow_itself_are_read(tmp_path):
+def test_extension_types_of_arrow_itself_are_read(tmp_path):
     uuids = pa.array([bytes(16)], pa.binary(16)).cast(pa.uuid())
     path = tmp_path / "data.parquet"
     pa.parquet.write_table(pa.table({"id": uuids}), path)

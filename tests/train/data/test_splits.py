@@ -55,7 +55,7 @@ def test_equal_records_are_in_one_split(frame, tmp_path):
     np.testing.assert_array_equal(codes_N[1800:], codes_N[:200])
 
 
-def test_records_of_few_values_are_told_apart_by_their_order(rng, tmp_path):
+def test_records_with_few_values_are_split_by_their_order(rng, tmp_path):
     """Most records equal another one: they are of different people."""
     frame = pd.DataFrame({"x": rng.integers(0, 3, 1000), "name": "a"})
     frame["label"] = np.where(frame["x"] == 0, "no", "yes")
@@ -74,7 +74,7 @@ def test_another_seed_draws_other_splits(frame, tmp_path):
     assert abs((one == other).mean() - expected) < 0.05
 
 
-def test_shares_are_those_that_were_asked_for(frame, tmp_path):
+def test_splits_have_the_requested_shares(frame, tmp_path):
     counts = np.bincount(assign(frame, tmp_path).codes_N, minlength=3) / len(frame)
     np.testing.assert_allclose(counts, [0.75, 0.1, 0.15], atol=0.04)
 
@@ -95,7 +95,7 @@ def test_no_split_lacks_a_class_that_has_enough_records(rng, tmp_path, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_class_of_few_records_is_trained_on(rng, tmp_path, count):
+def test_a_class_with_one_or_two_records_is_in_train(rng, tmp_path, count):
     for seed in range(20):
         frame = pd.DataFrame({"x": rng.normal(size=60), "name": "a", "label": "usual"})
         frame.loc[: count - 1, "label"] = "rare"
@@ -112,7 +112,7 @@ def test_no_split_of_few_records_is_empty(rng, tmp_path):
         assign(frame[:8], tmp_path, class_column=None)
 
 
-def test_keys_stay_together_when_a_class_is_made_up_for(rng, tmp_path):
+def test_keys_stay_together_when_records_move_for_a_class(rng, tmp_path):
     frame = pd.DataFrame(
         {"x": rng.normal(size=300), "name": np.repeat(np.arange(60), 5).astype(str)}
     )
@@ -140,7 +140,7 @@ def test_equal_values_have_equal_hashes(one, other):
 
 @pytest.mark.parametrize("one", ["a", 1, 1.0000001, b"a", [1], None])
 @pytest.mark.parametrize("other", ["b", 2, 1.5, b"b", [1, 1]])
-def test_other_values_have_other_hashes(one, other):
+def test_different_values_have_different_hashes(one, other):
     hash_N = value_hash.hash_values([one, other])
     assert hash_N[0] != hash_N[1]
 
@@ -155,7 +155,7 @@ def test_arrays_and_lists_have_the_same_hashes(rng):
     )
 
 
-def test_places_are_spread_evenly_for_each_seed():
+def test_hash_fractions_are_uniform_for_each_seed():
     hash_N = value_hash.mix(np.arange(100_000, dtype=np.uint64))
     one, other = value_hash.fractions(hash_N, 0), value_hash.fractions(hash_N, 1)
     for places_N in (one, other):
@@ -164,7 +164,7 @@ def test_places_are_spread_evenly_for_each_seed():
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
 
 
-def test_columns_in_another_order_make_no_difference(frame):
+def test_the_hash_does_not_depend_on_the_column_order(frame):
     columns = {name: frame[name].tolist() for name in COLUMNS}
     hashes = [value_hash.hash_columns(columns, names, 2000) for names in (COLUMNS, COLUMNS[::-1])]
     np.testing.assert_array_equal(*hashes)

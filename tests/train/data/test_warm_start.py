@@ -70,7 +70,7 @@ def test_extra_records_are_repeated_or_drawn_to_their_fraction(config, digits, e
     assert max(often) - min(often) <= 1
 
 
-def test_the_seed_of_the_splits_draws_the_extra_records(config, digits, extra):
+def test_the_split_seed_selects_the_extra_records(config, digits, extra):
     drawn = [
         copies(prepared(config, extra, extra_fraction=0.01, split_seed=seed), own)
         for seed, own in ((0, digits), (1, prepared(config, None, split_seed=1)))
@@ -78,12 +78,12 @@ def test_the_seed_of_the_splits_draws_the_extra_records(config, digits, extra):
     assert drawn[0].keys() != drawn[1].keys()
 
 
-def test_a_share_of_no_extra_records_is_refused():
+def test_extra_fraction_without_extra_records_is_refused():
     with pytest.raises(UserError, match=r"extra_fraction is for data\.extra"):
         make_config(data={"train": "sklearn:digits", "extra_fraction": 0.5})
 
 
-def test_extra_records_need_not_have_the_column_of_the_split(write_parquet, config, rng):
+def test_extra_records_may_lack_the_split_column(write_parquet, config, rng):
     images = [image_bytes(image) for image in rng.integers(0, 256, (40, 8, 8), np.uint8)]
     rows = [{"image": image, "label": n % 2, "who": n // 2} for n, image in enumerate(images)]
     url = write_parquet(rows)
@@ -111,7 +111,7 @@ def test_extra_records_that_are_held_out_are_not_trained_on(config, digits):
         assert not trained & set(record_digests(data.open(name)[0]).tolist())
 
 
-def test_a_fitted_task_is_taken_as_it_is(config, digits, write_parquet, rng):
+def test_a_fitted_task_is_used_unchanged(config, digits, write_parquet, rng):
     """Where fewer classes occur, fitting anew would find fewer."""
     images = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8)
     rows = [{"image": image_bytes(image), "label": str(n % 2)} for n, image in enumerate(images)]
@@ -133,7 +133,7 @@ def begun(bundle, storage_path, **options):
     return validate_config({**given, **changes})
 
 
-def test_a_run_takes_over_the_task_and_the_net_of_its_bundle(bundle, trained, storage_path):
+def test_a_warm_start_uses_the_task_and_net_of_its_bundle(bundle, trained, storage_path):
     completed = inference.complete_config(
         begun(bundle, storage_path, init="models:/digits@production")
     )
@@ -152,7 +152,7 @@ def test_a_run_takes_over_the_task_and_the_net_of_its_bundle(bundle, trained, st
     assert wanted.keys() == safetensors.torch.load_file(bundle.path / WEIGHTS).keys()
 
 
-def test_the_bundle_that_a_run_begins_from_is_loaded_once(bundle, storage_path, monkeypatch):
+def test_the_initial_bundle_is_loaded_once(bundle, storage_path, monkeypatch):
     loaded = []
     load = Bundle.load.__func__
 
@@ -191,7 +191,7 @@ def test_a_bundle_that_does_not_fit_is_refused_in_one_line(bundle, storage_path,
         assert word in message
 
 
-def test_a_damaged_bundle_is_not_begun_from(bundle, storage_path, tmp_path):
+def test_a_warm_start_refuses_a_damaged_bundle(bundle, storage_path, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(bundle.path, copy)
     with (copy / WEIGHTS).open("r+b") as file:
@@ -200,7 +200,7 @@ def test_a_damaged_bundle_is_not_begun_from(bundle, storage_path, tmp_path):
         inference.complete_config(begun(bundle, storage_path, init=str(copy)))
 
 
-def test_the_first_of_a_line_says_how_long_it_took(bundle):
+def test_the_lineage_keeps_the_epochs_of_the_first_run(bundle):
     """A run that is made shorter than the one it begins from would else shorten the next again."""
     first = training.build_lineage("models:/digits/1", bundle)
     assert first["init_epochs"] == bundle.manifest.config["optim"]["epochs"]
@@ -214,7 +214,7 @@ def test_the_first_of_a_line_says_how_long_it_took(bundle):
     assert json.dumps(second)
 
 
-def test_a_study_begins_from_nothing():
+def test_a_study_refuses_the_init_option():
     from tune.cli import parse
 
     with pytest.raises(UserError, match="init is for a single run"):

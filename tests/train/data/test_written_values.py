@@ -38,7 +38,7 @@ def sampled(path):
 
 
 @pytest.mark.parametrize("form", ["{} kg", "{}km/h", "{} °C", "{} months", "{} m²", "{}ml", "{}°"])
-def test_one_unit_after_all_numbers_is_read(form, rng):
+def test_numbers_with_the_same_unit_are_read(form, rng):
     numbers = rng.integers(20, 200, COUNT) / 2
     values = [form.format(number) for number in numbers]
     found = inferred(values)
@@ -48,12 +48,12 @@ def test_one_unit_after_all_numbers_is_read(form, rng):
 
 
 @pytest.mark.parametrize("form", ["A{}", "room {}", "{}a{}"])
-def test_letters_before_numbers_are_those_of_codes(form, rng):
+def test_letters_before_numbers_make_codes(form, rng):
     values = [form.format(*pair) for pair in rng.integers(1, 9, (COUNT, 2))]
     assert inferred(values).kind == "category"
 
 
-def test_two_units_are_not_one_column_of_numbers(rng):
+def test_numbers_with_two_units_are_categories(rng):
     values = [f"{number} {unit}" for number in range(1, 9) for unit in ("kg", "lb")] * 10
     assert inferred(values).kind == "category"
 
@@ -70,11 +70,11 @@ def test_times_of_day_are_read(form, rng):
     )
 
 
-def test_ratios_are_no_times_of_day():
+def test_ratios_are_not_times_of_day():
     assert inferred(["16:9", "4:3", "1:1"] * 20).kind == "category"
 
 
-def test_times_of_parquet_are_read(tmp_path):
+def test_parquet_times_are_read(tmp_path):
     times = [datetime.time(hour, 30) for hour in range(24)] * 5
     pa.parquet.write_table(pa.table({"at": times, "y": [0, 1] * 60}), tmp_path / "t.parquet")
     found = infer_column("at", sampled(tmp_path / "t.parquet")["at"])
@@ -117,19 +117,19 @@ def test_vectors_written_as_text_are_vectors(rng):
     assert inferred([*values, "[oops"]).kind == "text"
 
 
-def test_what_is_no_number_among_numbers_is_named():
+def test_the_reason_names_a_value_that_is_not_a_number():
     found = inferred([str(number) for number in range(10)] * 9 + ["<5"])
     assert found.kind == "category"
     assert "all but 1 of 91 are numbers; '<5' is not one" in found.why
 
 
-def test_points_that_divide_thousands_name_the_option():
+def test_ambiguous_thousands_separators_name_the_option():
     latitudes = ["52.102", "51.987"] * 20
     assert "decimal: ." in inferred(latitudes, FileStyle(",")).why
     assert "decimal" not in inferred(latitudes, FileStyle(".")).why
 
 
-def test_years_of_two_digits_of_two_centuries_are_named(tmp_path, rng):
+def test_the_report_notes_how_two_digit_years_are_read(tmp_path, rng):
     births = [f"15.03.{year:02}" for year in rng.integers(40, 100, COUNT)]
     assert inferred(births).options == {"format": "%d.%m.%y"}
     frame = pd.DataFrame({"born": births, "y": rng.integers(0, 2, COUNT)})
@@ -142,7 +142,7 @@ def test_years_of_two_digits_of_two_centuries_are_named(tmp_path, rng):
     assert note.startswith("'born': two-digit years are read as 1969 to 2068")
 
 
-def test_a_sorted_file_shows_its_later_dates(tmp_path):
+def test_the_sample_of_a_sorted_file_includes_later_dates(tmp_path):
     """Of the first 10,000 records of this log all days could be months."""
     days = [f"{day:02}/01/2024" for day in range(1, 32) for _ in range(1_000)]
     pd.DataFrame({"day": days, "y": [0, 1] * 15_500}).to_csv(tmp_path / "log.csv", index=False)
@@ -150,12 +150,12 @@ def test_a_sorted_file_shows_its_later_dates(tmp_path):
     assert found.options == {"format": "%d/%m/%Y"}
 
 
-def test_a_target_that_names_records_is_refused():
+def test_a_target_with_a_name_for_each_record_is_refused():
     with pytest.raises(UserError, match="300 different values that are not numbers"):
         infer_task_type([f"order-{number}" for number in range(300)])
 
 
-def test_files_with_other_types_of_a_column_go_together(tmp_path):
+def test_column_types_that_differ_between_files_are_combined(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"x": 1, "y": 0}\n' * 30)
     (tmp_path / "b.jsonl").write_text('{"x": "one", "y": 1}\n' * 30)
     assert set(sampled(tmp_path)["x"]) == {"1", "one"}
@@ -166,7 +166,7 @@ def test_files_with_other_types_of_a_column_go_together(tmp_path):
         sampled(tmp_path)
 
 
-def test_json_lines_may_have_a_mark_and_nan(tmp_path):
+def test_json_lines_may_have_a_byte_order_mark_and_nan(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"x": 1.5}\n{"x": NaN}\n{"x": -Infinity}\n')
     x_N = np.array(sampled(path)["x"], float)
@@ -174,7 +174,7 @@ def test_json_lines_may_have_a_mark_and_nan(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
-def test_a_byte_order_mark_tells_the_encoding(encoding, tmp_path):
+def test_a_byte_order_mark_sets_the_encoding(encoding, tmp_path):
     (tmp_path / "data.csv").write_bytes("größe;y\n5 €;1\n".encode(encoding))
     assert sampled(tmp_path / "data.csv") == {"größe": ["5 €"], "y": ["1"]}
 
@@ -188,13 +188,13 @@ def test_a_byte_order_mark_tells_the_encoding(encoding, tmp_path):
         (b",,y\n0,0,2\n", "columns 1, 2 have no name in the header"),
     ],
 )
-def test_what_a_file_has_instead_of_a_header_is_said(content, message, tmp_path):
+def test_errors_explain_wrong_encodings_and_headers(content, message, tmp_path):
     (tmp_path / "data.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         sampled(tmp_path / "data.csv")
 
 
-def test_another_delimiter_is_asked_for(tmp_path):
+def test_an_unrecognized_delimiter_names_the_option(tmp_path):
     (tmp_path / "data.csv").write_text("x y\n1 2\n" * 3)
     config = validate_config(
         {"name": "x", "target": "y", "data": {"train": str(tmp_path / "data.csv")}}
@@ -203,14 +203,14 @@ def test_another_delimiter_is_asked_for(tmp_path):
         inference.check_source(config)
 
 
-def test_columns_of_one_name_beside_a_struct_are_refused(tmp_path):
+def test_duplicate_columns_next_to_a_struct_are_refused(tmp_path):
     columns = [pa.array([1, 2]), pa.array([3, 4]), pa.array([{"a": 1}, {"a": 2}])]
     pa.parquet.write_table(pa.table(columns, names=["x", "x", "s"]), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="'x'"):
         sampled(tmp_path / "t.parquet")
 
 
-def test_folders_above_classes_are_named(tmp_path, rng):
+def test_a_note_names_folders_above_the_classes(tmp_path, rng):
     for folder in ("a/left", "b/right"):
         (tmp_path / folder).mkdir(parents=True)
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -231,7 +231,7 @@ def completed(path):
     return inference.complete_config(config).config
 
 
-def test_a_target_is_read_as_the_file_writes_numbers(tmp_path):
+def test_the_target_uses_the_decimal_mark_of_the_file(tmp_path):
     prices = [f"{number / 100:.2f}".replace(".", ",") for number in range(1000, 1400)]
     values = [885 + 7 * number for number in range(400)]
     target = [f"{each:,}".replace(",", ".") for each in values]
@@ -246,13 +246,13 @@ def test_a_target_is_read_as_the_file_writes_numbers(tmp_path):
     "values",
     [["967", "7.2K", "879"], ["46", "17a", "9"], ["76 kg", "0.48", "3"], ["5 kg", "5 lb", "6 kg"]],
 )
-def test_a_unit_stands_after_every_number_or_none_is_read(values):
+def test_numbers_only_partly_with_a_unit_are_categories(values):
     found = inferred(values * 30)
     assert found.kind == "category"
     assert "numbers" in found.why or "lb" in values[1]
 
 
-def test_the_plural_is_the_same_unit():
+def test_singular_and_plural_are_the_same_unit():
     values = ["1 year", "2 years", "15 years", "1 year"]
     for unit in (None, "year", "years"):
         number = Number("x", unit=unit).fit(values)
@@ -263,23 +263,23 @@ def test_the_plural_is_the_same_unit():
     ("column", "form"),
     [("sku", "{}EU"), ("id", "{}A"), ("zip", "{} AB"), ("postal_code", "{} 034")],
 )
-def test_codes_by_name_are_none_the_less_codes_with_letters(column, form, rng):
+def test_columns_named_as_codes_are_codes_even_with_letters(column, form, rng):
     values = [form.format(number) for number in rng.integers(100, 160, COUNT)]
     assert infer_column(column, values).why == "codes, judging by the column's name"
 
 
-def test_amounts_are_none_whatever_their_name_ends_with(rng):
+def test_amounts_are_numbers_despite_a_code_like_name(rng):
     values = [f"${number:,}" for number in rng.integers(100, 9_000, COUNT)]
     assert infer_column("revenue_customer", values).kind == "number"
 
 
-def test_ip_addresses_are_no_numbers():
+def test_ip_addresses_are_categories():
     values = [f"192.168.100.{last}" for last in range(118, 128)] * 20
     found = inferred(values)
     assert (found.kind, found.why) == ("category", "IP addresses")
 
 
-def test_codes_with_points_say_nothing_of_other_columns(tmp_path):
+def test_codes_with_points_do_not_set_the_decimal_mark(tmp_path):
     codes = [f"16.{middle}.148" for middle in range(100, 180)] * 5
     amounts = [f"{number * number:,}" for number in range(40, 440)]
     config = described(tmp_path / "data.csv", firmware=codes, amount=amounts, y=[0, 1] * 200)
@@ -287,7 +287,7 @@ def test_codes_with_points_say_nothing_of_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize("other", [["08:30"] * COUNT, ["NULL", *["27/10/2024"] * (COUNT - 1)]])
-def test_what_is_no_date_leaves_the_evidence_of_others(other, tmp_path):
+def test_other_values_do_not_hide_the_day_month_order(other, tmp_path):
     in_doubt = [f"{number % 12 + 1:02}/05/2024" for number in range(COUNT)]
     sure = [f"{number % 28 + 1:02}/10/2024" for number in range(COUNT)]
     times = [f"{number % 24:02}:30" for number in range(COUNT)]
@@ -306,14 +306,14 @@ def test_what_is_no_date_leaves_the_evidence_of_others(other, tmp_path):
         ["500", "1,000", "2,500", "TBD"],
     ],
 )
-def test_decimal_commas_make_no_labels(values):
+def test_decimal_commas_do_not_separate_labels(values):
     values = values * 3 + [str(number) for number in range(10)]
     assert inferred(values * 10).kind == "category"
     assert infer_task_type(values * 10)[0] == "classification"
 
 
 @pytest.mark.parametrize("kind", [float, str])
-def test_dates_in_digits_with_gaps_are_read(kind):
+def test_dates_as_digits_with_missing_values_are_read(kind):
     days = pd.date_range("2022-07-01", periods=60)
     values = [kind(float(day.strftime("%Y%m%d"))) for day in days] + [None]
     assert inferred(values).options == {"format": "%Y%m%d"}
@@ -321,21 +321,21 @@ def test_dates_in_digits_with_gaps_are_read(kind):
     np.testing.assert_array_equal(read_N[:-1], days.astype("datetime64[s]").astype(int))
 
 
-def test_dates_and_times_in_digits_are_read():
+def test_dates_with_times_as_digits_are_read():
     moments = pd.date_range("1890-03-13 06:22:31", periods=50, freq="997D")
     values = [moment.strftime("%Y%m%d%H%M%S") for moment in moments]
     assert inferred(values).options == {"format": "%Y%m%d%H%M%S"}
     assert infer_column("case_id", values).kind != "date"
 
 
-def test_every_order_that_fits_is_named():
+def test_the_reason_names_every_date_order_that_fits():
     found = inferred(["23/04/06", "23/05/07", "22/06/08"] * 20)
     assert "%y/%m/%d" in found.why
     assert "would also fit" in found.why
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
-def test_times_of_day_of_any_unit_are_read(unit, tmp_path):
+def test_arrow_times_of_any_unit_are_read(unit, tmp_path):
     seconds_N = np.arange(0, 86_400, 3_601)
     kind = pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
@@ -350,7 +350,7 @@ def test_times_of_day_of_any_unit_are_read(unit, tmp_path):
 
 
 @pytest.mark.parametrize("values", [["5:16", "23:13"], ["N", "T"], ["t", "n"]])
-def test_look_alikes_are_categories(values):
+def test_values_resembling_times_or_booleans_are_categories(values):
     assert inferred(values * 50).kind == "category"
 
 
@@ -362,13 +362,13 @@ def test_few_different_numbers_have_no_sentinels(doses):
 
 
 @pytest.mark.parametrize("write", [repr, json.dumps])
-def test_lists_as_text_need_no_list_of_one(write):
+def test_lists_as_text_are_sets_without_single_item_lists(write):
     values = [write(pair) for pair in (["red", "blue"], ["blue", "green"], ["red", "green"])] * 20
     assert inferred(values).kind == "set"
     assert infer_task_type(values)[0] == "multilabel"
 
 
-def test_lists_as_python_writes_them_keep_their_characters():
+def test_python_lists_as_text_are_parsed_with_escapes():
     column = LabelSet("x").fit([r"['a\n', None, nan, 'it\'s']", "[None]"])
     assert set(column.labels) == {"a", "it's"}
 
@@ -386,7 +386,7 @@ def test_seconds_since_1970_are_numbers():
         *("%b %d %Y %I:%M%p", "%m/%d/%y %H:%M", "%d-%m-%Y %H:%M", "%d.%m.%y %H:%M"),
     ],
 )
-def test_dates_as_databases_and_servers_write_them(form):
+def test_dates_of_databases_and_server_logs_are_read(form):
     moments = pd.date_range("2023-01-14 07:35", periods=60, freq="31h").floor("min")
     values = [moment.strftime(form) for moment in moments] + ["0000-00-00"]
     found = inferred(values)
@@ -395,7 +395,7 @@ def test_dates_as_databases_and_servers_write_them(form):
     np.testing.assert_array_equal(seconds_N[:-1], moments.astype("datetime64[s]").astype(int))
 
 
-def test_a_struct_with_a_number_of_bytes_is_no_file(tmp_path):
+def test_a_struct_with_a_number_of_bytes_is_not_a_file(tmp_path):
     response = {"status": 200, "bytes": 512}
     pd.DataFrame({"response": [response] * 30}).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "t.jsonl").write_text((json.dumps({"response": response}) + "\n") * 30)
@@ -403,24 +403,24 @@ def test_a_struct_with_a_number_of_bytes_is_no_file(tmp_path):
         assert set(sampled(tmp_path / name)) == {"response.status", "response.bytes"}
 
 
-def test_one_padded_number_makes_no_codes():
+def test_one_padded_number_does_not_make_codes():
     assert inferred([*map(str, range(1, 300)), "007"]).kind != "category"
     assert inferred([*map(str, range(1, 300)), "007"] * 2).kind == "number"
     assert inferred([f"{number:05}" for number in range(500, 900, 7)] * 20).kind == "category"
 
 
-def test_a_column_without_a_name_is_what_it_holds():
+def test_a_column_without_a_name_is_judged_by_its_values():
     assert infer_column("", ["low", "mid", "high"] * 20).kind == "category"
     assert infer_column("Unnamed: 0", list(range(60))).kind is None
 
 
-def test_utf16_without_a_mark_is_named(tmp_path):
+def test_the_error_for_utf16_without_a_mark_names_the_option(tmp_path):
     (tmp_path / "data.csv").write_bytes("x;y\n1;2\n".encode("utf-16-le"))
     with pytest.raises(UserError, match=r"give --data\.encoding utf-16-le"):
         sampled(tmp_path / "data.csv")
 
 
-def test_folders_that_are_no_columns_are_named(tmp_path):
+def test_a_note_names_folders_not_read_as_columns(tmp_path):
     for region in ("region=eu", "region=us"):
         (tmp_path / region).mkdir()
         pd.DataFrame({"x": [1], "y": [2]}).to_csv(tmp_path / region / "x.csv", index=False)
@@ -428,7 +428,7 @@ def test_folders_that_are_no_columns_are_named(tmp_path):
     assert note == "folder names are not read as columns: region=eu, region=us"
 
 
-def test_images_beside_the_folders_of_classes_are_named(tmp_path, rng):
+def test_a_note_counts_images_outside_class_folders(tmp_path, rng):
     (tmp_path / "cat").mkdir()
     pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for place in ("cat/0.png", "1.png"):
@@ -445,7 +445,7 @@ def test_images_beside_the_folders_of_classes_are_named(tmp_path, rng):
         [int(number) for number in np.logspace(3, 17, COUNT)],
     ],
 )
-def test_amounts_beyond_what_doubles_hold_exactly_are_numbers(values):
+def test_amounts_beyond_exact_doubles_are_numbers(values):
     assert inferred(values).kind == "number"
 
 
@@ -456,7 +456,7 @@ def test_whole_numbers_of_any_length_keep_their_digits(tmp_path):
     assert sampled(path)["id"] == [str(each) for each in ids]
 
 
-def test_a_column_with_points_beside_a_decimal_comma(tmp_path):
+def test_columns_with_points_are_read_despite_decimal_comma(tmp_path):
     path = tmp_path / "data.csv"
     rows = [f"{number / 100:.2f}".replace(".", ",") for number in range(100, 500)]
     points = [f"{number / 10:.1f}" for number in range(400)]
@@ -469,23 +469,23 @@ def test_a_column_with_points_beside_a_decimal_comma(tmp_path):
     dataset.prepare_dataset(config, str(tmp_path / "runs"))
 
 
-def test_empty_lists_alone_are_left_out():
+def test_a_column_of_empty_lists_is_dropped():
     assert inferred([[], [], None]).kind is None
     assert inferred(["[]", "[]"]).kind is None
 
 
-def test_one_date_that_is_none_is_named():
+def test_the_reason_names_an_impossible_date():
     days = pd.date_range("2020-01-01", periods=60).strftime("%d/%m/%Y %H:%M:%S").tolist()
     assert "most are dates, but '31/02/2020' is not one" in inferred([*days, "31/02/2020"]).why
 
 
 @pytest.mark.parametrize("form", ["%d-%m-%Y %H:%M:%S", "%d.%m.%y %H:%M:%S", "%d %b %Y %H:%M"])
-def test_dates_with_times_of_all_lengths_are_read(form):
+def test_dates_with_times_in_several_forms_are_read(form):
     moments = pd.date_range("2023-01-14 07:35", periods=60, freq="31h")
     assert inferred(moments.strftime(form).tolist()).options == {"format": form}
 
 
-def test_percentages_beside_plain_numbers_are_named():
+def test_the_reason_notes_numbers_without_a_percent_sign():
     assert (
         "values without it are read as the same unit" in inferred(["15.5%", "0.15", "7%"] * 20).why
     )
@@ -511,7 +511,7 @@ def test_a_folder_with_images_of_its_own_is_a_class(tmp_path, rng):
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "images"])
-def test_a_target_is_looked_for_before_ray_starts(name, tmp_path, rng):
+def test_a_missing_target_is_reported_before_ray_starts(name, tmp_path, rng):
     if name == "images":
         (tmp_path / name / "cat").mkdir(parents=True)
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -525,7 +525,7 @@ def test_a_target_is_looked_for_before_ray_starts(name, tmp_path, rng):
         inference.check_source(config)
 
 
-def test_forms_of_unicode_are_told_apart_in_notes(tmp_path):
+def test_a_note_shows_different_unicode_forms(tmp_path):
     names = ["Caf\u00e9", "Cafe\u0301"] * 100
     config = described(tmp_path / "data.csv", place=names, other=["a", "b"] * 100, y=[0, 1] * 100)
     config = validate_config(

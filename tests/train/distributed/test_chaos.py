@@ -116,7 +116,7 @@ def fill(place, leave_bytes=0):
     return ballast
 
 
-def test_training_goes_on_beside_a_full_disk_and_loses_nothing(undisturbed, tmp_path):
+def test_training_continues_on_a_full_disk_and_loses_nothing(undisturbed, tmp_path):
     place = tmp_path / "disk"
     epochs = 100
     with small_disk(place, 64):

@@ -136,7 +136,7 @@ def test_a_killed_driver_resumes_on_one_worker_and_ends_the_same(undisturbed, tm
     assert "optim.lr was 0.1, is 0.05" in (tmp_path / "log").read_text()
 
 
-def test_an_error_of_the_code_is_not_tried_again(tmp_path):
+def test_an_error_in_user_code_is_not_retried(tmp_path):
     mistakes = tmp_path / "mistakes"
     options = ["--net.class_path", "tests.fragile:Mistaken", "--workers.num", "2"]
     process = start(tmp_path, *options, MISTAKES=str(mistakes), PYTHONPATH=str(server.REPOSITORY))
@@ -148,7 +148,7 @@ def test_an_error_of_the_code_is_not_tried_again(tmp_path):
     assert f"{words}continue with --resume {run_name(tmp_path)};" in log
 
 
-def test_a_run_waits_for_free_cpus_and_refuses_impossible_ones(tmp_path):
+def test_a_run_waits_for_cpus_or_refuses_impossible_requests(tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     places = [tmp_path / name for name in ("too_many", "first", "second")]
     for place in places:
@@ -194,7 +194,7 @@ def test_a_run_survives_a_lost_node_and_grows_with_a_new_one(undisturbed, tmp_pa
 
 
 @pytest.mark.chaos
-def test_a_preemption_notice_brings_a_checkpoint_in_mid_epoch(tmp_path):
+def test_a_preemption_notice_triggers_a_checkpoint(tmp_path):
     """As a spot machine that is taken away: notice, a little time, gone."""
     config = parse([*OPTIONS, "--optim.batch_size", "8"]).config
     num_samples = len(dataset.prepare_dataset(config, str(tmp_path)).open("train")[1])

@@ -161,7 +161,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("extra", [{}, {"precision": "bf16"}, {"precision": "fp16"}])
-def test_a_continued_run_with_everything_on_ends_the_same(extra, digits, tmp_path, config):
+def test_a_resumed_run_with_all_options_ends_the_same(extra, digits, tmp_path, config):
     options = {**EVERYTHING, **extra, "storage": {"path": config.storage.path}}
     full = make_config(**options)
     run_workers(1, loop, full, digits, tmp_path / "whole", tmp_path)

@@ -33,7 +33,7 @@ def options(config, **changes):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_each_number_format_learns(precision, compiled, config, digits, tmp_path):
+def test_training_works_in_each_number_format(precision, compiled, config, digits, tmp_path):
     told = Told()
     store = CheckpointManager(str(tmp_path), keep=2)
     on_gpu = options(config, precision=precision, compile=compiled)
@@ -53,7 +53,7 @@ def test_each_number_format_learns(precision, compiled, config, digits, tmp_path
     assert accuracy == pytest.approx(max(row["valid_accuracy"] for row in history), abs=0.02)
 
 
-def test_energy_rises_where_it_is_known(config, digits, tmp_path):
+def test_reported_energy_only_increases(config, digits, tmp_path):
     store = CheckpointManager(str(tmp_path), keep=2)
     Loop(options(config), digits, GPU, store, num_micro_batches=1).run()
     joules = [row["joules"] for row in load_best_weights(store)[1] if "joules" in row]
@@ -61,7 +61,7 @@ def test_energy_rises_where_it_is_known(config, digits, tmp_path):
     assert all(value > 0 for value in joules)
 
 
-def test_memory_that_runs_out_halves_what_is_computed_at_once(config, digits, tmp_path):
+def test_out_of_memory_on_a_gpu_halves_the_micro_batch(config, digits, tmp_path):
     wide = options(
         config,
         net={"widths": [512, 512]},
@@ -87,7 +87,7 @@ def test_memory_that_runs_out_halves_what_is_computed_at_once(config, digits, tm
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp16", "int8", "fp8"])
-def test_variants_for_gpus_answer_as_the_net(variant, config, digits, tmp_path):
+def test_gpu_variants_agree_with_the_net(variant, config, digits, tmp_path):
     if variant in ("int8", "fp8"):
         pytest.importorskip("torchao")
     store = CheckpointManager(str(tmp_path / "checkpoints"), keep=2)

@@ -160,7 +160,7 @@ def test_the_rate_of_muon_is_about_the_angle_of_a_step(shape, rng):
     assert 0.07 < torch.arccos(cosine).item() < 0.11
 
 
-def test_muon_gives_a_weight_of_zeros_a_direction(rng):
+def test_muon_moves_a_weight_of_zeros(rng):
     weight = torch.nn.Parameter(torch.zeros(6, 9))
     for _ in range(3):
         weight.grad = torch.from_numpy(rng.normal(size=(6, 9))).float()
@@ -182,7 +182,7 @@ class WithTokens(torch.nn.Module):
         self.head = torch.nn.Linear(8, 2)
 
 
-def test_muon_turns_weights_of_linear_and_convolution_layers():
+def test_muon_updates_only_linear_and_convolution_weights():
     net = WithTokens()
     muon, adam = optimizers.build_optimizers(Optim(name="muon"), net)
     turned = {id(param) for group in muon.param_groups for param in group["params"]}
@@ -191,7 +191,7 @@ def test_muon_turns_weights_of_linear_and_convolution_layers():
     assert turned | rest == {id(param) for param in net.parameters()}
 
 
-def test_three_iterations_raise_what_the_docstring_says(rng):
+def test_three_iterations_scale_singular_values_as_documented(rng):
     values = np.array([0.03, 0.05, 0.1, 0.3, 0.5, 0.8])
     values /= np.linalg.norm(values) / np.linalg.norm([0.03, 0.05, 0.1, 0.3, 0.5, 0.8])
     values = np.r_[values, np.sqrt(max(1 - (values**2).sum(), 0))]
@@ -289,7 +289,7 @@ def test_a_non_finite_loss_stops_the_run_with_its_checkpoint(digits, config, tmp
     assert all(bool(value.isfinite().all()) for value in kept.tensors.values())
 
 
-def test_weights_that_are_not_finite_are_not_kept(digits, config, tmp_path, monkeypatch):
+def test_non_finite_weights_are_not_saved(digits, config, tmp_path, monkeypatch):
     """The last update before a checkpoint may overflow while its loss was finite."""
     parts = {"checkpoint": {"every_steps": 1}, "storage": {"path": config.storage.path}}
     after_step = Loop._after_step
@@ -325,7 +325,7 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits, tmp_pat
     assert history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_running_statistics_are_those_of_torch(config, digits, tmp_path):
+def test_running_statistics_match_torch(config, digits, tmp_path):
     """With one micro-batch, the norms' buffers are what an ordinary forward pass leaves."""
     one_step = make_config(
         optim={"epochs": 1, "batch_size": 65_536, "lr": 1e-9, "vector_lr": 1e-9, "head_lr": 1e-9},
@@ -358,7 +358,7 @@ def test_activation_checkpointing_changes_nothing(config, digits, tmp_path):
         torch.testing.assert_close(value, results[1][name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_run_stops_when_its_metric_no_longer_gets_better(config, digits, tmp_path):
+def test_a_run_stops_when_its_metric_stops_improving(config, digits, tmp_path):
     stopping = make_config(
         optim={"epochs": 30, "batch_size": 64},
         stop={"metric": "valid_loss", "patience": 2},
@@ -370,7 +370,7 @@ def test_a_run_stops_when_its_metric_no_longer_gets_better(config, digits, tmp_p
     assert int(np.argmin(losses)) == len(losses) - 3
 
 
-def test_the_average_of_weights_is_that_of_numpy(rng):
+def test_the_average_of_weights_matches_numpy(rng):
     net = torch.nn.Linear(3, 2)
     average = EMA(net, decay=0.9)
     expected = net.weight.detach().numpy().copy()
@@ -401,7 +401,7 @@ def test_the_latest_checkpoints_and_the_best_are_kept(state, tmp_path):
     assert store.steps() == [2, 4, 5]
 
 
-def test_a_worker_that_others_were_started_for_no_longer_writes(state, tmp_path):
+def test_a_replaced_worker_no_longer_writes_checkpoints(state, tmp_path):
     cut_off, later = (CheckpointManager(str(tmp_path), keep=2) for _ in range(2))
     owner = cut_off.hand_over()
     cut_off.claim(owner)
@@ -421,9 +421,7 @@ def test_a_worker_that_others_were_started_for_no_longer_writes(state, tmp_path)
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "digests.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    state, tmp_path, name, damage, capsys
-):
+def test_a_damaged_checkpoint_is_reported_and_skipped(state, tmp_path, name, damage, capsys):
     store = CheckpointManager(str(tmp_path), keep=3)
     for step in (1, 2):
         store.save(at(state, step), None)

@@ -138,7 +138,7 @@ class Insatiable(Plain):
         return super().forward(images_BHWC)
 
 
-def test_a_net_that_does_not_fit_with_two_samples_is_given_up(config, digits, tmp_path):
+def test_a_run_fails_if_two_samples_do_not_fit_in_memory(config, digits, tmp_path):
     one = make_config(
         optim={"batch_size": 5, "epochs": 1},
         workers={"num": 1},
@@ -165,7 +165,7 @@ def test_a_profile_is_a_trace_that_names_the_convolutions(config, digits, tmp_pa
     assert "aten::" in (tmp_path / "run/trace/operators.txt").read_text()
 
 
-def test_a_refused_command_leaves_the_run_to_its_trainer(config, digits, tmp_path, monkeypatch):
+def test_a_refused_command_does_not_take_over_the_run(config, digits, tmp_path, monkeypatch):
     run = Run.start(str(tmp_path / "run"), config)
     store = run.store(keep=1)
     store.claim(store.hand_over())
@@ -184,7 +184,7 @@ def test_a_refused_command_leaves_the_run_to_its_trainer(config, digits, tmp_pat
 @pytest.mark.parametrize(
     "changes", [{"metric": "last"}, {"metric": "valid_log_loss"}, {"metric": "valid_accuracy"}]
 )
-def test_a_resumed_run_keeps_the_choice_of_its_best_epoch(tmp_path, changes):
+def test_a_resumed_run_cannot_change_its_checkpoint_metric(tmp_path, changes):
     """The best epoch so far was chosen by the metric of before, and its checkpoint kept."""
     Run.start(str(tmp_path / "run"), make_config(checkpoint={"keep": 1}))
     with pytest.raises(UserError, match=r"keeps its config, but checkpoint\.metric was None, is"):

@@ -28,7 +28,7 @@ from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
 from train.tasks.features import Features
 
 
-def test_pieces_are_as_full_as_numpy_says(rng):
+def test_pieces_match_the_quantiles_of_numpy(rng):
     numbers = rng.normal(size=(500, 2)).astype(np.float32)
     numbers[:100, 1] = 0.25  # a value that many records have
     pieces = PiecewiseLinearEncoding(2, 4)
@@ -43,7 +43,7 @@ def test_pieces_are_as_full_as_numpy_says(rng):
     assert encoded[1, :8].tolist() == [1] * 4 + [0] * 4
 
 
-def test_a_value_of_most_records_makes_one_piece(rng):
+def test_a_value_in_most_records_gets_one_piece(rng):
     """More would say the same, and weigh it as often as there are; the others have the rest."""
     numbers = np.where(rng.random((40_000, 1)) < 0.9, 0, rng.uniform(1, 2, (40_000, 1)))
     pieces = PiecewiseLinearEncoding(1, 20)
@@ -70,7 +70,7 @@ def test_few_other_values_share_few_pieces(rng):
 
 
 @pytest.mark.parametrize("num_values", [1, 2, 7, 12])
-def test_pieces_tell_apart_values_that_repeat(num_values):
+def test_repeated_values_have_different_encodings(num_values):
     """Whatever the share of the most frequent: steps that few records reach may decide most."""
     numbers = np.r_[np.zeros(50_000), np.repeat(np.arange(num_values), 500)].astype(np.float32)
     pieces = PiecewiseLinearEncoding(1, 20)
@@ -80,7 +80,7 @@ def test_pieces_tell_apart_values_that_repeat(num_values):
     assert (encoded.diff(dim=0).sum(dim=1) > 0.3).all()
 
 
-def test_a_name_that_training_never_saw_is_in_the_middle():
+def test_unseen_and_missing_names_start_at_zero():
     embeddings = CategoricalEmbeddings([30])
     assert not embeddings(torch.tensor([[UNSEEN], [MISSING]])).any()
     assert embeddings(torch.tensor([[FIRST]])).any()
@@ -95,7 +95,7 @@ def test_a_bag_is_the_weighted_mean_of_its_words():
     assert not bag(tokens)[1].any(), "a text without words is nothing, not NaN"
 
 
-def test_a_transformer_does_not_see_what_is_not_there():
+def test_a_transformer_ignores_padding():
     torch.manual_seed(0)
     net = TransformerEncoder(50, 8, 16, 2, dropout=0.1).eval()
     short = net(torch.tensor([[5, 6, 7, 0]]))
@@ -163,7 +163,7 @@ def test_nets_for_every_kind_of_input_export_with_equal_outputs(mixed, tmp_path,
     torch.testing.assert_close(net(*tensors), before, rtol=1e-3, atol=1e-4)
 
 
-def test_an_answer_does_not_depend_on_the_batch_of_mixed_inputs(mixed):
+def test_outputs_for_mixed_inputs_do_not_depend_on_the_batch(mixed):
     task, arrays = mixed
     net = nets.create_net(Net(widths=[8, 16]), task).eval()
     tensors = [torch.from_numpy(array) for array in arrays.values()]
@@ -172,7 +172,7 @@ def test_an_answer_does_not_depend_on_the_batch_of_mixed_inputs(mixed):
         torch.testing.assert_close(net(*[each[row : row + 1] for each in tensors])[0], whole[row])
 
 
-def test_columns_without_any_value_are_encoded_and_learned_from():
+def test_columns_without_values_give_finite_outputs():
     kinds = {"n": "number", "d": "date", "c": "category", "t": "text"}
     task = Task.of({name: {"kind": kind} for name, kind in kinds.items()}, "y", "regression")
     records = {name: [None] * 6 for name in kinds}
@@ -191,7 +191,7 @@ def test_columns_without_any_value_are_encoded_and_learned_from():
     )
 
 
-def test_a_metric_that_falls_is_gated_the_other_way():
+def test_the_gate_handles_metrics_where_lower_is_better():
     task = Curves(Features(()), ValueTarget("y", mean=0.0, scale=1.0))
     targets_N = np.zeros(100, np.float32)
     by = {size: {"logits": np.full((100, 1), size, np.float32)} for size in (0.5, 1.0, 1.004, 1.1)}
@@ -201,14 +201,14 @@ def test_a_metric_that_falls_is_gated_the_other_way():
         assert gate.judge_variant(comparison, 0.005).verdict == verdict
 
 
-def test_an_own_net_that_is_none_is_refused():
+def test_a_class_that_is_not_a_net_is_refused():
     config = make_config(net="train.config:Net")
     task = fitted(Task.of({"n": {"kind": "number"}}, "y", "regression"), {"n": [1, 2]}, [1, 2])
     with pytest.raises((ValueError, TypeError)):
         build_net(config, task)
 
 
-def test_the_example_of_an_own_task_learns(tmp_path, rng):
+def test_the_example_of_a_custom_task_learns(tmp_path, rng):
     """Curves of one to four waves: the number of waves is the value."""
     waves = rng.uniform(1, 4, 300)
     places = np.linspace(0, 1, 32)
@@ -254,7 +254,7 @@ def test_an_ensemble_predicts_the_mean_of_its_members(rng, kind):
     np.testing.assert_allclose(target.decode(averaged)["probabilities"], expected, atol=1e-6)
 
 
-def test_each_member_of_an_ensemble_learns_by_itself(rng):
+def test_the_loss_of_an_ensemble_is_the_mean_over_its_members(rng):
     """Its loss is the mean of its members' own, whatever the others say."""
     outputs = torch.from_numpy(rng.normal(size=(9, 4, 3)).astype(np.float32))
     classes = torch.from_numpy(rng.integers(0, 3, 9))
@@ -267,7 +267,7 @@ def test_each_member_of_an_ensemble_learns_by_itself(rng):
     torch.testing.assert_close(soft(outputs, teacher), expected)
 
 
-def test_an_ensemble_of_a_table_is_one_net_to_its_users(mixed, tmp_path):
+def test_a_table_ensemble_evaluates_and_exports_as_one_net(mixed, tmp_path):
     task, arrays = mixed
     torch.manual_seed(0)
     net = nets.create_net(Net(widths=[8, 16], members=4, hidden=[32, 32]), task)
@@ -278,7 +278,7 @@ def test_an_ensemble_of_a_table_is_one_net_to_its_users(mixed, tmp_path):
     export_onnx.to_onnx(nets.folded_net(net), task.features.inputs, arrays, tmp_path / "net.onnx")
 
 
-def test_training_learns_what_unseen_and_missing_values_mean():
+def test_training_masks_some_values_as_unseen_or_missing():
     torch.manual_seed(0)
     embeddings = CategoricalEmbeddings([5, 5], with_missing_C=[True, False])
     codes_BC = torch.full((2_000, 2), 3)

@@ -193,7 +193,7 @@ def classes(passengers, rng):
     return task, inputs, targets_N, guesses(rng, targets_N, 3)
 
 
-def test_the_figures_of_each_class_are_scikit_learns(classes):
+def test_metrics_by_class_match_scikit_learn(classes):
     task, _, targets_N, outputs = classes
     chosen_N = outputs["logits"].argmax(axis=1)
     expected = sklearn.metrics.precision_recall_fscore_support(targets_N, chosen_N)
@@ -212,7 +212,7 @@ def test_a_class_never_predicted_or_never_true_counts_as_0():
     assert [(each.precision, each.recall, each.f1) for each in found[1:]] == [(0, 0, 0)] * 2
 
 
-def test_the_figures_of_each_label_are_scikit_learns(passengers, rng):
+def test_metrics_by_label_match_scikit_learn(passengers, rng):
     values = [
         "|".join(name for name in ("x", "y", "z") if rng.random() < 0.4)
         for _ in range(len(passengers))
@@ -232,7 +232,7 @@ def test_the_figures_of_each_label_are_scikit_learns(passengers, rng):
     tree(made(task, inputs, targets_NK, outputs))
 
 
-def test_slices_are_those_of_pandas(classes, passengers):
+def test_slices_match_pandas(classes, passengers):
     task, inputs, targets_N, outputs = classes
     right = pd.Series(outputs["logits"].argmax(axis=1) == targets_N)
     lengths = passengers["remark"].str.split().str.len()
@@ -272,7 +272,7 @@ def wilson(right, count):
     return interval.low, interval.high
 
 
-def test_slices_of_a_value_are_its_errors_in_its_own_unit(passengers, rng):
+def test_slices_of_a_regression_show_rmse_in_the_targets_unit(passengers, rng):
     values_N = passengers["fare"].to_numpy() * 3 + rng.normal(size=len(passengers))
     kinds = {"sex": "category", "age": "number"}
     task, inputs, targets_N = fitted(passengers, values_N.tolist(), "regression", kinds)
@@ -310,7 +310,7 @@ def test_images_are_sliced_by_quartiles_of_brightness(rng):
     assert sorted(each.figure for each in found) == pytest.approx(sorted(expected))
 
 
-def test_only_slices_that_are_worse_are_shown(classes, passengers, rng):
+def test_only_slices_worse_than_the_average_are_shown(classes, passengers, rng):
     task, inputs, targets_N, _ = classes
     # Wrong answers for men four times as often as for women.
     wrong_N = rng.random(len(targets_N)) < np.where(passengers["sex"] == "male", 0.4, 0.1)
@@ -391,7 +391,7 @@ def test_markup_in_names_and_data_is_shown_as_text(passengers, rng):
     assert shown in [line[1] for line in rows(page, "Weak slices")]
 
 
-def test_it_says_what_the_model_is_made_of(classes):
+def test_the_card_lists_data_digests_variants_and_options(classes):
     page = made(*classes)
     words = "".join(tree(page).itertext())
     for said in (
@@ -412,7 +412,7 @@ def test_it_says_what_the_model_is_made_of(classes):
     assert not any(name.startswith("features") for name in options)
 
 
-def test_each_quantity_of_the_baseline_has_its_bars(classes):
+def test_each_quantity_of_the_baseline_has_a_bar_chart(classes):
     page = made(*classes)
     drawn = section(page, "Reference distributions")
     bars = {part.find("b").text: len(list(part.iter("rect"))) for part in drawn.find("div")}
@@ -432,7 +432,7 @@ def test_each_quantity_of_the_baseline_has_its_bars(classes):
         {"kind": "category", "of": "inputs", "labels": ["a"]},
     ],
 )
-def test_a_quantity_without_counts_or_spread_is_no_harm(classes, quantity):
+def test_a_quantity_without_counts_does_not_break_the_card(classes, quantity):
     tree(made(*classes, baseline={"version": 2, "quantities": {"age": quantity}}))
     tree(made(*classes, baseline={"version": 1}))
 
@@ -447,7 +447,7 @@ def test_the_shell_example_sends_a_record_of_the_models_fields(classes):
     task.features.encode_records([record])
 
 
-def test_few_test_records_of_a_class_are_named_as_a_limit(passengers, rng):
+def test_classes_with_few_test_records_are_a_listed_limitation(passengers, rng):
     labels = ["rare"] * 5 + rng.choice(["a", "b"], len(passengers) - 5).tolist()
     task, inputs, targets_N = fitted(passengers, labels, "classification")
     page = made(task, inputs, targets_N, guesses(rng, targets_N, 3))

@@ -46,13 +46,13 @@ def test_large_numbers_keep_their_differences():
 
 
 @pytest.mark.parametrize("value", ["abc", {"a": 1}, [1, 2], "1,5"])
-def test_what_is_no_number_is_refused_by_row(value):
+def test_the_error_names_the_row_of_a_value_not_a_number(value):
     with pytest.raises(InvalidRecord, match=r"field 'x'.*expected a number") as caught:
         Number("x").read([1, value])
     assert caught.value.row == 1
 
 
-def test_booleans_come_in_many_words():
+def test_booleans_are_read_from_many_words():
     given = [True, False, "yes", "N", 1, 0.0, "T", None, np.bool_(True), b"false"]
     expected = [1, 0, 1, 0, 1, 0, 1, np.nan, 1, 0]
     np.testing.assert_array_equal(Boolean("b").read(given), expected)
@@ -92,7 +92,7 @@ def test_a_second_date_adds_the_time_since_the_first():
     np.testing.assert_allclose(raw_NF[:, numbers.names.index("b - a")], [60, 86400], rtol=1e-4)
 
 
-def test_categories_count_unseen_and_missing_apart():
+def test_unseen_and_missing_categories_have_separate_codes():
     fitted = Categories(("c",)).fit({"c": ["b", "a", "b", None, 3, 3.0, "3"]})
     assert fitted.names_C == (("3", "b", "a"),)
     given = ["3", 3.0, "3.0", "b", b"a", "new", "NA", None, "", np.nan]
@@ -117,7 +117,7 @@ def test_tokens_are_words_in_order_with_scikit_learns_idf():
     np.testing.assert_allclose(fitted.idf_V, expected, atol=1e-4)
 
 
-def test_a_long_text_is_cut_and_text_that_is_no_utf8_is_refused():
+def test_long_texts_are_cut_and_invalid_utf8_is_refused():
     fitted = Texts(("t",), max_tokens=3).fit({"t": ["a b c d e", "a b c d e"]})
     assert (fitted.encode({"t": ["a b c d e"]})["tokens"] > 0).sum() == 3
     with pytest.raises(InvalidRecord, match="not UTF-8") as caught:
@@ -127,7 +127,7 @@ def test_a_long_text_is_cut_and_text_that_is_no_utf8_is_refused():
         fitted.encode({"t": [7]})
 
 
-def test_a_record_without_a_field_names_it():
+def test_the_error_names_a_missing_field():
     with pytest.raises(InvalidRecord, match="field 'b' is missing; expected a, b"):
         to_columns([{"a": 1, "b": 2}, {"a": 1, "B": 2}], ["a", "b"])
 
@@ -168,7 +168,7 @@ def test_a_mixed_task_survives_json_and_encodes_the_same(rng):
             np.testing.assert_array_equal(single[name][0], array[row])
 
 
-def test_values_are_decoded_in_their_unit_with_sklearns_metrics(rng):
+def test_metrics_of_decoded_values_match_scikit_learn(rng):
     values = rng.normal(50, 20, 200)
     target = ValueTarget("y").fit(values)
     targets = target.encode(values)
@@ -184,7 +184,7 @@ def test_values_are_decoded_in_their_unit_with_sklearns_metrics(rng):
 
 
 @pytest.mark.parametrize("value", [None, "high", float("inf")])
-def test_a_value_that_is_no_finite_number_is_refused(value):
+def test_a_target_that_is_not_a_finite_number_is_refused(value):
     with pytest.raises(InvalidRecord, match="expected a finite number") as caught:
         ValueTarget("y").fit([1, 2, value])
     assert caught.value.row == 2
@@ -204,7 +204,7 @@ def test_a_few_absurd_targets_do_not_move_the_scale(rng):
     assert note.startswith("target 'y': 5 values (1.0%) are -3.4e+38, far from all others")
 
 
-def test_one_value_only_is_refused():
+def test_a_target_with_a_single_value_is_refused():
     with pytest.raises(InvalidRecord, match="at least two values"):
         ValueTarget("y").fit([2, 2.0])
 
@@ -227,17 +227,17 @@ def test_multiple_labels_are_parsed_and_scored_as_by_sklearn(rng):
         target.encode([["d"]])
 
 
-def test_a_column_that_is_called_as_an_input_is_refused():
+def test_a_column_named_like_a_model_input_is_refused():
     with pytest.raises(ValueError, match="cannot be called 'tokens'"):
         Features.of({"tokens": {"kind": "image"}})
 
 
-def test_features_of_an_unknown_own_kind_say_what_is_wrong():
+def test_a_custom_kind_that_is_not_allowed_is_refused():
     with pytest.raises(ValueError, match=r"not allowed to import no\.such:Thing"):
         Features.of({"a": {"kind": "no.such:Thing"}})
 
 
-def test_a_given_tokenizer_is_used_as_it_is(tmp_path):
+def test_a_given_tokenizer_is_used_unchanged(tmp_path):
     from train.tasks.columns.text import _trained
 
     file = tmp_path / "tokenizer.json"

@@ -27,7 +27,7 @@ def raw(features, columns):
     return dict(zip(encoder.names, places_NF.T.round(3).tolist(), strict=True))
 
 
-def test_each_number_and_label_has_a_place(fitted):
+def test_each_vector_element_and_label_has_a_column(fitted):
     found = raw(fitted, RECORDS)
     assert list(found) == ["emb[0]", "emb[1]", "tags=b", "tags=a", "tags=c", "x"]
     np.testing.assert_array_equal(found["emb[1]"], [2.5, 4, np.nan, 6])
@@ -40,7 +40,7 @@ def test_each_number_and_label_has_a_place(fitted):
     ]
 
 
-def test_lists_are_read_alike_as_arrays_and_text(fitted):
+def test_arrays_and_lists_as_text_encode_the_same(fitted):
     tensors = {
         "emb": np.array([[1, 2.5], [3, 4]]),
         "tags": np.array([b"a|b", b'["c"]'], object),
@@ -66,7 +66,7 @@ def test_the_state_is_plain_json(fitted):
         ({"a": 1}, "expected a list of 2 numbers"),
     ],
 )
-def test_what_is_no_vector_is_refused_by_field_and_row(fitted, value, words):
+def test_an_invalid_vector_is_refused_by_field_and_row(fitted, value, words):
     columns = {"emb": [[1, 2], value], "tags": [[], []], "x": [1, 2]}
     with pytest.raises(InvalidRecord, match=f"field 'emb' .*{words}") as caught:
         fitted.encode(columns)

@@ -43,7 +43,7 @@ def test_lossless_formats_give_the_same_pixels(colours, kind):
         (8, lambda shown: np.rot90(shown, -1)),
     ],
 )
-def test_the_orientation_that_a_camera_noted_is_applied(colours, orientation, upright):
+def test_the_exif_orientation_is_applied(colours, orientation, upright):
     """upright: what the camera stores of a scene that it holds in that orientation."""
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = orientation
@@ -54,7 +54,7 @@ def test_the_orientation_that_a_camera_noted_is_applied(colours, orientation, up
         assert pictures.read_header(content) == pictures.PictureHeader(6, 10, True)
 
 
-def test_what_is_transparent_lies_over_white(colours):
+def test_transparent_pixels_become_white(colours):
     alpha = np.zeros((6, 10), np.uint8)
     alpha[2:4] = 255
     expected = np.where(alpha[:, :, None] > 0, colours, 255)
@@ -91,7 +91,7 @@ def test_pixels_of_unknown_range_are_refused():
         Images("photo", (4, 4), 1).encode({"photo": [saved(wide, "TIFF")]})
 
 
-def test_size_and_channels_are_those_of_all_training_images(colours):
+def test_size_and_channels_fit_all_training_images(colours):
     grey = saved(Image.new("L", (10, 6)))
     files = [grey, saved(Image.fromarray(colours)), saved(Image.new("L", (40, 30)))]
     fitted = Images("photo").fit({"photo": files})

@@ -24,7 +24,7 @@ def pixels(rng):
     return rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
 
 
-def test_a_png_and_its_pixels_encode_alike(pixels):
+def test_a_png_and_its_pixels_encode_the_same(pixels):
     features = Images("photo").fit({"photo": [pixels]})
     assert features.shape_HWC == (6, 5, 3)
     for value in (pixels, image_bytes(pixels), {"bytes": image_bytes(pixels), "path": None}):
@@ -38,7 +38,7 @@ def test_a_jpeg_encodes_as_pillow_decodes_it(pixels):
     np.testing.assert_array_equal(features.encode({"photo": [data]})["photo"][0], expected)
 
 
-def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
+def test_images_are_converted_to_the_fitted_size_and_colour(pixels):
     features = Images("photo", (4, 4), 1)
     expected = Image.fromarray(pixels).convert("L").resize((4, 4), Image.Resampling.BILINEAR)
     encoded = features.encode({"photo": [image_bytes(pixels)]})["photo"][0]
@@ -56,7 +56,7 @@ def test_another_size_and_colour_is_brought_to_the_fitted_one(pixels):
         (np.zeros((0, 4), np.uint8), "[0, 4]"),
     ],
 )
-def test_what_is_no_image_is_refused_by_field(value, word):
+def test_the_error_names_the_field_of_an_invalid_image(value, word):
     with pytest.raises(InvalidRecord, match="field 'photo'") as caught:
         Images("photo", (4, 4), 1).encode({"photo": [value]})
     assert word in str(caught.value)
@@ -87,7 +87,7 @@ def test_classes_keep_the_order_of_numbers_and_sort_by_name():
     assert ClassTarget("y").fit([1.0, 0.0]).classes == ("0", "1")
 
 
-def test_one_class_only_is_refused():
+def test_a_target_with_a_single_class_is_refused():
     with pytest.raises(InvalidRecord, match="only the value"):
         ClassTarget("y").fit([3, 3])
 
@@ -98,7 +98,7 @@ def test_a_missing_label_is_refused(value):
         ClassTarget("y").fit([value, 1])
 
 
-def test_an_unknown_class_names_the_known_ones():
+def test_the_error_for_an_unknown_class_lists_the_known_ones():
     with pytest.raises(InvalidRecord, match=r"'c'.*known are a, b"):
         ClassTarget("y", ("a", "b")).encode(["a", "c"])
 
@@ -121,7 +121,7 @@ def test_a_task_survives_json():
     assert Task.from_dict(task.to_dict()) == task
 
 
-def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded(rng):
+def test_a_jpeg_with_too_many_scans_is_refused_undecoded(rng):
     encoder = Images("image", (8, 8), 1)
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)).save(file, "JPEG", progressive=True)

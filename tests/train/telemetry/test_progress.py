@@ -45,7 +45,7 @@ def test_flops_of_a_convolution_are_its_multiply_adds():
     assert flops == pytest.approx(3 * forward)
 
 
-def test_an_observer_that_fails_is_told_of_once_and_left_alone(capsys):
+def test_a_failing_observer_is_reported_once_and_then_disabled(capsys):
     seen = []
 
     def observe(event):

@@ -67,7 +67,7 @@ def steps(step):
     return {"event": "steps", "step": step, "loss": 0.9, "samples_per_s": 100.0, "rate": 0.1}
 
 
-def test_gauges_say_where_a_run_stands():
+def test_gauges_show_the_state_of_a_run():
     assert shown() == {
         "progress_timestamp_seconds": 1000,
         "checkpoint_timestamp_seconds": 1000,
@@ -88,7 +88,7 @@ def test_gauges_say_where_a_run_stands():
     assert values.keys() == WORDS.keys()
 
 
-def test_what_is_trained_again_is_no_progress():
+def test_repeated_steps_do_not_count_as_progress():
     values = shown(START, steps(10), steps(20), {**START, "step": 5}, steps(10), steps(20))
     assert values["progress_timestamp_seconds"] == 1180
     assert values["starts"] == 2
@@ -96,12 +96,12 @@ def test_what_is_trained_again_is_no_progress():
     assert again["progress_timestamp_seconds"] == 1360
 
 
-def test_what_happens_besides_changes_no_gauge():
+def test_other_events_change_no_gauge():
     unwritten = {"event": "unwritten", "error": "the disk is full", "last": 10}
     assert shown(START, unwritten, {"event": "halved", "micro_batch": 8}) == shown(START)
 
 
-def test_a_checkpoint_is_told_of_once_it_is_whole(tmp_path):
+def test_a_checkpoint_is_announced_once_it_is_complete(tmp_path):
     told = []
 
     def written(step):
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_told_of_once_it_is_whole(tmp_path):
     assert wait_for(lambda: told, bool, 10) == [(3, 3)]
 
 
-def test_a_checkpoint_that_could_not_be_written_is_not_told_of(tmp_path):
+def test_a_checkpoint_that_was_not_written_is_not_announced(tmp_path):
     told = []
     store = CheckpointManager(str(tmp_path / "run"), keep=2, written=told.append)
     with largest_file(4096):

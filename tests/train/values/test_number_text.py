@@ -65,7 +65,7 @@ def test_a_currency_may_stand_on_either_side(text):
         "--5",
     ],
 )
-def test_what_only_looks_like_a_number_is_none(text):
+def test_text_that_resembles_a_number_is_refused(text):
     with pytest.raises(ValueError):  # noqa: PT011, whose words differ
         NumberFormat().parse(text)
     with pytest.raises(InvalidRecord, match=r"field 'x' is .*; expected a number"):
@@ -86,11 +86,11 @@ def test_what_only_looks_like_a_number_is_none(text):
         (["NA", "", "7"], NumberFormat("."), False),
     ],
 )
-def test_the_format_is_that_of_the_whole_column(texts, expected, ambiguous):
+def test_the_format_is_found_from_the_whole_column(texts, expected, ambiguous):
     assert find_format(texts) == (expected, ambiguous)
 
 
-def test_a_number_column_finds_out_how_it_is_written():
+def test_a_number_column_infers_its_decimal_mark():
     column = Number("x").fit(["1.234,5", None, "NA", " 7 "])
     np.testing.assert_array_equal(
         column.read(["2.000,5", 3, None, "NA"]), [2000.5, 3, np.nan, np.nan]
@@ -132,7 +132,7 @@ def test_a_few_absurd_values_do_not_move_the_scale(rng):
     assert len(np.unique(encoded_N[:1000])) > 990
 
 
-def test_given_sentinels_count_and_an_empty_list_keeps_all(rng):
+def test_given_sentinels_apply_and_an_empty_list_disables_them(rng):
     values = [*rng.normal(50, 10, 100), *[-999.0] * 10]
     assert np.isnan(Number("x").fit(values).read(values)).sum() == 10
     assert not np.isnan(Number("x", missing=()).fit(values).read(values)).any()
@@ -151,7 +151,7 @@ def test_numbers_near_the_largest_double_have_finite_statistics(sign):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_number_far_beyond_tiny_ones_is_the_farthest():
+def test_an_extreme_number_is_clipped_to_the_farthest_value():
     encoder = Numbers((Number("a", missing=()),)).fit({"a": [0.0, 1e-300, 2e-300]})
     assert encoder.encode({"a": [-1.7e308, 1.7e308]})["numbers"].tolist() == [
         [-FARTHEST],
@@ -160,7 +160,7 @@ def test_a_number_far_beyond_tiny_ones_is_the_farthest():
 
 
 @pytest.mark.parametrize("word", ["?", ".", "-", "<NA>", r"\N", "#DIV/0!", "N.A.", "(null)"])
-def test_marks_of_other_programs_for_missing_values(word):
+def test_missing_value_marks_of_other_programs_are_read(word):
     found, _ = find_format(["1.5", word, "2.5"])
     assert found == NumberFormat()
     np.testing.assert_array_equal(Number("x", missing=()).read(["1.5", word]), [1.5, np.nan])

@@ -93,7 +93,7 @@ relaxed = settings(
 @pytest.mark.parametrize("kind", VALUES)
 @relaxed
 @given(data=st.data())
-def test_a_category_has_one_code(kind, data, manifest, tmp_path):
+def test_a_category_has_one_code_in_every_format(kind, data, manifest, tmp_path):
     values = data.draw(st.lists(VALUES[kind], min_size=2, max_size=6))
     found = everywhere(values, manifest, tmp_path)
     for trained_on in FORMATS:
@@ -107,7 +107,7 @@ def test_a_category_has_one_code(kind, data, manifest, tmp_path):
 @pytest.mark.parametrize("kind", ["whole", "decimal", "short decimal", "boolean"])
 @relaxed
 @given(data=st.data())
-def test_a_number_or_boolean_has_one_value(kind, data, manifest, tmp_path):
+def test_a_number_or_boolean_has_one_value_in_every_format(kind, data, manifest, tmp_path):
     values = data.draw(st.lists(VALUES[kind], min_size=2, max_size=6))
     column = Boolean("c") if kind == "boolean" else Number("c", missing=())
     found = everywhere(values, manifest, tmp_path)
@@ -121,7 +121,7 @@ def test_a_number_or_boolean_has_one_value(kind, data, manifest, tmp_path):
 @pytest.mark.parametrize("kind", VALUES)
 @relaxed
 @given(data=st.data())
-def test_a_record_is_in_the_same_split_whatever_its_file(kind, data, tmp_path):
+def test_a_record_is_in_the_same_split_in_every_file_format(kind, data, tmp_path):
     values = data.draw(st.lists(VALUES[kind], min_size=2, max_size=6))
     hashes = [hash_values(from_file(values, each, tmp_path)["c"]) for each in FORMATS]
     np.testing.assert_array_equal(hashes[0], hashes[1])
