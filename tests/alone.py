@@ -1,4 +1,4 @@
-"""Run code in a process that can import neither torch nor ray nor anything of ours."""
+"""Run code in a process that can import neither torch nor ray nor a package of this project."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ print(json.dumps(np.concatenate(labels).tolist()))
 
 
 def run_alone(code: str, folder: Path) -> str:
-    """Return what the code prints, run in `folder`."""
+    """Run code in `folder` and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT + code],
         cwd=folder,
@@ -38,7 +38,10 @@ def run_alone(code: str, folder: Path) -> str:
 
 
 def edge_labels(folder: Path, name: str, images_NHWC: np.ndarray) -> list[str]:
-    """The labels that the edge file in `folder` gives images, its input called `name`."""
+    """Return the labels that the edge model in `folder` predicts for images.
+
+    name: the input of the model. images: uint8 [N, H, W, C].
+    """
     np.save(folder / "images.npy", images_NHWC)
     labels: list[str] = json.loads(run_alone(LABELS.replace("NAME", repr(name)), folder))
     return labels

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority of their own, and what it has signed."""
+"""A certificate authority for tests."""
 
 import ssl
 from pathlib import Path
@@ -7,7 +7,7 @@ import trustme
 
 
 class Authority:
-    """Signs certificates of servers and of clients, as files in a folder."""
+    """Certificate authority that writes server and client certificates to a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -16,7 +16,7 @@ class Authority:
         self._authority.cert_pem.write_to_path(self.file)
 
     def issue(self, name: str, *hosts: str) -> tuple[Path, Path]:
-        """Write NAME.pem, with the chain, and NAME.key, each at once; return their paths."""
+        """Write NAME.pem (with the chain) and NAME.key, each atomically; return their paths."""
         made = self._authority.issue_cert(*(hosts or ("localhost", "127.0.0.1")))
         paths = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         chain = b"".join(blob.bytes() for blob in made.cert_chain_pems)
@@ -27,7 +27,10 @@ class Authority:
         return paths
 
     def context(self, *protocols: str, client: tuple[Path, Path] | None = None) -> ssl.SSLContext:
-        """What a client needs that trusts this authority. client: its own certificate and key."""
+        """Return the TLS context of a client that trusts this authority.
+
+        protocols: for ALPN. client: certificate and key of the client.
+        """
         made = ssl.create_default_context(cafile=str(self.file))
         if protocols:
             made.set_alpn_protocols(list(protocols))

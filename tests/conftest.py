@@ -1,4 +1,4 @@
-"""What tests share: data small enough to train on in seconds, and one bundle made of it."""
+"""Shared fixtures: data that trains in seconds, and one bundle that is trained on it."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 
 def make_config(**changes: Any) -> Config:
-    """A small run on digits, with top-level fields changed."""
+    """Return the config of a small run on digits, with top-level fields changed."""
     return validate_config({**CONFIG, **changes})
 
 
@@ -55,11 +55,11 @@ def digits(config: Config) -> EncodedDataset:
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """A Ray of this process, for the tests of one module."""
+    """Ray in this process, for the tests of one module."""
     connect.set_ray_environment()
     import ray
 
-    assert not ray.is_initialized(), "an earlier test left its Ray running; it needs ray_session"
+    assert not ray.is_initialized(), "an earlier test left Ray running; use the fixture ray_session"
     connect.connect(num_cpus=4, metrics=False)
     yield
     connect.disconnect()
@@ -67,7 +67,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(storage_path: Path) -> dict[str, Any]:
-    """What `python train/main.py` printed: digits, two workers, registered as production."""
+    """The result of `python train/main.py`: digits, two workers, registered as production."""
     small = [
         "--optim.epochs",
         "8",
@@ -87,7 +87,7 @@ def bundle(trained: dict[str, Any]) -> Bundle:
     return Bundle.load(trained["bundle"])
 
 
-# Figures that no test reads.
+# Short benchmarks, because no test reads their timings.
 QUICK = ("--compress.measure_seconds", "0.2")
 
 

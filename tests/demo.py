@@ -1,6 +1,6 @@
-"""make demo: train on digits, compress, register, serve, and ask for the whole test split by HTTP.
+"""make demo: train on digits, compress, register, serve, and predict the test split over HTTP.
 
-Everything goes by the commands that a user would type.
+Each step runs the command that a user would type.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from train import cli
 from train.data import dataset
 
 CONNECTIONS = 8
-# Each image is asked for this often, so that the figures rest on more than a second.
+# Each image is sent this many times, so that the measurement takes more than a second.
 ROUNDS = 8
 
 
@@ -45,7 +45,7 @@ class Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave the server up")
+    parser.add_argument("--keep", action="store_true", help="leave the server running")
     keep = parser.parse_args().keep
     console = Console()
 
@@ -68,11 +68,11 @@ def main() -> None:
                 server.stop(process)
     show(console, result, figures, len(labels))
     if keep:
-        console.print(f"\nThe server is up at {server.URL}; stop it with: kill {process.pid}")
+        console.print(f"\nThe server is running at {server.URL}; stop it with: kill {process.pid}")
 
 
 def train() -> dict[str, Any]:
-    """Run the training command; its progress goes to the terminal, its last line comes back."""
+    """Run the training command with its progress on the terminal; return its JSON result."""
     command = [sys.executable, "train/main.py"]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
@@ -82,7 +82,7 @@ def train() -> dict[str, Any]:
 
 
 def test_split() -> tuple[np.ndarray, list[str]]:
-    """Return the images [N, H, W, C] and labels that training did not see."""
+    """Return the images (uint8 [N, H, W, C]) and the labels of the test split."""
     config = cli.parse([]).config
     data = dataset.prepare_dataset(config, storage.resolve_path(config.storage.path))
     inputs, targets = data.open("test")
@@ -91,14 +91,14 @@ def test_split() -> tuple[np.ndarray, list[str]]:
 
 
 def request_body(image_HWC: np.ndarray) -> bytes:
-    """The image as PNG, in a KServe V1 request."""
+    """Return a KServe V1 request with the image as PNG."""
     file = io.BytesIO()
     Image.fromarray(image_HWC.squeeze()).save(file, "PNG")
     return json.dumps({"instances": [{"b64": base64.b64encode(file.getvalue()).decode()}]}).encode()
 
 
 def ask(model: str, bodies: list[bytes], labels: list[str]) -> Figures:
-    """Send every image several times over a few connections, each the next when one is answered."""
+    """Send every image several times over a few connections, one request at a time on each."""
     path = f"/v1/models/{model}:predict"
 
     def work(numbers: range) -> list[tuple[bool, float]]:
@@ -158,7 +158,7 @@ def show(
         f"pictures   {result['bundle']}/report/",
         f"registry   .venv/bin/mlflow ui --backend-store-uri {database}",
         f"server     .venv/bin/serve run serve.app model={result['uri']}",
-        f"try it     {server.URL} once the server is up",
+        f"try it     {server.URL} while the server runs",
     ):
         console.print(f"  {line}", soft_wrap=True, highlight=False)
 

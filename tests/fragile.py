@@ -1,4 +1,4 @@
-"""A net that cannot bear a high rate: with large weights it is slow, and soon it fails."""
+"""Nets that fail: one is slow and then raises once its weights are large, one has a bug."""
 
 import os
 
@@ -27,7 +27,7 @@ class Fragile(nn.Module):
 
 
 class Mistaken(nn.Module):
-    """A net whose code is wrong from the tenth step on; it writes down each time that it fails."""
+    """A net that raises after ten training steps and logs each failure to the file $MISTAKES."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

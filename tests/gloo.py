@@ -1,4 +1,4 @@
-"""Run a function in several processes that reach each other by torch.distributed."""
+"""Run a function in several processes that communicate through torch.distributed (gloo)."""
 
 import os
 import sys
@@ -37,9 +37,9 @@ def _start(
         function(Worker(rank, world_size, torch.device("cpu")), *arguments)
     finally:
         dist.destroy_process_group()
-    # Without the interpreter's own end: DistributedDataParallel keeps the group in a reference
-    # cycle, so its threads may still release tensors. That needs the GIL, and while the interpreter
-    # finalizes it aborts the process ("terminate called without an active exception").
+    # os._exit skips the finalization of the interpreter. DistributedDataParallel keeps the group in
+    # a reference cycle, so its threads may still release tensors. That needs the GIL, which aborts
+    # the process during finalization ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,9 +1,9 @@
-"""KServe's own clients against a server, in a Python that has them; prints what they got as JSON.
+"""Call a server with KServe's own clients and print their predictions as JSON.
 
     KSERVE_PYTHON tests/kserve_client.py HTTP_URL GRPC_ADDRESS MODEL INPUT
 
-The image is read from stdin as JSON, [N, H, W, C]. KServe wants other versions of protobuf and
-pandas than ours.
+The images are read from stdin as JSON, [N, H, W, C]. KServe requires other versions of protobuf and
+pandas than this project, so KSERVE_PYTHON belongs to a separate environment.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Load on a server while something happens to it, and what became of the requests."""
+"""Send load to a server during a block of code, and summarize the outcomes of the requests."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ READY_S = 120
 def meanwhile(
     target: LoadTarget, load: ClosedLoad | PoissonLoad, **options: Any
 ) -> Iterator[list[LoadTestReport]]:
-    """Load the server while the block runs; the report is there once it has ended."""
+    """Load the server while the block runs; the yielded list holds the report afterwards."""
     reports: list[LoadTestReport] = []
     thread = threading.Thread(target=lambda: reports.append(run_load(target, load, **options)))
     thread.start()
@@ -53,10 +53,10 @@ def brief(report: LoadTestReport) -> dict[str, Any]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = READY_S) -> float:
-    """Return after how many seconds the condition held. Raises TimeoutError."""
+    """Wait for a condition and return the seconds waited. Raises TimeoutError."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() > began + seconds:
-            raise TimeoutError("the server did not come to the state that was waited for")
+            raise TimeoutError("the server did not reach the expected state in time")
         time.sleep(0.05)
     return time.monotonic() - began

@@ -1,4 +1,4 @@
-"""A real MLflow server, and a proxy before it that makes requests fail."""
+"""A real MLflow server, and a proxy in front of it that makes requests fail."""
 
 import http.client
 import os
@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import httpx
 
 FAULTS = ("403", "500", "broken", "slow")
-# Longer than the client waits in these tests.
+# Seconds. A slow response arrives after the timeout of the client.
 SLOW_S, TIMEOUT_S = 1.5, 1
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -27,7 +27,7 @@ SETTINGS = {
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """Start a server that keeps everything in a folder; yield its address."""
+    """Start an MLflow server that stores everything in a folder; yield its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,7 +48,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
                 httpx.get(f"{address}/health").raise_for_status()
                 break
             except httpx.HTTPError:
-                assert server.poll() is None, "the server ended"
+                assert server.poll() is None, "the server exited"
                 assert time.monotonic() < deadline, "the server is not ready"
                 time.sleep(0.1)
         yield address
@@ -58,9 +58,10 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 class FaultyProxy:
-    """Passes requests on to a server, and makes some of them fail; what is slow was carried out.
+    """Proxy that forwards requests to a server and makes some of them fail.
 
-    count, injected: how many requests came since `inject` was called, and how many failed.
+    With the fault "slow" the server carries out the request, but its response arrives late.
+    count, injected: requests since the last call of `inject`, and how many of them failed.
     """
 
     def __init__(self, server: str) -> None:
@@ -99,8 +100,8 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def inject(self, fault: str | None, first: int = 1) -> None:
-        """Let all requests from number `first` on fail; one of FAULTS, or None for none."""
-        # Read for each request.
+        """Make all requests from number `first` on fail with one of FAULTS; None stops that."""
+        # The client reads this variable for each request.
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(TIMEOUT_S if fault == "slow" else 60)
         with self._lock:
             self._fault, self._first, self.count, self.injected = fault, first, 0, 0
@@ -136,5 +137,5 @@ class FaultyProxy:
                 request.send_header("Content-Type", kind)
             request.end_headers()
             request.wfile.write(content)
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             request.close_connection = True

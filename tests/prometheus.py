@@ -1,4 +1,4 @@
-"""Prometheus and its rules, as the manifests in k8s/ have them."""
+"""Run Prometheus with the rules of the manifests in k8s/, and read rules and dashboards."""
 
 import json
 import re
@@ -21,7 +21,7 @@ GRAFANA = REPOSITORY / "k8s/components/grafana"
 INSTALLED = all(map(shutil.which, ("prometheus", "promtool")))
 START_S = 60
 
-# What Grafana puts for the variables of an expression; of the dashboards' own: all of them.
+# Values for the variables of an expression: Grafana's own, and a match-all for the dashboards'.
 RANGES = {"__rate_interval": "5m", "__range": "1h"}
 EVERYTHING = ".*"
 
@@ -29,13 +29,13 @@ Sample = dict[str, Any]
 
 
 def rules() -> dict[str, Any]:
-    """The groups of rules, as Prometheus reads them."""
+    """Return the groups of rules in the form that Prometheus reads."""
     spec: dict[str, Any] = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
     return spec
 
 
 def each_rule(kind: str) -> dict[str, dict[str, Any]]:
-    """Rules by name. kind: alert or record."""
+    """Return the rules of one kind, alert or record, by name."""
     found = [rule for group in rules()["groups"] for rule in group["rules"] if kind in rule]
     named = {rule[kind]: rule for rule in found}
     assert len(named) == len(found)
@@ -47,7 +47,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def expressions(dashboard: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The title of its panel and each expression, its variables put in."""
+    """Return (title of the panel, expression with variables filled in) for each expression."""
     return [
         (panel["title"], with_variables(target["expr"]))
         for panel in dashboard["panels"]
@@ -60,7 +60,7 @@ def with_variables(expression: str) -> str:
 
 
 def metric_names(expression: str) -> set[str]:
-    """The metrics that an expression asks for."""
+    """Return the names of the metrics in an expression."""
     for clutter in (
         r'"[^"]*"',
         r"\{[^}]*\}",
@@ -80,7 +80,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 class Prometheus:
-    """A running one, asked by its HTTP API."""
+    """Client for the HTTP API of a running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -91,12 +91,12 @@ class Prometheus:
         return answer["data"]
 
     def samples(self, expression: str) -> list[Sample]:
-        """What an expression that selects series gives now: metric and value of each."""
+        """Return the labels and the current value of each series that an expression selects."""
         result = self.ask("query", query=expression)["result"]
         return [{**each["metric"], "value": float(each["value"][1])} for each in result]
 
     def value(self, expression: str) -> float:
-        """The value of the one series, 0 if there is none."""
+        """Return the value of the only series, or 0 if there is no series."""
         found = self.samples(expression)
         assert len(found) <= 1, found
         return float(found[0]["value"]) if found else 0.0
@@ -110,7 +110,7 @@ class Prometheus:
 
 @contextmanager
 def running(folder: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]:
-    """Prometheus with our rules, looking every second. targets: of each job, host:port."""
+    """Run Prometheus with the rules, scraping every second. targets: job → host:port."""
     jobs = [
         {"job_name": job, "static_configs": [{"targets": [target]}]}
         for job, target in targets.items()

@@ -1,6 +1,6 @@
-"""python -m tests.registry_faults BUNDLE: count what failing registries and races lead to.
+"""Count the outcomes of registry failures and races: python -m tests.registry_faults BUNDLE.
 
-Run by hand for the figures; tests run fewer of each.
+Run it by hand for complete counts; the tests run fewer cases.
 """
 
 import json
@@ -28,7 +28,7 @@ DECISION = {"time": "2026-01-01T00:00:00+00:00", "decision": "promoted"}
 
 
 def with_metric(bundle: Bundle, value: float, metric: str = METRIC) -> Bundle:
-    """The bundle as if it were of another net, its default variant with another figure."""
+    """Return the bundle with other weights and another metric of its default variant."""
     manifest = bundle.manifest
     name = manifest.default_variant
     variant = manifest.variants[name]
@@ -55,12 +55,11 @@ def aliases(root: str, name: str) -> dict[str, str]:
 def inject_faults(
     bundle: Bundle, proxy: FaultyProxy, root: str, most: int = sys.maxsize
 ) -> Counter[str]:
-    """Let each request of each operation fail, and all after it; return the outcomes by kind.
+    """Make each request of each operation fail, with all later ones; count the outcomes.
 
-    The registry has a version of 0.90 in production. A worse one is published, then a candidate is
-    rolled back, then production is looked up: none may change what is in production. Then one is
-    promoted: production is the one before or the one promoted, and `previous` the one before.
-    most: faults for each operation and kind, spread over its requests.
+    Production has a metric of 0.90. The operations publish a worse version, roll back a candidate
+    and look up production. The production version must stay the same throughout.
+    most: requests to fail for each operation and fault, spread over its requests.
     """
     name = bundle.manifest.name
     assert publish(bundle, root, 0.90)["alias"] == "production"
@@ -84,7 +83,7 @@ def inject_faults(
                     outcome = "done"
                 except RegistryError:
                     outcome = "one line"
-                # There may be fewer requests than before, as where a name is registered already.
+                # There may be fewer requests than before, e.g. if a name is already registered.
                 if proxy.injected:
                     outcomes[f"{operation}: {outcome}"] += 1
                     outcomes["injected"] += proxy.injected
@@ -97,7 +96,11 @@ def inject_faults(
 def inject_promotion_faults(
     bundle: Bundle, proxy: FaultyProxy, root: str, most: int = sys.maxsize
 ) -> Counter[str]:
-    """Let each request of a promotion fail; see `inject_faults`."""
+    """Make each request of a promotion fail; see `inject_faults`.
+
+    Afterwards production is the old version or the promoted one; in the second case `previous` is
+    the old version.
+    """
     name = bundle.manifest.name
     outcomes: Counter[str] = Counter()
     proxy.inject(None)
@@ -127,7 +130,7 @@ def inject_promotion_faults(
                 outcomes["promotion: done"] += 1
             else:
                 outcomes["promotion: one line"] += 1
-            # The same again ends in the same.
+            # Repeating the promotion completes it.
             registry.promote_candidate(root, name, candidate, before, DECISION)
             found = aliases(root, name)
             assert (found["production"], found["previous"]) == (candidate, before)
@@ -144,7 +147,7 @@ def _retried(proxy: FaultyProxy, ask: Callable[[], str]) -> str:
     return ask()
 
 
-# Two at once
+# Concurrent registrations
 
 
 def _register(
@@ -152,7 +155,7 @@ def _register(
 ) -> None:
     if uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
-    import mlflow  # noqa: F401 - before the race begins
+    import mlflow  # noqa: F401 - imported before the race begins
 
     bundle = Bundle.load(location)
     bundle = replace(bundle, manifest=bundle.manifest.model_copy(update={"name": name}))
@@ -174,9 +177,9 @@ def race(
     first_use: bool,
     name: str = "digits",
 ) -> Counter[str]:
-    """Register a better and a worse bundle at once, `pairs` times; return the outcomes.
+    """Register a better and a worse bundle concurrently, `pairs` times; count the outcomes.
 
-    first_use: each pair makes an embedded registry of its own, which is not there yet.
+    first_use: each pair uses a new embedded registry, which it has to create.
     """
     context = multiprocessing.get_context("spawn")
     queues = [(context.Queue(), context.Queue()) for _ in range(2)]
@@ -189,7 +192,7 @@ def race(
     outcomes: Counter[str] = Counter()
     for pair in range(pairs):
         folder = f"{root}/{pair}" if first_use else root
-        # Each pair is better than the one before.
+        # Each pair is better than the previous one.
         base = 0.1 if first_use else 0.1 + 0.8 * pair / pairs
         values = [base + 0.01 / pairs, base + 0.005 / pairs]
         for (jobs, _), value in zip(queues, values[:: 1 if pair % 2 else -1], strict=True):

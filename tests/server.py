@@ -1,4 +1,4 @@
-"""Start `serve run serve.app` as a user would, wait until it answers, and stop it."""
+"""Start `serve run serve.app` as a user does, wait until it is ready, and stop it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ import httpx
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 URL = "http://127.0.0.1:8000"
-# Also beside other work that takes all cores.
+# Seconds; long enough for a machine whose cores are all busy.
 READY_S = 600
 STOP_S = 180
 
@@ -30,14 +30,14 @@ def start(
     tls: ssl.SSLContext | None = None,
     cwd: Path = REPOSITORY,
 ) -> subprocess.Popen[bytes]:
-    """Start the server; its output goes to `log`. Returns once the path `ready` answers 200.
+    """Start the server with its output in `log`; return once the path `ready` responds with 200.
 
-    tls: with which it is asked, where its options make it speak TLS.
-    Raises RuntimeError with the end of the log if it stops or is not ready in time.
+    tls: context of the client, for options that make the server use TLS.
+    Raises RuntimeError with the end of the log if the server exits or is not ready in time.
     """
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 8000)) == 0:
-            raise RuntimeError("a server is already up on port 8000; stop that one first")
+            raise RuntimeError("a server is already running on port 8000; stop it first")
     command = [str(Path(sys.executable).with_name("serve")), "run", app, *arguments]
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -66,7 +66,7 @@ def url(tls: ssl.SSLContext | None) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the server and the Ray that it started."""
+    """Stop the server and the Ray cluster that it started."""
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -77,7 +77,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def running(*arguments: str, **options: Any) -> Iterator[str]:
-    """Yield the server's URL; it stops when the block ends. For the options see `start`."""
+    """Run the server during the block and yield its URL. For the options see `start`."""
     process = start(*arguments, **options)
     try:
         yield url(options.get("tls"))

@@ -1,4 +1,4 @@
-"""What the tests of serving share: a replica's inside, without Ray."""
+"""Helpers for the tests of serving: the parts of a replica, without Ray."""
 
 import socket
 import tempfile
@@ -22,7 +22,7 @@ from serve.state import ServingState
 from serve.telemetry.recorder import RequestRecorder
 from train.bundle import Bundle, Predictor
 
-# What repositories of tests write, where a test does not say where.
+# The storage of repositories in tests that give no other.
 SCRATCH = tempfile.TemporaryDirectory()
 
 
@@ -38,7 +38,7 @@ def make_host(
     load: Callable[[str], Predictor] = lambda location: Predictor.load(Bundle.load(location)),
     **options: Any,
 ) -> InferenceHandler:
-    """A model in version 3, alias production, with its repository.
+    """Return the handler of a model with version 3, alias production, and its repository.
 
     load: location of a bundle → its predictor.
     """
@@ -80,5 +80,5 @@ def listening(application: Any) -> Iterator[str]:
 
 
 def client_of(application: Any) -> TestClient:
-    """A client that asks by the server's address, as one on its machine does."""
+    """Return a client that requests 127.0.0.1:8000, like a client on the server's machine."""
     return TestClient(application, base_url="http://127.0.0.1:8000")

@@ -1,4 +1,4 @@
-"""The commands as a user types them: train, serve, ask, stop; and what they say to wrong input."""
+"""Training, serving and the doctor as a user runs them, and their errors for wrong input."""
 
 import base64
 import json
@@ -24,12 +24,12 @@ from train.data import dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# Of Ray and HAProxy, as they appear in a process list.
+# Processes of Ray and HAProxy as a process list names them.
 PROCESSES = ("raylet", "gcs_server", "ray::", "haproxy")
 
 
 def processes():
-    """Processes of Ray and HAProxy that run now, by id."""
+    """Return the running processes of Ray and HAProxy: id → command."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():

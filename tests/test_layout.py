@@ -1,4 +1,4 @@
-"""Imports go one way, folders stay small, and a name means one thing."""
+"""Rules of the code base: import order, small folders and modules, unique public names."""
 
 import ast
 import re
@@ -24,10 +24,10 @@ ALLOWED = {
     "train.config": {"cluster", "train.tasks", "train.metrics", "train.config"},
     "train.cli": {"cluster", "train.config"},
     "train.decision": {"cluster", "train.config", "train.stats", "train.tasks"},
-    # Of numpy alone: training and serving judge by the same statistics.
+    # Imports only numpy; training and serving share these statistics.
     "train.stats": set(),
     "train.metrics": set(),
-    # Read by training and by offline inference alike.
+    # Used by training and by offline inference.
     "train.data.reading": {"cluster", "train.tasks", "train.data.reading"},
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
     "train.data": {
@@ -67,15 +67,15 @@ ALLOWED = {
         *("train.stats", "serve"),
     },
 }
-# Whoever knows tasks knows what their records hold.
+# A package that may import train.tasks may also import the values of its records.
 for _allowed in ALLOWED.values():
     if "train.tasks" in _allowed:
         _allowed.add("train.values")
-# Import strings that point the other way, each with the module that it names.
+# Exceptions for import strings: (module, module that its string names).
 IMPORT_STRINGS = {
     # Ray Serve imports the middleware in its own processes.
     ("cluster.serve_environment", "serve.http.gateway"),
-    # The table of engines; the torch engine needs the nets.
+    # The table of engines names the torch engine, which needs the nets.
     ("train.bundle.engines", "train.nets.torch_engine"),
 }
 IMPORT_STRING = re.compile(r"(?:cluster|train|tune|serve)(?:\.\w+)*[.:]\w+")
@@ -111,14 +111,14 @@ def tree(path: Path) -> ast.Module:
 
 
 def module_of(name: str) -> str | None:
-    """Return the module of ours that a dotted name is or lies in."""
+    """Return the module of this project that a dotted name is or belongs to."""
     while name and name not in modules():
         name = name.rpartition(".")[0]
     return name or None
 
 
 def imports(path: Path) -> set[str]:
-    """Return what a module imports of this project, as package.module.name."""
+    """Return the names that a module imports from this project, as package.module.name."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -129,7 +129,7 @@ def imports(path: Path) -> set[str]:
 
 
 def import_strings(path: Path) -> set[str]:
-    """Return the strings of a module that name a module of this project to be imported."""
+    """Return the strings in a module that are import paths of this project."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -140,7 +140,7 @@ def import_strings(path: Path) -> set[str]:
 
 
 def _resolves(value: str) -> bool:
-    """Whether a string is MODULE:ATTRIBUTE, MODULE.ATTRIBUTE or MODULE; not a dotted option."""
+    """Return whether a string is MODULE:ATTRIBUTE, MODULE.ATTRIBUTE or MODULE, not an option."""
     module, separator, _ = value.partition(":")
     return (
         module in modules() if separator else module_of(value) in {value, value.rpartition(".")[0]}
@@ -152,10 +152,10 @@ def below(name: str, package: str) -> bool:
 
 
 def folder(module: str) -> str:
-    """Return the unit that must not be part of a circle.
+    """Return the unit of a module in the check for import cycles: its folder or itself.
 
-    It is a module's folder. A module beside the folders of a package is a unit alone: some stand
-    below the folders, as `train.config`, others above them, as `train.training`.
+    A module directly in a package is its own unit: some of these modules are imported by the
+    folders (`train.config`), others import the folders (`train.training`).
     """
     parent = ".".join(modules()[module].relative_to(REPOSITORY).parent.parts)
     return module if parent in PACKAGES else parent
@@ -173,7 +173,7 @@ def test_a_module_imports_only_its_allowed_packages(path):
 
 
 def in_circles(edges: dict[str, set[str]]) -> set[str]:
-    """Return the nodes of a graph from which a circle is reached."""
+    """Return the nodes of a graph that lie on a cycle or lead to one."""
     left = set(edges)
     while done := {unit for unit in left if not edges[unit] & left}:
         left -= done
@@ -191,7 +191,7 @@ def test_folders_have_no_circular_imports():
 
 
 def test_modules_have_no_circular_imports():
-    """What a function imports when it is called is no part of one."""
+    """Imports inside functions do not count."""
     edges = defaultdict(set)
     for module, path in modules().items():
         for node in tree(path).body:

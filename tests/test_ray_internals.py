@@ -1,4 +1,4 @@
-"""What this project uses of Ray and uvicorn beyond their public interfaces is still there."""
+"""The private names of Ray that this project uses exist in the installed version."""
 
 import ast
 import inspect
@@ -18,13 +18,13 @@ HOMES = {
     "cluster.ray_internals",
     "serve.ray_serve_internals",
     "train.distributed.ray_train_internals",
-    # Apart from the others of Ray Train, as these import torch.
+    # Separate from the other names of Ray Train because these import torch.
     "train.distributed.gloo",
 }
 
 
 def private_imports(path: Path) -> set[str]:
-    """Return the modules and names of Ray that a module imports and whose path has a `_`."""
+    """Return the private modules and names of Ray that a module imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

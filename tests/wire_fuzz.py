@@ -1,7 +1,7 @@
-"""Broken input for a server's ports: TLS records, HTTP/1.1, HTTP/2 frames and gRPC messages.
+"""Malformed input for a server's ports: TLS records, HTTP/1.1, HTTP/2 frames and gRPC messages.
 
-Input `number` is the same in every run with one seed. A server may answer 4xx, end the stream or
-the connection; what it may not do is answer 5xx, or gRPC's UNKNOWN or INTERNAL.
+The seed and the number determine an input. A server may respond with 4xx, or close the stream or
+the connection. A 5xx status, or UNKNOWN or INTERNAL in gRPC, counts as a fault.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ IMAGE = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
 INFER = "/v2/models/digits/infer"
 SERVICE = "/inference.GRPCInferenceService/"
 METHODS = ("ModelInfer", "ServerReady", "ModelMetadata", "RepositoryIndex", "RepositoryModelLoad")
-# UNKNOWN and INTERNAL: the server did not expect what it got. But gRPC's rules have INTERNAL for
-# a message that says it is compressed, in a call that does not say how.
+# UNKNOWN and INTERNAL mean an unexpected error in the server. As an exception, gRPC specifies
+# INTERNAL for a message that is marked as compressed in a call without grpc-encoding.
 FAULTS = ("grpc=2 ", "grpc=13 ")
 BY_RULE = "grpc=13 Compression bit set but no encoding configured"
 TOKENS = (
@@ -62,13 +62,13 @@ TOKENS = (
 
 @dataclass
 class Outcome:
-    """What a server made of the inputs: counts, and the first that it must not have answered so."""
+    """Counts of responses by kind of input, and the faults as (number, kind, response)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[int, str, str]] = field(default_factory=list)
 
     def add(self, number: int, kind: str, answers: Sequence[str]) -> None:
-        """answers: statuses of HTTP, or grpc=CODE MESSAGE."""
+        """Count the responses to one input, as HTTP statuses or `grpc=CODE MESSAGE`."""
         for answer in answers or ["none"]:
             self.counts[f"{kind} {answer.partition(' ')[0]}"] += 1
             if answer[:1] == "5" or (answer.startswith(FAULTS) and answer != BY_RULE):
@@ -81,7 +81,7 @@ def _body() -> bytes:
 
 
 def _requests() -> list[tuple[str, str, list[tuple[str, str]], bytes]]:
-    """Valid requests, to be broken: (method, path, headers, body)."""
+    """Return the valid requests that inputs are made of: (method, path, headers, body)."""
     header = json.dumps(
         {
             "inputs": [
@@ -126,7 +126,7 @@ REQUESTS = _requests()
 
 
 def mutated(source: random.Random, data: bytes) -> bytes:
-    """Return bytes with one to six changes; now and then none."""
+    """Return the bytes with zero to six random changes."""
     broken = bytearray(data)
     for _ in range(source.choice((0, 1, 1, 1, 2, 3, 6))):
         at = source.randrange(len(broken) + 1)
@@ -152,7 +152,7 @@ def http1(source: random.Random) -> bytes:
     lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers]
     whole = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-    # Bodies are broken alone too, so that the server gets to read them.
+    # In half of the cases only the body is changed, so that the server reads it.
     if body and source.random() < 0.5:
         broken = mutated(source, body)
         start = whole[: -len(body)].replace(
@@ -184,7 +184,7 @@ def grpc(source: random.Random) -> bytes:
 
 
 def _frames(source: random.Random, fields: list[tuple[str, str]], body: bytes) -> bytes:
-    """A request in HTTP/2, with broken fields, frames or bytes."""
+    """Return an HTTP/2 request, in most cases with malformed fields, frames or bytes."""
     if source.random() < 0.3:
         at = source.randrange(len(fields))
         name, value = fields[at]
@@ -216,7 +216,7 @@ def _frames(source: random.Random, fields: list[tuple[str, str]], body: bytes) -
 
 
 def _any_frame(source: random.Random) -> bytes:
-    """A frame of any type, flags and stream, whose length may be wrong."""
+    """Return a frame with random type, flags and stream, and possibly a wrong length."""
     content = source.randbytes(source.choice((0, 1, 4, 5, 6, 8, 40, 20_000)))
     length = source.choice((len(content),) * 4 + (0, 2**24 - 1))
     kind, flags = source.randrange(12), source.randrange(256)
@@ -225,12 +225,12 @@ def _any_frame(source: random.Random) -> bytes:
 
 
 def tls(source: random.Random) -> bytes:
-    """A broken beginning of TLS."""
+    """Return a malformed TLS ClientHello, or random bytes."""
     return mutated(source, HELLO) if source.random() < 0.8 else source.randbytes(300)
 
 
 def _hello() -> bytes:
-    """What a client sends first; its random parts are all that differs between runs."""
+    """Return a TLS ClientHello; only its random fields differ between runs."""
     outgoing = ssl.MemoryBIO()
     made = ssl.create_default_context().wrap_bio(
         ssl.MemoryBIO(), outgoing, server_hostname="localhost"
@@ -249,12 +249,12 @@ def read_http1(data: bytes) -> list[str]:
 
 
 def read_http2(data: bytes) -> list[str]:
-    """Statuses in an answer: of HTTP, and of gRPC where there is one."""
+    """Return the statuses in a response: of gRPC for gRPC calls, else of HTTP."""
     found, decoder = [], hpack.Decoder()
     view = memoryview(data)
     while len(view) >= 9:
         frame, length = Frame.parse_frame_header(view[:9])
-        with suppress(Exception):  # what was cut off says nothing
+        with suppress(Exception):  # a truncated frame holds no status
             if isinstance(frame, HeadersFrame):
                 frame.parse_body(view[9 : 9 + length])
                 fields = dict(decoder.decode(frame.data))
@@ -268,7 +268,7 @@ def read_http2(data: bytes) -> list[str]:
     return found
 
 
-# Share of the inputs, how one is made, protocol that the client names, how an answer is read.
+# Kind → (share of the inputs, generator, ALPN protocol of the client, reader of responses).
 KINDS: dict[
     str, tuple[float, Callable[[random.Random], bytes], str | None, Callable[[bytes], list[str]]]
 ] = {
@@ -292,9 +292,9 @@ async def attack(
     ports: tuple[int, int],
     make_context: Callable[[str], ssl.SSLContext],
 ) -> Outcome:
-    """Send inputs to a server on this machine, each over a connection of its own.
+    """Send inputs to a server on this machine, each on its own connection.
 
-    ports: of HTTP and of gRPC. make_context: protocol → how a client speaks TLS.
+    ports: (HTTP, gRPC). make_context: ALPN protocol → TLS context of the client.
     """
     outcome, waiting = Outcome(), iter(numbers)
     contexts = {kind: make_context(each[2]) for kind, each in KINDS.items() if each[2]}
@@ -311,7 +311,7 @@ async def attack(
 
 
 async def _ask(port: int, context: ssl.SSLContext | None, data: bytes) -> bytes:
-    """Return what comes back until the server ends, or says nothing for a while."""
+    """Return the response up to its end, or up to ANSWER_S seconds without data."""
     options = {"ssl": context, "server_hostname": "localhost"} if context else {}
     async with asyncio.timeout(CONNECT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)

@@ -1,4 +1,4 @@
-"""Options: strict, and what is wrong is said in one line."""
+"""Options and config files: precedence, strict parsing and one-line errors."""
 
 import pytest
 

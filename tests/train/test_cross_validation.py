@@ -1,4 +1,4 @@
-"""Cross-validation: what it chooses, and that a run keeps to it."""
+"""Cross-validation: the number of epochs that it chooses, and runs that train for it."""
 
 import json
 
@@ -19,7 +19,7 @@ from train.loop.parallelism import Worker
 
 @pytest.fixture
 def table(tmp_path, rng):
-    """A few records of which a net learns little, and the rest by heart."""
+    """260 records with a weak signal, which a net overfits."""
     numbers_NF = rng.normal(size=(260, 8))
     classes_N = numbers_NF[:, 0] + rng.normal(size=260) > 0
     path = tmp_path / "few.csv"
@@ -48,7 +48,7 @@ def test_the_number_of_epochs_with_the_least_loss_is_chosen(table):
     epochs, rows = choose_epochs(config, data)
     losses = [row["valid_loss"] for row in rows]
     assert rows[epochs - 1]["epoch"] == epochs == int(np.argmin(losses)) + 1
-    # It ends once that is known, and not at the last of all epochs.
+    # It stops `patience` epochs after the best one, before the last epoch.
     assert len(rows) == epochs + config.stop.patience < config.optim.epochs
     assert choose_epochs(config, data) == (epochs, rows)
 
@@ -135,7 +135,7 @@ def test_a_given_checkpoint_metric_turns_folds_off(table):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_chosen_number_of_epochs(ray_session, table, capfd):
-    """And the bundle says how they were chosen."""
+    """The card in the bundle also says how they were chosen."""
     from train.training import train_bundle
 
     config = completed(table, optim={"epochs": 40}, compress={"variants": []})

@@ -1,4 +1,4 @@
-"""Thresholds against brute force, and simulations of what they promise."""
+"""Decision thresholds, against brute force and simulations of their guarantees."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def applied(task, **values):
 
 
 def logits(yes_N):
-    """Outputs of two classes whose second has these probabilities."""
+    """Return the outputs of two classes for probabilities [N] of the second one."""
     yes_N = np.clip(np.asarray(yes_N, np.float64), 1e-6, 1 - 1e-6)
     return {"logits": np.stack([np.zeros_like(yes_N), np.log(yes_N / (1 - yes_N))], axis=1)}
 
@@ -32,7 +32,7 @@ def logits(yes_N):
 @pytest.mark.parametrize("recall", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("num_known", [9, 40, 300])
 def test_new_records_reach_the_requested_recall(rng, recall, num_known):
-    """In the mean over draws of the known records, by at most 1 / (n + 1) more."""
+    """On average over draws of the known records, and by at most 1 / (n + 1) more."""
     found = []
     for _ in range(2000):
         known_N, new_N = rng.normal(size=num_known), rng.normal(size=200)
@@ -47,14 +47,14 @@ def test_too_few_records_for_a_recall_give_threshold_zero():
 
 
 def test_calibrated_probabilities_get_the_threshold_of_the_costs(rng):
-    """Thresholds that cost least on few records are worse on new ones."""
+    """The threshold of least cost on a few records would be worse on new ones."""
     scores_N = rng.beta(0.5, 3, 300)
     truths_N = rng.random(300) < scores_N
     assert cost_threshold(scores_N, truths_N, COSTS) == pytest.approx(0.1)
 
 
 def test_a_significantly_better_threshold_is_found(rng):
-    """Scores that are the square of the probability, as of a net that is badly calibrated."""
+    """The scores are squared probabilities, as from a badly calibrated net."""
     probabilities_N = rng.beta(0.5, 2, 20_000)
     truths_N = rng.random(20_000) < probabilities_N
     found = cost_threshold(probabilities_N**2, truths_N, COSTS)
@@ -69,7 +69,7 @@ def test_a_significantly_better_threshold_is_found(rng):
 
 @pytest.mark.parametrize("counts", [(95, 5), (5, 95)])
 def test_the_threshold_applies_to_the_rarer_class(counts):
-    """And answers as the class of least expected cost, in either order of the classes."""
+    """Its decisions are those of the least expected cost, in either order of the classes."""
     task = applied(class_task(counts), cost=[[0, 1], [4, 0]])
     probabilities_N = np.linspace(0, 1, 101)
     outputs = logits(probabilities_N)

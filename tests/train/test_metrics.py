@@ -15,7 +15,7 @@ def task_of(target):
 
 
 def draw(num_classes, shares=None, count=400, seed=0):
-    """Return a fitted target, outputs that know something, and the true classes."""
+    """Return a fitted target, logits [N, K] better than chance, and the true classes [N]."""
     rng = np.random.default_rng(seed)
     truths_N = rng.choice(num_classes, count, p=shares)
     truths_N[:num_classes] = range(num_classes)
@@ -64,7 +64,7 @@ def test_metrics_of_several_classes_are_means_over_them():
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_the_rarer_class_is_the_positive_class(swapped):
-    """Whatever the order of the names is."""
+    """The order of the names does not matter."""
     names = ["x", "y"] if swapped else ["y", "x"]
     values = [names[0]] * 95 + [names[1]] * 5
     target = ClassTarget("t").fit(values)
@@ -96,7 +96,7 @@ def test_average_precision_is_the_metric_if_a_class_is_rare(counts, metric):
 def test_the_calibration_error_matches_its_definition():
     confidence_N = np.array([0.55, 0.58, 0.91, 0.95, 1.0])
     right_N = np.array([True, False, True, True, False])
-    # Bins of a fifteenth: 8 has two of them, 13 one, 14 two.
+    # Of 15 bins, bin 8 holds two of the records, bin 13 one and bin 14 two.
     expected = (abs(1.13 - 1) + abs(0.91 - 1) + abs(1.95 - 1)) / 5
     assert calibration_error(confidence_N, right_N) == pytest.approx(expected)
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_the_calibration_error_matches_its_definition():
 
 
 def test_nan_outputs_give_nan_metrics():
-    """Instead of an error, so that a run can end with what to do about it."""
+    """No error is raised, so that the run can end with its own, more helpful message."""
     target, outputs, truths_N = draw(2)
     outputs["logits"][3] = np.nan
     found = target.metrics(outputs, truths_N)
@@ -149,7 +149,7 @@ def test_a_nan_metric_is_the_worst():
 
 
 class ValuesByShare(ValueTarget):
-    """A target of a user's own: numbers, judged by the mean absolute percentage error."""
+    """A custom regression target, measured by the mean absolute percentage error."""
 
     known_metrics = (Metric("mape", "lower"),)
 

@@ -1,4 +1,4 @@
-"""Simple models beside a net: scikit-learn's own, on the same splits."""
+"""Simple models to compare a net with, and its temperature, against scikit-learn."""
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from train.tasks import Task
 
 @pytest.fixture
 def make(tmp_path, rng):
-    """Encode a frame as a run would; return its data set."""
+    """A function that encodes a frame as a run would and returns the data set."""
 
     def encode(frame, kinds, task_type):
         url = str(tmp_path / f"{task_type}.parquet")
@@ -34,7 +34,7 @@ def make(tmp_path, rng):
 
 @pytest.fixture
 def frame(rng):
-    """Numbers, a category and a text, each of which says something of the class."""
+    """Numbers, a category and a text, each of which is related to the class."""
     count = 3000
     x, z = rng.normal(size=(2, count))
     name = rng.choice(["a", "b", "c", None], count)
@@ -48,7 +48,7 @@ KINDS = {"x": "number", "z": "number", "name": "category"}
 
 
 def test_trees_learn_interactions_that_a_linear_model_misses(make, frame):
-    """The product of two numbers."""
+    """The class depends on the product of two numbers."""
     models = fit_simple_models(make(frame, KINDS, "classification"), seed=0)
     assert [model.name for model in models] == [BOOSTED, LINEAR]
     boosted, linear = models
@@ -123,7 +123,7 @@ def test_a_net_worse_than_a_simple_model_gets_a_warning(make, frame):
 
 
 def outputs_of(rng, count, temperature):
-    """Logits that are too sure by this factor, and labels drawn by the right probabilities."""
+    """Return logits that are scaled by `temperature`, and labels drawn from the unscaled ones."""
     logits_NK = rng.normal(size=(count, 3)) * 2
     chances_NK = np.exp(logits_NK) / np.exp(logits_NK).sum(axis=1, keepdims=True)
     targets_N = (rng.random((count, 1)) > chances_NK.cumsum(axis=1)).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy, R and simulations of what they claim."""
+"""Intervals and tests, against scipy, R and simulations of their coverage."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_the_p_value_of_the_sign_test_matches_scipy(better, worse):
 
 
 def pairs(same, gained, lost):
-    """Values before and after of records that stay 0, become 1, and become 0."""
+    """Return values before and after, for records that stay 0, become 1 and become 0."""
     values = np.repeat([[0, 0], [0, 1], [1, 0]], [same, gained, lost], axis=0)
     return values[:, 0], values[:, 1]
 
@@ -42,8 +42,8 @@ def pairs(same, gained, lost):
     [
         # diffpropci.mp(b = 40, c = 20, n = 160, conf.level = 0.95) of the R package PropCIs 0.3.
         ((100, 20, 40), -0.21601726, -0.03089632, 1e-7),
-        # Agresti, An Introduction to Categorical Data Analysis (2007), section 8.1, without the
-        # half records, which matter little for 1144.
+        # Agresti, An Introduction to Categorical Data Analysis (2007), section 8.1. It adds no
+        # half records to the cells, which matters little for 1144.
         ((905, 132, 107), -0.004, 0.048, 1e-3),
         ((200, 0, 0), -1.959964 / 202, 1.959964 / 202, 1e-9),
     ],
@@ -97,7 +97,7 @@ def test_bootstrap_draws_with_an_undefined_statistic_are_skipped():
 
 
 def gambler(values, mean):
-    """The largest wealth of one who bets the best fraction for the mean and variance so far."""
+    """Return the largest wealth when betting the best fraction for the mean and variance so far."""
     wealth = largest = 1.0
     seen = [mean]
     squares = 0.25
@@ -121,7 +121,7 @@ def test_evidence_of_a_bounded_mean_is_a_gamblers_wealth(rng, mean):
 
 
 def test_evidence_of_a_mean_is_a_mixture_of_likelihoods(rng):
-    """Of normal alternatives above 0, numerically, as if the variance were known."""
+    """Normal alternatives above 0, integrated numerically with a known variance."""
     values = rng.normal(0.3, 2, size=400)
     evidence = MeanEvidence(400)
     for value in values:
@@ -153,12 +153,12 @@ def test_a_quantile_lies_between_its_ranks_at_every_look(rng):
                 break
     assert outside / 300 <= 0.05 + 4 * np.sqrt(0.05 * 0.95 / 300)
     assert quantile_ranks(10, 0.9, 0.05)[1] == 11
-    # The fixed sample's interval of 95 % has ranks 1774 and 1827.
+    # The 95 % interval for a fixed sample size has the ranks 1774 and 1827.
     assert quantile_ranks(2000, 0.9, 0.05) == pytest.approx((1800, 1800), abs=60)
 
 
 def test_groups_that_differ_by_chance_are_seldom_found(rng):
-    """In 5 % of cases, though each group has one record of a class or none."""
+    """In 5 % of cases, although each group has at most one record of a class."""
     found = [
         association_p_value(rng.integers(0, 300, 600), rng.random(600) < 0.05) for _ in range(300)
     ]
@@ -177,5 +177,5 @@ def test_groups_that_differ_are_found_as_scipy_finds_them(rng):
         np.add.at(table, (codes_N, classes_N), 1)
         expected = scipy_stats.chi2_contingency(table).pvalue
         one_hot_NK = np.eye(3)[classes_N]
-        # One of the classes follows from the others, which weighs them a little differently.
+        # The one-hot columns are linearly dependent, so their weights differ slightly.
         assert association_p_value(codes_N, one_hot_NK) == pytest.approx(expected, abs=0.12)

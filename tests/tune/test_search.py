@@ -1,4 +1,4 @@
-"""Studies that are really searched: killed, continued, with populations, with workers of trials."""
+"""Complete studies with real trials: killed, resumed, with populations, with several workers."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from tune.run.study_store import Study
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TRIALS = 7
-# One trial at a time, so that what is known when one is proposed does not depend on the clock.
+# One trial at a time, so that proposals do not depend on timing.
 COMMAND = (
     *("--num-trials", str(TRIALS), "--tune.parallel", "1"),
     *("--optim.epochs", "6", "--precision", "fp32"),
@@ -57,7 +57,7 @@ def kept(root, name="digits"):
 
 
 def facts(study):
-    """What of trials does not depend on the clock."""
+    """Return the parts of trials that do not depend on timing."""
     return [
         (
             trial.values,
@@ -75,7 +75,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(root):
-    """What the command printed."""
+    """The result that the command printed."""
     done = run_main([*COMMAND, "--storage.path", str(root)], "tune/main.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
@@ -153,7 +153,7 @@ def test_a_finished_study_continues_only_with_more_trials(undisturbed, root):
 
 
 def killed_when(root, condition):
-    """Start the command, and kill it when the study is as said. Return whether it was."""
+    """Start the command and kill it once the study meets the condition."""
     (root / "log").touch()
     with (root / "log").open("a") as log:
         process = subprocess.Popen(
@@ -172,7 +172,7 @@ def killed_when(root, condition):
     wait_for(reached, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    # Its Ray ends by itself.
+    # Its Ray processes end by themselves.
     wait_for(lambda: not processes().keys() - others.keys())
 
 
@@ -192,7 +192,7 @@ def test_a_driver_killed_repeatedly_finds_the_same_trials(undisturbed, root, tmp
     assert result["objectives"] == undisturbed["objectives"]
 
 
-# In a Ray of this process
+# With Ray in this process
 
 
 def tune(folder, options, **tune):
@@ -202,7 +202,7 @@ def tune(folder, options, **tune):
     return tuner.tune(config), kept(folder, "s")
 
 
-# Fails at a rate of 10, after a while.
+# Fails at a learning rate of 10 after some steps.
 FRAGILE = {
     "net": "tests.fragile:Fragile",
     "optim": {"name": "sgd", "epochs": 4, "batch_size": 64},
@@ -227,7 +227,7 @@ def test_a_population_trial_takes_over_from_a_better_one(ray_session, tmp_path):
     for trial in takers:
         last = trial.takeovers[-1]
         donor = study.trials[last.donor]
-        # Its weights have been through what the donor's had been through.
+        # Its history up to the takeover is the donor's, like its weights.
         if not any(each.epoch > last.epoch for each in donor.takeovers):
             assert trial.rows[: last.epoch] == donor.rows[: last.epoch]
         worst = max(study.trials, key=lambda each: each.rows[last.epoch - 1]["valid_loss"])
@@ -289,7 +289,7 @@ def test_objectives_of_variants_and_a_winner_trained_on_all_data(ray_session, tm
     splits = manifest.data
     counts = {name: splits[name]["num_records"] for name in ("train", "valid", "test")}
     assert sum(counts.values()) - counts["valid"] == 1797
-    # What it is judged by in the registry is what the trial had on records that it had not seen.
+    # The registry holds the trial's metric on records that the trial was not trained on.
     client = MlflowClient(storage.tracking_uri(str(tmp_path)))
     version = client.get_model_version_by_alias("digits", "production")
     rows = study.trials[result["trial"]].rows
@@ -350,3 +350,23 @@ def test_the_same_command_resumes_a_search_that_ran_out_of_time(ray_session, tmp
         if all(now > before for now, before in zip(resumed, reached, strict=True)):
             return
     pytest.fail(f"the trials stay at epochs {reached}")
+
+
+def test_trials_read_data_by_a_relative_path(ray_session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{number % 7},{'yes' if number % 7 > 3 else 'no'}" for number in range(200)]
+    Path("table.csv").write_text("\n".join(["x,y", *rows]))
+    config = StudyConfig(
+        target="y",
+        data={"train": "table.csv"},
+        optim={"epochs": 1, "batch_size": 64},
+        stop={"folds": 0},
+        compress={"variants": [], "measure_seconds": 0.2},
+        registry={"enabled": False},
+        workers={"num": 1},
+        tune={"space": LR, "num_trials": 1},
+    )
+    result = tune_from_python(config)
+    assert result["model"] == result["study"] == "table"
+    assert result["num_trials"] == 1
+    assert result["objectives"].keys() == {"valid_accuracy"}

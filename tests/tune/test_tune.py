@@ -1,4 +1,4 @@
-"""What a search is made of: space, objectives, the study's files, sampler and scheduler."""
+"""Parts of a search: space, objectives, study files, sampler, scheduler, winner and report."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def figures(epoch, loss):
 
 
 def play(study, sampler, *, losses=lambda values, epoch: values["optim.lr"] / epoch, epochs=3):
-    """Add a trial whose loss follows from its options."""
+    """Add a trial whose loss is a function of its options."""
     values, notes = sampler.propose()
     trial = study.begin(values, notes)
     for epoch in range(1, epochs + 1):
@@ -96,7 +96,7 @@ def test_perturbed_numbers_are_a_fifth_away_or_drawn_anew(rng):
     dimension = Dimension.model_validate({"loguniform": [1e-6, 1e6]})
     values = np.array([dimension.perturbed(1.0, rng) for _ in range(4000)])
     near = np.isin(values, [0.8, 1.2])
-    assert abs(near.mean() - 0.75) < 0.03  # Ray's own share
+    assert abs(near.mean() - 0.75) < 0.03  # the share in Ray's own scheduler
     assert abs(np.median(np.log10(values[~near]))) < 0.5
 
 
@@ -114,7 +114,7 @@ def test_perturbed_numbers_are_a_fifth_away_or_drawn_anew(rng):
     ],
 )
 def test_a_perturbed_value_differs_from_the_old_one(given, value, rng):
-    """Also zero, a small whole number or an end; only a random draw may give the same value."""
+    """Also for zero, small whole numbers and ends; only a random draw may repeat the value."""
     dimension = Dimension.model_validate(given)
     changed = [dimension.perturbed(value, rng) for _ in range(2000)]
     assert np.mean([each != value for each in changed]) > 0.75
@@ -129,7 +129,7 @@ def test_whole_numbers_are_drawn_equally_often(given, rng):
     low, high = given["integer"]
     assert values.tolist() == list(range(low, high + 1))
     expected = 8000 / len(values)
-    assert ((counts - expected) ** 2 / expected).sum() < 30  # of chi-squared with 3 or 9 degrees
+    assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-squared, 3 or 9 degrees
 
 
 def test_the_configs_options_are_the_first_trial_if_in_the_space():
@@ -173,7 +173,7 @@ def test_a_wrong_study_is_refused_in_one_line(arguments, words):
 def test_a_study_extends_a_training_config_and_options_override():
     config = parse(["--num-trials", "7", "--max-minutes", "2", "--optim.epochs", "3"])
     assert (config.tune.num_trials, config.tune.max_minutes, config.optim.epochs) == (7, 2, 3)
-    assert config.optim.batch_size == 64  # of train/configs/digits.yaml
+    assert config.optim.batch_size == 64  # from train/configs/digits.yaml
     assert config.workers.num == (1, 1)
 
 
@@ -344,7 +344,7 @@ def test_proposals_do_not_depend_on_restarts(tmp_path, sampler):
     expected = [play(straight, known).values for _ in range(count)]
     broken = new_study(tmp_path / "b", **options)
     for _ in range(count):
-        # As a driver does that is killed after each trial.
+        # Like a driver that is killed after each trial.
         broken = Study.load(broken.url)
         play(broken, TrialSampler(broken, {"optim.lr": 0.1}))
     assert [trial.values for trial in broken.trials] == expected
@@ -387,7 +387,7 @@ def test_the_sampler_avoids_failed_trials_and_tolerates_nan(tmp_path, sampler):
 
 
 def fail_beyond(study, cliff, count=32):
-    """Play trials that are the better the larger the rate is, and fail beyond a cliff."""
+    """Add trials that get better with the rate and fail above `cliff`; count late failures."""
     sampler = TrialSampler(study, {})
     for _ in range(count):
         values, notes = sampler.propose()
@@ -403,7 +403,7 @@ def fail_beyond(study, cliff, count=32):
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 @pytest.mark.parametrize("objectives", [["valid_loss"], ["valid_loss", "valid_accuracy"]])
 def test_searches_learn_where_trials_fail(tmp_path, sampler, objectives):
-    """With several objectives, too, where a failed trial is the worst in each."""
+    """Also with several objectives, where a failed trial counts as the worst in each."""
     failed = [
         fail_beyond(
             new_study(tmp_path / str(seed), sampler=sampler, objectives=objectives, seed=seed), 0.03
@@ -427,7 +427,7 @@ def test_searches_learn_where_trials_fail(tmp_path, sampler, objectives):
     ],
 )
 def test_trials_stop_early_only_if_a_metric_is_optimized(options, scheduling):
-    """A metric that is only a bound would end the small nets that were asked for."""
+    """A metric that is only a bound would stop the small nets that the rule favours."""
     assert study_config(**options).tune.scheduling == scheduling
 
 
@@ -438,7 +438,7 @@ def test_a_scheduler_without_a_metric_is_refused():
 
 
 def test_a_trial_stopped_with_a_nan_loss_counts_as_failed(tmp_path):
-    """With several objectives, where one that was ended early for its figures does not count."""
+    """With several objectives, a trial that was stopped early with a finite loss is ignored."""
     study = new_study(tmp_path, objectives=["valid_loss", "fp32.bytes"], sampler="gp")
     for loss, size in ((0.5, 10), (0.9, 20), (0.7, None), (float("nan"), None)):
         rest = {"net.dropout": 0.1, "net.widths": [16, 32], "optim.epochs": 4}
@@ -451,7 +451,7 @@ def test_a_trial_stopped_with_a_nan_loss_counts_as_failed(tmp_path):
 
 
 def test_a_failed_trial_counts_as_the_worst_of_all(tmp_path):
-    """Of those that finished after it as well, so that it is the same after a restart."""
+    """Including trials that finish later, so that a restart gives the same values."""
     study = new_study(tmp_path, sampler="gp", objectives=["valid_loss"])
     sampler = TrialSampler(study, {})
     for number, loss in enumerate([0.5, None, 0.2, 0.9]):
@@ -470,14 +470,14 @@ def test_a_failed_trial_counts_as_the_worst_of_all(tmp_path):
 
 
 class Ray:
-    """A trial as Ray's schedulers see it."""
+    """Stand-in for the trials that Ray's schedulers receive."""
 
     def __init__(self, number):
         self.trial_id = f"{number:05d}"
 
 
 def result(epoch, loss):
-    """What a trial told, as Ray flattens it."""
+    """Return the report of a trial as Ray flattens it."""
     flat = {f"figures/{name}": value for name, value in figures(epoch, loss).items()}
     return {"epoch": epoch, "value": -loss, **flat}
 
@@ -494,7 +494,7 @@ RULES = {
 
 
 def simulate(study, judge, losses, *, restart=lambda study, judge: (study, judge)):
-    """Let trials report in turns, two at a time, until each ended; return its last epoch."""
+    """Let trials report in turns, two at a time, until all have ended; return their epochs."""
     waiting = list(range(len(losses)))
     live = []
     while waiting or live:
@@ -566,7 +566,7 @@ def test_trials_stop_where_rays_own_scheduler_stops_them(tmp_path, rng, name):
 
 @pytest.mark.parametrize("name", [*RULES, "none"])
 def test_a_trial_with_a_nan_metric_is_stopped(tmp_path, name):
-    """And the others are judged as if it had not been."""
+    """The other trials are judged as if it did not exist."""
     study = new_study(tmp_path / "a", scheduler={"name": name})
     judge = create_scheduler(study.config.tune, terms(study), dict)
     assert simulate(study, judge, [float("nan")] * 4) == [1] * 4
@@ -576,7 +576,7 @@ def test_a_trial_with_a_nan_metric_is_stopped(tmp_path, name):
     ended = simulate(study, judge, losses)
     assert [ended[number] for number in (1, 3, 7)] == [1] * 3
     assert ended[6] == 9
-    # The next driver ends one whose process did not live to be ended.
+    # The next driver stops such a trial if the last driver died before stopping it.
     study.report(study.begin({}, {}), figures(1, float("nan")))
     create_scheduler(study.config.tune, terms(study), dict)
     assert study.trials[-1].state == "stopped"
@@ -616,7 +616,7 @@ def test_several_objectives_disable_early_stopping_by_default():
     assert named.scheduling == "median"
 
 
-# The winner, and what is shown
+# Winner and report
 
 
 def served(verdict="accepted", p50_ms=1.0):
@@ -670,7 +670,7 @@ def test_a_trial_out_of_bounds_or_refused_by_the_gate_loses(tmp_path):
 
 
 def remade(verdict="accepted", p50_ms=1.0, skipped=()):
-    """What of a bundle's manifest is compared with the rule."""
+    """Return the parts of a bundle's manifest that are compared with the rule."""
     profile = [
         Timing(engine="e", threads=1, batch_size=size, p50_ms=p50_ms, low_ms=0, high_ms=9)
         for size in BATCH_SIZES

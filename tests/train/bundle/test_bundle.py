@@ -1,4 +1,4 @@
-"""The bundle: complete or absent, checked by digest, and answering as when it was made."""
+"""Bundles: written completely or not at all, checked by digest, reproducing golden outputs."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from train.data.dataset import EncodedDataset
 
 @pytest.fixture
 def copy(bundle, tmp_path):
-    """A copy that a test may damage."""
+    """A copy of the bundle that a test may damage."""
     path = tmp_path / "copy"
     shutil.copytree(bundle.path, path)
     return path
@@ -135,7 +135,7 @@ def test_the_golden_outputs_are_reproduced(bundle, variant):
 
 
 class Wrong(OnnxRuntimeEngine):
-    """An engine on a processor that computes something else."""
+    """Engine with wrong outputs, as on a processor that computes something else."""
 
     def run(self, inputs):
         return {name: array + 1e3 for name, array in super().run(inputs).items()}
@@ -148,7 +148,7 @@ def test_an_engine_with_wrong_golden_outputs_is_refused(bundle, monkeypatch):
 
 
 class Slow(OnnxRuntimeEngine):
-    """An engine on a processor that lacks instructions for a variant."""
+    """Slow engine, as on a processor that lacks instructions for a variant."""
 
     def run(self, inputs):
         for _ in range(29):
@@ -158,7 +158,7 @@ class Slow(OnnxRuntimeEngine):
 
 @pytest.fixture
 def run_by(bundle, monkeypatch):
-    """Let one variant of the bundle be run by an engine of another kind."""
+    """A function that makes one variant of the bundle run on another engine."""
 
     def run_by(variant, kind):
         file = bundle.manifest.variants[variant].file
@@ -267,7 +267,7 @@ def test_predictions_do_not_depend_on_the_batch(bundle, trained, variant):
 
 
 def shards_of(bundle, trained):
-    """Where the run's encoded data is, found again through its config."""
+    """Return the URL and the summary of the run's encoded data, found through its config."""
     from train import config as configs
     from train.data import dataset
 

@@ -1,4 +1,4 @@
-"""A bundle is data: code that it names is imported only where the operator has named it."""
+"""Bundles are data: code that a bundle names is imported only if the operator allows it."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from train.bundle import Bundle, CorruptBundle, registry
 from train.config import bundle_config, validate_config
 from train.tasks import Task, plugins
 
-# What a stranger's bundle brings with it: a module that leaves a mark when it is imported.
+# A module in an untrusted bundle that creates a file when it is imported.
 BROUGHT = """
 from pathlib import Path
 Path({mark!r}).touch()
@@ -32,7 +32,7 @@ NAME = "brought_along:Thing"
 
 
 class Watch:
-    """Remembers every module that is looked for."""
+    """Import hook that records the name of every module that Python looks for."""
 
     def __init__(self):
         self.names = []
@@ -55,9 +55,9 @@ def _forgets(monkeypatch):
 
 
 def rewritten(bundle, folder, changes, name="bundle"):
-    """A copy of a bundle with other contents of its JSON files, and digests that fit.
+    """Return a copy of a bundle with changed JSON files and matching digests.
 
-    changes: for each file, a function of what it holds.
+    changes: file → function of its contents.
     """
     copy = folder / name
     shutil.copytree(bundle.path, copy)
@@ -125,7 +125,7 @@ HOSTILE = {
             net={"class_path": NAME}
         )
     },
-    # A bundle cannot say itself what is allowed.
+    # A bundle cannot allow modules itself.
     "plugins of its own": {
         "manifest.json": lambda m: m["config"].update(
             plugins=["brought_along"], net={"class_path": NAME}
@@ -141,7 +141,7 @@ def test_a_bundle_that_names_code_is_refused_without_importing(
     copy = rewritten(bundle, tmp_path, changes)
     mark = tmp_path / "imported"
     (copy / "brought_along.py").write_text(BROUGHT.format(mark=str(mark)))
-    # As where a server runs: models lie below the working directory, which Python searches.
+    # Like a server with its models below the working directory, which Python searches.
     monkeypatch.syspath_prepend(str(copy))
     with pytest.raises(CorruptBundle, match=r"not allowed to import brought_along:Thing") as caught:
         Bundle.load(str(copy))
@@ -160,7 +160,7 @@ def test_code_in_a_data_folder_is_refused_even_if_allowed(bundle, tmp_path, monk
     with pytest.raises(ValueError, match=r"is not imported: .* is in a data folder"):
         _ = loaded.task
     assert not mark.exists()
-    # As a part of a package that has no __init__, such as the folder of models itself.
+    # In a namespace package (without __init__), such as the folder of models itself.
     monkeypatch.syspath_prepend(str(tmp_path.parent))
     plugins.allow_modules([tmp_path.name])
     with pytest.raises(ValueError, match="in a data folder"):
@@ -207,7 +207,7 @@ def test_a_class_in_a_users_options_is_allowed_for_the_run():
     assert config.plugins == ("train.configs.curve_net",)
     assert plugins.is_allowed("train.configs.curve_net:CurveNet")
     assert not plugins.is_allowed("train.configs.curves:Curves")
-    # For what is sent to other processes.
+    # The config keeps its plugins when it is sent to other processes.
     assert validate_config(config.model_dump(mode="json")).plugins == config.plugins
 
 
@@ -254,10 +254,10 @@ def test_a_variant_with_a_path_in_its_name_is_refused(bundle, tmp_path, variant)
 
 @pytest.mark.slow
 def test_each_command_refuses_a_bundle_that_names_code(bundle, tmp_path):
-    """Serving, offline inference, compressing, exporting and training on, as a user runs them."""
+    """Serving, offline inference, compression, export and warm start, as a user runs them."""
     copy = rewritten(bundle, tmp_path, {"features.json": with_encoder})
     mark = tmp_path / "imported"
-    # Where Python looks first: the folder that a command runs in.
+    # Python searches the working directory of a command first.
     (tmp_path / "brought_along.py").write_text(BROUGHT.format(mark=str(mark)))
     environment = {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PATH": "/usr/bin:/bin"}
     serve = Path(sys.executable).with_name("serve")

@@ -1,4 +1,4 @@
-"""Model versions and aliases, in a real MLflow."""
+"""Model versions and aliases in a real MLflow registry."""
 
 import os
 import subprocess
@@ -97,7 +97,7 @@ def test_a_path_with_spaces_and_percent_signs_is_resolved(bundle, tmp_path):
 
 
 def test_an_mlflow_server_stores_and_returns_the_bundle(bundle, tmp_path, monkeypatch):
-    """A real server that proxies artifacts; the root has nothing but the downloaded copy."""
+    """The server stores the artifacts; the root holds only the downloaded copy."""
     with mlflow_server(tmp_path) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         root = str(tmp_path / "root")
@@ -173,7 +173,7 @@ def test_a_run_that_fails_is_marked_as_failed(bundle, tmp_path):
     assert client.get_run(recording.run_id).info.status == "FAILED"
 
 
-# What is compared
+# Comparison with production
 
 
 def changed_manifest(bundle, **changes):
@@ -181,7 +181,7 @@ def changed_manifest(bundle, **changes):
 
 
 def with_other_records(bundle):
-    """As if measured on other validation records."""
+    """Return the bundle as if it was measured on other validation records."""
     data = bundle.manifest.data
     return changed_manifest(bundle, data={**data, "valid": {**data["valid"], "digest": "other"}})
 
@@ -202,7 +202,7 @@ def with_other_records(bundle):
     ],
 )
 def test_a_model_with_another_interface_becomes_candidate(bundle, tmp_path, capsys, change, words):
-    """Clients of the model in production could not call it."""
+    """Clients of the production model could not call the new one."""
     root = str(tmp_path)
     publish(with_metric(bundle, 0.1), root, METRIC)
     better = with_metric(bundle, 0.99)
@@ -244,7 +244,7 @@ def test_an_unreadable_production_version_is_not_replaced(bundle, tmp_path, caps
 
 
 def test_a_production_version_of_an_older_format_is_replaced(bundle, tmp_path, capsys):
-    """Nothing serves it any more."""
+    """This version of the software cannot serve the old format."""
     root = str(tmp_path)
     published = publish(with_metric(bundle, 0.9), root, METRIC)
     manifest = Path(registry.resolve_model(published["uri"], root)[0]) / "manifest.json"
@@ -259,7 +259,7 @@ def test_a_promotion_keeps_the_old_version_as_previous(bundle, tmp_path):
         publish(with_metric(bundle, value), root, METRIC)
     assert aliases(root, "digits") == {"production": "2", "previous": "1"}
     publish(with_metric(bundle, 0.1), root, METRIC)
-    for _ in range(2):  # as after a failure in the middle
+    for _ in range(2):  # repeated, as after a failure in the middle
         registry.promote_candidate(root, "digits", "3", "2", registry_faults.DECISION)
     assert aliases(root, "digits") == {"production": "3", "previous": "2"}
 
@@ -275,7 +275,7 @@ def test_a_candidate_replaces_only_the_version_compared_with(bundle, tmp_path):
     assert registry.pending_candidate(root, "digits")[1] == "2"
 
 
-# Failures, and two at once
+# Failures and concurrency
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def proxy(server, monkeypatch):
 
 @pytest.mark.slow
 def test_production_does_not_change_when_the_registry_fails(bundle, proxy, tmp_path):
-    """403, 500, broken and slow responses, at each part of the way."""
+    """403, 500, broken and slow responses, at several requests of each operation."""
     found = registry_faults.inject_faults(bundle, proxy, str(tmp_path), most=4)
     assert found["points"] > 2 * 4 * 4
     for operation in ("publish", "roll back", "look up"):
@@ -355,13 +355,13 @@ def test_the_lock_of_a_dead_process_is_taken_over(server, monkeypatch):
     thread.join()
     holder.stdin.close()
     holder.stdout.close()
-    # One lock stays, as the numbers only grow.
+    # One lock remains, because the numbers only grow.
     assert len(client.search_registered_models(f"name LIKE '{LOCK_NAME}%'")) == 1
 
 
 @pytest.mark.slow
 def test_a_delayed_process_takes_a_newer_lock_number(server, monkeypatch):
-    """A process stood still between its look at the registry and its attempt."""
+    """A process pauses between reading the highest number and registering the next one."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     client = mlflow_client("")
     asked = []

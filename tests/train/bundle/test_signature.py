@@ -1,4 +1,4 @@
-"""Signed bundles: which are loaded where a signature is required, and why others are not."""
+"""Signed bundles: which bundles load if a signature is required, and the errors for others."""
 
 import json
 import shutil
@@ -23,14 +23,14 @@ from train.bundle.manifest import FILENAME
 
 @pytest.fixture(autouse=True)
 def _no_key_of_the_user(monkeypatch):
-    """Each test begins and ends as a process that requires nothing."""
+    """Each test starts and ends without a signing key and without required signatures."""
     monkeypatch.delenv(private.SIGNING_KEY, raising=False)
     monkeypatch.setattr(signature, "_trusted", ())
 
 
 @pytest.fixture
 def keys(tmp_path):
-    """(private, public) of ours and of others, as paths."""
+    """Our key pair and that of others, each as paths (private, public)."""
     return write_keys(tmp_path / "ours"), write_keys(tmp_path / "others")
 
 
@@ -52,7 +52,7 @@ def write_keys(folder, key=None, password=None):
 
 @pytest.fixture
 def copy(bundle, tmp_path):
-    """A bundle that is not signed and may be changed."""
+    """An unsigned copy of the bundle that a test may change."""
     path = tmp_path / "copy"
     shutil.copytree(bundle.path, path)
     return path
@@ -79,7 +79,7 @@ def test_only_a_bundle_signed_by_a_required_key_is_loaded(copy, keys):
 
 
 def with_digest(folder, name):
-    """Enter a changed file in the manifest, as one who knows the format can."""
+    """Write the digest of a changed file into the manifest, as an attacker could."""
     from train.bundle.bundle import BundleWriter
 
     manifest = json.loads((folder / FILENAME).read_bytes())

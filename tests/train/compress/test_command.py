@@ -1,4 +1,4 @@
-"""python -m train.compress, as a user types it."""
+"""The command `python -m train.compress`, as a user runs it."""
 
 import json
 import subprocess

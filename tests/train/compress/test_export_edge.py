@@ -1,4 +1,4 @@
-"""The edge file, in a process that has onnxruntime alone, against the predictor."""
+"""The edge file, in a process with onnxruntime and numpy only, against the predictor."""
 
 import numpy as np
 import onnx
@@ -74,7 +74,7 @@ def test_the_edge_file_of_a_table_model_matches_the_task(rng, tmp_path, classes,
     net = nets.create_net(Net(hidden=[16], members=3), task)
     tensors = [torch.from_numpy(array) for array in arrays.values()]
     net.fit_inputs(*tensors)
-    # So that the records have several answers.
+    # So that the predicted classes differ between records.
     net.head.weight.data *= 30
     net.head.bias.data -= net.eval()(*tensors).mean(dim=0)
     path = tmp_path / "net.onnx"

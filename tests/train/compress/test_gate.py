@@ -1,4 +1,4 @@
-"""The gate, against simulation and the bootstrap against the closed form."""
+"""The gate for variants, on constructed outputs with known differences."""
 
 import numpy as np
 import pytest
@@ -26,11 +26,11 @@ def outputs_for(answers_N):
         (0, 0, False, "accepted"),
         (5, 0, False, "accepted"),  # 0.005 exactly
         (6, 4, False, "accepted"),
-        (8, 2, False, "undecided"),  # worse by 0.006, which chance may do
-        (14, 4, False, "undecided"),  # worse for certain, but not by more than 0.005
+        (8, 2, False, "undecided"),  # worse by 0.006, which chance may explain
+        (14, 4, False, "undecided"),  # certainly worse, but perhaps by less than 0.005
         (30, 5, False, "refused"),
         (0, 0, True, "accepted"),
-        (5, 0, True, "undecided"),  # within, and the interval is not
+        (5, 0, True, "undecided"),  # within the limit, but its interval is not
         (30, 5, True, "refused"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_net_with_equal_labels_but_other_probabilities_fails():
 
 
 class Leaning:
-    """Adds to every answer a little of the batch's mean, as a scale for a whole batch would."""
+    """Engine that adds a share of the batch's mean to each output, like a scale per batch."""
 
     def __init__(self, share):
         self._share = share
@@ -92,7 +92,7 @@ class Leaning:
 
 
 class Broken(Leaning):
-    """Its answers to a large batch are not numbers."""
+    """Engine whose outputs for a large batch are NaN."""
 
     def run(self, inputs):
         logits = super().run(inputs)["logits"]
@@ -140,7 +140,7 @@ def test_variants_can_be_compared_by_any_metric_of_the_task(rng):
 
 
 def test_the_comparison_applies_the_decision_rule(rng):
-    """The same labels by the largest probability, others by the threshold."""
+    """The largest probability gives the same labels, the threshold gives different ones."""
     task = Task(three_classes().features, ClassTarget("y", ("a", "b"), (9, 1)))
     targets_N = np.zeros(200, np.int64)
     before = {"logits": np.tile([2.0, 0.0], (200, 1))}
@@ -153,7 +153,7 @@ def test_the_comparison_applies_the_decision_rule(rng):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Of a table with 45 validation records, and the net's outputs that it is asked about."""
+    """The judge for a table with about 45 validation records, and its data set."""
     folder = tmp_path_factory.mktemp("few")
     rng = np.random.default_rng(0)
     x_N = rng.normal(size=450)
@@ -168,7 +168,7 @@ def judge(tmp_path_factory):
 
 
 def test_training_records_supplement_few_validation_records(judge):
-    """By those only that calibration did not use; a variant that learned from them is not asked."""
+    """Only by records that calibration did not use, and not for variants trained on them."""
     judge, data = judge
     num_valid = len(data.open("valid")[1])
     assert num_valid < 100

@@ -1,4 +1,4 @@
-"""Variants and how they are measured, against numpy, torch and each other."""
+"""Compressed variants and their measurement, against numpy, torch and each other."""
 
 import numpy as np
 import onnx
@@ -75,7 +75,7 @@ def test_the_exported_net_accepts_any_batch_size(exported, images):
 
 
 class Unstable(torch.nn.Module):
-    """Answers differently each time it is traced or run."""
+    """A net whose outputs differ each time it is traced or run."""
 
     calls = 0
 
@@ -90,7 +90,7 @@ def test_an_export_that_differs_from_torch_is_refused(tmp_path, images):
 
 
 class Eigenvalues(torch.nn.Module):
-    """Uses what ONNX has no operator for."""
+    """A net with an operation that ONNX has no operator for."""
 
     def __init__(self, task=None):
         super().__init__()
@@ -158,14 +158,14 @@ def histogram_of(values):
 
 
 def rounding_error(values, low, high):
-    """What int8 with these ends makes of the values, by rounding each."""
+    """Return the mean squared error of rounding values to int8 with these ends."""
     step = (high - low) / 255
     rounded = np.clip(np.round((values - low) / step), 0, 255) * step + low
     return np.mean((rounded - values) ** 2)
 
 
 def test_the_range_of_least_squared_error_is_near_the_best(rng):
-    """Of values with a few far ones, against rounding with each of many ranges."""
+    """For values with an outlier, against the rounding error of many ranges."""
     values = np.r_[rng.laplace(size=200_000), [25.0]]
     low, high = activation_ranges.squared_error(histogram_of(values))
     tried = [
@@ -201,7 +201,7 @@ def test_the_calibration_that_changes_outputs_least_is_kept(exported, tmp_path, 
 
 def test_the_most_sensitive_layer_is_found_and_stays_in_float(net, tmp_path, images):
     folded = net.folded()
-    with torch.no_grad():  # one value a thousand times the others: its range leaves them no steps
+    with torch.no_grad():  # one huge value, whose range leaves no steps to the others
         folded.second[0].bias[0] = 1e5
     path = tmp_path / "net.onnx"
     export_onnx.to_onnx(folded, SPECS, images, path)
@@ -222,7 +222,7 @@ def test_the_most_sensitive_layer_is_found_and_stays_in_float(net, tmp_path, ima
 
 @pytest.fixture
 def table(rng, tmp_path):
-    """A net of an embedding and matrices, its task's arrays and its file."""
+    """A net of an embedding and linear layers, its input arrays and its ONNX file."""
 
     class Words(torch.nn.Module):
         def __init__(self):
@@ -243,7 +243,7 @@ def table(rng, tmp_path):
 
 
 def rounded(weight, axis, steps=127):
-    """int8 and back, in numpy. steps: on each side of zero."""
+    """Return weights rounded with one scale per index of `axis`. steps: on each side of zero."""
     others = tuple(each for each in range(weight.ndim) if each != axis)
     scale = np.abs(weight).max(axis=others, keepdims=True) / np.float32(steps)
     return np.rint(weight / scale) * scale
@@ -279,7 +279,7 @@ def test_int8_dynamic_scales_each_record_separately(table, tmp_path):
 
 
 def products(weight_dtype, zero, weight_DK, activations_BD):
-    """ONNX Runtime's integer products on this processor, of activations around 128."""
+    """Return ONNX Runtime's integer products on this processor, with activations around 128."""
     tensors = [
         numpy_helper.from_array((weight_DK + zero).astype(weight_dtype), "weight"),
         numpy_helper.from_array(np.uint8(128), "zero"),
@@ -299,27 +299,27 @@ def products(weight_dtype, zero, weight_DK, activations_BD):
 
 
 def saturated(weight_DK, activations_BD):
-    """Products of unsigned by signed bytes as x86 adds them without VNNI: in pairs of 16 bits."""
+    """Return products as x86 without VNNI adds them: pairs of products saturate at 16 bits."""
     x_BDK = activations_BD.astype(np.int64)[:, :, None] * weight_DK.astype(np.int64)
     pairs = np.clip(x_BDK[:, 0::2] + x_BDK[:, 1::2], -(2**15), 2**15 - 1)
     return pairs.sum(axis=1) - 128 * weight_DK.astype(np.int64).sum(axis=0)
 
 
 def test_integer_products_are_exact_on_every_processor(rng):
-    """Bytes of the full range, as int8_dynamic writes them; signed weights would be cut."""
+    """Unsigned bytes of the full range, as int8_dynamic writes; signed weights may saturate."""
     weight_DK = rng.integers(-127, 128, (512, 16))
     activations_BD = rng.integers(1, 256, (8, 512)).astype(np.uint8)
     exact = (activations_BD.astype(np.int64) - 128) @ weight_DK
     np.testing.assert_array_equal(products(np.uint8, 128, weight_DK, activations_BD), exact)
     cut = saturated(weight_DK, activations_BD)
     assert (cut != exact).mean() > 0.5
-    # This processor does one or the other with signed weights.
+    # With signed weights the processor decides whether the result is exact or saturated.
     signed = products(np.int8, 0, weight_DK, activations_BD)
     assert np.array_equal(signed, exact) or np.array_equal(signed, cut)
 
 
 def test_static_int8_weights_saturate_on_no_processor(table, tmp_path, rng):
-    """Weights have 7 bits, so that two products with any activations are within 16."""
+    """Weights have 7 bits, so that the sum of any two products fits in 16 bits."""
     _, inputs, source = table
     quantizer = StaticQuantizer.calibrate(source, tmp_path, inputs, inputs, ["minmax"])
     quantizer.write(tmp_path / "int8.onnx")
@@ -368,7 +368,7 @@ def test_int8_dynamic_multiplies_unsigned_operands(table, tmp_path):
 
 
 class Slow:
-    """Takes a fixed number of matrix products for each row."""
+    """Engine that computes a matrix product of fixed size for each row."""
 
     def __init__(self, work: int) -> None:
         self._matrix = np.ones((work, work))
@@ -413,7 +413,7 @@ def test_pruned_weights_load_into_a_resized_net(images):
 
 
 def test_pruning_removes_unused_channels_first(images):
-    """A channel that nothing reads goes before the others."""
+    """Channels that no later layer uses are removed before the others."""
     torch.manual_seed(0)
     net = ConvNet((8, 8, 1), 10, [32, 32], whiten=True)
     pixels = torch.from_numpy(images["image"])
@@ -453,7 +453,7 @@ def run_loop(config, shards, folder, lesson):
 
 
 def test_a_student_learns_what_only_its_teacher_knows(digits, config, tmp_path):
-    """The teacher answers with the classes shifted by one; the targets say otherwise."""
+    """The teacher predicts classes shifted by one, which the targets contradict."""
     teacher = build_net(config, digits.task)
     inputs, targets_N = digits.open("train")
     teacher.load_state_dict(run_loop(config, digits, tmp_path / "teacher", DistillationConfig()))
@@ -613,7 +613,7 @@ def test_a_failed_variant_does_not_stop_the_others(digits, config, tmp_path, mon
 
 
 def test_onnx_files_that_do_not_fit_the_net_are_skipped(digits, config, tmp_path, exported):
-    """A net of nine outputs, one that answers NaN, and no ONNX at all."""
+    """The files hold a net with nine outputs, a net that returns NaN, and plain text."""
     net = build_net(config, digits.task)
     inputs, _ = digits.open("train")
     sample = {"image": np.array(inputs["image"][:8])}
@@ -641,7 +641,7 @@ def test_onnx_files_that_do_not_fit_the_net_are_skipped(digits, config, tmp_path
 
 
 def test_calibration_records_include_extreme_outputs(rng):
-    """One record in a thousand is far out; drawn ones alone would miss it."""
+    """Two of 5,000 records are extreme; a random draw would miss them."""
     values = rng.normal(size=(5000, 1)).astype(np.float32)
     values[1234], values[2345] = 40, -30
     found = _extremes(torch.nn.Linear(1, 2), {"numbers": values}, np.arange(5000))

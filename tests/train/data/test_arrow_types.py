@@ -1,4 +1,4 @@
-"""Columns of every Arrow type are read, also further on in a file than the first records."""
+"""Columns of every Arrow type are read, including values that first occur late in a file."""
 
 import datetime
 from decimal import Decimal

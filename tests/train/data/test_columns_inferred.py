@@ -1,4 +1,4 @@
-"""What columns are taken for: numbers, ids, codes, dates, sets; and what the whole file shows."""
+"""Inferred kinds of columns (numbers, ids, codes, dates, sets), and samples of whole files."""
 
 import json
 import runpy

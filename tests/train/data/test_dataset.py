@@ -1,4 +1,4 @@
-"""Sample order, augmentation, splits and encoded shards."""
+"""Sample order, augmentation, splits and encoded shards, against numpy and Pillow."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def shifted(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """A shift with numpy's own reflection."""
+    """Return the image shifted with numpy's reflection padding."""
     reach = max(abs(dy), abs(dx), 1)
     padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
     height, width = image.shape[:2]
@@ -153,7 +153,7 @@ def test_cutout_greys_one_square_of_each_image(rng):
 
 
 def test_a_zoom_shows_a_part_of_the_image():
-    """On a slope, bilinear zooming gives a slope again: the crop's edges can be read off it."""
+    """A zoomed linear gradient is a linear gradient again, which shows the edges of the crop."""
     slope = np.linspace(0, 255, 32).astype(np.uint8)
     images = np.broadcast_to(slope[None, None, :, None], (40, 32, 32, 1)).copy()
     zoomed = varied(Augment(crop_area=0.5), images)[..., 0]
@@ -200,7 +200,7 @@ def test_cutmix_pastes_a_box_and_weighs_labels_by_its_area(rng):
 
 
 def assigned(url: str, scratch: Path, **data: object) -> splits.SplitSource:
-    """The training source and the split of each of its rows."""
+    """Return the training source and the split of each of its rows."""
     blocks = sources.open_source(sources.find_source(url), str(scratch))
     config = make_config(data={"train": url, **data}).data
     columns = ["image", "label"]
@@ -208,7 +208,7 @@ def assigned(url: str, scratch: Path, **data: object) -> splits.SplitSource:
 
 
 def test_splits_cover_all_records_in_the_requested_shares(tmp_path):
-    """Each has its share but for 4 standard deviations."""
+    """Each share is within 4 standard deviations of the requested one."""
     counts = np.bincount(assigned("sklearn:digits", tmp_path).codes_N)
     assert counts.sum() == 1797
     shares = np.array([0.7, 0.1, 0.2])
@@ -282,7 +282,7 @@ def test_errors_name_the_source_and_row_of_bad_data(write_parquet, rng, tmp_path
     for word in (url, *words):
         assert word in message
     written = tmp_path / "runs" / "data"
-    assert not written.exists() or not any(written.iterdir()), "nothing half-written is left"
+    assert not written.exists() or not any(written.iterdir()), "no partly written data is left"
 
 
 def test_a_label_of_signs_and_digits_is_a_name(write_parquet, rng, tmp_path):

@@ -1,4 +1,4 @@
-"""Columns with many names: which of them say something of the target."""
+"""Merging of category names that are unrelated to the target."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def prepare(tmp_path):
 
 @pytest.fixture
 def frame(rng):
-    """Two columns of 150 names; the target differs by those of one. And one of few names."""
+    """Two columns of 150 names, of which one affects the target, and a column of two names."""
     shop, town = (rng.integers(0, 150, COUNT) for _ in range(2))
     effects = rng.normal(size=150)
     score = effects[shop] + rng.normal(size=COUNT)
@@ -53,7 +53,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("task_type", TARGETS)
 def test_names_unrelated_to_the_target_are_merged(prepare, frame, task_type):
-    """The target is of any type; a few names are left as they are, whatever they say."""
+    """For targets of every type. A column with few names is never merged."""
     data = prepare(frame.assign(y=TARGETS[task_type](frame["score"])), KINDS, task_type)
     (categories,) = data.task.features.encoders
     assert isinstance(categories, Categories)
@@ -82,7 +82,7 @@ def test_all_names_are_kept_without_merge_noise(prepare, frame):
 
 
 def test_names_that_matter_only_in_combination_are_kept(rng):
-    """Of users and items whose factors' products are rated, neither says anything by itself."""
+    """Ratings are products of user and item factors; each column alone is uninformative."""
     users, items = rng.integers(0, 100, 6_000), rng.integers(0, 80, 6_000)
     taste, kind = rng.normal(size=(100, 2)), rng.normal(size=(80, 2))
     taste, kind = taste - taste.mean(axis=0), kind - kind.mean(axis=0)

@@ -1,4 +1,4 @@
-"""Folders of images: which are splits and which are classes, and files that are damaged."""
+"""Image folders: splits, classes, ignored folders and damaged files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Inference of the task: what a newcomer's file is taken for."""
+"""Inference of column kinds, task type and options from a user's file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quotes in CSV files: those that hold a text together, and those that belong to it."""
+"""Quotes in CSV files, as delimiters of a field and as part of a text."""
 
 import pytest
 

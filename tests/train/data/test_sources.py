@@ -1,4 +1,4 @@
-"""Sources of every format, against pandas; splits; what is said of files that are wrong."""
+"""Sources of every format, against pandas; splits by key and time; errors for bad files."""
 
 import csv
 import json
@@ -345,7 +345,7 @@ def test_csv_line_breaks_and_quotes_are_read_as_by_python(tmp_path):
 
 
 class Runs:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)

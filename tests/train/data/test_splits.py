@@ -1,4 +1,4 @@
-"""Splits by hashes of records: stable, and never with a record on two sides."""
+"""Splits by hashes of records: stable, and with equal records in the same split."""
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ COLUMNS = ["x", "name", "label"]
 
 @pytest.fixture
 def frame(rng):
-    """2,000 records, of which a tenth occurs twice; one class is rare."""
+    """2,000 records, 200 of which are duplicates; one class is rare."""
     rows = pd.DataFrame(
         {
             "x": rng.normal(size=1800),
@@ -56,7 +56,7 @@ def test_equal_records_are_in_one_split(frame, tmp_path):
 
 
 def test_records_with_few_values_are_split_by_their_order(rng, tmp_path):
-    """Most records equal another one: they are of different people."""
+    """Most records equal another one, as records of different people may do."""
     frame = pd.DataFrame({"x": rng.integers(0, 3, 1000), "name": "a"})
     frame["label"] = np.where(frame["x"] == 0, "no", "yes")
     part = assign(frame, tmp_path / "before")

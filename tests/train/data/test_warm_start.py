@@ -1,4 +1,4 @@
-"""Extra records, and runs that begin from a bundle: what changes, and what must not."""
+"""Extra training records, and runs that start from a bundle."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from train.loop.net_setup import build_net
 
 @pytest.fixture
 def extra(write_parquet, rng):
-    """The URL of 40 labelled images, no two alike, and none a digit."""
+    """The URL of 40 different labelled images of random pixels."""
     images = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8)
     rows = [{"image": image_bytes(image), "label": n % 10} for n, image in enumerate(images)]
     return write_parquet(rows, "extra.parquet")
@@ -36,7 +36,7 @@ def prepared(config, extra, fitted=None, **data):
 
 
 def copies(data, digits):
-    """How often each extra record is among the training samples, whose others are the digits'."""
+    """Count each extra record in the training samples; the other samples are the digits."""
     inputs, targets_N = data.open("train")
     own, own_targets_N = digits.open("train")
     count = len(own_targets_N)
@@ -65,7 +65,7 @@ def test_extra_records_are_repeated_or_drawn_to_their_fraction(config, digits, e
     found = copies(data, digits)
     total = data.summary["splits"]["train"]["num_records"]
     assert found.total() / total == pytest.approx(share, abs=1 / total)
-    # As equally often as can be.
+    # The counts differ by at most one.
     often = [*found.values(), *[0] * (40 - len(found))]
     assert max(often) - min(often) <= 1
 
@@ -94,13 +94,13 @@ def test_extra_records_may_lack_the_split_column(write_parquet, config, rng):
 
 
 def held_out_extra(data):
-    """How many extra records are left out, as the report says."""
+    """Return the number of extra records that the report lists as held out."""
     words = [note for note in data.summary["report"]["notes"] if "are held out" in note]
     return int(words[0].split()[1]) if words else 0
 
 
 def test_extra_records_that_are_held_out_are_not_trained_on(config, digits):
-    """The training source itself as extra records: its valid and test records stay held out."""
+    """The extra records are the training source; its valid and test records stay held out."""
     held = sum(digits.summary["splits"][name]["num_records"] for name in ("valid", "test"))
     data = prepared(config, "sklearn:digits")
     assert held_out_extra(data) == held
@@ -112,7 +112,7 @@ def test_extra_records_that_are_held_out_are_not_trained_on(config, digits):
 
 
 def test_a_fitted_task_is_used_unchanged(config, digits, write_parquet, rng):
-    """Where fewer classes occur, fitting anew would find fewer."""
+    """The data has only two classes, so a new fit would find only two."""
     images = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8)
     rows = [{"image": image_bytes(image), "label": str(n % 2)} for n, image in enumerate(images)]
     url = write_parquet(rows)
@@ -127,7 +127,7 @@ def test_a_fitted_task_is_used_unchanged(config, digits, write_parquet, rng):
 
 
 def begun(bundle, storage_path, **options):
-    """The options of a run that begins from a bundle, as a user gives them."""
+    """Return the config of a run that starts from a bundle, before inference completes it."""
     changes = {"storage": {"path": str(storage_path)}, **options}
     given = {"name": "digits", "data": {"train": "sklearn:digits"}, "init": str(bundle.path)}
     return validate_config({**given, **changes})
@@ -139,7 +139,7 @@ def test_a_warm_start_uses_the_task_and_net_of_its_bundle(bundle, trained, stora
     )
     config = completed.config
     own = inference.complete_config(begun(bundle, storage_path)).config
-    # Other tests promote versions of their own.
+    # Other tests may have promoted other versions.
     location, version = registry.resolve_model("models:/digits@production", str(storage_path))
     assert config.init == f"models:/digits/{version}"
     assert own.init == str(bundle.path)
@@ -201,7 +201,7 @@ def test_a_warm_start_refuses_a_damaged_bundle(bundle, storage_path, tmp_path):
 
 
 def test_the_lineage_keeps_the_epochs_of_the_first_run(bundle):
-    """A run that is made shorter than the one it begins from would else shorten the next again."""
+    """Otherwise each shortened run would shorten the runs that start from it again."""
     first = training.build_lineage("models:/digits/1", bundle)
     assert first["init_epochs"] == bundle.manifest.config["optim"]["epochs"]
     manifest = bundle.manifest.model_copy(

@@ -1,5 +1,7 @@
-"""Values as people and programs write them: units, times of day, lists as text; and files that are
-sorted, mixed, or have something before their header."""
+"""Values as people and programs write them: units, dates, times of day, lists as text.
+
+Also files that are sorted, have mixed types or encodings, or text before the header.
+"""
 
 import datetime
 import json
@@ -143,7 +145,7 @@ def test_the_report_notes_how_two_digit_years_are_read(tmp_path, rng):
 
 
 def test_the_sample_of_a_sorted_file_includes_later_dates(tmp_path):
-    """Of the first 10,000 records of this log all days could be months."""
+    """In the first 10,000 records of this log every day could be a month."""
     days = [f"{day:02}/01/2024" for day in range(1, 32) for _ in range(1_000)]
     pd.DataFrame({"day": days, "y": [0, 1] * 15_500}).to_csv(tmp_path / "log.csv", index=False)
     found = infer_column("day", sampled(tmp_path / "log.csv")["day"])
@@ -221,7 +223,7 @@ def test_a_note_names_folders_above_the_classes(tmp_path, rng):
 
 
 def described(path, **columns):
-    """What each column of a file with a target `y` is taken for."""
+    """Write a CSV file with a target `y` and return its completed config."""
     pd.DataFrame(columns).to_csv(path, index=False)
     return completed(path)
 

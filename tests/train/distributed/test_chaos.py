@@ -1,4 +1,4 @@
-"""Training behind a network that is cut, and on a disk that is full. Shows its figures with -s."""
+"""Training with a cut network and on a full disk. Prints measurements, which -s shows."""
 
 import json
 import os
@@ -35,7 +35,7 @@ WORKER = "RayTrainWorker"
 
 
 class Writes:
-    """Every checkpoint that appears in a run's folder, and whether one was written twice."""
+    """Watches a run's folder and records the checkpoints, and those written twice."""
 
     def __init__(self, root):
         self.inodes, self.twice = {}, []
@@ -55,7 +55,7 @@ class Writes:
             for folder in self._root.glob("train/*/checkpoints/step-*"):
                 try:
                     inode = folder.stat().st_ino
-                except FileNotFoundError:  # one too many, and gone
+                except FileNotFoundError:  # deleted since, as only the last ones are kept
                     continue
                 if self.inodes.setdefault(folder.name, inode) != inode:
                     self.twice.append(folder.name)
@@ -82,7 +82,7 @@ def test_a_cut_off_worker_stops_writing_after_a_takeover(undisturbed, tmp_path):
         cut_at = mid_epoch(tmp_path, 0)
         log = tmp_path / "log"
         over_s = wait_for(lambda: log.read_text().count("training on 1 worker") == 2)
-        # It cannot tell anyone of its steps, and waits; healed, it has others before it.
+        # The cut-off worker waits, as it cannot report its steps. After healing it is superseded.
         assert processes(cluster, WORKER, lost)
         cluster.heal(lost)
         wait_for(lambda: not processes(cluster, WORKER, lost))
@@ -97,7 +97,7 @@ def test_a_cut_off_worker_stops_writing_after_a_takeover(undisturbed, tmp_path):
 
 @contextmanager
 def small_disk(place, megabytes):
-    """A file system of its own at a folder."""
+    """Mount a file system of this size at a folder during the block."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(place)]
     subprocess.run(mount, check=True)
@@ -108,7 +108,7 @@ def small_disk(place, megabytes):
 
 
 def fill(place, leave_bytes=0):
-    """Write until a disk is full but for some bytes; return the file to remove again."""
+    """Fill a disk except for `leave_bytes`; return the file, whose removal frees the space."""
     ballast = place / "ballast"
     free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
     with ballast.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Training that loses parts on its way ends as if it had not: real Ray, real signals."""
+"""Training on real Ray with killed processes and nodes, against an undisturbed run."""
 
 import os
 import re
@@ -34,7 +34,7 @@ DEADLINE_S = 120
 
 def start(root, *options, address=None, log=None, **environment):
     """Start the training command in the background; its output goes to a file."""
-    # On SIGABRT the command prints where each of its threads stands.
+    # On SIGABRT the command prints the stacks of its threads.
     environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **environment}
     environment |= {"RAY_ADDRESS": address} if address else {}
     log = (log or Path(root) / "log").open("w")
@@ -74,7 +74,7 @@ def run_name(root):
 
 
 def mid_epoch(root, at_least):
-    """The last step that has a checkpoint, once it is `at_least`."""
+    """Return the last step with a checkpoint if it is `at_least`, else None."""
     runs = list((Path(root) / "train").glob("*/checkpoints"))
     steps = CheckpointManager(str(runs[0]), keep=2).steps() if runs else []
     return steps[-1] if steps and steps[-1] >= at_least else None
@@ -86,7 +86,7 @@ def reference(worker, config, data, folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Weights of the same run in this process, without Ray and without a fault, by epochs."""
+    """A function of the epochs: weights of the same run in this process, without Ray or faults."""
 
     @cache
     def run(epochs):
@@ -141,7 +141,7 @@ def test_an_error_in_user_code_is_not_retried(tmp_path):
     options = ["--net.class_path", "tests.fragile:Mistaken", "--workers.num", "2"]
     process = start(tmp_path, *options, MISTAKES=str(mistakes), PYTHONPATH=str(server.REPOSITORY))
     assert exit_code(process, tmp_path) == 1
-    # Once by each worker.
+    # At most once by each worker.
     assert len(mistakes.read_text().splitlines()) <= 2
     log = (tmp_path / "log").read_text()
     words = "training failed and would fail again: KeyError: 'no such key'. Fix the cause, then "
@@ -195,7 +195,7 @@ def test_a_run_survives_a_lost_node_and_grows_with_a_new_one(undisturbed, tmp_pa
 
 @pytest.mark.chaos
 def test_a_preemption_notice_triggers_a_checkpoint(tmp_path):
-    """As a spot machine that is taken away: notice, a little time, gone."""
+    """Like a spot machine that is reclaimed: a notice, a short delay, and the node is gone."""
     config = parse([*OPTIONS, "--optim.batch_size", "8"]).config
     num_samples = len(dataset.prepare_dataset(config, str(tmp_path)).open("train")[1])
     steps_per_epoch = batch_sampler.num_steps(num_samples, 8)
@@ -206,7 +206,7 @@ def test_a_preemption_notice_triggers_a_checkpoint(tmp_path):
             *("--workers.num", "[1,2]", "--optim.batch_size", "8", "--optim.epochs", "60"),
             *("--checkpoint.every_steps", "1000000", "--workers.micro_batches", "2"),
         )
-        # Ray first asks for two workers again, on a node that no longer takes any.
+        # Ray first requests two workers again, on a node that no longer accepts any.
         brief = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
         process = start(tmp_path, *options, address=cluster.address, **brief)
         wait_for(lambda: mid_epoch(tmp_path, steps_per_epoch), process)

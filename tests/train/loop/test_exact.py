@@ -1,6 +1,6 @@
-"""A run is a function of its config: stopped, continued, on other workers, it ends the same.
+"""Runs are reproducible: stopped, resumed or on other workers, they give the same weights.
 
-The workers are processes joined by gloo, as under Ray Train, without Ray.
+The workers are processes connected by gloo, as in Ray Train, but without Ray.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Stop(Exception):
 
 
 class Recorded(Loop):
-    """Notes the samples of every step; may stop at a step, right after a checkpoint of it."""
+    """Loop that writes down the samples of every step and can stop after a checkpoint."""
 
     def __init__(self, *arguments, notes, stop_at=None, **options):
         self._notes, self._stop_at = Path(notes), stop_at
@@ -66,7 +66,7 @@ def loop(worker, config, shards, folder, notes, stop_at=None, lesson=NO_LESSON):
 
 
 def noted(notes):
-    """Sample ids by step."""
+    """Return the sample ids by step."""
     steps: dict[int, list[int]] = {}
     for file in sorted(Path(notes).glob("*.jsonl")):
         for line in file.read_text().splitlines():
@@ -83,7 +83,7 @@ def assert_same(weights, others):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, digits, tmp_path_factory):
-    """Weights and figures of a run on two workers that nothing disturbs."""
+    """Weights and history of an undisturbed run on two workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run_workers(2, loop, config, digits, folder / "run", folder)
     return load_best_weights(CheckpointManager(str(folder / "run"), keep=2))
@@ -133,7 +133,7 @@ def test_a_warm_start_ends_the_same_on_2_then_1_workers(config, digits, undistur
         for name in ("whole", "parts")
     )
     assert_same(others, weights)
-    # It went on from where the other had ended.
+    # The run continued from the given weights.
     assert history[0]["train_loss"] < undisturbed[1][-1]["train_loss"]
 
 
@@ -222,7 +222,7 @@ def test_fsdp_equals_ddp_after_20_steps(config, digits, tmp_path):
     batch_size = len(digits.open("train")[1]) // 10
     for kind in ("ddp", "fsdp"):
         twenty = make_config(
-            # At a low rate, so that rounding does not grow by itself.
+            # At a low rate, so that rounding errors do not grow.
             optim={"epochs": 2, "batch_size": batch_size, "lr": 0.02},
             workers={"parallel": kind},
             storage={"path": config.storage.path},
@@ -295,5 +295,5 @@ def test_mixed_inputs_with_dropout_train_the_same_on_2_workers(tmp_path, rng):
         run_workers(world_size, loop, *arguments)
     weights, history = load_best_weights(CheckpointManager(str(tmp_path / "1"), keep=1))
     assert_same(weights, load_best_weights(CheckpointManager(str(tmp_path / "2"), keep=1))[0])
-    # By chance it would be a half; one of the 16 records held out, wrong in one label, makes 0.97.
+    # Chance gives 0.5; one wrong label in one of the 16 held-out records gives 0.97.
     assert history[-1]["valid_f1"] > 0.9

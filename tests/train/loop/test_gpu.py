@@ -1,4 +1,4 @@
-"""The loop on a CUDA device: number formats, memory that runs out, figures. Skipped without one."""
+"""The loop on a CUDA device: number formats, lack of memory, energy. Skipped without a device."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_training_works_in_each_number_format(precision, compiled, config, digit
         assert row["flops_per_s"] > 0
         assert row["peak_memory_bytes"] > 0
 
-    # The processor computes the same net from these weights.
+    # The CPU reaches the same accuracy with these weights.
     net = build_net(on_gpu, digits.task)
     net.load_state_dict(weights)
     inputs, targets = digits.open("valid")

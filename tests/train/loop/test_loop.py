@@ -1,4 +1,4 @@
-"""The net, the optimizers, the schedules and the loop, against numpy, torch and themselves."""
+"""The network, optimizers, schedules, checkpoints and the loop, against numpy and torch."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_a_net_too_deep_for_its_images_is_refused():
 
 
 def schedule_reference(name, warmup_steps, total_steps):
-    """The factors of a whole run, in numpy."""
+    """Return the rate factors of a whole run, computed in numpy."""
     warmup = np.linspace(0, 1, warmup_steps + 2)[1:-1]
     progress = np.linspace(0, 1, total_steps - warmup_steps + 1)[:-1]
     falls = {
@@ -108,14 +108,14 @@ def test_schedules_of_any_length_reach_the_peak(name, warmup_fraction):
     for total_steps in (1, 2, 3, 4, 5, 7, 10, 50, 100):
         factors = [lr_schedule.lr_factor(optim, step, total_steps) for step in range(total_steps)]
         assert all(0 < factor <= 1 for factor in factors)
-        # The peak of one_cycle may lie between two steps, as that of torch does.
+        # As in torch, the peak of one_cycle may lie between two steps.
         assert max(factors) == 1 or (name == "one_cycle" and warmup_fraction != 0)
         if warmup_fraction == 0:
             assert factors[0] == 1
 
 
 def muon_reference(weight, gradients, lr, momentum):
-    """Muon's steps on one weight, in float64 numpy."""
+    """Return the weight after Muon's steps, computed in float64 numpy."""
     a, b, c = 3.4445, -4.7750, 2.0315
     state = np.zeros_like(weight)
     for gradient in gradients:
@@ -170,7 +170,7 @@ def test_muon_moves_a_weight_of_zeros(rng):
 
 
 class WithTokens(torch.nn.Module):
-    """Matrices of several kinds, only two of which map one space to another."""
+    """A net with matrices of several kinds; only those of `inner` and `conv` are linear maps."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ def test_each_weight_is_in_one_group_and_vectors_do_not_decay(net, name):
 
 
 def train(config, shards, folder):
-    """Run a whole loop in this process; return weights and figures by epoch."""
+    """Run a whole loop in this process; return the best weights and the metrics by epoch."""
     store = CheckpointManager(str(folder), keep=2)
     Loop(config, shards, ALONE, store, num_micro_batches=1).run()
     return load_best_weights(store)
@@ -241,7 +241,7 @@ def test_the_kept_weights_are_those_of_the_best_epoch(config, digits, tmp_path):
 
 
 def test_an_overflow_is_skipped_by_all_optimizers(digits, config, tmp_path):
-    """A gradient of one is no number, and clipping would make those of the others none."""
+    """One gradient is NaN, and clipping by the norm would make the others NaN."""
     changed = make_config(
         precision="fp16",
         optim={"name": "muon", "clip_norm": 1.0, "epochs": 1},
@@ -256,7 +256,7 @@ def test_an_overflow_is_skipped_by_all_optimizers(digits, config, tmp_path):
         if isinstance(module, torch.nn.Conv2d) and module.weight.requires_grad
     )
     handle = weight.register_hook(lambda grad: grad * math.nan)
-    # So small that nothing else overflows.
+    # A small scale, so that nothing else overflows.
     loop._scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     loop._take_step(np.arange(100))
     handle.remove()
@@ -290,7 +290,7 @@ def test_a_non_finite_loss_stops_the_run_with_its_checkpoint(digits, config, tmp
 
 
 def test_non_finite_weights_are_not_saved(digits, config, tmp_path, monkeypatch):
-    """The last update before a checkpoint may overflow while its loss was finite."""
+    """The last update before a checkpoint may overflow although its loss is finite."""
     parts = {"checkpoint": {"every_steps": 1}, "storage": {"path": config.storage.path}}
     after_step = Loop._after_step
 
@@ -309,7 +309,7 @@ def test_non_finite_weights_are_not_saved(digits, config, tmp_path, monkeypatch)
 
 
 def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits, tmp_path):
-    """One step's reported loss is that of the initial net on the first batch."""
+    """The loss reported for one step is that of the initial net on the first batch."""
     one_step = make_config(
         optim={"epochs": 1, "batch_size": 65_536}, storage={"path": config.storage.path}
     )
@@ -326,7 +326,7 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_torch(config, digits, tmp_pat
 
 
 def test_running_statistics_match_torch(config, digits, tmp_path):
-    """With one micro-batch, the norms' buffers are what an ordinary forward pass leaves."""
+    """With one micro-batch, the norms' buffers equal those after an ordinary forward pass."""
     one_step = make_config(
         optim={"epochs": 1, "batch_size": 65_536, "lr": 1e-9, "vector_lr": 1e-9, "head_lr": 1e-9},
         storage={"path": config.storage.path},

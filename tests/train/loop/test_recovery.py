@@ -1,4 +1,4 @@
-"""What a run does about a full disk, too little GPU memory, a notice; and its trace."""
+"""Runs on a full disk and with too little memory, profiles, and resumed runs."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from train.loop.run_directory import Run, WorkerSpec
 
 @dataclass
 class Told:
-    """Keeps what a run tells of itself."""
+    """Collects the events of a run."""
 
     events: list[dict] = field(default_factory=list)
 
@@ -38,7 +38,7 @@ class Told:
 
 @contextlib.contextmanager
 def largest_file(num_bytes):
-    """No file may become larger, as on a full disk; the system calls fail in the same way."""
+    """Limit the size of files during the block; larger writes fail like those on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -57,7 +57,7 @@ def test_training_continues_past_an_unwritable_checkpoint(config, digits, tmp_pa
             full.__enter__()
         if loop.progress.step == 14:
             assert store.steps() == [5]
-            assert store.load(5).values["step"] == 5  # whole
+            assert store.load(5).values["step"] == 5  # complete
             full.__exit__(None, None, None)
 
     every_five = make_config(checkpoint={"every_steps": 5}, storage={"path": config.storage.path})
@@ -112,7 +112,7 @@ def test_out_of_memory_halves_the_micro_batch_not_the_batch(config, digits, tmp_
     one = make_config(workers={"num": 1}, storage={"path": config.storage.path})
     job, told = job_of(one, digits, tmp_path / "hungry")
     smallest = batch_sampler.smallest_batch(len(digits.open("train")[1]), one.optim.batch_size)
-    for _ in range(2):  # of about 64, then of half
+    for _ in range(2):  # with micro-batches of about 64, then of half
         with pytest.raises(torch.OutOfMemoryError):
             run_loop(job, Run.open(job.run_url), ALONE, build=lambda config, task: Hungry())
     run = Run.open(job.run_url)
@@ -123,7 +123,7 @@ def test_out_of_memory_halves_the_micro_batch_not_the_batch(config, digits, tmp_
         -(-smallest // 4),
     ]
 
-    # The batches are the same, so the weights are but for the order of sums.
+    # The batches are equal, so the weights differ only by the order of summation.
     plain, _ = job_of(one, digits, tmp_path / "plain")
     run_loop(plain, Run.open(plain.run_url), ALONE, build=lambda config, task: Plain())
     expected = load_best_weights(Run.open(plain.run_url).store(2))[0]
@@ -185,7 +185,7 @@ def test_a_refused_command_does_not_take_over_the_run(config, digits, tmp_path, 
     "changes", [{"metric": "last"}, {"metric": "valid_log_loss"}, {"metric": "valid_accuracy"}]
 )
 def test_a_resumed_run_cannot_change_its_checkpoint_metric(tmp_path, changes):
-    """The best epoch so far was chosen by the metric of before, and its checkpoint kept."""
+    """The best epoch so far was chosen, and its checkpoint kept, by the original metric."""
     Run.start(str(tmp_path / "run"), make_config(checkpoint={"keep": 1}))
     with pytest.raises(UserError, match=r"keeps its config, but checkpoint\.metric was None, is"):
         Run.resume(str(tmp_path / "run"), make_config(checkpoint={"keep": 1, **changes}))

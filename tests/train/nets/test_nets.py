@@ -1,4 +1,4 @@
-"""Nets for tables, texts and mixtures; losses; an example of a task of one's own."""
+"""Networks for tables, texts and mixed inputs; losses; ensembles; a custom task."""
 
 import numpy as np
 import pyarrow as pa
@@ -44,13 +44,13 @@ def test_pieces_match_the_quantiles_of_numpy(rng):
 
 
 def test_a_value_in_most_records_gets_one_piece(rng):
-    """More would say the same, and weigh it as often as there are; the others have the rest."""
+    """More pieces would only repeat it with more weight; the other values share the rest."""
     numbers = np.where(rng.random((40_000, 1)) < 0.9, 0, rng.uniform(1, 2, (40_000, 1)))
     pieces = PiecewiseLinearEncoding(1, 20)
     pieces.fit_inputs(torch.from_numpy(numbers.astype(np.float32)))
     encoded = pieces(torch.tensor([[-1.0], [0.0], [0.5], [3.0]]))[:, :20]
     assert encoded[:2].sum() == 0
-    assert 1 < encoded[2].sum() < 2  # above the value, and on the way to the others
+    assert 1 < encoded[2].sum() < 2  # above the frequent value and below the others
     assert encoded[3].sum() == 20
     assert encoded.isfinite().all()
     above = numbers[numbers > 0]
@@ -59,7 +59,7 @@ def test_a_value_in_most_records_gets_one_piece(rng):
 
 
 def test_few_other_values_share_few_pieces(rng):
-    """Pieces of a few records each would be learned by heart."""
+    """Pieces with a few records each would be overfitted."""
     numbers = np.where(np.arange(8000) < 7500, 0, rng.uniform(1, 2, 8000))[:, None]
     pieces = PiecewiseLinearEncoding(1, 20)
     pieces.fit_inputs(torch.from_numpy(numbers.astype(np.float32)))
@@ -71,7 +71,7 @@ def test_few_other_values_share_few_pieces(rng):
 
 @pytest.mark.parametrize("num_values", [1, 2, 7, 12])
 def test_repeated_values_have_different_encodings(num_values):
-    """Whatever the share of the most frequent: steps that few records reach may decide most."""
+    """For any share of the most frequent value; values of few records may matter most."""
     numbers = np.r_[np.zeros(50_000), np.repeat(np.arange(num_values), 500)].astype(np.float32)
     pieces = PiecewiseLinearEncoding(1, 20)
     pieces.fit_inputs(torch.from_numpy(numbers)[:, None])
@@ -92,7 +92,7 @@ def test_a_bag_is_the_weighted_mean_of_its_words():
     vectors = bag.table.weight
     expected = (2 * vectors[1] + 3 * vectors[3]) / 5
     torch.testing.assert_close(bag(tokens)[0], expected)
-    assert not bag(tokens)[1].any(), "a text without words is nothing, not NaN"
+    assert not bag(tokens)[1].any(), "a text without words is zero, not NaN"
 
 
 def test_a_transformer_ignores_padding():
@@ -136,7 +136,7 @@ def test_losses_agree_with_torch(rng):
 
 @pytest.fixture
 def mixed(rng):
-    """A task with every kind of column, and encoded records of it."""
+    """A task with every kind of column, and its encoded records."""
     kinds = {"n": "number", "c": "category", "t": "text", "i": "image"}
     records = {
         "n": rng.normal(size=40).tolist(),
@@ -209,7 +209,7 @@ def test_a_class_that_is_not_a_net_is_refused():
 
 
 def test_the_example_of_a_custom_task_learns(tmp_path, rng):
-    """Curves of one to four waves: the number of waves is the value."""
+    """The records are curves of one to four waves; the target is the number of waves."""
     waves = rng.uniform(1, 4, 300)
     places = np.linspace(0, 1, 32)
     curves = np.sin(2 * np.pi * waves[:, None] * places) + rng.normal(0, 0.05, (300, 32))
@@ -255,7 +255,7 @@ def test_an_ensemble_predicts_the_mean_of_its_members(rng, kind):
 
 
 def test_the_loss_of_an_ensemble_is_the_mean_over_its_members(rng):
-    """Its loss is the mean of its members' own, whatever the others say."""
+    """So each member learns from its own loss, independent of the other members."""
     outputs = torch.from_numpy(rng.normal(size=(9, 4, 3)).astype(np.float32))
     classes = torch.from_numpy(rng.integers(0, 3, 9))
     loss = target_loss(ClassTarget("y", ("a", "b", "c")), Optim(), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The model card: its figures against scikit-learn and pandas, and what a browser makes of it."""
+"""The model card: its metrics against scikit-learn and pandas, and its HTML."""
 
 import io
 import json
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def fitted(frame, values, task_type, kinds=None):
-    """A task that was fitted on a table, its arrays and targets."""
+    """Return a task fitted on a table, its input arrays and its targets."""
     kinds = {name: {"kind": kind} for name, kind in (kinds or KINDS).items()}
     columns = {name: frame[name].to_list() for name in kinds}
     features = Features.of(kinds, max_tokens=32).fit(columns)
@@ -63,7 +63,7 @@ def fitted(frame, values, task_type, kinds=None):
 
 
 def guesses(rng, targets_N, num_classes, right=0.7):
-    """Logits of which about a share is right."""
+    """Return logits [N, K] that are right for about this share of the records."""
     logits_NK = rng.normal(size=(len(targets_N), num_classes)).astype(np.float32)
     sure = np.flatnonzero(rng.random(len(targets_N)) < right)
     logits_NK[sure, targets_N[sure]] += 5
@@ -140,7 +140,7 @@ def png():
 
 
 def baseline_of(task, inputs, outputs):
-    """A baseline as training writes it, from the same records."""
+    """Return the baseline of these records as training writes it."""
     answers = task.target.decode(outputs)
     states = {}
     for name, measured in feature_statistics.measure_quantities(task, inputs, answers).items():
@@ -170,7 +170,7 @@ def made(task, inputs, targets, outputs, **changes):
 
 
 def tree(page):
-    """The page read strictly, as XML."""
+    """Return the page, parsed strictly as XML."""
     first, rest = page.split("\n", 1)
     assert first == "<!doctype html>"
     return ElementTree.fromstring(rest)
@@ -181,7 +181,7 @@ def section(page, title):
 
 
 def rows(page, title, number=0):
-    """The lines of a section's table, as texts."""
+    """Return the rows of a table in a section, as texts."""
     body = list(section(page, title).iter("tbody"))[number]
     return [["".join(cell.itertext()) for cell in line] for line in body]
 
@@ -243,7 +243,7 @@ def test_slices_match_pandas(classes, passengers):
         "age": pd.qcut(passengers["age"], 4).astype(object).fillna("(missing)"),
         "fare": pd.qcut(passengers["fare"], 4),
         "remark.length": pd.qcut(lengths, 4),
-        # Most have the least value.
+        # Most records have the smallest value.
         "parents": pd.cut(passengers["parents"], [-1, 0, passengers["parents"].quantile(0.75), 5]),
     }
     found = all_slices(task, inputs, targets_N, outputs)
@@ -312,7 +312,7 @@ def test_images_are_sliced_by_quartiles_of_brightness(rng):
 
 def test_only_slices_worse_than_the_average_are_shown(classes, passengers, rng):
     task, inputs, targets_N, _ = classes
-    # Wrong answers for men four times as often as for women.
+    # Predictions for men are wrong four times as often as for women.
     wrong_N = rng.random(len(targets_N)) < np.where(passengers["sex"] == "male", 0.4, 0.1)
     answers_N = np.where(wrong_N, (targets_N + 1) % len(task.target.classes), targets_N)
     outputs = {"logits": 5 * np.eye(len(task.target.classes), dtype=np.float32)[answers_N]}
@@ -325,7 +325,7 @@ def test_only_slices_worse_than_the_average_are_shown(classes, passengers, rng):
 
 
 class Balance(HTMLParser):
-    """Reads a page as HTML; every element that is opened must be closed."""
+    """HTML parser that checks that every opened element is closed."""
 
     def __init__(self):
         super().__init__()
@@ -364,7 +364,7 @@ def test_markup_in_names_and_data_is_shown_as_text(passengers, rng):
     labels = rng.choice([MARKUP, "</td></table><script>"], len(frame)).tolist()
     task, inputs, targets_N = fitted(frame, labels, "classification", kinds)
     outputs = guesses(rng, targets_N, 2, right=1)
-    # So that its part is among the worse ones.
+    # So that its slice is among the worst ones.
     outputs["logits"][(frame["sex"] == MARKUP).to_numpy()] *= -1
     refused = variant(reason=MARKUP)
     page = made(

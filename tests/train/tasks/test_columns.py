@@ -97,7 +97,7 @@ def test_unseen_and_missing_categories_have_separate_codes():
     assert fitted.names_C == (("3", "b", "a"),)
     given = ["3", 3.0, "3.0", "b", b"a", "new", "NA", None, "", np.nan]
     codes = fitted.encode({"c": given})["categories"]
-    # Among other names "3.0" is a name of its own, such as that of a version.
+    # Among other names "3.0" is a separate name, for example of a version.
     assert codes[:, 0].tolist() == [2, 2, 0, 3, 4, 0, 0, 1, 1, 1]
     with pytest.raises(InvalidRecord, match="which is not a name") as caught:
         fitted.encode({"c": ["a", {"b": 1}]})

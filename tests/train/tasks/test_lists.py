@@ -1,4 +1,4 @@
-"""Vectors and sets of labels as places of the array of numbers."""
+"""Vectors and sets of labels as columns of the array of numbers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pictures: one reading of each file, whatever its format, mode and orientation."""
+"""Decoding of images in any format, mode and orientation, against numpy."""
 
 import io
 
@@ -44,7 +44,7 @@ def test_lossless_formats_give_the_same_pixels(colours, kind):
     ],
 )
 def test_the_exif_orientation_is_applied(colours, orientation, upright):
-    """upright: what the camera stores of a scene that it holds in that orientation."""
+    """upright: scene → pixels that a camera in that orientation stores."""
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = orientation
     stored = np.ascontiguousarray(upright(colours))

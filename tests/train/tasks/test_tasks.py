@@ -1,4 +1,4 @@
-"""Features and targets, against Pillow and scikit-learn."""
+"""Image features and class targets, against Pillow and scikit-learn."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""What a run says of itself: the terminal, the figures of its efficiency."""
+"""Progress on the terminal, FLOPs of a net, and observers of events."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""A run's gauges: what they say of its events, and that Ray exports them while it runs."""
+"""Prometheus gauges of a run: their values after events, and their export by Ray."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from train.telemetry.prometheus import PREFIX, WORDS, TrainingGauges
 
 
 class Fake:
-    """A clock and gauges that remember."""
+    """A fake clock, and gauges that record their values."""
 
     def __init__(self):
         self.time = 1000.0
@@ -47,7 +47,7 @@ class Fake:
 
 
 def shown(*events):
-    """What the gauges of a run say after events, each a minute after the one before."""
+    """Return the values of a run's gauges after events that are a minute apart."""
     fake = Fake()
     told = TrainingGauges("a", 300.0, make=fake.make, now=fake.now)
     for event in events:
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_was_not_written_is_not_announced(tmp_path):
     with largest_file(4096):
         store.save(TrainingState({"large": torch.zeros(4096)}, {"step": 3}), None)
         assert isinstance(store.settle(), OSError)
-    # The same thread tells of both, in their order.
+    # One thread announces both checkpoints in order.
     store.save(TrainingState({}, {"step": 4}), None)
     store.settle()
     assert wait_for(lambda: told, bool, 10) == [4]
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_was_not_written_is_not_announced(tmp_path):
 
 @contextmanager
 def measured_ray():
-    """A Ray of this process that exports metrics; yields the text of its node's."""
+    """Run Ray with metrics in this process; yield a function that returns their text."""
     connect.connect(num_cpus=4)
     try:
         port = ray.nodes()[0]["MetricsExportPort"]
@@ -139,7 +139,7 @@ def measured_ray():
 
 
 def exported(text, run):
-    """Our gauges of a run in what a node exports; their names without the prefix."""
+    """Return a run's gauges in the text of a node: name without the prefix → value."""
     start = f"ray_{PREFIX}"
     return {
         sample.name.removeprefix(start): sample.value
@@ -158,7 +158,7 @@ def wait_for(look, condition, seconds):
 
 
 def kill_workers():
-    """Kill what trains on this process's Ray."""
+    """Kill the training workers of this process's Ray."""
     for actor in actors().values():
         if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE":
             os.kill(actor["Pid"], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Numbers as people write them, read by the evidence of the whole column; sentinels; outliers."""
+"""Parsing of numbers as people write them, formats of columns, sentinels and outliers."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_a_currency_may_stand_on_either_side(text):
     ],
 )
 def test_text_that_resembles_a_number_is_refused(text):
-    with pytest.raises(ValueError):  # noqa: PT011, whose words differ
+    with pytest.raises(ValueError):  # noqa: PT011 - the messages differ
         NumberFormat().parse(text)
     with pytest.raises(InvalidRecord, match=r"field 'x' is .*; expected a number"):
         Number("x", ".", "", ()).read([text])

@@ -1,4 +1,4 @@
-"""A value is the same in CSV, Parquet, JSON lines, V1, V2 as JSON and as binary data, and gRPC."""
+"""Values are the same in CSV, Parquet, JSON lines, V1, V2 (JSON or binary) and gRPC."""
 
 import csv
 import json
