@@ -1,4 +1,4 @@
-"""TLS of HAProxy: what it speaks, whom it lets in, and certificates that change while it runs."""
+"""TLS at HAProxy: protocols, client certificates, and certificates that change while it runs."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def authority(tmp_path):
 
 
 class Running:
-    """A HAProxy without replicas, started as Ray starts it."""
+    """A HAProxy without replicas, started the way Ray starts it."""
 
     def __init__(self, folder, files):
         self.folder = folder
@@ -45,7 +45,7 @@ class Running:
         self.process = self.start()
 
     def start(self, *arguments):
-        """Start HAProxy, or another that takes over; return its process once it answers."""
+        """Start HAProxy, or a second one that takes over; return its process once it responds."""
         command = [str(serve_environment.WRAPPER), "-db", "-f", str(self.config), *arguments]
         process = subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
         self.started.append(process)
@@ -67,7 +67,7 @@ class Running:
         return context.wrap_socket(plain, server_hostname="localhost")
 
     def certificate(self, context):
-        """The serial number of the certificate that a new connection is shown."""
+        """Return the serial number of the certificate that a new connection receives."""
         with self.connect(context) as made:
             return made.getpeercert()["serialNumber"]
 
@@ -84,15 +84,15 @@ class Running:
     def await_certificate(self, context, serial):
         deadline = time.monotonic() + RENEWED_S
         while self.certificate(context) != serial:
-            assert time.monotonic() < deadline, "the former certificate is still shown"
+            assert time.monotonic() < deadline, "HAProxy still sends the old certificate"
             time.sleep(0.05)
 
     def await_said(self, words):
-        """Read what HAProxy and what renews its certificates say until these words."""
+        """Return the first line on stderr of HAProxy and its renewal process that has `words`."""
         for line in self.process.stderr:
             if words in line:
                 return line.strip()
-        raise AssertionError(f"'{words}' was not said")
+        raise AssertionError(f"'{words}' was not printed")
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def serial(path):
     return ssl._ssl._test_decode_cert(str(path))["serialNumber"]
 
 
-def test_http_and_grpc_are_spoken_over_tls(tmp_path, authority):
+def test_http_and_grpc_are_served_over_tls(tmp_path, authority):
     with running(tmp_path, *authority.issue("server")) as haproxy:
         for protocols, port, chosen in (
             (("h2", "http/1.1"), haproxy.port, "h2"),
@@ -170,7 +170,7 @@ def test_old_versions_of_tls_are_refused(tmp_path, authority):
             haproxy.connect(context)
 
 
-def test_clients_show_certificates_where_they_must(tmp_path, authority):
+def test_a_client_certificate_is_required_if_configured(tmp_path, authority):
     (tmp_path / "other").mkdir()
     other = Authority(tmp_path / "other")
     server, client = authority.issue("server"), authority.issue("client")
@@ -181,12 +181,12 @@ def test_clients_show_certificates_where_they_must(tmp_path, authority):
             authority.context(),
             authority.context(client=other.issue("client")),
         ):
-            # In TLS 1.3 a client is told after its own part of the handshake.
+            # In TLS 1.3 a client learns of the rejection after its own part of the handshake.
             with pytest.raises((ssl.SSLError, ConnectionError)), haproxy.connect(refused) as made:
                 haproxy.asks(made)
 
 
-def test_a_changed_certificate_is_taken_and_connections_stay(tmp_path, authority):
+def test_a_changed_certificate_is_used_and_connections_stay(tmp_path, authority):
     cert, key = authority.issue("server")
     with running(tmp_path, cert, key) as haproxy:
         context = authority.context()
@@ -197,14 +197,14 @@ def test_a_changed_certificate_is_taken_and_connections_stay(tmp_path, authority
                 haproxy.await_certificate(context, serial(cert))
                 assert haproxy.asks(before).startswith(b"HTTP/1.1 503")
         assert haproxy.process.poll() is None
-        # One that starts later begins with the new certificate.
+        # A HAProxy that starts later uses the new certificate from the start.
         haproxy.start("-sf", str(haproxy.process.pid))
         assert haproxy.certificate(context) == serial(cert)
         authority.issue("server")
         haproxy.await_certificate(context, serial(cert))
 
 
-def test_a_half_written_pair_leaves_the_former_in_use(tmp_path, authority):
+def test_a_half_written_pair_leaves_the_old_one_in_use(tmp_path, authority):
     cert, key = authority.issue("server")
     with running(tmp_path, cert, key) as haproxy:
         context, former = authority.context(), serial(cert)
@@ -213,14 +213,14 @@ def test_a_half_written_pair_leaves_the_former_in_use(tmp_path, authority):
         said = haproxy.await_said("the previous certificates stay in use")
         assert "does not belong to the certificate" in said
         assert haproxy.certificate(context) == former
-        # Meanwhile HAProxy is replaced, as when replicas change.
+        # Replace HAProxy meanwhile, as Ray does when replicas change.
         haproxy.start("-sf", str(haproxy.process.pid))
         assert haproxy.certificate(context) == former
         new_key.replace(key)
         haproxy.await_certificate(context, serial(new_cert))
 
 
-def test_changed_authorities_decide_on_clients(tmp_path, authority):
+def test_a_changed_authority_file_applies_to_clients(tmp_path, authority):
     (tmp_path / "other").mkdir()
     other = Authority(tmp_path / "other")
     client = other.issue("client")
@@ -238,7 +238,7 @@ def test_changed_authorities_decide_on_clients(tmp_path, authority):
             assert haproxy.asks(made).startswith(b"HTTP/1.1 503")
 
 
-def test_what_renews_certificates_ends_with_haproxy(tmp_path, authority):
+def test_the_renewal_process_ends_with_haproxy(tmp_path, authority):
     with running(tmp_path, *authority.issue("server")) as haproxy:
         renewing = [
             each
@@ -280,7 +280,7 @@ def encrypted(path):
         ),
     ],
 )
-def test_what_is_no_certificate_is_said(tmp_path, authority, spoil, words):
+def test_an_unusable_certificate_is_reported(tmp_path, authority, spoil, words):
     cert, key = authority.issue("server")
     spoil(cert, key, authority.file)
     with pytest.raises(ValueError, match=words):

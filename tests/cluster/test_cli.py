@@ -1,4 +1,4 @@
-"""Command lines: options in, one line for a mistake, an exit code."""
+"""Command lines: parsing of options, one-line error messages and exit codes."""
 
 import re
 import signal
@@ -71,12 +71,12 @@ def test_a_mistake_is_one_line_that_names_the_option(argv, message):
     assert "\n" not in str(caught.value)
 
 
-def test_null_is_a_word_like_any_other():
+def test_null_is_an_ordinary_string():
     assert parse("x", "--path", "null").path == "null"
 
 
 def commands() -> list[str]:
-    """Every command of this project: a module that gives its `main` to run_command."""
+    """Return the paths of all commands: modules that pass their `main` to run_command."""
     found = []
     for package in ("cluster", "train", "tune", "serve"):
         for path in sorted((REPOSITORY / package).rglob("*.py")):
@@ -109,7 +109,7 @@ def test_a_command_refuses_an_unknown_option(path, tmp_path):
 def test_a_command_ends_on_sigterm_as_on_ctrl_c():
     code = (
         "import signal, time\nfrom cluster.cli import run_command\n"
-        # A shell's background commands ignore Ctrl-C, and so does what they start.
+        # A shell starts background commands with SIGINT ignored, and child processes inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main(argv):\n    print('up', flush=True)\n    time.sleep(60)\nrun_command(main)"
     )

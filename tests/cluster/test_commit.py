@@ -1,4 +1,4 @@
-"""What is reported as written is there: after failed calls, kills and power cuts, at each call."""
+"""Data reported as written survives failed calls, kills and power cuts at any system call."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from cluster.errors import UserError
 from tests.crash.scenarios import SCENARIOS
 from tests.server import REPOSITORY
 
-# Calls of a scenario at which faults are injected; by hand at all of them.
+# Most calls of a scenario at which faults are injected here; a manual run takes all calls.
 MOST_POINTS = 60
 FAULTS = {"ENOSPC", "EIO", "killed", "power", "power, renames"}
 
 
 @pytest.fixture(scope="module")
 def interpose(tmp_path_factory):
-    """The library that sees every call, compiled."""
+    """Compile the library that intercepts system calls; return its path."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler is installed")
@@ -36,7 +36,7 @@ def interpose(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_what_is_reported_survives_a_fault_at_any_call(name, interpose, bundle, tmp_path):
+def test_reported_data_survives_a_fault_at_any_call(name, interpose, bundle, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "tests.crash.run", name, str(tmp_path), str(MOST_POINTS)],
         cwd=REPOSITORY,
@@ -52,7 +52,7 @@ def test_what_is_reported_survives_a_fault_at_any_call(name, interpose, bundle, 
     assert found["outcomes"].keys() == FAULTS
     for outcome in found["outcomes"].values():
         assert outcome["points"] == min(found["calls"], MOST_POINTS) > 10
-        # Faults come early and late, so both must have happened.
+        # Some faults come after the last report, so the latest version must have been found.
         assert outcome["latest"] > 0
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_folder_is_replaced_and_a_whole_one_stays(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
-def test_what_the_check_raises_keeps_the_folder_away(tmp_path):
+def test_a_folder_is_not_written_if_its_check_raises(tmp_path):
     def refuse():
         raise UserError("others continue the run")
 
@@ -93,7 +93,7 @@ def test_what_the_check_raises_keeps_the_folder_away(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path):
+def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     commit.write_atomic(str(path), b"first", 0o600)
     with suppress(ZeroDivisionError), commit.atomic_file(str(path)) as stream:
@@ -118,7 +118,7 @@ def test_a_changed_url_is_fetched_again(tmp_path, monkeypatch):
 
 
 class Shortened(fsspec.get_filesystem_class("memory")):
-    """Stores that keep less than they are given, and report success."""
+    """A store that keeps fewer bytes than it receives and reports success."""
 
     protocol = "shortened"
     store: dict = {}  # noqa: RUF012
@@ -128,7 +128,7 @@ class Shortened(fsspec.get_filesystem_class("memory")):
         return super().size(path) - 1
 
 
-def test_a_store_that_keeps_less_is_an_error(tmp_path):
+def test_a_store_that_truncates_files_is_an_error(tmp_path):
     fsspec.register_implementation("shortened", Shortened, clobber=True)
     with pytest.raises(OSError, match=r"bytes; \d+ were written"):
         commit.write_atomic("shortened://bucket/file", b"content")

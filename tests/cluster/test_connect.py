@@ -1,4 +1,4 @@
-"""Starting Ray and waiting for it, also on a machine that is busy."""
+"""Starting Ray and waiting for it, on idle and on busy machines."""
 
 import logging
 import threading
@@ -23,7 +23,7 @@ def _a_token(monkeypatch):
 
 
 class Starts:
-    """Ray, that starts after some failures."""
+    """A stand-in for ray.init that succeeds after some failures."""
 
     def __init__(self, failures):
         self.failures, self.calls = failures, 0
@@ -34,21 +34,21 @@ class Starts:
             raise Exception(TOO_SLOW)
 
 
-def test_ray_is_started_once_more_where_it_was_too_slow(capsys):
+def test_ray_is_started_once_more_if_it_was_too_slow(capsys):
     init = Starts(failures=1)
     connect._start(init)
     assert init.calls == 2
     assert capsys.readouterr().err == f"Ray did not start ({TOO_SLOW}); trying once more.\n"
 
 
-def test_a_ray_that_does_not_start_twice_is_told_in_one_line(capsys):
+def test_a_second_failed_start_is_reported_in_one_line(capsys):
     init = Starts(failures=2)
     with pytest.raises(CommandFailed, match=f"Ray does not start on this machine: {TOO_SLOW}"):
         connect._start(init)
     assert init.calls == 2
 
 
-def test_a_node_has_minutes_to_start_and_one_that_died_has_none(monkeypatch):
+def test_a_node_has_minutes_to_start_unless_it_has_died(monkeypatch):
     before = services.get_node
     answers = iter([RuntimeError, RuntimeError, "node"])
 
@@ -85,7 +85,7 @@ def test_a_node_has_minutes_to_start_and_one_that_died_has_none(monkeypatch):
     assert services.get_node is before
 
 
-def test_what_is_waited_for_is_said_once_and_only_after_a_while(monkeypatch, capsys):
+def test_a_long_wait_is_reported_once(monkeypatch, capsys):
     monkeypatch.setattr(connect, "PATIENCE_S", 60)
     with connect._told("Ray to start"):
         pass
@@ -102,7 +102,7 @@ def test_what_is_waited_for_is_said_once_and_only_after_a_while(monkeypatch, cap
 
 
 def logged(once, caplog):
-    """What reaches the log of three tries of Ray Train's to start its workers."""
+    """Return the records that a filter lets through while Ray Train starts workers three times."""
     logger = logging.getLogger(waiting.START_LOGGERS[0])
     logger.addFilter(once)
     try:
@@ -125,7 +125,7 @@ def error_text():
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_run_that_waits_for_room_says_so_once(caplog, said):
+def test_a_run_that_waits_for_room_is_reported_once(caplog, said):
     lines = [("waiting until the cluster has room for the workers", None)] * (not said)
     first = "Attempting to start training worker group of size 2 with …"
     assert logged(waiting.OnceFilter(said=said), caplog) == [
@@ -135,7 +135,7 @@ def test_a_run_that_waits_for_room_says_so_once(caplog, said):
     ]
 
 
-def test_ray_train_logs_its_tries_by_the_names_that_are_known():
+def test_ray_trains_loggers_have_the_expected_names():
     modules = (controller, default, worker_group)
     assert tuple(module.__name__ for module in modules) == waiting.START_LOGGERS
     assert all(module.logger.name == module.__name__ for module in modules)

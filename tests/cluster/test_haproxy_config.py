@@ -1,4 +1,4 @@
-"""The configuration that HAProxy is started with, made of the one that Ray writes."""
+"""The configuration that HAProxy starts with, derived from the one that Ray writes."""
 
 import os
 import re
@@ -60,7 +60,7 @@ listen stats
 
 
 def listens(config):
-    """Where others than this user can connect."""
+    """Return the addresses at which other users can connect."""
     return re.findall(r"^\s*bind\s+(?!unix)(\S+)", config, re.M)
 
 
@@ -74,7 +74,7 @@ def test_haproxy_listens_for_requests_only_and_admin_is_private():
     assert config.count("timeout http-request 10s") == 2
 
 
-def test_haproxy_logs_only_where_an_operator_says(monkeypatch):
+def test_haproxy_logs_only_to_a_configured_target(monkeypatch):
     assert "log 127.0.0.1" not in haproxy_config.restrict(RAYS)
     elsewhere = RAYS.replace("127.0.0.1:514", "stdout")
     monkeypatch.setenv(haproxy_config.LOG_TARGET, "stdout")
@@ -89,16 +89,16 @@ def test_haproxy_logs_only_where_an_operator_says(monkeypatch):
         ("127.0.0.1", ["127.0.0.1:8000", "127.0.0.1:9000"]),
     ],
 )
-def test_haproxy_alone_listens_to_other_machines(monkeypatch, host, binds):
+def test_haproxy_listens_at_the_configured_address(monkeypatch, host, binds):
     monkeypatch.setenv(haproxy_config.HOST, host)
     config = haproxy_config.restrict(RAYS)
     assert listens(config) == binds
-    # On a cluster Serve itself has been told the address.
+    # On a cluster, Ray Serve itself is configured with the address.
     given = haproxy_config.restrict(RAYS.replace("127.0.0.1:8000", "10.0.0.1:8000"))
     assert "bind 10.0.0.1:8000" in given
 
 
-def test_replicas_are_asked_by_tls_and_rays_own_proxy_is_not():
+def test_replicas_are_reached_over_tls_but_rays_proxy_is_not():
     replicas = (
         "backend http-default\n    server r1 10.0.0.1:30000 check\n"
         "    server fallback 127.0.0.1:8500 check backup\n"
@@ -115,7 +115,7 @@ def test_replicas_are_asked_by_tls_and_rays_own_proxy_is_not():
     assert "tcp-check connect\n" in plain
 
 
-def test_names_of_applications_are_not_told():
+def test_names_of_applications_are_not_exposed():
     config = haproxy_config.restrict(RAYS)
     assert "/-/routes" not in config
     assert "if routes" not in config
@@ -134,12 +134,12 @@ def test_names_of_applications_are_not_told():
         RAYS.replace("stats socket", "stats unix"),
     ],
 )
-def test_what_another_ray_would_open_is_refused(changed):
+def test_unknown_listeners_and_sockets_of_ray_are_refused(changed):
     with pytest.raises(ValueError, match=r"listener|sockets"):
         haproxy_config.restrict(changed)
 
 
-def test_rays_template_has_the_lines_that_are_known():
+def test_rays_template_has_the_expected_lines():
     for known in (
         "acl routes path -i /-/routes",
         'string "{{ route_info.routes_message }}" if routes',
@@ -161,7 +161,7 @@ def test_rays_template_has_the_lines_that_are_known():
         assert known in TEMPLATE
 
 
-def test_rays_template_has_the_sections_that_are_known():
+def test_rays_template_has_the_expected_sections():
     sections = re.findall(r"^(?:frontend|listen) \S+", TEMPLATE, re.M)
     assert sorted(sections) == sorted([*haproxy_config.SERVING, *haproxy_config.DROPPED])
 
@@ -178,13 +178,13 @@ def test_haproxy_has_a_private_socket_that_ray_finds(tmp_path):
     with running(config) as process:
         assert stat.S_IMODE(admin.stat().st_mode) == 0o600
         assert stat.S_IMODE(config.parent.stat().st_mode) == 0o700
-        # As Ray looks for it.
+        # Ray finds the process by these parts of its command line.
         command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         assert os.fsencode(config) in command
         assert b"haproxy" in command[0]
 
 
-def test_without_a_replica_the_answer_says_when_to_come_again(tmp_path):
+def test_without_a_replica_the_response_has_retry_after(tmp_path):
     config = tmp_path / "node" / "haproxy.cfg"
     config.parent.mkdir()
     (config.parent / "500.http").write_bytes(b"HTTP/1.1 500 Error\r\n\r\n")
@@ -203,7 +203,7 @@ def test_without_a_replica_the_answer_says_when_to_come_again(tmp_path):
     assert "send the request again" in answer.json()["error"]
 
 
-def test_changes_and_feedback_are_asked_for_once():
+def test_state_changes_and_feedback_are_not_retried():
     config = haproxy_config.restrict(RAYS)
     (pattern,) = set(re.findall(r"disable-l7-retry if { path_reg (\S+) }", config))
     for path in ("repository/models/digits/load", "repository/models/a-b/unload"):
@@ -213,7 +213,7 @@ def test_changes_and_feedback_are_asked_for_once():
     assert config.count("path_end /RepositoryModelLoad /RepositoryModelUnload") == 2
 
 
-def test_grpcs_port_takes_calls_of_grpc_only():
+def test_the_grpc_port_accepts_grpc_calls_only():
     config = haproxy_config.restrict(RAYS)
     http, grpc = config.split("frontend grpc_frontend")
     assert "not a gRPC call" not in http
@@ -224,7 +224,7 @@ def test_grpcs_port_takes_calls_of_grpc_only():
         assert not re.match(pattern, bad)
 
 
-def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
+def test_connections_of_one_client_address_are_limited(tmp_path, monkeypatch):
     monkeypatch.setenv(haproxy_config.CONNECTIONS, "8")
     config = tmp_path / "node" / "haproxy.cfg"
     config.parent.mkdir()
@@ -250,7 +250,7 @@ def test_an_address_has_so_many_connections(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
-def test_a_body_may_take_as_long_as_the_server_says(monkeypatch):
+def test_the_body_timeout_can_be_configured(monkeypatch):
     assert "wait-for-body time 75000ms if { req.body_size gt 0 }" in haproxy_config.restrict(RAYS)
     monkeypatch.setenv(haproxy_config.BODY_TIMEOUT, "2.5")
     assert "wait-for-body time 2500ms if" in haproxy_config.restrict(RAYS)
@@ -261,13 +261,13 @@ def test_a_body_may_take_as_long_as_the_server_says(monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["", "-1", "many"])
-def test_a_limit_that_is_no_number_is_refused(monkeypatch, given):
+def test_an_invalid_connection_limit_is_refused(monkeypatch, given):
     monkeypatch.setenv(haproxy_config.CONNECTIONS, given)
     with pytest.raises(ValueError, match="expected a whole number, 0 for no limit"):
         haproxy_config.restrict(RAYS)
 
 
-def test_no_limit_of_connections_may_be_asked_for(monkeypatch):
+def test_the_connection_limit_can_be_switched_off(monkeypatch):
     assert "sc0_conn_cur gt 512" in haproxy_config.restrict(RAYS)
     monkeypatch.setenv(haproxy_config.CONNECTIONS, "0")
     assert "conn_cur" not in haproxy_config.restrict(RAYS)
@@ -281,7 +281,7 @@ def free_port():
 
 @contextmanager
 def running(config):
-    """HAProxy with a configuration as Ray writes it."""
+    """Run HAProxy with a configuration in the form that Ray writes."""
     admin = config.with_name("admin.sock")
     arguments = [str(serve_environment.WRAPPER), "-db", "-f", str(config)]
     environment = {**os.environ, **serve_environment.local_paths()}
@@ -296,7 +296,7 @@ def running(config):
 
 
 def unfinished(address, port):
-    """A connection with a request that lacks its end; one that was ended, where it is refused."""
+    """Return a connection with an incomplete request; if HAProxy refuses it, it is closed."""
     made = socket.socket()
     made.settimeout(10)
     with suppress(ConnectionError):
@@ -306,13 +306,13 @@ def unfinished(address, port):
 
 
 def closed(connections):
-    """Those that HAProxy has ended."""
+    """Return the connections that HAProxy has closed."""
     ended = []
     for each in select.select(connections, [], [], 0)[0]:
         try:
             if not each.recv(1, socket.MSG_PEEK):
                 ended.append(each)
-        except OSError:  # reset, perhaps before it was known to be made
+        except OSError:  # reset, perhaps before connect() returned
             ended.append(each)
     return ended
 
@@ -331,7 +331,7 @@ def answers(address, port):
     return False
 
 
-def test_a_configuration_that_is_refused_starts_nothing(tmp_path):
+def test_haproxy_does_not_start_with_a_refused_configuration(tmp_path):
     config = tmp_path / "haproxy.cfg"
     config.write_text(RAYS + "frontend new\n    bind *:1\n")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine, as a user starts, asks and stops it."""
+"""A cluster of several nodes on this machine: the commands that start, query and stop it."""
 
 import ipaddress
 import json
@@ -27,7 +27,7 @@ START_S = 120
 
 
 def command(*arguments, environment=None, before=()):
-    """Run `python -m cluster …`; return the process that has ended."""
+    """Run `python -m cluster …`; return the completed process."""
     return subprocess.run(
         [*before, sys.executable, "-m", "cluster", *arguments],
         cwd=REPOSITORY,
@@ -51,7 +51,7 @@ def cluster():
     answer(command("down"))
 
 
-# One method of each service of Ray's.
+# One method of each of Ray's gRPC services.
 METHODS = (
     "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "/ray.rpc.NodeManagerService/GetNodeStats",
@@ -67,7 +67,7 @@ def is_loopback(host):
 
 
 def ask_without_token(host, port):
-    """Whether a port refuses all that Ray's ports do, by gRPC or by HTTP, for lack of a token."""
+    """Return whether a port refuses Ray's methods, over gRPC or HTTP, if the token is missing."""
     codes = set()
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         for method in METHODS:
@@ -86,17 +86,17 @@ def states():
 
 
 class TestWithoutACluster:
-    def test_down_says_that_nothing_is_up(self):
+    def test_down_reports_that_nothing_is_up(self):
         done = command("down")
         assert answer(done) == {"stopped": 0}
         assert done.stderr == "no cluster is up; nothing was stopped.\n"
 
-    def test_status_says_how_to_start_one(self):
+    def test_status_explains_how_to_start_a_cluster(self):
         done = command("status")
         assert done.returncode == 2
         assert done.stderr == "error: no cluster is up; python -m cluster up starts one.\n"
 
-    def test_a_port_in_use_is_named_and_nothing_stays(self):
+    def test_a_port_in_use_is_named_and_nothing_is_left(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -116,7 +116,7 @@ class TestWithoutACluster:
             ("101", "should be less than or equal to 100."),
         ],
     )
-    def test_a_number_of_nodes_that_is_none_is_refused(self, number, reason):
+    def test_an_invalid_number_of_nodes_is_refused(self, number, reason):
         done = command("up", "--nodes", number)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
@@ -124,10 +124,10 @@ class TestWithoutACluster:
         assert reason in line
 
 
-# Before the cluster of the next tests is up.
+# Must run before the fixture of the next tests starts its cluster.
 @pytest.mark.ray
 @pytest.mark.slow
-def test_without_namespaces_nodes_share_the_network_with_a_note():
+def test_without_namespaces_nodes_share_the_network():
     bare = ["setpriv", "--bounding-set", "-net_admin,-sys_admin"]
     try:
         done = command("up", "--nodes", "2", "--cpus", "1", before=bare if os.getuid() == 0 else [])
@@ -144,8 +144,8 @@ def test_without_namespaces_nodes_share_the_network_with_a_note():
 
 @pytest.mark.ray
 @pytest.mark.slow
-class TestOfTwoNodes:
-    def test_a_second_one_is_refused_and_the_first_stays(self, cluster):
+class TestTwoNodes:
+    def test_a_second_cluster_is_refused_and_the_first_stays(self, cluster):
         done = command("up")
         assert done.returncode == 2
         assert done.stderr == (
@@ -154,7 +154,7 @@ class TestOfTwoNodes:
         )
         assert states() == {"head": "alive", "node1": "alive"}
 
-    def test_a_node_that_is_killed_is_off_until_it_is_started(self, cluster):
+    def test_a_killed_node_is_off_until_it_is_started(self, cluster):
         assert answer(command("kill", "node1")) == {"node": "node1", "done": "kill"}
         assert cluster.processes("node1") == []
         assert states()["node1"] == "off"
@@ -164,7 +164,7 @@ class TestOfTwoNodes:
         done = command("kill", "node7")
         assert done.stderr == "error: unknown node 'node7'; expected one of head, node1.\n"
 
-    def test_another_token_is_refused_in_one_line(self, cluster):
+    def test_a_wrong_token_is_refused_in_one_line(self, cluster):
         environment = {**cluster.client_environment, "RAY_AUTH_TOKEN": "0" * 64}
         done = subprocess.run(
             [sys.executable, "-c", "from cluster import connect; connect.connect()"],
@@ -180,7 +180,7 @@ class TestOfTwoNodes:
         assert last.startswith("cluster.errors.UserError: the cluster at")
         assert "requires another token" in last
 
-    def test_no_port_of_ray_does_anything_without_the_token(self, cluster):
+    def test_rays_ports_refuse_calls_without_the_token(self, cluster):
         found = [each for each in node_checks.listeners() if not is_loopback(each["host"])]
         assert {"gcs_server", "raylet", "DashboardAgent"} <= {each["process"] for each in found}
         for each in found:
@@ -191,7 +191,7 @@ class TestOfTwoNodes:
             refused = ask_without_token(cluster.host, each["port"])
             assert refused, each
 
-    def test_the_doctor_finds_both_well(self, cluster, storage_path):
+    def test_the_doctor_reports_both_nodes_as_healthy(self, cluster, storage_path):
         done = command(
             *("doctor", "--storage.path", str(storage_path)),
             environment={**cluster.client_environment, "COLUMNS": "200"},
@@ -202,7 +202,7 @@ class TestOfTwoNodes:
             assert "ok on all 2" in line
         assert not [file for file in storage_path.iterdir() if "doctor" in file.name]
 
-    def test_storage_out_of_a_nodes_reach_is_named_before_training(self, cluster, tmp_path):
+    def test_storage_that_a_node_lacks_is_named_before_training(self, cluster, tmp_path):
         if not cluster.isolated:
             pytest.skip("without permission for namespaces all nodes see the same files")
         inside = cluster.processes("node1")[0]
@@ -228,7 +228,7 @@ class TestOfTwoNodes:
         assert train.returncode == 2, train.stderr
         assert problem in train.stderr.splitlines()[-1]
 
-    def test_a_command_of_another_ray_is_refused_in_one_line(self, cluster):
+    def test_a_command_with_another_ray_version_is_refused(self, cluster):
         code = (
             "import ray; ray.__version__ = '2.59.0'\nfrom cluster import connect\nconnect.connect()"
         )
@@ -246,7 +246,7 @@ class TestOfTwoNodes:
         assert "Ray: 2.59.0" in last
         assert "Use the same versions here as on the cluster." in last
 
-    def test_a_node_of_another_ray_does_not_join_and_says_why(self, cluster):
+    def test_a_node_with_another_ray_version_cannot_join(self, cluster):
         code = (
             "import sys, ray; ray.__version__ = '2.59.0'\n"
             "from ray.scripts.scripts import main; sys.exit(main())"
@@ -264,7 +264,7 @@ class TestOfTwoNodes:
         assert "Version mismatch" in done.stderr
 
 
-def test_ray_accepts_the_file_for_machines_of_ones_own():
+def test_ray_accepts_machines_yaml():
     given = yaml.safe_load((REPOSITORY / "cluster" / "machines.yaml").read_text())
     config = prepare_config(given)
     validate_config(config)
@@ -273,11 +273,11 @@ def test_ray_accepts_the_file_for_machines_of_ones_own():
     for place in ("head", "worker"):
         stop, start = given[f"{place}_start_ray_commands"]
         assert stop.endswith("/ray stop")
-        # Before Ray starts there, as the server's environment is read then.
+        # The server's environment is read when Ray starts, so it must be set before.
         assert start.index("serve.environment") < start.index("ray start")
 
 
-def test_gloo_is_given_the_interface_that_has_rays_address(monkeypatch):
+def test_gloo_uses_the_interface_with_rays_address(monkeypatch):
     for variable in (gloo.GLOO, gloo.NCCL):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(gloo.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
@@ -289,7 +289,7 @@ def test_gloo_is_given_the_interface_that_has_rays_address(monkeypatch):
     assert gloo.interface_of("192.0.2.1") is None
 
 
-def test_addresses_are_those_of_a_network_that_no_machine_is_on():
+def test_node_addresses_are_in_the_range_for_benchmarks():
     assert [network_namespace.node_address(index) for index in range(2)] == [
         "198.18.87.1",
         "198.18.87.2",
@@ -312,7 +312,7 @@ HERE = {
 
 
 def findings(**changes):
-    """What `compare` finds amiss, by its subject, where one of two nodes is changed."""
+    """Return the problems that compare_nodes finds if one of two nodes differs, by subject."""
     reports = {"10.0.0.1": HERE, "10.0.0.2": {**HERE, **changes}}
     return {each.subject: each for each in compare_nodes(HERE, reports) if each.remedy}
 
@@ -334,7 +334,7 @@ def findings(**changes):
         ({"auth": "disabled"}, "authentication on nodes", "disabled, here token", "missing"),
     ],
 )
-def test_the_doctor_names_the_node_and_what_is_wrong_there(changes, subject, words, mark):
+def test_the_doctor_names_the_node_and_its_problem(changes, subject, words, mark):
     (found,) = findings(**changes).values()
     assert (found.subject, found.found, found.mark) == (subject, f"10.0.0.2: {words}", mark)
 
@@ -343,7 +343,7 @@ def test_the_doctor_finds_nothing_wrong_with_equal_nodes():
     assert findings() == {}
 
 
-def test_a_node_that_does_not_answer_is_named():
+def test_a_node_that_does_not_respond_is_named():
     (found,) = [
         each
         for each in compare_nodes(HERE, {"10.0.0.2": "does not answer"})
@@ -360,11 +360,11 @@ def test_a_node_that_does_not_answer_is_named():
         ("127.0.0.1:6379", "disabled", "ok"),
     ],
 )
-def test_the_doctor_warns_of_a_cluster_that_anyone_may_use(address, mode, mark):
+def test_the_doctor_warns_if_a_cluster_needs_no_token(address, mode, mark):
     assert auth_mode(address, mode).mark == mark
 
 
-def test_only_nodes_beside_the_head_have_a_cable():
+def test_the_head_cannot_be_cut():
     alone = Cluster("id", "127.0.0.1", 1, 6379, 8265, True, ["head"], 1)
     with pytest.raises(UserError, match="cut another node"):
         alone.cut("head")

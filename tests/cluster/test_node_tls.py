@@ -1,4 +1,4 @@
-"""A cluster whose nodes speak TLS: what they send each other, and who may join them."""
+"""A cluster whose nodes use TLS: traffic between them is encrypted; joining needs a certificate."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ SECRET = "read-by-nobody-on-the-way"
 START_S = 120
 ETH_P_ALL = 3
 
-# A task on the other node that gets an object, and returns another.
+# A task on the other node that receives an object and returns another one.
 ASK = f"""
 from cluster import connect
 connect.connect()
@@ -62,7 +62,7 @@ def run(code, environment):
 
 @contextmanager
 def captured(cluster):
-    """What goes between the nodes while the block runs, as one string of bytes at its end."""
+    """Collect the bytes that pass between the nodes while the block runs."""
     if not cluster.isolated:
         pytest.skip("nodes that share a network have no cable between them")
     taken, ended = bytearray(), threading.Event()
@@ -86,7 +86,7 @@ def captured(cluster):
             taking.join()
 
 
-def test_what_tasks_send_each_other_cannot_be_read(cluster):
+def test_data_between_tasks_is_encrypted(cluster):
     with captured(cluster) as taken:
         done = run(ASK, cluster.client_environment)
     assert done.stdout == "answered\n", done.stderr
@@ -94,7 +94,7 @@ def test_what_tasks_send_each_other_cannot_be_read(cluster):
     assert SECRET.encode() not in taken
 
 
-def test_without_a_certificate_nobody_joins(cluster):
+def test_joining_without_a_certificate_is_refused(cluster):
     environment = {
         name: value for name, value in cluster.client_environment.items() if "TLS" not in name
     }
@@ -103,7 +103,7 @@ def test_without_a_certificate_nobody_joins(cluster):
     assert "no Ray responds without TLS (RAY_USE_TLS is not set)" in done.stderr.splitlines()[-1]
 
 
-def test_a_certificate_that_the_nodes_do_not_have_is_refused(cluster, bundle, tmp_path):
+def test_a_server_certificate_that_nodes_lack_is_refused(cluster, bundle, tmp_path):
     cert, key = Authority(tmp_path).issue("server")
     options = [f"model={bundle.path}", f"storage={tmp_path}"]
     options += [f"security.tls_cert={cert}", f"security.tls_key={key}"]
@@ -122,7 +122,7 @@ def test_a_certificate_that_the_nodes_do_not_have_is_refused(cluster, bundle, tm
     assert "with none. Before it starts, run: source <(python -m serve.environment" in last
 
 
-def test_requests_to_a_replica_of_another_node_cannot_be_read(cluster, bundle, tmp_path):
+def test_requests_to_replicas_on_another_node_are_encrypted(cluster, bundle, tmp_path):
     options = [f"model={bundle.path}", f"storage={tmp_path}", "host=0.0.0.0"]
     environment = cluster.client_environment
     with server.running(*options, log=tmp_path / "log", environment=environment) as url:

@@ -1,4 +1,4 @@
-"""Files that other users of the machine must not read, write or plant."""
+"""Files that other users of the machine must not be able to read, write or create."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ def mode(path):
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_token_is_made_once_for_its_user_alone(home):
+def test_a_token_is_created_once_and_is_private_to_its_user(home):
     auth.ensure_token()
     path = home / ".ray" / "auth_token"
     token = path.read_text()
@@ -43,7 +43,7 @@ def test_a_token_is_made_once_for_its_user_alone(home):
     assert path.read_text() == token == auth.token()
 
 
-def test_processes_that_make_it_at_once_agree(home):
+def test_processes_that_create_the_token_at_once_agree(home):
     code = "from cluster import auth; auth.ensure_token(); print(auth.token())"
     started = [
         subprocess.Popen(
@@ -55,7 +55,7 @@ def test_processes_that_make_it_at_once_agree(home):
     assert len(tokens) == 1
 
 
-def test_a_token_that_others_can_read_is_closed_and_that_is_said(home, capsys):
+def test_a_readable_token_is_made_private_with_a_note(home, capsys):
     path = home / ".ray" / "auth_token"
     path.parent.mkdir()
     path.write_text("a" * 64)
@@ -67,7 +67,7 @@ def test_a_token_that_others_can_read_is_closed_and_that_is_said(home, capsys):
     assert "could be read by other users" in line
 
 
-def test_a_token_that_is_named_is_left_as_it_is(home, monkeypatch):
+def test_a_configured_token_is_not_changed(home, monkeypatch):
     path = home / "secret"
     path.write_text("b" * 64)
     path.chmod(0o644)
@@ -86,21 +86,21 @@ def test_a_token_that_is_named_is_left_as_it_is(home, monkeypatch):
     assert auth.token() == "c" * 64
 
 
-def test_without_token_mode_none_is_made(home, monkeypatch):
+def test_no_token_is_created_if_authentication_is_disabled(home, monkeypatch):
     monkeypatch.setenv(auth.MODE, "disabled")
     auth.ensure_token()
     assert auth.token() is None
     assert list(home.iterdir()) == []
 
 
-def test_a_private_folder_is_closed_or_refused(tmp_path, monkeypatch):
+def test_a_private_folder_is_made_private_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(private, "PARENT", tmp_path)
     folder = private.private_folder("ray")
     assert mode(folder) == mode(private.private_root()) == 0o700
     folder.chmod(0o755)
     assert mode(private.private_folder("ray")) == 0o700
     folder.rmdir()
-    # Put there by somebody else, to lead elsewhere.
+    # A link that another user placed there, to redirect the files.
     folder.symlink_to(tmp_path)
     with pytest.raises(CommandFailed, match="not a folder of this user"):
         private.private_folder("ray")
@@ -108,14 +108,14 @@ def test_a_private_folder_is_closed_or_refused(tmp_path, monkeypatch):
     folder.write_text("a file")
     with pytest.raises(CommandFailed, match="not a folder of this user"):
         private.private_folder("ray")
-    # What is imported first does not fail by it.
+    # The import falls back to a folder in the home directory instead of failing.
     (private.private_root() / "inductor").symlink_to(tmp_path)
     monkeypatch.delenv(private.COMPILED, raising=False)
     private.set_privacy_environment()
     assert Path(os.environ[private.COMPILED]).is_relative_to(Path.home())
 
 
-def test_the_note_of_a_running_ray_is_trusted_from_its_user_only(tmp_path, monkeypatch):
+def test_only_this_users_note_of_a_running_ray_is_trusted(tmp_path, monkeypatch):
     note = tmp_path / "ray_current_cluster"
     monkeypatch.setattr(ray_internals, "address_file", lambda: note)
     assert ray_address._noted_address() is None
@@ -134,7 +134,7 @@ def test_the_note_of_a_running_ray_is_trusted_from_its_user_only(tmp_path, monke
         assert ray_address._noted_address() is None
 
 
-def test_a_ray_that_has_ended_is_forgotten_and_that_is_said(tmp_path, monkeypatch, capsys):
+def test_the_note_of_a_ray_that_has_ended_is_removed(tmp_path, monkeypatch, capsys):
     note = tmp_path / "ray_current_cluster"
     monkeypatch.setattr(ray_internals, "address_file", lambda: note)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -208,7 +208,7 @@ print(cache_dir())
     (cache,) = done.stdout.split()
     assert Path(cache).parent.parent == temporary
     assert mode(Path(cache).parent) == 0o700
-    # onnxruntime would keep a device's id and a queue of reports below the home folder.
+    # onnxruntime would store a device id and a queue of reports below the home folder.
     assert [file for file in home.rglob("*") if "microsoft" in str(file).lower()] == []
     assert [path.name for path in temporary.iterdir()] == [private.private_root().name]
 
@@ -226,7 +226,7 @@ def test_the_token_is_not_sent_to_another_user_of_this_machine():
         port = int(process.stdout.readline())
         assert ray_address._is_of_another_user("127.0.0.1", port)
         assert not ray_address.answers(f"127.0.0.1:{port}")
-        # Connections are taken in their order: a call before this one would be the first.
+        # accept() takes connections in order, so an earlier call would have printed "asked".
         process.kill()
         assert process.stdout.read() == ""
     finally:

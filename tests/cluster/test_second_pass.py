@@ -1,4 +1,4 @@
-"""Requests that a replica does not live to answer, and those to a HAProxy that is stopping."""
+"""Requests whose replica dies before it responds, and requests to a HAProxy that is stopping."""
 
 import http.client
 import os
@@ -17,7 +17,7 @@ from tests.cluster.test_haproxy_config import RAYS, free_port
 
 SMALL, LARGE, LARGER = b"{}", b"x" * 40_000, b"x" * 1_000_000
 INFER, LOAD = "/v2/models/digits/infer", "/v2/repository/models/digits/load"
-# As the server's environment has it.
+# The values that the server's environment sets.
 DEFAULTS = """defaults
     timeout connect 5s
     timeout client 60s
@@ -32,7 +32,7 @@ DEFAULTS = """defaults
 
 
 class Replica:
-    """Answers small requests; resets the connection of a large one, or answers that too."""
+    """A replica that answers every request; if `dies`, it resets connections of large ones."""
 
     def __init__(self, name, *, dies):
         self.name, self.dies, self.asked = name, dies, 0
@@ -63,7 +63,7 @@ class Replica:
                 else:
                     self.asked += 1
                     if self.dies:
-                        # A reset, as where a process is killed that has not read all.
+                        # Reset the connection, as a process does that is killed with unread data.
                         made.setsockopt(
                             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                         )
@@ -74,14 +74,14 @@ class Replica:
 
 
 class Ingress:
-    """HAProxy before some replicas, started as Ray starts it."""
+    """HAProxy in front of some replicas, started the way Ray starts it."""
 
     def __init__(self, folder):
         self.folder, self.port, self.started = folder, free_port(), []
         self.config = folder / "haproxy.cfg"
 
     def start(self, *replicas):
-        """Start HAProxy, which takes over from the one that runs."""
+        """Start HAProxy; it takes over from a process that was started before."""
         servers = "".join(
             f"    server {each.name} 127.0.0.1:{each.port} check inter 100ms\n" for each in replicas
         )
@@ -139,11 +139,11 @@ def asked(connection, body, path=INFER):
     return answer.status, answer.getheader("retry-after"), answer.read()
 
 
-def test_a_large_request_that_a_replica_dies_of_has_another(tmp_path):
+def test_a_large_request_is_retried_if_its_replica_dies(tmp_path):
     with ingress(tmp_path) as haproxy, replicas(a=True, b=False) as (dying, living):
         haproxy.start(dying, living)
         connection = haproxy.connect()
-        # On a connection that has had an answer.
+        # Use a connection that has already had a response.
         assert asked(connection, SMALL)[0] == 200
         for _ in range(6):
             assert asked(connection, LARGE)[::2] == (200, b"b")
@@ -154,15 +154,15 @@ def test_a_large_request_that_a_replica_dies_of_has_another(tmp_path):
 @pytest.mark.parametrize(
     ("body", "path", "most"), [(LARGE, INFER, 2), (LARGE, LOAD, 1), (LARGER, INFER, 1)]
 )
-def test_what_ends_replicas_is_asked_for_so_often(tmp_path, body, path, most):
-    """Twice, but once where it changes something or is too long to be kept; then that is said."""
+def test_a_request_that_kills_replicas_is_retried_at_most_once(tmp_path, body, path, most):
+    """Send it twice, or once if it changes state or is too long to buffer; then respond 503."""
     with ingress(tmp_path) as haproxy, replicas(a=True, b=True, c=True) as all_of_them:
         haproxy.start(*all_of_them)
         connection = haproxy.connect()
         assert asked(connection, SMALL)[0] == 200
         began = time.monotonic()
         status, again, words = asked(connection, body, path)
-        # The second time a little later, when the replica has left its sockets.
+        # The retry comes a little later, when the dead replica's sockets are closed.
         assert (time.monotonic() - began > 0.2) == (most == 2)
         assert (status, again) == (503, "1")
         assert b"send the request again" in words

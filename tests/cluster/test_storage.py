@@ -1,4 +1,4 @@
-"""What is there, what is not, and what could not be found out."""
+"""Storage distinguishes existing files, missing files and a store that cannot be reached."""
 
 import errno
 
@@ -18,7 +18,7 @@ from tune.run.study_store import Study
 
 
 class Unreachable(fsspec.get_filesystem_class("memory")):
-    """An object store that cannot be asked now."""
+    """An object store that cannot be reached."""
 
     protocol = "unreachable"
     cachable = False
@@ -55,14 +55,14 @@ def unreachable(request, monkeypatch):
         lambda root: dataset.prepare_dataset(make_config(), root),
     ],
 )
-def test_a_store_that_cannot_be_asked_is_not_empty(unreachable, ask):
-    """What takes an error for absence begins anew, and deletes or repeats what is there."""
+def test_an_unreachable_store_is_not_treated_as_empty(unreachable, ask):
+    """Code that takes an error for absence starts afresh, and deletes or repeats existing work."""
     with pytest.raises(OSError, match="does not answer"):
         ask(unreachable)
 
 
-def test_a_checkpoint_that_cannot_be_fetched_is_not_passed_over(monkeypatch):
-    """The one before it would be continued, and this one be deleted."""
+def test_a_checkpoint_that_cannot_be_fetched_is_not_skipped(monkeypatch):
+    """If it were skipped, training would resume from an earlier one and delete this one."""
     root = "memory://checkpoints-that-fail"
     fs, path = storage.filesystem(root)
     for step in (1, 2):
@@ -76,13 +76,13 @@ def test_a_checkpoint_that_cannot_be_fetched_is_not_passed_over(monkeypatch):
         CheckpointManager(root, keep=1).latest()
 
 
-def test_a_source_that_may_not_be_read_is_not_called_missing(unreachable):
+def test_an_unreadable_source_is_not_reported_as_missing(unreachable):
     with pytest.raises(Exception, match="does not answer") as caught:
         sources.find_source(f"{unreachable}/records.csv")
     assert "does not exist" not in str(caught.value)
 
 
-def test_what_is_there_is_found(tmp_path):
+def test_existing_files_and_folders_are_found(tmp_path):
     assert not storage.exists(f"{tmp_path}/file")
     assert storage.read_file(f"{tmp_path}/file") is None
     assert storage.list_names(f"{tmp_path}/folder") == []

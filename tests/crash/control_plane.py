@@ -1,10 +1,10 @@
 """python -m tests.crash.control_plane BUNDLE FOLDER [SCENARIO …]: faults at each transition.
 
-A real registry and a real repository, whose replica does what it is told. Each scenario is run
-once to count its transitions, then once for each of them, in a process that is killed there or
-for which the step fails there. Another process of the same deployment goes on. At the end, the
-registry and what is served must be as in the run without a fault, with one decision in the
-registry and one in the audit log.
+Uses a real registry and a real repository with a simulated replica. Each scenario runs once to
+count its transitions, then once per transition in a process that is killed there or in which that
+step fails. Another process of the same deployment then continues. At the end, the registry and the
+served version must be the same as in the run without a fault, with one decision in the registry
+and one in the audit log.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from train.bundle import Bundle, registry
 ENDED = 77
 ROUNDS = 60
 ACTOR = Actor("team", "127.0.0.1", "r1")
-# Each ends with a version served: the first that was deployed, or the second.
+# The version that is served at the end of each scenario: 1 was deployed first, 2 is the other.
 PROMOTED, ROLLED_BACK, LOADED, FOLLOWED = "promoted", "rolled back", "loaded", "followed"
 SCENARIOS = {PROMOTED: "2", ROLLED_BACK: "1", LOADED: "2", FOLLOWED: "2"}
 MODES = ("killed", "failed")
@@ -50,7 +50,7 @@ def prepare(bundle: Bundle, folder: Path) -> ServingState:
 
 
 def inject(folder: Path, deployed: ServingState, scenario: str) -> dict[str, Any]:
-    """Return the transitions that were seen, and how many points led to what."""
+    """Return the transitions that were seen, and the number of fault points by outcome."""
     seen, _, expected = _run(folder, deployed, scenario, 0, "")
     assert expected is not None
     assert expected["default"] == SCENARIOS[scenario]
@@ -81,9 +81,9 @@ def _config(scenario: str, root: Path) -> ServeConfig:
 def _run(
     template: Path, deployed: ServingState, scenario: str, number: int, mode: str
 ) -> tuple[list[str], int, dict[str, Any] | None]:
-    """Run a scenario with a fault after a transition, then go on without one.
+    """Run a scenario with a fault after transition `number`, then continue without faults.
 
-    Return the transitions, how the first process ended, and what was reached.
+    Return the transitions, the exit code of the first process, and the final state.
     """
     root = template.with_name(f"{template.name}-run")
     shutil.rmtree(root, ignore_errors=True)
@@ -171,7 +171,7 @@ async def _reconcile(
 
 
 class Replica:
-    """Serves what was deployed, then what the repository says, at once."""
+    """A simulated replica that adopts each state of the repository immediately."""
 
     def __init__(self, deployed: ServingState) -> None:
         self.state = deployed
@@ -183,7 +183,7 @@ class Replica:
 
 
 async def _observe(repository: Repository, scenario: str, number: int) -> None:
-    """Have the candidate judged: it answers as production does, or fails."""
+    """Report results of the candidate: the same predictions as production, or failures."""
     rollout = repository.current.rollout
     if rollout is None:
         return
@@ -202,14 +202,14 @@ async def _observe(repository: Repository, scenario: str, number: int) -> None:
 
 
 def main(location: str, folder: Path, scenarios: Sequence[str]) -> dict[str, Any]:
-    # The registry's tables are made once, in a process of its own: connections are not forked.
+    # Create the registry's tables once, in a child process, so that no connections are forked.
     bundle = Bundle.load(location)
     template = folder / "template"
     template.mkdir()
     _, ended, deployed = _child(lambda: ([], prepare(bundle, template)))
     assert ended == 0
     deployed = replace(deployed, incarnation="deployment")
-    import mlflow  # noqa: F401 - once, for all children
+    import mlflow  # noqa: F401 - imported once, for all child processes
 
     found = {scenario: inject(template, deployed, scenario) for scenario in scenarios}
     seen = {name for each in found.values() for name in each["transitions"]}

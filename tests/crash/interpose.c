@@ -1,8 +1,9 @@
 /* Counts the system calls that change files below a folder; fails one, or ends the process at it.
 
-   Preloaded into a process, it sees every library's calls, whatever language they come from. Each
-   call that was carried out is a line of the journal: operation, inode, inodes of the folder that
-   holds the name and of the one that held it, path, second path, link to what was overwritten. */
+   Preloaded into a process, it intercepts the calls of every library, in whatever language it is
+   written. Each completed call is one line of the journal: operation, inode, inode of the folder
+   that holds the name, inode of the folder that held it before a rename, path, second path, link
+   to the overwritten file. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,7 +28,7 @@ static __thread int inside;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* error: what call number `number` fails with; 0: the process ends there, before the call. */
+/* with: errno with which call number `number` fails; 0: the process ends just before that call. */
 void interpose_arm(const char *folder, const char *saved, int journal_fd, long number, int with) {
     snprintf(prefix, sizeof prefix, "%s", folder);
     snprintf(shadow, sizeof shadow, "%s", saved);
@@ -69,7 +70,7 @@ static void absolute(int folder, const char *name, char *path) {
     snprintf(path, PATH_MAX, "%.2000s/%.2000s", base, name);
 }
 
-/* Whether the call is to be carried out. */
+/* Return whether to carry out the call. */
 static int permitted(void) {
     pthread_mutex_lock(&lock);
     long number = ++count;
@@ -196,7 +197,7 @@ static int renamed(int from, const char *one, int to, const char *other, unsigne
     if (!below(source) && !below(target)) return REAL(renameat2)(from, one, to, other, flags);
     if (!permitted()) return -1;
     struct stat found;
-    /* What is overwritten may come back after a power cut. */
+    /* Keep the overwritten file: a power cut may bring it back. */
     if (lstat(target, &found) == 0 && S_ISREG(found.st_mode)) {
         snprintf(saved, sizeof saved, "%.2000s/%ld", shadow, count);
         if (link(target, saved)) saved[0] = 0;

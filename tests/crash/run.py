@@ -1,9 +1,9 @@
 """python -m tests.crash.run SCENARIO FOLDER [MOST]: inject faults at each call; print the outcomes.
 
-To be started with interpose.so in LD_PRELOAD. A scenario writes several versions of something and
-reports each once it is written. It is run in a child process for each of its calls: the call fails,
-or the process ends there, or the machine loses power there, in two ways. Then what was reported
-must be there, and whatever is there must be undamaged.
+Start it with interpose.so in LD_PRELOAD. A scenario writes several versions of a file or folder and
+reports each one once it is written. For each of its system calls the scenario runs in a child
+process in which that call fails, or the process ends at it, or the machine loses power at it (in
+two variants). Afterwards every reported version must exist and everything on disk must be intact.
 """
 
 import ctypes
@@ -30,14 +30,14 @@ Report = Callable[[int], None]
 
 class Scenario(Protocol):
     def write(self, folder: Path, report: Report) -> None:
-        """Write versions 1, 2, … and report each. Raises OSError where one cannot be written."""
+        """Write versions 1, 2, … and report each. Raises OSError if one cannot be written."""
 
     def version(self, folder: Path) -> int:
-        """The version that a reader finds, undamaged; 0 if there is none. Raises otherwise."""
+        """Return the version that a reader finds, 0 if there is none. Raises if it is damaged."""
 
 
 def inject(scenario: Scenario, place: Path, most: int = sys.maxsize) -> dict[str, object]:
-    """Inject each fault at each call, or at `most` calls spread over all; return the outcomes."""
+    """Inject each fault at each call, or at `most` evenly spread calls; return the outcomes."""
     calls, reported = _run(scenario, place / "whole", 0, 0)
     assert scenario.version(place / "whole" / "data") == reported > 0
     faults = {
@@ -86,7 +86,7 @@ def _run(scenario: Scenario, folder: Path, number: int, error: int) -> tuple[int
             library.interpose_arm(
                 str(data).encode(), str(saved).encode(), journal, ctypes.c_long(number), error
             )
-            # As it should where a call fails.
+            # A scenario is allowed to raise these if a call fails.
             with suppress(OSError, UserError):
                 scenario.write(data, lambda version: _tell(writer, f"version {version}"))
             _tell(writer, f"calls {library.interpose_count()}")
@@ -124,9 +124,9 @@ def _wait(child: int) -> int:
 
 @dataclass
 class Name:
-    """A new name in a folder, by its inode, or a rename from one folder to another.
+    """A new name in a folder, or a rename, that may not be on disk yet.
 
-    left: the folder that it was renamed from was synced since.
+    inode is that of the named file. left: the folder it was renamed from has been synced since.
     """
 
     inode: int
@@ -148,7 +148,7 @@ class Name:
 
 
 def _remove(path: str, inode: int) -> None:
-    """Remove what has this inode, unless something else has taken its name since."""
+    """Remove `path`, unless it now names a file with another inode."""
     if not os.path.lexists(path) or os.lstat(path).st_ino != inode:
         return
     if os.path.isdir(path):
@@ -158,11 +158,11 @@ def _remove(path: str, inode: int) -> None:
 
 
 def lose_power(folder: Path, *, undo_names: bool) -> None:
-    """Leave of a folder what is on disk by its journal.
+    """Reduce a folder to the data that is certain to be on disk, according to the journal.
 
-    The content of a file that was written after it was last synced is gone. With `undo_names` so
-    are new names and renames in folders that were not synced since; without, they have survived.
-    Removals always have.
+    Files that were written after their last sync become empty. With `undo_names`, new names and
+    renames in folders that were not synced afterwards are undone; without it, they survive.
+    Removals always survive.
     """
     dirty: dict[int, bool] = {}
     names: list[Name] = []

@@ -1,4 +1,4 @@
-"""What is written while faults are injected, and how it is read afterwards."""
+"""Scenarios for fault injection: each writes versions of some data and reads them afterwards."""
 
 import json
 import os
@@ -27,7 +27,7 @@ VERSIONS = (1, 2, 3)
 
 
 class Checkpoints:
-    """Of which only the latest is kept."""
+    """Checkpoints of which only the latest is kept."""
 
     def write(self, folder: Path, report: Report) -> None:
         store = CheckpointManager(str(folder / "checkpoints"), keep=1)
@@ -48,7 +48,7 @@ class Checkpoints:
 
 
 class DamagedCheckpoints(Checkpoints):
-    """Where each step has a checkpoint already, with one byte changed."""
+    """Checkpoints in a store in which the later steps already have a damaged checkpoint."""
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS[1:]:
@@ -61,7 +61,7 @@ class DamagedCheckpoints(Checkpoints):
 
 
 class SmallFile:
-    """A file that is replaced, as states, records, histories and the files of studies are."""
+    """A file that is replaced, like states, records, histories and the files of studies."""
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS:
@@ -75,7 +75,7 @@ class SmallFile:
 
 
 class Parquet:
-    """A file that a library writes in another language."""
+    """A file that is written by a library in another language (Arrow, in C++)."""
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS:
@@ -92,7 +92,7 @@ class Parquet:
 
 
 class Folders:
-    """Folders of several files, each committed once, as shards and bundles are."""
+    """Folders of several files, each committed once, like shards and bundles."""
 
     def write(self, folder: Path, report: Report) -> None:
         for version in VERSIONS:
@@ -113,12 +113,12 @@ class Folders:
 
 
 class Shards:
-    """Encoded records of a table, as a run writes them before it trains."""
+    """The encoded records of a table, which a run writes before it trains."""
 
     def __init__(self) -> None:
-        import sklearn.tree  # noqa: F401 - else each child would import it
+        import sklearn.tree  # noqa: F401 - otherwise each child would import it
 
-        # Drawing takes a second, and there are hundreds of children.
+        # Drawing takes a second, and there are hundreds of child processes.
         data_report.plot_report = lambda facts, column, path: path.write_bytes(b"picture")
         self._sources = tempfile.TemporaryDirectory()
         for version in VERSIONS:
@@ -148,7 +148,7 @@ class Shards:
 
 
 class ServingStates:
-    """What a model's replicas are to serve."""
+    """The stored state that a model's replicas should serve."""
 
     STATE = ServingState(0, "digits", "1", {"1": "/one"}, incarnation="deployment")
 
@@ -165,7 +165,7 @@ class ServingStates:
 
 
 class RequestLog:
-    """Files of a log that are written again as rows are added to them."""
+    """Files of a request log, which are rewritten when rows are added."""
 
     def write(self, folder: Path, report: Report) -> None:
         log = LogWriter(str(folder), REQUESTS, "digits", file_rows=100)
@@ -179,7 +179,7 @@ class RequestLog:
 
 
 class Bundles:
-    """A trained model, of the bundle that BUNDLE names."""
+    """Copies of the bundle at the path in the environment variable BUNDLE."""
 
     def __init__(self) -> None:
         self._given = Bundle.load(os.environ["BUNDLE"])

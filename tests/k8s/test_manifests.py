@@ -1,4 +1,7 @@
-"""The Kubernetes manifests: each build is whole, valid, and agrees with the code. No cluster."""
+"""The Kubernetes manifests: each build is complete, valid and agrees with the code.
+
+They are checked against Kubernetes' schemas; no cluster is needed.
+"""
 
 import base64
 import functools
@@ -42,15 +45,15 @@ K8S = REPOSITORY / "k8s"
 CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "networking.k8s.io/v1")
 KUBERNETES_VERSION = "1.32.0"
 OF_NO_NAMESPACE = ("Namespace", "ResourceFlavor", "ClusterQueue")
-# The operator makes longer names of these.
+# The operator appends suffixes to these names.
 NAME_LIMITS = {"RayService": 47, "RayJob": 47, "CronJob": 52}
 CLUSTERS = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
-# How a service of the namespace is called, from near to far.
+# Endings of a service's name: within the namespace, then from ever farther away.
 SERVICE_NAMES = ("", ".halyard", ".halyard.svc", ".halyard.svc.cluster.local")
-# Of the machine: each container's limit says it.
+# Depends on the machine: each container sets it from its CPU limit.
 THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
 BUILDS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.glob("**/kustomization.yaml"))
-# The base's objects as they are written, which no tool has to build.
+# The objects in the base's files, read without building them with kustomize.
 FILES = "files of base"
 PARSERS = {
     "train/main.py": train.cli.parse,
@@ -67,7 +70,7 @@ each_build_and_the_files = pytest.mark.parametrize("name", [FILES, *built])
 
 
 class Pod(NamedTuple):
-    """A pod template and where it is."""
+    """A pod template and its location."""
 
     where: str
     owner: Object
@@ -81,13 +84,13 @@ class Pod(NamedTuple):
 
 @functools.cache
 def build(name: str) -> list[Object]:
-    """The objects of a base or overlay, or of a component on the base alone; or FILES."""
+    """Return the objects of a base or overlay, of a component on the plain base, or of FILES."""
     if name == FILES:
         return [item for path in sorted((K8S / "base").glob("*.yaml")) for item in read(path)]
     with tempfile.TemporaryDirectory() as folder:
         target = K8S / name
         if name.startswith("components/"):
-            # Kustomize takes relative paths only.
+            # Kustomize accepts relative paths only.
             base, component = (os.path.relpath(path, folder) for path in (K8S / "base", target))
             text = yaml.safe_dump({"resources": [base], "components": [component]})
             Path(folder, "kustomization.yaml").write_text(text)
@@ -99,7 +102,7 @@ def build(name: str) -> list[Object]:
 
 
 def read(path: Path) -> list[Object]:
-    """The objects of a file; none of a patch, which is a list, or of kustomize's own file."""
+    """Return the objects of a file, without patches (lists) and kustomize's own file."""
     items = yaml.safe_load_all(path.read_text())
     return [item for item in items if isinstance(item, dict) and item["kind"] != "Kustomization"]
 
@@ -135,14 +138,14 @@ def _validate(text: str) -> None:
 
 
 @each_build
-def test_core_objects_are_as_kubernetes_wants_them(name):
+def test_core_objects_match_the_kubernetes_schema(name):
     for item in build(name):
         if item["apiVersion"] in CORE:
             validate(item)
 
 
 @each_build
-def test_pod_templates_are_as_kubernetes_wants_them(name):
+def test_pod_templates_match_the_kubernetes_schema(name):
     found = list(pods(name))
     assert found
     for pod in found:
@@ -177,7 +180,7 @@ def test_pods_have_no_rights_that_they_do_not_need(name):
 
 
 @each_build
-def test_a_token_of_the_api_is_given_to_the_autoscaler_alone(name):
+def test_only_the_autoscaler_has_a_token_of_the_api(name):
     for account in of_kind(name, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
     for pod in pods(name):
@@ -190,12 +193,12 @@ def test_a_token_of_the_api_is_given_to_the_autoscaler_alone(name):
 
 
 @each_build
-def test_containers_have_limits_and_memory_that_is_theirs(name):
+def test_containers_have_limits_and_request_all_their_memory(name):
     for pod in pods(name):
         for container in pod.containers:
             limits = container["resources"]["limits"]
             assert {"cpu", "memory"} <= limits.keys(), pod.where
-            # What a container may take beyond its request, the node may take from it by killing it.
+            # A container that uses more memory than it requested may be killed by the node.
             assert container["resources"]["requests"]["memory"] == limits["memory"], pod.where
             tag = container["image"].rpartition(":")[2]
             assert re.match(r"\d+\.\d+", tag), f"{pod.where}: {container['image']} is not pinned"
@@ -203,7 +206,7 @@ def test_containers_have_limits_and_memory_that_is_theirs(name):
 
 @needs_kubectl
 def test_the_local_node_has_room_for_the_server_and_a_job():
-    """As many bytes and cores as the README says, of which the node itself takes some."""
+    """The README states the node's cores and memory; 5 % of them are left to the node itself."""
     readme = (K8S / "README.md").read_text()
     said = re.search(r"`local` \| one node of (\d+) cores and (\d+) GiB", readme)
     assert said is not None
@@ -232,13 +235,13 @@ def cluster_of(item: Object) -> Object:
 
 
 def parse_quantity(text: str) -> float:
-    """Cores or bytes, as Kubernetes writes them."""
+    """Return the number of cores or bytes of a Kubernetes quantity."""
     number, unit = re.fullmatch(r"([\d.]+)(m|[KMG]i)?", str(text)).groups()
     return float(number) * {"m": 1e-3, None: 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
 @each_build
-def test_what_a_pod_names_is_in_the_build_or_explained(name):
+def test_objects_that_pods_need_are_built_or_documented(name):
     readme = (K8S / "README.md").read_text()
     names = {(item["kind"], item["metadata"]["name"]) for item in build(name)}
     made = {item["spec"].get("secretName") for item in of_kind(name, "Certificate")}
@@ -257,7 +260,7 @@ def test_what_a_pod_names_is_in_the_build_or_explained(name):
 
 
 def references(spec: Object) -> Iterator[tuple[str, str]]:
-    """(kind, name) of what a pod cannot start without."""
+    """Yield (kind, name) of each object that a pod needs to start."""
     yield "ServiceAccount", spec["serviceAccountName"]
     for volume in spec.get("volumes", []):
         if "configMap" in volume:
@@ -278,7 +281,7 @@ def references(spec: Object) -> Iterator[tuple[str, str]]:
 
 
 @each_build
-def test_no_secret_is_written_down(name):
+def test_manifests_contain_no_secrets(name):
     for item in build(name):
         assert item["kind"] != "Secret"
         for variable in variables(item):
@@ -290,7 +293,7 @@ def test_no_secret_is_written_down(name):
 
 
 def variables(value: Any) -> Iterator[Object]:
-    """Every entry of an `env` list."""
+    """Yield every entry of every `env` list."""
     if isinstance(value, dict):
         yield from value.get("env") or []
         for inner in value.values():
@@ -312,7 +315,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 @each_build_and_the_files
-def test_the_environment_is_what_the_code_expects_of_a_cluster(name):
+def test_the_environment_matches_the_code(name):
     (settings,) = (
         item
         for item in of_kind(name, "ConfigMap")
@@ -324,12 +327,12 @@ def test_the_environment_is_what_the_code_expects_of_a_cluster(name):
 
 
 @each_build
-def test_the_server_is_known_by_the_names_that_lead_to_it(name):
+def test_allowed_hosts_include_every_name_of_the_server(name):
     (service,) = of_kind(name, "RayService")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     hosts = AllowedHosts(serve_config.validate_options(application["args"]).security.allowed_hosts)
     names = [f"{service['metadata']['name']}-serve-svc{end}" for end in SERVICE_NAMES]
-    if name.startswith("overlays/"):  # which have names of their own
+    if name.startswith("overlays/"):  # overlays set their own host names
         names += [
             each for route in of_kind(name, "HTTPRoute") for each in route["spec"]["hostnames"]
         ]
@@ -338,7 +341,7 @@ def test_the_server_is_known_by_the_names_that_lead_to_it(name):
     assert not hosts.has("evil.example")
 
 
-def test_the_image_names_the_files_of_haproxy():
+def test_the_dockerfile_sets_the_paths_of_haproxy():
     recipe = (K8S / "Dockerfile").read_text()
     folder = str(private.private_root() / "haproxy").replace(f"-{os.getuid()}", "-1000")
     for key, value in serve_environment.local_paths().items():
@@ -360,7 +363,7 @@ def test_rays_pods_have_the_environment(name):
 
 
 @each_build
-def test_rays_pods_have_time_to_finish_what_they_do(name):
+def test_rays_pods_have_time_to_drain(name):
     (service,) = of_kind(name, "RayService")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     options = serve_config.validate_options(application["args"])
@@ -384,7 +387,7 @@ def test_rays_pods_have_time_to_finish_what_they_do(name):
 
 
 @each_build_and_the_files
-def test_the_server_is_as_the_code_takes_it(name):
+def test_the_servers_options_are_valid(name):
     (service,) = of_kind(name, "RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     assert schema.http_options.host == "0.0.0.0"
@@ -399,7 +402,7 @@ def test_the_server_is_as_the_code_takes_it(name):
         named = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert named["serve"] == ports["serve"]
         assert named["metrics"] == 8080
-        # The operator's own fit its version.
+        # The operator adds probes that fit its version.
         assert not {"readinessProbe", "livenessProbe"} & container.keys()
     assert named["grpc"] == ports["grpc"]
     wanted = options_of(schema).replica_range[1] * options_of(schema).threads
@@ -412,7 +415,7 @@ def options_of(schema: ServeDeploySchema) -> serve_config.ServeConfig:
 
 
 @each_build
-def test_clusters_are_of_our_ray_and_ask_for_a_token(name):
+def test_clusters_use_our_ray_version_and_token_mode(name):
     for kind, field in CLUSTERS.items():
         for item in of_kind(name, kind):
             cluster = item["spec"][field]
@@ -424,7 +427,7 @@ def test_clusters_are_of_our_ray_and_ask_for_a_token(name):
 
 
 @each_build
-def test_jobs_end_and_are_cleared_away_by_one_of_the_two_ways(name):
+def test_jobs_have_deadlines_and_are_deleted_in_one_way(name):
     jobs = of_kind(name, "RayJob")
     assert len(jobs) == 3
     for job in jobs:
@@ -433,11 +436,11 @@ def test_jobs_end_and_are_cleared_away_by_one_of_the_two_ways(name):
         assert spec["backoffLimit"] > 0
         by_rules = "deletionStrategy" in spec
         assert by_rules != spec.get("shutdownAfterJobFinishes", False)
-        # The operator suspends only what is shut down when it ends.
+        # The operator suspends only jobs with shutdownAfterJobFinishes.
         assert not (by_rules and spec.get("suspend", False))
         if by_rules:
             rules = spec["deletionStrategy"]["deletionRules"]
-            # The second is also that of a job which its deadline ended.
+            # "Failed" is also the status of a job that exceeded its deadline.
             for end in ({"jobStatus": "SUCCEEDED"}, {"jobDeploymentStatus": "Failed"}):
                 ttl_s = {
                     rule["policy"]: rule["condition"]["ttlSeconds"]
@@ -448,14 +451,14 @@ def test_jobs_end_and_are_cleared_away_by_one_of_the_two_ways(name):
 
 
 @each_build_and_the_files
-def test_commands_of_jobs_are_as_the_code_takes_them(name, monkeypatch):
+def test_commands_of_jobs_are_valid(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     scripts = {parsed(job)[0] for job in of_kind(name, "RayJob")}
     assert scripts == PARSERS.keys()
 
 
 @each_build
-def test_training_has_the_workers_that_its_command_asks_for(name, monkeypatch):
+def test_training_has_cores_for_the_workers_of_its_command(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for job in of_kind(name, "RayJob"):
         script, options = parsed(job)
@@ -464,14 +467,14 @@ def test_training_has_the_workers_that_its_command_asks_for(name, monkeypatch):
         workers = options.config.workers
         (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        # The command itself runs on a core of these.
+        # The command itself occupies some of these cores.
         cores = int(limits["cpu"]) * group["replicas"] - job["spec"]["entrypointNumCpus"]
         assert workers.all_cpus <= cores
         assert workers.gpu == ("nvidia.com/gpu" in limits)
 
 
 @needs_kubectl
-def test_the_look_whether_to_retrain_ends_before_it_is_ended():
+def test_the_retrain_check_ends_before_its_deadline():
     (item,) = of_kind("components/retrain", "CronJob")
     (pod,) = (pod for pod in pods("components/retrain") if pod.owner["kind"] == "CronJob")
     (container,) = pod.containers
@@ -479,14 +482,14 @@ def test_the_look_whether_to_retrain_ends_before_it_is_ended():
     options = serve.retrain.__main__.parse(container["command"][3:])
     job = item["spec"]["jobTemplate"]["spec"]
     assert options.lease_hours * 3600 < job["activeDeadlineSeconds"]
-    # The volume that trainings write to.
+    # The volume that training jobs write to.
     assert options.storage == str(Path("runs").absolute())
-    # The cooldown says when to try again.
+    # No retries: the cooldown decides when to try again.
     assert job["backoffLimit"] == 0
 
 
 def parsed(job: Object) -> tuple[str, Any]:
-    """The script of a job's command, and its options as the script's own parser returns them."""
+    """Return the script of a job's command and the options that the script's parser returns."""
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "python"
     script = arguments.pop(1 if arguments[0] == "-m" else 0)
@@ -510,14 +513,14 @@ def test_everything_but_the_gateway_is_in_the_namespace(name):
         for name in ("components/gateway", "overlays/production")
     ],
 )
-def test_routes_find_the_gateway_and_are_let_in(name):
+def test_routes_refer_to_the_gateway_and_are_allowed(name):
     (gateway,) = of_kind(name, "Gateway")
     (namespace,) = (
         item
         for item in of_kind(name, "Namespace")
         if item["metadata"]["name"] == gateway["metadata"]["namespace"]
     )
-    # The network policy lets these in.
+    # The network policy admits namespaces with this label.
     assert namespace["metadata"]["labels"]["halyard-clients"] == "true"
     listeners = {listener["name"]: listener for listener in gateway["spec"]["listeners"]}
     for route in (*of_kind(name, "HTTPRoute"), *of_kind(name, "GRPCRoute")):
@@ -542,7 +545,7 @@ def test_prometheus_needs_no_key_where_clients_do():
     options = options_of(schema)
     assert options.security.api_keys_file
     assert options.security.metrics_without_key
-    # Nor does the gateway lead to it.
+    # The gateway must not route to /metrics either.
     (route,) = of_kind("overlays/production", "HTTPRoute")
     for rule in route["spec"]["rules"]:
         paths = [match["path"] for match in rule["matches"]]
@@ -553,7 +556,7 @@ def test_prometheus_needs_no_key_where_clients_do():
 
 
 @needs_kubectl
-def test_scaling_down_to_save_nodes_spares_pods_of_jobs():
+def test_autoscalers_do_not_evict_pods_of_jobs():
     for pod in pods("overlays/production"):
         if pod.owner["kind"] == "RayJob" and not pod.where.endswith("submitter"):
             assert pod.template["metadata"]["annotations"] == {
@@ -562,7 +565,7 @@ def test_scaling_down_to_save_nodes_spares_pods_of_jobs():
             }, pod.where
 
 
-def test_the_images_are_of_this_version():
+def test_the_images_have_this_version():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     files = "".join(path.read_text() for path in (K8S / "base").glob("*.yaml"))
     images = set(re.findall(r"image: (\S+)", files))
@@ -577,7 +580,7 @@ def test_the_images_are_of_this_version():
         assert f"!{folder}" in ignored
 
 
-def test_the_readme_has_each_component():
+def test_the_readme_lists_each_component():
     readme = (K8S / "README.md").read_text()
     for path in (K8S / "components").iterdir():
         if (path / "kustomization.yaml").exists():
@@ -596,7 +599,7 @@ def test_the_servers_config_serves_a_trained_model(trained, storage_path, tmp_pa
     file.write_text(yaml.safe_dump(config))
     environment = settings["data"] | {"RAY_AUTH_TOKEN": "of this test"}
     with server.running(log=tmp_path / "log", app=str(file), environment=environment) as url:
-        # What the operator's readiness probe asks for.
+        # The operator's readiness probe requests this path.
         health = httpx.get(f"{url}/-/healthz")
         assert (health.status_code, "success" in health.text) == (200, True)
         blank = base64.b64encode(png()).decode()

@@ -1,4 +1,7 @@
-"""Rules and dashboards ask for what is exported, and say when something is wrong."""
+"""Rules and dashboards use metrics that exist, and alerts fire when something is wrong.
+
+They are checked with promtool and with a Prometheus that scrapes a running server.
+"""
 
 import math
 import re
@@ -34,7 +37,7 @@ needs_prometheus = pytest.mark.skipif(
     not prometheus.INSTALLED, reason="prometheus and promtool are not installed"
 )
 
-# Ray Serve's, and what Prometheus itself adds.
+# Metrics of Ray Serve, and `up`, which Prometheus itself adds.
 OTHERS = {
     "ray_serve_deployment_replica_starts_total",
     "ray_serve_deployment_replica_healthy",
@@ -43,7 +46,7 @@ OTHERS = {
 
 
 def served() -> set[str]:
-    """Names of the series at the server's /metrics."""
+    """Return the names of the series at the server's /metrics."""
     metrics = VersionMetrics()
     metrics.answered("v2", 200, 0.02)
     metrics.refused["deadline"] += 1
@@ -54,7 +57,7 @@ def served() -> set[str]:
 
 
 def watched_of_a_version() -> set[str]:
-    """Names of what the monitor exports."""
+    """Return the names of the series that the drift monitor exports."""
     quantity = Quantity("number", "inputs", np.array([0, 0, 30, 20, 0]), edges=(0.0, 1.0, 2.0))
     windows = DriftMonitor({"age": quantity}, BLOCK_ROWS, 0.5)
     windows.add({"age": quantity.counts})
@@ -64,14 +67,14 @@ def watched_of_a_version() -> set[str]:
 
 
 def known() -> set[str]:
-    """Names of all that is exported or recorded."""
+    """Return the names of all metrics that are exported or recorded by rules."""
     trained = {f"ray_{PREFIX}{name}" for name in WORDS}
     nodes = {f"ray_{name}" for name in METRICS_GAUGES}
     return served() | watched_of_a_version() | trained | nodes | set(each_rule("record")) | OTHERS
 
 
 def every_expression() -> dict[str, str]:
-    """The expressions of the rules and of the dashboards' panels, by where they are."""
+    """Return the expressions of the rules and of the dashboards' panels, by their location."""
     found = {rule.get("alert", rule.get("record")): rule["expr"] for rule in every_rule()}
     for name, dashboard in prometheus.dashboards().items():
         for number, (title, expression) in enumerate(expressions(dashboard)):
@@ -91,7 +94,7 @@ def test_names_are_found_in_an_expression():
     assert metric_names(expression) == {"x_bucket", "a:b:rate5m", "up", "z"}
 
 
-def test_what_is_asked_for_is_exported():
+def test_rules_and_dashboards_use_existing_metrics():
     exported = known()
     unknown = {
         where: names - exported
@@ -101,7 +104,7 @@ def test_what_is_asked_for_is_exported():
     assert unknown == {}
 
 
-def test_bounds_of_latency_are_bounds_of_the_histogram():
+def test_latency_bounds_of_rules_are_histogram_bounds():
     bounds = {repr(float(bound)) for bound in SECONDS}
     asked = re.findall(r'le="([^"]+)"', str(rules()))
     assert asked
@@ -109,18 +112,18 @@ def test_bounds_of_latency_are_bounds_of_the_histogram():
 
 
 @needs_prometheus
-def test_prometheus_takes_the_rules(tmp_path):
+def test_promtool_accepts_the_rules(tmp_path):
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
     done = promtool("check", "rules", "--lint-fatal", tmp_path / "rules.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_prometheus
-def test_each_alert_fires_for_what_is_sick_and_for_nothing_else(tmp_path):
+def test_each_alert_fires_only_in_its_firing_cases(tmp_path):
     without = rules()
     for group in without["groups"]:
         for rule in group["rules"]:
-            # Words for people, which a case would have to repeat.
+            # Without annotations, because the test cases would have to repeat their text.
             rule.pop("annotations", None)
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(without))
     shutil.copy(MONITORING / "rules_test.yaml", tmp_path)
@@ -140,17 +143,17 @@ def test_each_alert_has_a_firing_a_pending_and_a_quiet_case():
 
 
 @pytest.mark.parametrize("name", each_rule("alert"))
-def test_each_alert_says_how_bad_it_is_and_what_to_do(name):
+def test_each_alert_states_its_severity_and_what_to_do(name):
     alert = each_rule("alert")[name]
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert "{{" in alert["annotations"]["summary"]
     assert len(alert["annotations"]["description"].split()) > 20
-    # What comes and goes between two looks wakes nobody.
+    # With `for`, a condition that lasts for one evaluation only does not notify anyone.
     assert alert["for"]
 
 
 @pytest.mark.parametrize("name", prometheus.dashboards())
-def test_a_dashboard_is_whole(name):
+def test_a_dashboard_is_complete_and_consistent(name):
     dashboard = prometheus.dashboards()[name]
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
@@ -191,29 +194,29 @@ def test_prometheus_parses_each_expression_of_the_dashboards(tmp_path):
 
 
 def infer(url, shade, **parameters):
-    """Ask for the digit of a grey picture; return the status."""
+    """Request the digit of a grey image; return the HTTP status."""
     image = {"name": "image", "shape": [1, 8, 8, 1], "datatype": "UINT8", "data": [shade] * 64}
     body = {"inputs": [image], "parameters": parameters}
     return httpx.post(f"{url}/v2/models/digits/infer", json=body).status_code
 
 
 def send(url, first_shade):
-    """Send requests of each kind; return how many were answered with each status."""
+    """Send requests of each kind; return the number of responses by HTTP status."""
     statuses = [infer(url, first_shade + number) for number in range(30)]
-    # Not the pictures before: those are in the cache.
+    # Other images than before, because those are in the cache.
     statuses += [infer(url, first_shade + number, timeout=1) for number in range(30, 35)]
     statuses += [httpx.post(f"{url}/v2/models/digits/infer", json={}).status_code for _ in range(4)]
     return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
 def metrics_port(folder):
-    """Where the Ray whose files are below a folder exports its metrics."""
+    """Return the metrics port of the Ray session whose files are below a folder."""
     (file,) = Path(folder).glob("ray/session_latest/metrics_export_port_*")
     return int(file.read_text())
 
 
 class Watched(NamedTuple):
-    """A Prometheus that looked on while a server answered; how many requests, by status."""
+    """A Prometheus that scraped a running server, and the number of requests sent, by status."""
 
     asked: Prometheus
     sent: dict[int, int]
@@ -222,7 +225,7 @@ class Watched(NamedTuple):
 @pytest.fixture(scope="module")
 def watched(trained, storage_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("monitoring")
-    # Sockets have short paths.
+    # A short path, because paths of Unix sockets are limited to about 100 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-") as sessions:
         options = (f"storage={storage_path}", "cache.max_bytes=1000000")
         environment = {"RAY_TMPDIR": sessions}
@@ -231,13 +234,13 @@ def watched(trained, storage_path, tmp_path_factory):
             with prometheus.running(folder, targets) as asked:
                 once = send(url, 0)
                 asked.wait_for(lambda: counted(asked), once)
-                # A counter's first value is no increase: rates begin with the second.
+                # A counter's first value is not an increase, so rates start with the second.
                 again = send(url, 100)
                 yield Watched(asked, {status: once[status] + again[status] for status in once})
 
 
 def counted(asked):
-    """Predictions by status, as Prometheus knows them."""
+    """Return the number of predictions by status that Prometheus has recorded."""
     every = 'sum by (status) (halyard_requests_total{model="digits", protocol="v2"})'
     return {int(sample["status"]): sample["value"] for sample in asked.samples(every)}
 
@@ -245,12 +248,12 @@ def counted(asked):
 @pytest.mark.ray
 @pytest.mark.slow
 @needs_prometheus
-def test_prometheus_knows_what_was_sent(watched):
+def test_prometheus_counts_the_requests_that_were_sent(watched):
     asked, sent = watched
     assert sent == {200: 60, 400: 8, 503: 10}
     asked.wait_for(lambda: counted(asked), sent)
     assert asked.value('sum(halyard_refused_total{reason="deadline"})') == 10
-    # 10 of 78; rates reckon from when a series was first seen, which differs between them.
+    # 10 of 78; a rate starts when its series is first scraped, which differs between series.
     failed = "sum(halyard:predictions_failed:rate5m) / sum(halyard:predictions:rate5m)"
     asked.wait_for(lambda: 0.06 < asked.value(failed) < 0.26, True)
     busy = 'halyard:engine_busy:ratio5m{model="digits"}'
@@ -258,7 +261,7 @@ def test_prometheus_knows_what_was_sent(watched):
     asked.wait_for(lambda: asked.value('halyard:replicas:count{deployment="digits"}'), 1)
 
 
-# Nothing drifts, there may be no GPU, and nobody trains.
+# These panels may be empty: nothing drifts, there may be no GPU, and no training runs.
 MAY_BE_EMPTY = {
     "Drift by feature",
     "GPUs",
@@ -271,7 +274,7 @@ MAY_BE_EMPTY = {
 @pytest.mark.ray
 @pytest.mark.slow
 @needs_prometheus
-def test_each_panel_has_something_to_show(watched):
+def test_each_panel_has_data(watched):
     asked, _ = watched
     shown = [
         (title, expression)
@@ -294,7 +297,7 @@ def test_each_panel_has_something_to_show(watched):
 @pytest.mark.ray
 @pytest.mark.slow
 @needs_prometheus
-def test_the_rules_work_on_what_is_there(watched):
+def test_rules_evaluate_and_raise_the_expected_alerts(watched):
     asked, _ = watched
 
     def ill():
@@ -313,7 +316,7 @@ def test_the_rules_work_on_what_is_there(watched):
         rules = [rule for group in groups for rule in group["rules"]]
         return {rule["name"] for rule in rules if rule["state"] != "inactive"}
 
-    # An eighth was refused, which a budget of a thousandth does not allow.
+    # An eighth of the requests was refused; the error budget is a thousandth.
     expected = {
         "HalyardAvailabilityBurnsFast",
         "HalyardAvailabilityBurnsSlowly",

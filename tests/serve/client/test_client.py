@@ -1,4 +1,4 @@
-"""`serve.Client` against the REST application over a socket, and against a server of faults."""
+"""`serve.Client` against the REST application over a socket, and against a faulty server."""
 
 import datetime
 import decimal
@@ -48,14 +48,14 @@ def assert_predictions(found, expected):
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 256])
-def test_arrays_give_arrays_whatever_the_batches(url, expected, batch_rows):
+def test_arrays_give_arrays_for_any_batch_size(url, expected, batch_rows):
     found = Client(url, batch_rows=batch_rows).predict({"image": IMAGES})
     assert list(found["label"]) == list(expected["label"])
     assert found["probabilities"].dtype == np.float32
     np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=1e-6)
 
 
-def test_a_model_with_one_input_takes_its_array_alone(url, expected):
+def test_a_model_with_one_input_accepts_a_plain_array(url, expected):
     assert list(Client(url).predict(IMAGES)["label"]) == list(expected["label"])
 
 
@@ -77,19 +77,19 @@ def test_a_frame_gives_a_frame_with_its_index(url, expected):
     np.testing.assert_allclose(found[classes], expected["probabilities"], atol=1e-6)
 
 
-def test_an_array_of_files_is_sent_as_it_is(url, expected):
+def test_an_array_of_files_is_sent_unchanged(url, expected):
     files = np.array([image_bytes(image[..., 0]) for image in IMAGES], object)
     assert list(Client(url).predict({"image": files})["label"]) == list(expected["label"])
 
 
-def test_metadata_and_readiness(url):
+def test_metadata_and_readiness_are_returned(url):
     client = Client(url)
     assert client.ready()
     assert client.models() == ["digits"]
     assert [tensor["name"] for tensor in client.metadata()["inputs"]] == ["image"]
 
 
-def test_a_version_may_be_named(url):
+def test_a_request_can_name_a_version(url):
     assert Client(url).predict(IMAGES[:1], version="production")["label"].shape == (1,)
     with pytest.raises(RequestFailed, match="99") as failed:
         Client(url).predict(IMAGES[:1], version="99")
@@ -102,7 +102,7 @@ def test_a_refused_request_states_the_servers_reason(url):
     assert failed.value.status == 400
 
 
-def test_no_server_is_one_line_after_the_retries():
+def test_without_a_server_the_error_is_one_line():
     client = Client("http://127.0.0.1:1", retries=1)
     with pytest.raises(RequestFailed, match=r"127\.0\.0\.1:1.*refused") as failed:
         client.models()
@@ -137,7 +137,7 @@ def test_records_that_cannot_be_sent_are_named(url, records, words):
         Client(url).predict(records)
 
 
-def test_an_id_is_for_one_request(url):
+def test_a_request_id_needs_a_single_request(url):
     with pytest.raises(ValueError, match="10 records are sent as 4"):
         Client(url, batch_rows=3).predict(IMAGES, request_id="order-1")
 
@@ -150,8 +150,8 @@ def test_impossible_options_are_refused(options):
 
 @contextmanager
 def scripted(*responses):
-    """A server that gives each request the next of the responses: (status, headers), or None to
-    close the connection. Yields its URL and the list of (path, headers, body) it received."""
+    """Run a server that sends the given responses in order: (status, headers), or None to close the
+    connection. Yield its URL and the list of received (path, headers, body)."""
     waiting, received = list(responses), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -188,7 +188,7 @@ def scripted(*responses):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_waited_for(status):
+def test_the_client_waits_for_retry_after(status):
     with scripted((status, {"Retry-After": "1"}), (200, {})) as (url, received):
         started = time.monotonic()
         assert Client(url, model="m").predict([{"a": 1}]) == [{"value": 1.5}]
@@ -196,7 +196,7 @@ def test_retry_after_is_waited_for(status):
     assert len(received) == 2
 
 
-def test_a_closed_connection_is_tried_again():
+def test_a_request_on_a_closed_connection_is_retried():
     with scripted(None, (200, {})) as (url, received):
         assert Client(url, model="m").predict([{"a": 1}]) == [{"value": 1.5}]
     assert len(received) == 2
@@ -211,7 +211,7 @@ def test_the_last_refusal_is_reported():
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 500, 504])
-def test_other_failures_are_not_repeated(status):
+def test_other_failures_are_not_retried(status):
     with scripted((status, {})) as (url, received):
         with pytest.raises(RequestFailed) as failed:
             Client(url, model="m").predict([{"a": 1}])
@@ -219,7 +219,7 @@ def test_other_failures_are_not_repeated(status):
     assert len(received) == 1
 
 
-def test_the_server_learns_the_time_limit_and_the_id():
+def test_the_time_limit_and_the_request_id_are_sent():
     with scripted((200, {})) as (url, received):
         Client(url, model="m", timeout_s=2.5).predict([{"a": 1}], request_id="order-1")
     path, headers, body = received[0]
@@ -246,12 +246,12 @@ def test_the_server_learns_the_time_limit_and_the_id():
         ("text", "text"),
     ],
 )
-def test_a_value_of_a_record_as_json(value, expected):
+def test_values_of_records_are_converted_to_json(value, expected):
     record = codec.wire_record({"a": value})
     assert orjson.loads(codec.to_json([record])) == [{"a": expected}]
 
 
-def test_pandas_keeps_whole_numbers_whole():
+def test_integers_of_pandas_stay_integers():
     frame = pd.DataFrame({"id": [2**60, 1], "x": [0.5, None], "when": [pd.NaT, pd.Timestamp(0)]})
     sent = orjson.loads(codec.to_json(codec.frame_records(frame)))
     assert sent[0] == {"id": 2**60, "x": 0.5, "when": None}

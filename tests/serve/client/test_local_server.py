@@ -1,4 +1,4 @@
-"""`serve.deploy` starts what `serve run serve.app` starts, and ends it."""
+"""`serve.deploy` starts the same server as `serve run serve.app`, and stops it."""
 
 import numpy as np
 import pytest
@@ -36,6 +36,6 @@ def test_a_bundle_is_served_until_the_block_ends(bundle, tmp_path, capfd):
         ({"threads": 0}, "threads=0"),
     ],
 )
-def test_what_cannot_be_served_is_one_error(options, words, tmp_path):
+def test_impossible_options_raise_one_error(options, words, tmp_path):
     with pytest.raises(UserError, match=words):
         deploy(**options, storage=str(tmp_path))

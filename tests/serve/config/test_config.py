@@ -1,4 +1,4 @@
-"""Options of serving, as every process of an application has them."""
+"""Options of serving, which must mean the same in every process of an application."""
 
 from serve.config import ServeConfig, validate_options
 
@@ -12,5 +12,5 @@ def test_a_relative_storage_path_means_the_same_everywhere(tmp_path, monkeypatch
     assert ServeConfig.model_validate(config.model_dump()).storage == str(tmp_path / "runs")
 
 
-def test_a_storage_url_stays_as_it_is():
+def test_a_storage_url_is_kept():
     assert validate_options({"storage": "s3://bucket/runs/"}).storage == "s3://bucket/runs"
