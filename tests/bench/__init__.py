@@ -1,1 +1,1 @@
-"""Comparisons: each measures its candidates in turns, in one run, and prints their ratio."""
+"""Benchmarks: each measures its candidates alternately in one run and prints their ratio."""

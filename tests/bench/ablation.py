@@ -1,10 +1,10 @@
-"""python -m tests.bench.ablation FOLDER --results FILE: what each part of a net for tables brings.
+"""python -m tests.bench.ablation FOLDER --results FILE: the gain of each part of a net for tables.
 
-FOLDER has files NAME.TARGET.csv. On each, nets are trained that have one part more than the one
-before: a plain net of two hidden layers, the last of 40 epochs; numbers in pieces; an ensemble; the
-epoch of least validation loss, or of cross-validation; a temperature. Lines of FILE that are there
-are not made again. The last line on stdout is a JSON object: for each table and part the metrics on
-the test split.
+FOLDER contains files NAME.TARGET.csv. For each table, nets are trained that have one more part than
+the net before: a plain net with two hidden layers after 40 epochs; numbers encoded in pieces; an
+ensemble; the epoch with the least validation loss or from cross-validation; a temperature. Rows
+that FILE already contains are not computed again. The last line on stdout is a JSON object: the
+metrics on the test split for each table and part.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from train.loop.parallelism import Worker
 
 PLAIN = {"net.members": 1, "net.bins": 2, "optim.epochs": 40, "checkpoint.metric": LAST}
 PLAIN |= {"stop.metric": None, "stop.folds": 0}
-# Options that each part takes away from those of the plain net.
+# For each part, the options of the plain net that return to their defaults.
 PARTS = {
     "plain": (),
     "+ pieces of numbers": ("net.bins",),

@@ -1,9 +1,10 @@
-"""What a client at one address can do to those at another: their latency, and memory, meanwhile.
+"""Effect of an attacker at one address on clients at another: their latency and server memory.
 
     .venv/bin/python tests/bench/attacks.py --model BUNDLE [sockets json grpc]
 
-The model has one image of 8×8 grey pixels, as digits has. Needs root, for addresses of this machine
-whose cores clients and server share. The last line on stdout is a JSON object of all.
+The model's input is one image of 8×8 grey pixels, as for digits. Needs root to add addresses to the
+loopback interface. Clients and server share this machine's cores. The last line on stdout is a JSON
+object of all figures.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def make_key(path: Path) -> str:
 
 
 def honest_load(key: str) -> dict[str, float]:
-    """Ask for one row RATE times a second; latencies from when each request was due, in ms."""
+    """Request one row RATE times a second; return latencies in ms since each request was due."""
     latencies_s, failed = [], 0
     transport = httpx.HTTPTransport(local_address=HONEST)
     with httpx.Client(transport=transport, timeout=TIMEOUT_S) as client:
@@ -109,7 +110,7 @@ def honest_load(key: str) -> dict[str, float]:
                 latencies_s.append(time.monotonic() - due)
             if time.monotonic() > began + 4 * DURATION_S:
                 break
-    if not latencies_s:  # the warm-up took all of the time
+    if not latencies_s:  # the warm-up took all the time
         return {"asked": 0, "failed": 0}
     p50, p99 = np.percentile(np.array(latencies_s) * 1000, (50, 99))
     return {
@@ -121,7 +122,7 @@ def honest_load(key: str) -> dict[str, float]:
 
 
 class Memory:
-    """The most memory of the replica and of HAProxy while it is open, in MiB."""
+    """Peak memory of the replica and of HAProxy while the context is open, in MiB."""
 
     def __enter__(self) -> "Memory":
         self.most_mib = {"replica_mib": 0, "haproxy_mib": 0}
@@ -168,7 +169,7 @@ def attacking(part: str, key: str) -> Iterator[None]:
 
 
 async def open_sockets(_: str) -> None:
-    """Hold as many connections as possible, with a byte of a request now and then."""
+    """Hold as many connections as possible, each with an incomplete request."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -186,7 +187,7 @@ async def open_sockets(_: str) -> None:
 
 
 async def send_json(key: str) -> None:
-    """Send lists that no model takes, as large as is accepted."""
+    """Send nested lists that no model accepts, in bodies of the maximum size."""
     part = b"[[[[]]]]"
     body = b'{"instances":[' + b",".join([part] * (JSON_BYTES // (len(part) + 1))) + b"]}"
     transport = httpx.AsyncHTTPTransport(local_address=ATTACKER)
@@ -205,7 +206,7 @@ async def send_json(key: str) -> None:
 
 
 async def send_messages(_: str) -> None:
-    """Send messages without a key by gRPC, as long as is accepted."""
+    """Send messages of the maximum size without a key over gRPC."""
     import grpc
 
     message = bytes(MESSAGE_BYTES)

@@ -1,12 +1,12 @@
-"""How soon drift is seen, and how often it is seen where there is none.
+"""How soon drift is detected, and how often there are false alarms.
 
     python tests/bench/drift.py models:/cifar10@production --data test.parquet \
         [--window 500] [--alarm-rate 0.001] [--storage runs]
     python tests/bench/drift.py models:/titanic@production --data titanic.csv --window 100
 
-Records of a source go through the predictor and the monitor's own counting, as requests of a server
-do, clean and changed. Of a bundle whose source was divided by training, give the rows that it did
-not see. The last line on stdout is a JSON object of all figures.
+Records of a source, clean and changed, pass through the predictor and the monitor, as requests do
+in a server. If training split the source, give only the rows that it did not train on. The last
+line on stdout is a JSON object of all figures.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Change = Callable[[Columns], Columns]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="records that training did not see")
+    parser.add_argument("--data", required=True, help="records that were not used in training")
     parser.add_argument("--window", type=int, default=500)
     parser.add_argument("--alarm-rate", type=float, default=0.001)
     parser.add_argument("--storage", default="runs")
@@ -121,7 +121,7 @@ def _stream(
     measured: dict[str, QuantityValues],
     order: np.ndarray,
 ) -> DriftMonitor:
-    """Let records pass in an order, a block at a time."""
+    """Add the records to a new monitor in the given order, one block at a time."""
     windows = DriftMonitor(watched, drawn.rows, 1.0, drawn)
     for part in _parts(len(order) // BLOCK_ROWS * BLOCK_ROWS, BLOCK_ROWS):
         windows.add(_block(watched, measured, order[part]))
@@ -131,7 +131,7 @@ def _stream(
 def _false_alarms(
     watched: dict[str, Quantity], drawn: Thresholds, measured: dict[str, QuantityValues], count: int
 ) -> str:
-    """Windows of records drawn from the clean ones, and how many of them raise an alarm."""
+    """Return how many windows of records drawn from the clean ones raise an alarm."""
     generator = np.random.default_rng(2)
     alarmed = 0
     for _ in range(RESAMPLED):
@@ -141,7 +141,7 @@ def _false_alarms(
 
 
 def _changes(predictor: Predictor, columns: Columns) -> dict[str, Change]:
-    """What may happen to records of this kind."""
+    """Return changes that may happen to records of this kind, by name."""
     changes: dict[str, Change] = {}
     for column in predictor.task.features.images:
         changes["brightness x 0.6"] = _per_image(column, lambda image: _darker(image, 0.6))
@@ -165,7 +165,7 @@ def _changes(predictor: Predictor, columns: Columns) -> dict[str, Change]:
 
 
 def _older(ages: Any, years: float) -> list[float | None]:
-    """Ages as a CSV file has them, where some are missing."""
+    """Add years to ages in the form of a CSV file, in which some are missing."""
     return [float(age) + years if age not in (None, "") else None for age in ages]
 
 

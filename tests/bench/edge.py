@@ -1,4 +1,4 @@
-"""Labels of the edge file against those of the server, for the whole test split.
+"""Labels of the edge file compared with those of the server, on the whole test split.
 
     .venv/bin/python tests/bench/edge.py [--model models:/cifar10@production] [--storage runs]
 

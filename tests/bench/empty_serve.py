@@ -1,4 +1,4 @@
-"""An empty handler on Ray Serve with its default settings: what its ingress alone can carry."""
+"""An empty handler on Ray Serve with default settings: the throughput of its ingress alone."""
 
 from ray import serve
 

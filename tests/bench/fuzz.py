@@ -1,9 +1,9 @@
-"""Broken TLS, HTTP/1.1, HTTP/2 and gRPC for a server: what it answers, and memory meanwhile.
+"""Malformed TLS, HTTP/1.1, HTTP/2 and gRPC sent to a server: its responses and its memory.
 
     .venv/bin/python tests/bench/fuzz.py --model BUNDLE --inputs 100000
 
-The last line on stdout is a JSON object; its `faults` are inputs that were answered by 5xx, UNKNOWN
-or INTERNAL, of which `--show NUMBER` prints one.
+The last line on stdout is a JSON object. Its `faults` are the inputs whose response was 5xx,
+UNKNOWN or INTERNAL; `--show NUMBER` prints one of the inputs.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def measure(given: argparse.Namespace, url: str, authority: Authority) -> dict[s
 
 
 def mib() -> dict[str, float]:
-    """Memory of the server's processes, summed by kind."""
+    """Return the memory of the server's processes in MiB, summed by kind."""
     found: Counter[str] = Counter()
     for process in psutil.process_iter(["name", "cmdline", "memory_info"]):
         words = " ".join(process.info["cmdline"] or [])

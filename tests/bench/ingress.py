@@ -1,4 +1,4 @@
-"""Requests per second: a served model behind HAProxy against an empty handler on default Ray Serve.
+"""Requests per second of a model behind HAProxy and of an empty handler on default Ray Serve.
 
     .venv/bin/python tests/bench/ingress.py [--model models:/cifar10@production]
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def infer_script(bundle: Bundle) -> str:
-    """A wrk script that posts one random image as raw bytes, in the binary form of v2."""
+    """Return a wrk script that posts one random image as raw bytes, in v2's binary format."""
     (tensor,) = bundle.manifest.inputs
     shape = [1, *tensor.shape[1:]]
     raw = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8).tobytes()
@@ -82,7 +82,7 @@ wrk.headers["Content-Type"] = "application/octet-stream"
 
 
 def wrk(url: str, *options: str) -> float:
-    """Return requests per second after a warm-up; fails on any answer that is not 2xx."""
+    """Return requests per second after a warm-up. Raises RuntimeError on a non-2xx response."""
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", "--timeout", "10s", *options, url]
     for seconds in (WARM_UP_S, DURATION_S):
         done = subprocess.run(

@@ -2,10 +2,10 @@
 
 `python tests/bench/large.py --folder FOLDER --gigabytes 12.5`
 
-Writes images that do not compress as Parquet, about that many gigabytes, trains on them for one
-epoch by `train/main.py`, and prints the most memory that all of its processes held together
-(anonymous and shared; pages of mapped files, which the system takes back at need, are not counted).
-To run under a limit, put this command's shell into a memory cgroup first.
+Writes about that many gigabytes of incompressible images as Parquet, trains on them for one epoch
+with `train/main.py`, and prints the peak memory of all of its processes together. Anonymous and
+shared memory count; pages of mapped files do not, because the kernel can reclaim them. To run under
+a limit, put this command's shell into a memory cgroup first.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIDE, ROWS_PER_FILE, ROWS_PER_GROUP = 96, 16_384, 2048
 POLL_S = 0.5
-# Ray takes a share of the machine's memory, not of a limit that is set for this command alone.
+# Ray takes a share of the machine's memory and ignores a limit that holds for this command alone.
 ENVIRONMENT = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(400 << 20)}
 TRAINING = [
     *("--target", "label", "--features", '{"image": "image"}', "--task_type", "classification"),
@@ -36,7 +36,7 @@ TRAINING = [
 
 
 def write(folder: Path, size_bytes: int) -> int:
-    """Return the bytes written."""
+    """Write Parquet files of random images; return the number of bytes written."""
     draws = np.random.default_rng(0)
     written, number = 0, 0
     folder.mkdir(parents=True)
@@ -58,7 +58,7 @@ def write(folder: Path, size_bytes: int) -> int:
 
 
 def held(root: int) -> int:
-    """Anonymous and shared bytes of a process and all below it."""
+    """Return the anonymous and shared bytes of a process and all of its descendants."""
     parents, sizes = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():

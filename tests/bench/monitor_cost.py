@@ -1,4 +1,4 @@
-"""What the monitor and the request log cost: throughput with them and without, in turns.
+"""Cost of the monitor and the request log: throughput with and without them, measured in turns.
 
     python tests/bench/monitor_cost.py --model models:/cifar10@production [--storage runs] \
         [--rounds 4] [--seconds 8] [--on drift.rows_per_s=200 log.sample_rate=0.1]
@@ -54,7 +54,7 @@ def main() -> None:
     ratios = []
     for number in range(given.rounds):
         arms = [("off", OFF), ("on", tuple(given.on))]
-        # Whoever is first has the colder machine.
+        # Change the order each round, because the first one runs on a cooler machine.
         found = {name: throughput(*options) for name, options in arms[:: 1 - 2 * (number % 2)]}
         ratios.append(found["on"] / found["off"])
         print(f"off {found['off']:8.0f}/s   on {found['on']:8.0f}/s   ratio {ratios[-1]:.3f}")

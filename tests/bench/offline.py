@@ -1,10 +1,10 @@
-"""Offline inference over many rows, killed half-way and run again.
+"""Offline inference on many rows, killed half-way and run again.
 
 `python tests/bench/offline.py [--rows 1000000]`
 
-Trains a small model of a table with numbers, dates, categories and texts, predicts the rows once
-undisturbed and once with a SIGKILL after half of the parts, and checks that every row is there once
-with the same answer.
+Trains a small model on a table with numbers, dates, categories and texts. Predicts the rows once
+without interruption and once with a SIGKILL after half of the parts, and checks that every row is
+present once with the same prediction.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What the nets for tables and texts are worth, next to scikit-learn on the same splits.
+"""Quality of the nets for tables and texts, compared with scikit-learn on the same splits.
 
 `python tests/bench/quality.py --data FOLDER [--seeds 5]`
 
-FOLDER has tabular/{titanic,taxis}.csv and agnews/{train,test}.csv. Each seed is
-another 80/20 split (of agnews, whose test split is given, another run). Training goes through
-`train.training`, with the shipped configs.
+FOLDER contains tabular/{titanic,taxis}.csv and agnews/{train,test}.csv. Each seed gives another
+80/20 split; agnews has a fixed test split, so there each seed gives another run. Training uses
+`train.training` with the shipped configs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CONFIGS = cli.CONFIGS
 
 
 def boosting(train: pd.DataFrame, test: pd.DataFrame, target: str, columns: list[str]) -> float:
-    """HistGradientBoosting on the columns as they are: dates as seconds, names as categories."""
+    """Return HistGradientBoosting's test score; dates become seconds and names categories."""
 
     def inputs(frame: pd.DataFrame) -> pd.DataFrame:
         ready = frame[columns].copy()
@@ -43,7 +43,7 @@ def boosting(train: pd.DataFrame, test: pd.DataFrame, target: str, columns: list
             elif not pd.api.types.is_numeric_dtype(ready[name]):
                 known = pd.Index(sorted(train[name].dropna().astype(str).unique()))
                 ready[name] = pd.Categorical(ready[name].astype(str), known[:250])
-        if "pickup" in columns:  # what the features here make of two dates
+        if "pickup" in columns:  # our features include the difference of two dates
             ready["duration"] = ready["dropoff"] - ready["pickup"]
         return ready
 
@@ -62,7 +62,7 @@ def tfidf(train: pd.DataFrame, test: pd.DataFrame, target: str, columns: list[st
 
 
 def ours(name: str, train: pd.DataFrame, test: pd.DataFrame, seed: int, root: Path) -> float:
-    """The metric of the net, in fp32, on the test split."""
+    """Return the metric of the fp32 net on the test split."""
     files = {part: root / f"{name}-{seed}-{part}.csv" for part in ("train", "test")}
     train.to_csv(files["train"], index=False)
     test.to_csv(files["test"], index=False)

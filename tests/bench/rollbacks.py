@@ -1,10 +1,10 @@
-"""python -m tests.bench.rollbacks BUNDLE: how soon a server serves what the registry says.
+"""python -m tests.bench.rollbacks BUNDLE: how soon a server serves the version in the registry.
 
-The bundle is registered as three versions, of which the second is in production. Production goes
-back to the first in each of several ways, while clients ask for predictions without a pause. The
-last line on stdout is a JSON object; of each way it has the seconds from the event until
-"ready", when the repository and every deployment were up again, until "served", after which every
-response was of the first version, and the number of responses that failed.
+The bundle is registered as three versions; the second is in production. Production is set back to
+the first in each of several ways, while clients request predictions continuously. The last line on
+stdout is a JSON object. For each way it contains the seconds from the event until "ready", when
+the repository and every deployment are up again; the seconds until "served", after which every
+response comes from the first version; and the number of failed responses.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.bench.serve_faults import URL, Bench
 from tests.load import wait_for
 from tests.registry_faults import publish
 
-# After the bench, which sets what Ray Serve reads when it is imported.
+# Imported after serve_faults, which sets the environment that Ray Serve reads on import.
 from ray import serve  # isort: skip
 
 from cluster import connect
@@ -36,13 +36,13 @@ from serve.control.repository import TICK_S
 from train.bundle import Bundle, registry
 
 CLIENTS = 4
-# How long each response must be of the first version before it counts as served.
+# Seconds for which every response must come from the first version before it counts as served.
 STEADY_S = 15.0
 NEW, OLD, CANDIDATE = "2", "1", "3"
 
 
 class Rollbacks:
-    """A server and its registry, in which production is the second version at first."""
+    """A server and its registry, in which the second version is in production at first."""
 
     def __init__(self, location: Path, root: Path) -> None:
         bundle = Bundle.load(str(location))
@@ -62,12 +62,12 @@ class Rollbacks:
         self.bench.deploy(replicas="2", **options)
 
     def load(self) -> None:
-        """Ask until the server can: the repository may be starting."""
+        """Request the load until it succeeds: the repository may still be starting."""
         path = f"{URL}/v2/repository/models/{self.name}/load"
         wait_for(lambda: httpx.post(path, timeout=60).status_code == 200)
 
     def ready(self) -> bool:
-        """Whether the repository answers and all deployments are up."""
+        """Return whether the repository responds and all deployments are up."""
         app = serve.status().applications["default"]
         if any(each.status != "HEALTHY" for each in app.deployments.values()):
             return False
@@ -88,7 +88,7 @@ class Rollbacks:
 
     @contextmanager
     def clients(self) -> Iterator[list[tuple[float, str]]]:
-        """Ask for predictions; yield when each response came and its version, or its problem."""
+        """Request predictions; yield a list that collects each response's time and version."""
         address = f"{URL}/v2/models/{self.name}"
         wanted = httpx.get(address).json()["inputs"][0]
         shape = [max(size, 1) for size in wanted["shape"]]
@@ -118,7 +118,7 @@ class Rollbacks:
                 thread.join()
 
     def measure(self, event: Callable[[], None], **options: Any) -> dict[str, Any]:
-        """Serve the second version; return what the event leads to."""
+        """Serve the second version, trigger the event, and return the figures."""
         self.set_alias(NEW)
         self.deploy(**options)
         with self.clients() as seen:
@@ -130,7 +130,7 @@ class Rollbacks:
             event()
             wait_for(self.ready)
             ready_s = time.monotonic() - began
-            # The first version without a break, for longer than the server takes to follow.
+            # Wait for the first version alone, for longer than the server takes to follow an alias.
             wait_for(lambda: time.monotonic() - self._last_other(seen, began) > STEADY_S)
         after = [found for at, found in seen if at > began]
         return {
@@ -142,7 +142,7 @@ class Rollbacks:
 
     @staticmethod
     def _last_other(seen: list[tuple[float, str]], began: float) -> float:
-        """When the last response came that was not of the first version."""
+        """Return the time of the last response that was not from the first version."""
         return max((at for at, found in seen[:] if found != OLD), default=began)
 
 
@@ -173,7 +173,7 @@ def measure_all(location: Path, root: Path) -> dict[str, Any]:
         alias_and_load()
 
     def crash_after_alias() -> None:
-        """When the server is about to follow."""
+        """Crash when the server is about to follow the alias."""
         alias()
         time.sleep(TICK_S)
         rollbacks.kill_repository()

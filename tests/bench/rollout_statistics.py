@@ -1,7 +1,8 @@
 """python -m tests.bench.rollout_statistics: how often rollouts are decided wrongly, and how soon.
 
-Rollouts are simulated and looked at after each labelled request. "at the margin" is a candidate
-that is worse by exactly the margin, "as good" one without a difference. Prints a JSON object.
+Simulates rollouts and evaluates each after every labelled request. "at the margin" means a
+candidate that is worse by exactly the margin, "as good" one without a difference. Prints a JSON
+object.
 """
 
 import json
@@ -18,10 +19,12 @@ RUNS, REQUESTS = 2000, 20_000
 
 
 def simulate(draw: Callable[[], Any], *, classes: bool) -> dict[str, float | None]:
-    """draw: the losses of production and candidate [2, RUNS] for the next request of each rollout.
+    """Simulate RUNS rollouts; return how often and how soon they are decided.
 
-    Returns the shares of rollouts that are ever promoted and ever rolled back by accuracy, and the
-    median and the 90th percentile of requests until a promotion, None beyond REQUESTS.
+    draw: returns the losses of production and candidate, float64 [2, RUNS], for the next request of
+    each rollout. The result has the shares of rollouts that are ever promoted and ever rolled back
+    by accuracy, and the median and 90th percentile of requests until a promotion (None if beyond
+    REQUESTS).
     """
     evidence = LabelEvidence(RULES, classes=classes)
     promoted_N, worse_N = np.full(RUNS, np.inf), np.full(RUNS, np.inf)
@@ -43,7 +46,7 @@ def simulate(draw: Callable[[], Any], *, classes: bool) -> dict[str, float | Non
 def answers(
     rng: np.random.Generator, discordant: float, gain: float, rows: int, alike: bool
 ) -> Callable[[], Any]:
-    """Losses of requests of several rows, which are all right or wrong together, or each alone."""
+    """Return a drawer of losses of several rows, which are right or wrong together if `alike`."""
     chances = [1 - discordant, (discordant + gain) / 2, (discordant - gain) / 2]
 
     def draw() -> Any:
@@ -54,7 +57,7 @@ def answers(
 
 
 def values(rng: np.random.Generator, ratio: float, correlation: float) -> Callable[[], Any]:
-    """Squared errors with heavy tails; ratio: of the candidate's root to production's."""
+    """Return a drawer of heavy-tailed squared errors; ratio: candidate's RMSE to production's."""
 
     def draw() -> Any:
         one, other = rng.standard_t(5, size=(2, RUNS))

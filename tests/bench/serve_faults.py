@@ -1,10 +1,10 @@
-"""What happens to requests when a server has too much to do, changes, or loses parts.
+"""Outcome of requests while a server is overloaded, changes, or loses replicas.
 
     .venv/bin/python tests/bench/serve_faults.py --model models:/cifar10@production \
         [overload kill changes step slow]
 
-Each part prints its figures; the last line on stdout is a JSON object of all. The load generator
-runs on the same machine as the server.
+Each part prints its figures; the last line on stdout is a JSON object of all figures. The load
+generator runs on the same machine as the server.
 """
 
 import argparse
@@ -46,7 +46,7 @@ READY_S = 120
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="overload kill changes step slow; all without")
+    parser.add_argument("parts", nargs="*", help="overload kill changes step slow; default: all")
     parser.add_argument("--model", default="models:/cifar10@production")
     parser.add_argument("--storage", default=storage.DEFAULT_PATH)
     parser.add_argument("--overload-s", type=float, default=60)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 class Bench:
-    """A server of one model, deployed by this process."""
+    """A server with one model, deployed by this process."""
 
     def __init__(self, model: str, root: str) -> None:
         self.model, self.storage = model, root
@@ -96,7 +96,7 @@ class Bench:
         return LoadTarget(URL, requests)
 
     def replicas(self) -> int:
-        """Replicas that run."""
+        """Return the number of running replicas."""
         deployments = serve.status().applications["default"].deployments
         return deployments[self.name].replica_states.get("RUNNING", 0)
 
@@ -108,7 +108,7 @@ class Bench:
 
 @contextmanager
 def memory(pids: Sequence[int]) -> Iterator[list[float]]:
-    """Sum of the resident memory of processes, MiB, some times a second."""
+    """Sample the total resident memory of processes in MiB, four times a second."""
     samples: list[float] = []
     done = threading.Event()
 
@@ -125,7 +125,7 @@ def memory(pids: Sequence[int]) -> Iterator[list[float]]:
 
 
 def overload(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Five times what it can do: good answers, their delay, memory, and how soon all is well."""
+    """Offer five times the capacity; measure goodput, latency, memory and recovery."""
     bench.deploy(replicas="2", variant="fp32", **{"limits.timeout_s": 1})
     target = bench.target(rows=16)
     capacity = run_load(target, ClosedLoad(16), warmup_s=3, duration_s=8).ok_per_s
@@ -160,7 +160,7 @@ def overload(bench: Bench, seconds: float) -> dict[str, Any]:
 
 
 def kill(bench: Bench) -> dict[str, Any]:
-    """One of two replicas is killed under load, for clients that try again and for those not."""
+    """Kill one of two replicas under load; compare clients with and without retries."""
     figures = {}
     for name, retries in (("retrying", 5), ("raw", 0)):
         bench.deploy(replicas="2")
@@ -180,7 +180,7 @@ def kill(bench: Bench) -> dict[str, Any]:
 
 
 def changes(bench: Bench) -> dict[str, Any]:
-    """Another version by alias, another variant, more replicas, fewer replicas: all under load."""
+    """Change the version by alias, the variant and the number of replicas, all under load."""
     figures: dict[str, Any] = {}
 
     def under_load(name: str, change: Callable[[], None], seconds: float) -> None:
@@ -217,7 +217,7 @@ def changes(bench: Bench) -> dict[str, Any]:
 
 
 def step(bench: Bench) -> dict[str, Any]:
-    """From 1 to 60 connections, on a server that may have three replicas."""
+    """Raise the load from 1 to 60 connections on a server that may scale to three replicas."""
     bench.deploy(replicas="1-3", **{"autoscaling.downscale_delay_s": 5})
     wait_for(lambda: bench.replicas() == 1)
     target = bench.target()
@@ -238,7 +238,7 @@ def step(bench: Bench) -> dict[str, Any]:
 
 
 def slow(bench: Bench) -> dict[str, Any]:
-    """500 clients that send a byte a second beside one that is in earnest."""
+    """Let 500 clients send one byte a second each while one normal client is measured."""
     bench.deploy(replicas="2")
     target = bench.target()
     request = target.requests[0]
@@ -250,7 +250,7 @@ def slow(bench: Bench) -> dict[str, Any]:
     crowd = []
     for number in range(500):
         connection = socket.create_connection(("127.0.0.1", 8000))
-        # Half stop within the head, half within the body.
+        # Half of them stop within the header section, half within the body.
         connection.sendall(request[: 60 if number % 2 else len(request) - 1000])
         crowd.append(connection)
     done = threading.Event()

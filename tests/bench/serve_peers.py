@@ -1,11 +1,12 @@
-"""The same ONNX file behind Halyard and behind other servers: throughput, latency, cost.
+"""The same ONNX file served by Halyard and by other servers: throughput, latency, CPU cost.
 
     .venv/bin/python tests/bench/serve_peers.py [--model models:/cifar10@production] [--servers …]
 
-Each server runs two workers and is asked for one image a request, by the same client on the same
-machine: by connections that each wait for their answer, then by random arrivals, at the highest
-rate with a p99 of 50 ms. The servers take turns for several rounds. Peers are installed into
-environments of their own; one that does not install or start is told of and left out.
+Each server runs two workers and receives requests with one image each from the same client on the
+same machine: first from connections that each wait for their response (closed loop), then with
+random arrivals, to find the highest rate with a p99 of 50 ms. The servers take turns for several
+rounds. Each peer is installed into its own environment; a peer that cannot be installed or started
+is reported and left out.
 """
 
 import argparse
@@ -101,13 +102,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models:/cifar10@production")
     parser.add_argument("--storage", default=storage.DEFAULT_PATH)
-    parser.add_argument("--variant", help="one with an ONNX file; the default variant if not given")
+    parser.add_argument("--variant", help="one with an ONNX file; default: the default variant")
     parser.add_argument("--servers", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=float, default=3, help="seconds")
     parser.add_argument("--duration", type=float, default=8, help="seconds of the closed loop")
     parser.add_argument(
-        "--step", type=float, default=4, help="seconds of each rate that is tried; 0: none is"
+        "--step", type=float, default=4, help="seconds per rate that is tried; 0 skips this part"
     )
     parser.add_argument(
         "--peers-venv",
@@ -120,7 +121,10 @@ def parse() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Client:
-    """command: the load test with everything but the load. For `ask`: one of its requests."""
+    """The load test against one server.
+
+    command: arguments of the load test without the load. url, body, headers: one of its requests.
+    """
 
     command: Sequence[str]
     url: str
@@ -129,7 +133,7 @@ class Client:
 
     @classmethod
     def of(cls, candidate: Candidate, name: str, tensor: TensorMetadata, folder: Path) -> "Client":
-        """Write the bodies, random images, into a folder."""
+        """Write request bodies with random images to a folder; return a client that sends them."""
         draws = np.random.default_rng(0)
         size = int(np.prod(tensor.shape[1:]))
         bodies = [candidate.body(tensor, draws.bytes(size)) for _ in range(NUM_IMAGES)]
@@ -152,7 +156,7 @@ class Client:
         return httpx.post(self.url, content=self.body, headers=self.headers, timeout=READY_S)
 
     def load(self, *options: str) -> dict[str, Any]:
-        """Return the load test's figures. Raises RuntimeError if it fails; stderr says why."""
+        """Return the load test's figures. Raises RuntimeError if it fails; stderr shows why."""
         command = [sys.executable, "-m", "serve.loadtest", URL, *self.command, *options]
         done = subprocess.run(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
@@ -165,10 +169,13 @@ class Client:
 
 @contextmanager
 def running(candidate: Candidate, setup: Setup, client: Client, mark: str) -> Iterator[None]:
-    """Start a server, wait until it answers, and stop it and all of its processes at the end."""
+    """Start a server, wait until it responds, and stop all of its processes at the end.
+
+    Raises RuntimeError if the port is taken or the server does not start.
+    """
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-            raise RuntimeError(f"port {PORT} is taken; stop what is there first")
+            raise RuntimeError(f"port {PORT} is taken; stop the program that uses it first")
     try:
         process = candidate.start(setup)
         try:
@@ -181,9 +188,9 @@ def running(candidate: Candidate, setup: Setup, client: Client, mark: str) -> It
 
 
 def wait_until_it_answers(process: subprocess.Popen[bytes], client: Client, log: Path) -> None:
-    """Raises RuntimeError if the server stops, or does not come to answer the request with 200."""
+    """Wait for a response with 200. Raises RuntimeError if the server stops or time runs out."""
     deadline = time.monotonic() + READY_S
-    problem = "no answer"
+    problem = "no response"
     while time.monotonic() < deadline and process.poll() is None:
         try:
             response = client.ask()
@@ -195,17 +202,17 @@ def wait_until_it_answers(process: subprocess.Popen[bytes], client: Client, log:
             problem = f"{response.status_code} {response.text[:300]}"
         time.sleep(0.1)
     end = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
-    raise RuntimeError(f"it does not answer the request ({problem}); its log ends:\n{end}")
+    raise RuntimeError(f"the server is not ready ({problem}); its log ends:\n{end}")
 
 
 def measure(client: Client, mark: str, options: argparse.Namespace) -> Figures:
-    """Return one round's figures of the server that runs."""
+    """Measure the running server for one round. Raises RuntimeError if every request fails."""
     times = ("--warmup", str(options.warmup), "--duration", str(options.duration))
     before_s = processes.cpu_s(mark)
     closed = client.load("--connections", str(CONNECTIONS), *times)
     server_s = processes.cpu_s(mark) - before_s
     if closed["ok"] == 0:
-        raise RuntimeError("it gave no good answer under load")
+        raise RuntimeError("no request succeeded under load")
     figures = {
         "requests_per_s": closed["ok_per_s"],
         "p50_ms": closed["latency_ms"]["p50"],
@@ -226,7 +233,7 @@ def medians(found: Sequence[Figures]) -> Figures:
 
 
 def table(middle: dict[str, Figures]) -> str:
-    """Return the medians, and how many times the others' rates Halyard's are."""
+    """Return the medians as text, with the ratio of Halyard's rates to each server's."""
     columns = list(next(iter(middle.values()), {}))
     rates = [name for name in ("requests_per_s", "goodput_per_s") if name in columns]
     heads = [*columns, *(f"× {name.partition('_')[0]}" for name in rates)]

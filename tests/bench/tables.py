@@ -1,13 +1,13 @@
 """python -m tests.bench.tables FOLDER --results FILE: nets against simple models on many tables.
 
-FOLDER has files NAME.TARGET.csv. Each is trained with `--data.train F --target C` alone, once for
-each of `--seeds` splits (`--large-seeds` where there are more than 10,000 records), in a process of
-its own; lines of FILE that are there are not made again. The simple models are those that a run
-fits beside its net, the better by validation loss. The last line on stdout is a JSON object: for
-each table the mean paired difference from the simple model, of net and default variant, with its
-95 % interval over splits; the calibration error without the temperature and with it; and of two
-classes the cost on the test split by the thresholds of a decision rule and by 0.5, where not to
-recognise the rarer class costs as many times more as it is rarer.
+FOLDER contains files NAME.TARGET.csv. For each, a model is trained in its own process with only
+`--data.train F --target C`, once for each of `--seeds` splits (`--large-seeds` if it has more than
+10,000 records). Rows that FILE already contains are not computed again. The reference is the better
+of the simple models that every run fits, by validation loss. The last line on stdout is a JSON
+object. For each table it has the mean paired difference of net and default variant from the simple
+model, with its 95 % interval over splits; the calibration error without and with temperature; and,
+for two classes, the cost on the test split with the thresholds of a decision rule and with 0.5. In
+that cost, missing the rarer class weighs more by the ratio of the class counts.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MANY_RECORDS = 10_000
 
 
 def measure(path: Path, target: str, seed: int) -> dict[str, Any]:
-    """Train on one split of a table; return what its bundle says."""
+    """Train on one split of a table; return the figures of its bundle."""
     with tempfile.TemporaryDirectory() as root:
         began = time.monotonic()
         command = [
@@ -73,7 +73,7 @@ def measure(path: Path, target: str, seed: int) -> dict[str, Any]:
 
 
 def answers(bundle: Bundle, root: str) -> dict[str, Any]:
-    """Calibration and costs of a bundle's fp32 variant, of classes."""
+    """Return calibration and costs of a bundle's fp32 variant; empty without classes."""
     task = bundle.task
     if not isinstance(task.target, ClassTarget):
         return {}
@@ -109,7 +109,7 @@ def answers(bundle: Bundle, root: str) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Differences of net and default variant from the simple model, by metric."""
+    """Return the differences of net and default variant from the simple model, by metric."""
     found: dict[str, Any] = {"splits": len(rows)}
     for metric in METRICS:
         if metric not in rows[0]["simple"]:

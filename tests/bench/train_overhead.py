@@ -1,10 +1,10 @@
-"""What Ray Train costs: steady samples per second and the time to the first step.
+"""Overhead of Ray Train: steady samples per second and the time to the first step.
 
     .venv/bin/python tests/bench/train_overhead.py [--rounds 3]
 
-The same loop by `train/main.py` on two workers, under torchrun with two processes, and in one
-process with two threads, in turns; and a bare TorchTrainer with Ray's default settings, whose
-function does nothing, for the time to its first line.
+Runs the same loop in turns with `train/main.py` on two workers, under torchrun with two processes,
+and in one process with two threads. A bare TorchTrainer with Ray's default settings and an empty
+function gives the reference for the time to the first line.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> list[str]:
-    """Write random images; return the options of a run on them, their shards already made."""
+    """Write random images and their shards; return the options of a run on them."""
     draws = np.random.default_rng(0)
     images = draws.integers(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=np.uint8)
     rows = [{"image": image_bytes(image), "label": n % 10} for n, image in enumerate(images)]
@@ -103,7 +103,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def steady(history: list[dict[str, float]]) -> float:
-    """Samples per second after the first epoch, which warms up."""
+    """Return the median samples per second after the first epoch, which is the warm-up."""
     return median(row["samples_per_s"] for row in history[1:])
 
 
@@ -121,7 +121,7 @@ def by_loop(launcher: list[str], options: list[str], place: Path) -> float:
 
 
 def seconds_to(words: bytes, command: list[str]) -> tuple[float, bytes]:
-    """Run a command; return the seconds until a line on stderr has the words, and its stdout."""
+    """Run a command; return the seconds until stderr has a line with `words`, and the stdout."""
     started = time.perf_counter()
     found_s = None
     with tempfile.TemporaryFile() as stdout:
@@ -137,7 +137,7 @@ def seconds_to(words: bytes, command: list[str]) -> tuple[float, bytes]:
 
 
 def loop(place: str, config: Config) -> None:
-    """One process of torchrun, or the only one."""
+    """Train in one process of torchrun, or in the only process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(2 // world_size)
     if world_size > 1:

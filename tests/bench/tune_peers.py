@@ -1,10 +1,11 @@
-"""Searches next to one another, on the digits' shipped study: how soon each finds how good a net.
+"""Comparison of searches on the shipped study of digits: best loss and time to reach it.
 
 python tests/bench/tune_peers.py [--seeds 3] [--num-trials 24] [--arms halyard optuna …]
 
-Halyard as shipped (Gaussian process, ASHA, first the config as it is), without that first trial,
-its random search, and plain Optuna in one process. Time counts from the start of the command, with
-Python's imports and Ray's start. Prints a table and one JSON object.
+Compares Halyard as shipped (Gaussian process, ASHA, the unchanged config as first trial), the same
+without that first trial, its random search, and plain Optuna in one process. Times are measured
+from the start of the command, including Python's imports and Ray's start. Prints a table and one
+JSON object.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> None:
     arms = {name: ARMS[name] for name in ARMS if name in (*options.arms, "random")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in range(options.seeds):
-        # In turns, so that drift of the machine hits all alike.
+        # In turns, so that slow changes of the machine's speed affect all arms equally.
         for name, arguments in arms.items():
             with tempfile.TemporaryDirectory(prefix="tune-") as root:
                 run = optuna if arguments is None else halyard
@@ -50,7 +51,7 @@ def main() -> None:
             mine["reached_s"] = reached(mine["values"], wanted["best"])
             mine["ratio"] = mine["reached_s"] / reached(wanted["values"], wanted["best"])
             mine["of_all"] = mine["reached_s"] / wanted["search_s"]
-    print(f"{'':20} minutes  best loss  s to random's best  of its time to it  of all its time")
+    print(f"{'':20} minutes  best loss  s to random's best  ratio to random's  of random total")
     for name, runs in found.items():
         print(
             f"{name:20} {np.mean([run['search_s'] for run in runs]) / 60:7.2f}"
@@ -60,7 +61,7 @@ def main() -> None:
             f"  {' '.join(format(run['of_all'], '5.2f') for run in runs):>15}"
         )
     overheads = [run["overhead_s"] for name in arms for run in found[name] if "overhead_s" in run]
-    print(f"overhead of a trial: {np.mean(overheads):.2f} s, at most {max(overheads):.2f} s")
+    print(f"overhead per trial: {np.mean(overheads):.2f} s, at most {max(overheads):.2f} s")
     rows = {
         name: [{key: value for key, value in run.items() if key != "values"} for run in runs]
         for name, runs in found.items()
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def halyard(root: str, seed: int, num_trials: int, arguments: tuple[str, ...]) -> dict:
-    """Run the command; read how it went from the study's files."""
+    """Run the search command; return its figures, which are read from the study's files."""
     began = time.time()
     subprocess.run(
         [
@@ -90,7 +91,7 @@ def halyard(root: str, seed: int, num_trials: int, arguments: tuple[str, ...]) -
         for trial in trials
         for report in trial["reports"]
     ]
-    # What is not training, validation or the two processes' start: of the trials after the first.
+    # Time of a trial apart from its epochs. The first two trials include the processes' start.
     trained = [sum(report["figures"]["seconds"] for report in trial["reports"]) for trial in trials]
     lasted = [trial["ended_at"] - trial["began"] for trial in trials]
     overheads = [all_of_it - own for all_of_it, own in zip(lasted, trained, strict=True)][2:]
@@ -127,7 +128,7 @@ def optuna(root: str, seed: int, num_trials: int, arguments: tuple[str, ...]) ->
 
 
 def reached(values: list[tuple[float, float]], wanted: float) -> float:
-    """When a value as good as that wanted was first seen; infinite if it never was."""
+    """Return the seconds until a value was at most `wanted`; infinity if none was."""
     return min((seconds for seconds, value in values if value <= wanted), default=float("inf"))
 
 

@@ -1,7 +1,7 @@
 """BentoML: adaptive batching, two workers.
 
-Its own ways in are JSON and files, both slower than the raw bytes that all servers are sent here,
-so that the input is a type of ours that takes the body as it is.
+BentoML's own input types are JSON and files. Both are slower than the raw bytes that the other
+servers receive here, so a custom input type passes the body on unchanged.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The servers that are compared: how each is installed, started and asked."""
+"""The servers that are compared: how each is installed, started and called."""
 
 import base64
 import json
@@ -21,7 +21,11 @@ MAX_SHOWN = 500
 
 @dataclass(frozen=True)
 class Setup:
-    """file: the ONNX file. venvs: folder of the peers' environments. environment: added to ours."""
+    """The model to serve and the environment to start a server in.
+
+    file: the ONNX file. venvs: folder of the peers' virtual environments. environment: variables
+    that are added to this process's.
+    """
 
     model: str
     storage: str
@@ -34,12 +38,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Candidate:
-    """package: whose version tells what was measured.
+    """A server to measure: how to start it and how to form a request.
 
-    body: from the input's tensor and the raw bytes of one image to what is sent.
-
-    In path {name} stands for the model's name, in headers {json_length} for the length of the JSON
-    in front of binary data.
+    package: the package whose version is reported. body: returns the request's body for the input's
+    tensor and the raw bytes of one image. In `path`, {name} stands for the model's name; in
+    `headers`, {json_length} stands for the length of the JSON in front of the binary data.
     """
 
     package: str
@@ -59,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server with an environment of its own, named like its package.
+    """A server in its own virtual environment, which is named after its package.
 
     command: a program of that environment and its arguments.
     """
@@ -92,11 +95,11 @@ class Peer:
 
 
 def install(folder: Path, packages: Sequence[str]) -> None:
-    """Make a virtual environment with packages, unless it is there.
+    """Create a virtual environment with packages, unless it exists.
 
-    Raises RuntimeError with the installer's last words.
+    Raises RuntimeError with the end of the installer's output if the installation fails.
     """
-    # Last: its presence says that the environment is complete.
+    # Written last: if it exists, the environment is complete.
     complete = folder / "installed.json"
     if complete.is_file() and json.loads(complete.read_text()) == list(packages):
         return
@@ -106,7 +109,7 @@ def install(folder: Path, packages: Sequence[str]) -> None:
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"it does not install: {done.stderr.strip()[-MAX_SHOWN:]}")
+            raise RuntimeError(f"the installation failed: {done.stderr.strip()[-MAX_SHOWN:]}")
     complete.write_text(json.dumps(list(packages)))
 
 
@@ -186,7 +189,7 @@ CANDIDATES = {
         "mlserver",
         Peer(
             "mlserver",
-            # From 0.22 on uvloop makes no event loop unasked, which MLServer 1.7 counts on.
+            # MLServer 1.7 relies on an implicit event loop, which uvloop 0.22 no longer creates.
             ("mlserver>=1.7,<1.8", "uvloop<0.22", *ONNX),
             ("mlserver", "start", str(REPOSITORY / "tests/bench/peers")),
             {

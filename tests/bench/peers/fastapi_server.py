@@ -1,4 +1,4 @@
-"""FastAPI and ONNX Runtime by hand: one image at a time, two workers of uvicorn."""
+"""FastAPI and ONNX Runtime without a serving framework: one image at a time, two workers."""
 
 import os
 
@@ -14,6 +14,6 @@ app = FastAPI()
 @app.post("/predict")
 async def predict(request: Request) -> Response:
     image_HWC = model.image(await request.body())
-    # On the event loop: a thread would cost more than it saves where nothing else is to be done.
+    # On the event loop: a thread would cost more than it saves, as nothing else runs meanwhile.
     (probabilities_K,) = model.probabilities(image_HWC[None])
     return Response(orjson.dumps(answer(probabilities_K)), media_type="application/json")

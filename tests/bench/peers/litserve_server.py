@@ -1,4 +1,4 @@
-"""LitServe: dynamic batching, two workers, as its documentation shows for many requests/s."""
+"""LitServe: dynamic batching, two workers, as its documentation advises for high throughput."""
 
 import os
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.model = OnnxModel(os.environ["MODEL"])
 
-    # By the annotation the raw body is handed over; without one it would be read as JSON.
+    # The annotation makes LitServe pass the raw body; without it, the body is parsed as JSON.
     def decode_request(self, request: Annotated[bytes, Body()]) -> np.ndarray:
         return self.model.image(request)
 
@@ -33,7 +33,7 @@ class Api(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(
-        # Of 0, 2, 5 and 10 ms the best with 32 connections.
+        # The best of 0, 2, 5 and 10 ms with 32 connections.
         Api(max_batch_size=32, batch_timeout=0.005),
         accelerator="cpu",
         workers_per_device=2,

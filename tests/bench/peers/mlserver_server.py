@@ -1,6 +1,6 @@
-"""MLServer: a runtime of one's own, adaptive batching, two inference workers; the rest is settings.
+"""MLServer: a custom runtime, adaptive batching, two inference workers.
 
-Its REST has no binary tensors: an image comes as base64 in the JSON of the Open Inference Protocol.
+Its REST API has no binary tensors, so images are sent as base64 in JSON.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""The same search by plain Optuna, in one process: its default sampler and pruner, no Ray.
+"""The same search with plain Optuna in one process: its TPE sampler and median pruner, no Ray.
 
 python tests/bench/peers/optuna_search.py STORAGE SEED NUM_TRIALS
-Prints a JSON object for each epoch: trial, seconds since the start, value.
+Prints a JSON object for each epoch: trial, seconds since the start, validation loss.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The processes that a server consists of, found by a variable of their environment.
+"""The processes of a server, found by an environment variable.
 
-By the tree of parents alone, what puts itself into the background would be lost.
+The process tree alone would miss daemons, which detach from their parent.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ def find(mark: str) -> Iterator[Path]:
 
 
 def cpu_s(mark: str) -> float:
-    """Return the processor time of the processes and of their children that have ended."""
+    """Return the CPU seconds of the processes and of their children that have ended."""
     ticks = 0
     for folder in find(mark):
         with contextlib.suppress(OSError):
-            # Behind the name in brackets: user, system, and of waited-for children user, system.
+            # Fields 11-14 after the name in brackets: utime, stime, cutime, cstime (man 5 proc).
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
     return ticks * TICK_S
 
 
 def kill(mark: str) -> None:
-    """End what is left. Raises RuntimeError if it does not go."""
+    """Kill the remaining processes. Raises RuntimeError if they do not end."""
     deadline = time.monotonic() + GONE_S
     while left := list(find(mark)):
         if time.monotonic() > deadline:

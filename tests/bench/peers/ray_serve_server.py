@@ -1,4 +1,4 @@
-"""Ray Serve as its documentation shows it: @serve.batch, a Starlette request, its own proxy."""
+"""Ray Serve as in its documentation: @serve.batch, a Starlette request and Ray's own proxy."""
 
 import numpy as np
 from ray import serve
@@ -7,7 +7,7 @@ from starlette.requests import Request
 from tests.bench.peers.onnx_model import OnnxModel, answer
 
 
-# Requests that may be under way per replica: with the default of 5 no batch would be larger.
+# Concurrent requests per replica. The default of 5 would limit batches to 5 rows.
 @serve.deployment(num_replicas=2, max_ongoing_requests=64)
 class Classifier:
     def __init__(self, model: str) -> None:
