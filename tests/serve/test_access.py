@@ -1,6 +1,6 @@
-"""Who may ask what: every route and every gRPC method, by each kind of key and of page.
+"""Access to every route and every gRPC method, for each kind of key and of web page.
 
-The table is made of the routes themselves, so that a new one is in it.
+The table of paths is generated from the routes, so it includes new routes automatically.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from tests.server import REPOSITORY
 from tests.serving import client_of, make_host
 
 SECRETS = {name: f"hk_{name:>043}" for name in ("admin", "reader", "stranger", "expired", "gone")}
-# Routes without a key: whether the server lives, and pages that hold no data.
+# Routes that need no key: health, and pages without data.
 OPEN = {
     "/v2/health/live",
     "/v2/health/ready",
@@ -69,7 +69,7 @@ def key_of(name, **options):
 
 
 def make_keys():
-    """Keys of each kind; "gone" is the secret of one that was revoked."""
+    """Return a key of each kind; "gone" in SECRETS is the secret of a revoked key."""
     past = datetime.now(UTC) - timedelta(seconds=1)
     return KeyStore(
         [
@@ -82,7 +82,7 @@ def make_keys():
 
 
 def samples(pattern):
-    """Every path that a pattern stands for, once with and once without what may be left out."""
+    """Return paths that match a pattern, with and without each of its optional parts."""
     return sorted(set(_samples(parser.parse(pattern))))
 
 
@@ -118,7 +118,7 @@ MODEL_GROUPS = {1}
 
 
 def table(routes):
-    """(access, method, path) of every route."""
+    """Return (access, method, path) of every route."""
     return [
         (route.access, method, path.replace("/versions/x", "/versions/3"))
         for pattern, route in routes.by_pattern.items()
@@ -180,7 +180,7 @@ def test_only_health_and_pages_are_open(routes):
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "expired", "gone", "", "Bearer"])
-def test_without_a_valid_key_only_open_routes_answer(client, routes, key):
+def test_without_a_valid_key_only_open_routes_are_allowed(client, routes, key):
     for _, method, path in routes:
         status = ask(client, method, path, key).status_code
         assert (status == 401) == (path not in OPEN), (method, path, status)
@@ -204,14 +204,14 @@ def test_a_key_for_the_model_may_not_change_it(client, routes):
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=lambda headers: str(headers))
-def test_no_route_answers_a_page_of_another_site(client, routes, headers):
+def test_every_route_refuses_pages_of_other_sites(client, routes, headers):
     for _, method, path in routes:
         answer = ask(client, method, path, "admin", **headers)
         assert answer.status_code == 403, (method, path, answer.text)
         assert set(answer.json()) == {"error"} if method != "HEAD" else True
 
 
-def test_a_foreign_page_is_refused_without_keys_too(bundle):
+def test_a_foreign_page_is_refused_even_without_keys(bundle):
     with client_of(ModelAPI(make_host(bundle))) as client:
         for headers in FOREIGN:
             answer = client.post("/v2/repository/models/digits/unload", headers=headers)
@@ -235,7 +235,7 @@ def test_a_foreign_page_is_refused_without_keys_too(bundle):
     ],
     ids=lambda headers: str(headers),
 )
-def test_programs_and_the_servers_own_pages_are_answered(bundle, headers):
+def test_programs_and_the_servers_own_pages_are_allowed(bundle, headers):
     with client_of(ModelAPI(make_host(bundle))) as client:
         body = {"instances": [[[[0]] * 8] * 8]}
         answer = client.post("/v1/models/digits:predict", content=json.dumps(body), headers=headers)
@@ -244,7 +244,7 @@ def test_programs_and_the_servers_own_pages_are_answered(bundle, headers):
         assert load.status_code == 200, load.text
 
 
-def test_another_site_may_link_to_a_page_and_to_nothing_else(client, routes):
+def test_another_site_can_link_to_pages_only(client, routes):
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     for access, method, path in routes:
         refused = ask(client, method, path, "admin", **link).status_code == 403
@@ -256,7 +256,7 @@ def test_another_site_may_link_to_a_page_and_to_nothing_else(client, routes):
 
 
 @pytest.mark.parametrize("loopback", [True, False])
-def test_without_keys_changes_are_for_the_servers_own_machine(bundle, loopback):
+def test_without_keys_only_this_machine_can_make_changes(bundle, loopback):
     rest = ModelAPI(make_host(bundle, loopback=loopback))
     with client_of(rest) as client:
         for access, method, path in table(rest.routes):
@@ -265,7 +265,7 @@ def test_without_keys_changes_are_for_the_servers_own_machine(bundle, loopback):
             assert (status == 401) == closed, (method, path, status)
 
 
-def test_metrics_may_be_open(bundle):
+def test_metrics_can_be_open(bundle):
     with client_of(
         ModelAPI(make_host(bundle, keys=make_keys(), security={"metrics_without_key": True}))
     ) as client:
@@ -273,20 +273,20 @@ def test_metrics_may_be_open(bundle):
         assert ask(client, "GET", "/v2/models/digits").status_code == 401
 
 
-def test_an_unknown_path_is_told_with_a_key_only(client):
+def test_an_unknown_path_is_reported_only_with_a_key(client):
     assert ask(client, "GET", "/nowhere").status_code == 401
     assert ask(client, "GET", "/nowhere", "reader").status_code == 404
     assert ask(client, "GET", "/nowhere", "reader", Host="evil.example").status_code == 403
 
 
-def test_no_answer_to_a_stranger_names_the_model(client):
+def test_no_response_to_a_stranger_names_the_model(client):
     for path in ("/v2/models/taxis", "/v2/models/taxis/infer", "/v2/models/taxis/feedback"):
         for method in ("GET", "POST"):
             assert "digits" not in ask(client, method, path, "stranger").text
 
 
 class Asked:
-    """A model's application behind the front, that remembers what it was asked."""
+    """A model's application behind the gateway, which records its requests."""
 
     def __init__(self, name):
         self.name, self.asked = name, []
@@ -303,7 +303,7 @@ class Asked:
         return {"rows": ("counter", "Rows.", [("_total", labels, 1.0)])}
 
 
-def test_the_front_of_several_models_asks_for_the_same(routes):
+def test_the_gateway_of_several_models_has_the_same_rules(routes):
     models = {name: Asked(name) for name in ("digits", "taxis")}
     find = models.__getitem__
     config = GatewayConfig(models=list(models))
@@ -311,7 +311,7 @@ def test_the_front_of_several_models_asks_for_the_same(routes):
     with client_of(application) as client:
         for _, method, path in routes:
             if path == "/openapi.json":
-                continue  # of one model
+                continue  # exists only on a server of one model
             for key in (None, "wrong", "expired", "gone"):
                 refused = ask(client, method, path, key).status_code == 401
                 assert refused == (path not in OPEN), (method, path)
@@ -332,7 +332,7 @@ def test_the_front_of_several_models_asks_for_the_same(routes):
 
 
 def of_model(method):
-    """The bytes of a request about the model."""
+    """Return a serialized request for the model."""
     request = getattr(types, f"{method}Request")()
     for field in ("model_name", "name"):
         if field in request.DESCRIPTOR.fields_by_name:
@@ -342,7 +342,7 @@ def of_model(method):
 
 
 def codes(host, metadata):
-    """What each gRPC method answers, by its name."""
+    """Return the response or the status code of each gRPC method, by its name."""
 
     async def scenario():
         service = protocol.InferenceService(host)
@@ -366,13 +366,13 @@ def bearer(key):
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "expired", "gone"])
-def test_without_a_valid_key_only_health_is_answered_by_grpc(host, key):
+def test_grpc_without_a_valid_key_allows_health_only(host, key):
     for method, found in codes(host, bearer(key)).items():
         refused = found == grpc.StatusCode.UNAUTHENTICATED
         assert refused == (method not in OPEN_METHODS), (method, found)
 
 
-def test_by_grpc_a_key_for_another_model_sees_nothing_here(host):
+def test_grpc_shows_nothing_to_a_key_for_another_model(host):
     for method, found in codes(host, bearer("stranger")).items():
         access = protocol.ACCESS[method]
         if access in (Access.MODEL, Access.ADMIN):
@@ -381,7 +381,7 @@ def test_by_grpc_a_key_for_another_model_sees_nothing_here(host):
             assert b"digits" not in found, method
 
 
-def test_by_grpc_a_key_for_the_model_may_not_change_it(host):
+def test_grpc_refuses_changes_with_a_key_for_the_model(host):
     for method, found in codes(host, bearer("reader")).items():
         refused = found == grpc.StatusCode.PERMISSION_DENIED
         assert refused == (protocol.ACCESS[method] is Access.ADMIN), (method, found)
@@ -390,19 +390,19 @@ def test_by_grpc_a_key_for_the_model_may_not_change_it(host):
 @pytest.mark.parametrize(
     "headers", [("origin", "http://evil.example"), ("sec-fetch-site", "cross-site")]
 )
-def test_grpc_answers_no_page_of_another_site(host, headers):
+def test_grpc_refuses_pages_of_other_sites(host, headers):
     for method, found in codes(host, (*bearer("admin"), headers)).items():
         assert found == grpc.StatusCode.PERMISSION_DENIED, method
 
 
 @pytest.mark.parametrize("loopback", [True, False])
-def test_by_grpc_only_this_machine_may_change_without_keys(bundle, loopback):
+def test_grpc_without_keys_allows_changes_by_this_machine_only(bundle, loopback):
     for method, found in codes(make_host(bundle, loopback=loopback), ()).items():
         closed = protocol.ACCESS[method] is Access.ADMIN and not loopback
         assert (found == grpc.StatusCode.UNAUTHENTICATED) == closed, (method, found)
 
 
-# Names of the server.
+# Host names of the server.
 
 
 @pytest.mark.parametrize(
@@ -427,11 +427,11 @@ def test_by_grpc_only_this_machine_may_change_without_keys(bundle, loopback):
         ([], "a" * 10_000, False),
     ],
 )
-def test_a_server_knows_its_addresses_and_the_names_it_was_given(listed, host, known):
+def test_allowed_hosts_are_addresses_and_configured_names(listed, host, known):
     assert AllowedHosts(listed).has(host) is known
 
 
-def test_a_listed_host_counts_as_own_behind_a_gateway():
+def test_a_listed_host_is_no_foreign_site_behind_a_gateway():
     guard = Guard(None, loopback=True, hosts=["api.example.com", "replica"])
 
     def headers(origin):
@@ -447,14 +447,14 @@ def test_a_listed_host_counts_as_own_behind_a_gateway():
             )
 
 
-# Keys in their file.
+# The file of keys.
 
 
 def write_keys(path, *keys):
     path.write_text(yaml.safe_dump([key.model_dump(exclude_none=True) for key in keys]))
 
 
-def test_a_changed_file_of_keys_counts_within_seconds(tmp_path):
+def test_a_changed_file_of_keys_is_used_within_seconds(tmp_path):
     path = tmp_path / "keys.yaml"
     write_keys(path, key_of("reader", rate=2), key_of("gone"))
     keys = KeyStore.load(str(path))
@@ -466,11 +466,11 @@ def test_a_changed_file_of_keys_counts_within_seconds(tmp_path):
         keys.check(gone, 5.0)
     write_keys(path, key_of("reader", rate=2), key_of("admin", admin=True))
     assert keys.check(f"Bearer {SECRETS['admin']}", 10.0).admin
-    # Its bucket is the one of before: one token of two is left, and ten seconds filled it.
+    # The key keeps its token bucket when the file changes; ten seconds have filled it again.
     assert [keys.check(reader, 10.0).name for _ in range(2)] == ["reader"] * 2
     with pytest.raises(security.RateLimited):
         keys.check(reader, 10.0)
-    path.write_text("- [")  # somebody is writing it
+    path.write_text("- [")  # incomplete, as while the file is being written
     assert keys.check(f"Bearer {SECRETS['admin']}", 15.0)
     path.unlink()
     with pytest.raises(security.Unauthorized):
@@ -501,7 +501,7 @@ def test_a_time_without_a_zone_is_in_utc():
 # The audit log.
 
 
-def test_changes_are_written_down_with_who_asked(bundle, tmp_path):
+def test_changes_are_audited_with_their_client(bundle, tmp_path):
     host = make_host(bundle, keys=make_keys(), storage=str(tmp_path))
     with client_of(ModelAPI(host)) as client:
         ask(client, "POST", "/v2/repository/models/digits/unload", "admin", **{"X-Request-ID": "a"})
@@ -529,7 +529,7 @@ def test_changes_are_written_down_with_who_asked(bundle, tmp_path):
         assert abs(datetime.fromisoformat(line["time"]) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
-def test_an_address_is_taken_from_haproxy_only(monkeypatch):
+def test_a_clients_address_is_accepted_from_haproxy_only(monkeypatch):
     from serve.http import request
 
     monkeypatch.setenv(auth.TOKEN, "0" * 64)
@@ -538,9 +538,9 @@ def test_an_address_is_taken_from_haproxy_only(monkeypatch):
     direct = "198.51.100.1"
     for behind, peers, address in (
         (True, [proven], "203.0.113.9"),
-        # A trailer of the client's comes after the headers.
+        # A trailer that the client sends comes after the headers.
         (True, [proven, f"{haproxy_config.proof_prefix()[::-1]} 192.0.2.1"], "203.0.113.9"),
-        # Sent to the replica itself.
+        # Requests that are sent directly to the replica.
         (True, ["203.0.113.9"], direct),
         (True, ["- 203.0.113.9"], direct),
         (True, [], direct),
@@ -566,7 +566,7 @@ def test_an_address_is_taken_from_haproxy_only(monkeypatch):
     "limit",
     ["models:", "models: []", "expires:", "expires: 20261201000000", "rate:", "rate: 0", "admin:"],
 )
-def test_a_limit_without_a_value_lifts_no_limit(tmp_path, limit):
+def test_a_limit_of_a_key_without_a_value_is_refused(tmp_path, limit):
     path = tmp_path / "keys.yaml"
     path.write_text(f"- name: team\n  sha256: {'0' * 64}\n  {limit}\n")
     with pytest.raises(UserError, match="is not a list of keys"):
@@ -576,7 +576,7 @@ def test_a_limit_without_a_value_lifts_no_limit(tmp_path, limit):
     assert not (tmp_path / "new.yaml").exists()
 
 
-def test_commands_that_change_keys_at_once_lose_nothing(tmp_path, capsys):
+def test_concurrent_changes_of_keys_lose_nothing(tmp_path, capsys):
     path = tmp_path / "keys.yaml"
     security.main(["gone", "--file", str(path)])
     commands = [[f"team{number}"] for number in range(6)] + [["gone", "--revoke"]]

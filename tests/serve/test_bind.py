@@ -1,4 +1,4 @@
-"""What of Ray's private names the binding of Serve's servers rests on."""
+"""The private names of Ray that serve.bind replaces, and the addresses that servers bind."""
 
 import inspect
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from serve import bind
 
 
 class Server:
-    """Remembers the addresses that it was to listen on."""
+    """A server that records the addresses on which it should listen."""
 
     def __init__(self):
         self.addresses = []
@@ -22,10 +22,10 @@ class Server:
         return 1
 
 
-def test_ray_serve_starts_its_servers_by_the_replaced_names():
+def test_ray_serve_starts_its_servers_with_our_functions():
     assert replica.add_port_to_grpc_server is bind.add_port_to_grpc_server
     assert default_impl.add_grpc_address is bind.add_grpc_address
-    # Looked up when a server starts, not before.
+    # The name is looked up when a server starts, not on import.
     assert "import add_grpc_address" in inspect.getsource(grpc_util.start_grpc_server)
     started = inspect.getsource(replica.Replica._on_initialized)
     assert 'add_port_to_grpc_server(self._server, "[::]:0")' in started
@@ -47,7 +47,7 @@ def test_ray_serve_starts_its_servers_by_the_replaced_names():
         ("::", "fd00::5", ["127.0.0.1:9000", "[fd00::5]:9000"]),
     ],
 )
-def test_clients_grpc_is_where_http_is_and_nowhere_else(monkeypatch, http_host, node, addresses):
+def test_grpc_for_clients_listens_only_where_http_does(monkeypatch, http_host, node, addresses):
     monkeypatch.setattr(bind, "_http_host", http_host)
     monkeypatch.setattr(bind, "get_node_ip_address", lambda: node)
     server = Server()
@@ -56,7 +56,7 @@ def test_clients_grpc_is_where_http_is_and_nowhere_else(monkeypatch, http_host, 
 
 
 @pytest.mark.parametrize(("tls", "context", "secure"), [(1, 1, True), (1, None, False), (0, 1, 0)])
-def test_a_replica_speaks_tls_where_rays_nodes_do(monkeypatch, tls, context, secure):
+def test_a_replica_uses_tls_if_rays_nodes_do(monkeypatch, tls, context, secure):
     monkeypatch.setenv("RAY_USE_TLS", str(tls))
     monkeypatch.setenv("RAY_TLS_SERVER_CERT", "cert.pem")
     monkeypatch.setenv("RAY_TLS_SERVER_KEY", "key.pem")
@@ -74,18 +74,18 @@ def test_a_replica_speaks_tls_where_rays_nodes_do(monkeypatch, tls, context, sec
     started = bind.start_asgi_http_server(None, HTTPOptions())
     assert started.ssl_certfile == ("cert.pem" if tls else None)
     assert started.ssl_keyfile == ("key.pem" if tls else None)
-    # Looked up when a server starts, not before.
+    # The name is looked up when a server starts, not on import.
     assert "return await start_asgi_http_server(" in inspect.getsource(replica.Replica)
 
 
-def test_calls_between_deployments_are_at_the_nodes_address(monkeypatch):
+def test_calls_between_deployments_use_the_nodes_address(monkeypatch):
     monkeypatch.setattr(bind, "get_node_ip_address", lambda: "10.0.0.5")
     server = Server()
     bind.add_port_to_grpc_server(server, "[::]:0")
     assert server.addresses == ["10.0.0.5:0"]
 
 
-def test_until_the_address_is_known_only_this_machine_is_served(monkeypatch):
+def test_grpc_is_local_until_the_http_host_is_known(monkeypatch):
     assert bind.grpc_hosts() == ["127.0.0.1"]
     options = SimpleNamespace(host="0.0.0.0")
     asked = SimpleNamespace(get_http_config=SimpleNamespace(remote=lambda: options))

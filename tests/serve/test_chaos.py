@@ -1,6 +1,6 @@
-"""A served model on three nodes, each with an ingress, loses parts while it answers.
+"""A model that is served on three nodes, each with an ingress, while processes and nodes fail.
 
-Run with -s, each test shows its figures.
+Run with -s to see the figures of each test.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 REPLICA = "ray::ServeReplica:default:digits"
 HAPROXY = "bin/haproxy -db"
-# Other machines reach these servers, so that changes take a key.
+# Other machines can reach these servers, so changes need a key.
 KEY = "hk_of_these_tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-# So that a node that no longer answers is given up after some seconds, not after half a minute.
+# Declare a node that does not respond dead after some seconds instead of half a minute.
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -41,7 +41,7 @@ QUICK = {
 
 @contextmanager
 def serving(cluster, storage_path, log, replicas=3):
-    """Three replicas behind the ingress of every node, ready on all of them."""
+    """Serve replicas behind the ingress of every node; wait until all nodes are ready."""
     keys = log.with_name("keys.yaml")
     digest = hashlib.sha256(KEY.encode()).hexdigest()
     keys.write_text(json.dumps([{"name": "tests", "sha256": digest, "admin": True}]))
@@ -77,7 +77,7 @@ def ready(cluster, name):
 
 
 def target(cluster, name):
-    """Requests by way of a node's ingress."""
+    """Return requests that go through a node's ingress."""
     place = url(cluster, name)
     requests = infer_requests(
         place, "digits", HEADERS, num_requests=64, rows=1, seed=0, timeout_s=10
@@ -86,7 +86,7 @@ def target(cluster, name):
 
 
 def processes(cluster, words, name=None):
-    """Ids of processes of a node, or of all, whose command has these words."""
+    """Return ids of processes on one node or on all, whose command line contains the words."""
     shown = subprocess.run(
         ["pgrep", "-f", words], capture_output=True, text=True, check=False
     ).stdout.split()
@@ -111,14 +111,14 @@ def test_a_killed_replica_fails_no_request(cluster):
 
 
 def answered(cluster):
-    """Rows that all replicas have answered so far."""
+    """Return the number of rows that all replicas have predicted so far."""
     text = httpx.get(f"{url(cluster, 'head')}/metrics", headers=HEADERS, timeout=5).text
     rows = [line.split()[-1] for line in text.splitlines() if line.startswith("halyard_rows_total")]
     return sum(map(float, rows))
 
 
 def serve_replicas(cluster):
-    """Replicas that Ray Serve says run."""
+    """Return the number of running replicas according to Ray Serve."""
     shown = subprocess.run(
         [str(Path(sys.executable).with_name("serve")), "status"],
         env={**os.environ, **cluster.client_environment, "RAY_ADDRESS": cluster.dashboard},
@@ -130,7 +130,7 @@ def serve_replicas(cluster):
     return int(part[0]) if part else 0
 
 
-def test_a_killed_haproxy_restarts_and_others_fail_nothing(cluster):
+def test_a_killed_haproxy_fails_no_request_of_other_nodes(cluster):
     beside, own = target(cluster, "head"), target(cluster, "node1")
     with (
         meanwhile(beside, PoissonLoad(100), duration_s=20, timeout_s=20) as others,
@@ -145,26 +145,26 @@ def test_a_killed_haproxy_restarts_and_others_fail_nothing(cluster):
     show("HAProxy killed, clients of another", others[0])
     assert failures(others[0]) == 0
     assert back_s < 15
-    # Those at the door that was shut, and in the half second in which it knows no route yet.
+    # Only refused connections, and client errors in the half second before it has any routes.
     assert reports[0].server_errors == reports[0].timeouts == 0
 
 
 @pytest.mark.parametrize("way", ["killed", "cut off and killed"])
-def test_a_lost_node_is_made_up_for_by_the_others(cluster, way):
-    # One with a replica; a node without has no ingress either, so that clients go by the head's.
+def test_other_nodes_take_over_for_a_lost_node(cluster, way):
+    # A node with a replica. A node without one has no ingress either; clients use the head's.
     lost = "node2" if processes(cluster, REPLICA, "node2") else "node1"
     assert processes(cluster, REPLICA, lost)
     with meanwhile(target(cluster, "head"), ClosedLoad(16), duration_s=40, timeout_s=20) as reports:
         before = answered(cluster)
         wait_for(lambda: answered(cluster) > before + 1000)
         if way != "killed":
-            # As when power is gone: nothing says that connections are closed.
+            # As after a power failure: peers do not learn that connections are closed.
             cluster.cut(lost)
         cluster.kill(lost)
         full_s = wait_for(lambda: len(processes(cluster, REPLICA)) == 3)
         wait_for(lambda: serve_replicas(cluster) == 3)
     show(f"node {way}", reports[0], full_after_s=round(full_s, 1))
-    # What was under way there cannot be known to be lost before its time is up.
+    # Requests in progress on a node that is cut off fail only when they time out.
     assert failures(reports[0]) <= (0 if way == "killed" else 16)
     cluster.start(lost)
     wait_for(lambda: lost in cluster.alive())

@@ -1,4 +1,4 @@
-"""The head of a cluster dies and comes back, its state in Redis, while a model is served."""
+"""The head of a cluster is killed and restarted with its state in Redis during serving."""
 
 import os
 import shutil
@@ -58,12 +58,12 @@ def test_no_request_fails_while_a_killed_gcs_restarts(trained, storage_path, red
         ) as reports:
             (gcs,) = processes(cluster, "gcs_server", "head")
             os.kill(gcs, signal.SIGKILL)
-            # What Ray started on the head goes with it, as the head's pod would.
+            # End the head's other processes too, as the end of its pod would.
             wait_for(lambda: not processes(cluster, "raylet/raylet", "head"))
             cluster.kill("head")
             cluster.start("head")
             back_s = wait_for(lambda: set(cluster.alive()) == set(cluster.names))
             wait_for(lambda: serve_replicas(cluster) == 2)
         show("GCS killed", reports[0], head_back_after_s=round(back_s, 1))
-        assert processes(cluster, REPLICA) == before, "the replicas are those of before"
+        assert processes(cluster, REPLICA) == before, "replicas must not be restarted"
         assert failures(reports[0]) == 0

@@ -1,7 +1,7 @@
-"""Real clients against a running server of two replicas: answers, errors, time limits, bad weather.
+"""Real clients and a running server with two replicas: predictions, errors, time limits, faults.
 
-kserve wants other versions of protobuf and pandas than ours: its clients run in a process of their
-own, with the Python that KSERVE_PYTHON names (`make test` makes one).
+kserve needs other versions of protobuf and pandas than this project, so its clients run in a
+separate process with the Python that KSERVE_PYTHON names (`make test` creates one).
 """
 
 import json
@@ -73,7 +73,7 @@ def same(answer, expected):
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_http_client(url, expected, binary):
+def test_tritons_http_client_gets_the_predictors_results(url, expected, binary):
     client = triton_http.InferenceServerClient(HTTP)
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -93,7 +93,7 @@ def test_tritons_http_client(url, expected, binary):
     assert answer.get_response()["id"] == "r1"
 
 
-def test_tritons_grpc_client(url, expected):
+def test_tritons_grpc_client_gets_the_predictors_results(url, expected):
     with triton_grpc.InferenceServerClient(GRPC) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -112,7 +112,7 @@ def test_tritons_grpc_client(url, expected):
         ("digits", "", np.zeros((2000, 8, 8, 1), np.uint8), "1024"),
     ],
 )
-def test_wrong_requests_have_their_errors_in_both_protocols(url, model, version, images, word):
+def test_wrong_requests_are_explained_in_both_protocols(url, model, version, images, word):
     with pytest.raises(InferenceServerException, match=word):
         triton_http.InferenceServerClient(HTTP).infer(
             model, [tensor(triton_http, images)], model_version=version
@@ -130,14 +130,14 @@ def test_time_limits_are_kept_in_both_protocols(url):
     with triton_grpc.InferenceServerClient(GRPC) as client:
         with pytest.raises(InferenceServerException, match=r"time|take"):
             client.infer("digits", [tensor(triton_grpc)], timeout=1)
-        # Some milliseconds of work, as gRPC's clocks count in whole ones.
+        # The request needs some milliseconds, because gRPC's timers have a resolution of 1 ms.
         many = tensor(triton_grpc, np.resize(IMAGES, (1024, 8, 8, 1)))
         with pytest.raises(InferenceServerException, match=r"(?i)deadline|left"):
             client.infer("digits", [many], client_timeout=0.0005)
 
 
 @pytest.mark.skipif(KSERVE_PYTHON is None, reason="KSERVE_PYTHON names no Python with kserve")
-def test_kserves_clients(url, expected):
+def test_kserves_clients_get_the_predictors_results(url, expected):
     done = subprocess.run(
         [KSERVE_PYTHON, "tests/kserve_client.py", url, GRPC, "digits", "image"],
         input=json.dumps(IMAGES.tolist()),
@@ -153,7 +153,7 @@ def test_kserves_clients(url, expected):
     assert answer == {"ready": True, "rest": labels, "v1": labels, "grpc": labels}
 
 
-def test_the_readmes_curl_lines_work_as_they_stand(url, tmp_path):
+def test_the_readmes_curl_commands_work(url, tmp_path):
     readme = (REPOSITORY / "README.md").read_text()
     block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if "curl" in b)
     (tmp_path / "digit.png").write_bytes(image_bytes(IMAGES[3].squeeze()))
@@ -172,7 +172,7 @@ def test_schemathesis_finds_no_server_error(url, tmp_path):
     command = [
         str(Path(sys.executable).with_name("st")),
         *("run", f"{url}/openapi.json", "--checks", "not_a_server_error"),
-        # A model that is unloaded answers 503, as it should.
+        # Exclude unloading, because an unloaded model rightly responds with 503.
         *("--max-examples", "40", "--exclude-path-regex", "unload", "--seed", "1"),
     ]
     done = subprocess.run(
@@ -186,7 +186,7 @@ def connect():
 
 
 def answered(connection):
-    """Return status and body of what a connection is answered; None if it is closed instead."""
+    """Return the status and body of a response, or None if the connection is closed instead."""
     data = b""
     while b"\r\n\r\n" not in data:
         try:
@@ -228,7 +228,7 @@ def test_a_body_of_unknown_length_is_refused_once_it_is_too_long(url):
     assert result is None or result[0] == 413
 
 
-def test_a_body_that_stops_coming_is_given_up(url):
+def test_a_body_that_stops_arriving_times_out(url):
     with connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
         began = time.monotonic()
@@ -237,18 +237,18 @@ def test_a_body_that_stops_coming_is_given_up(url):
     assert 1 < time.monotonic() - began < 10
 
 
-def test_a_half_closed_connection_is_no_trouble(url):
+def test_a_half_closed_connection_does_no_harm(url):
     body = json.dumps(v2_body(ZEROS)).encode()
     with connect() as connection:
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         connection.shutdown(socket.SHUT_WR)
         result = answered(connection)
-    # HAProxy takes a client that stops sending for one that has left.
+    # HAProxy treats a client that has closed its sending side as disconnected.
     assert result is None or result[0] in (200, 400)
     assert httpx.get(f"{url}/v2/health/ready").status_code == 200
 
 
-def test_a_bomb_of_a_png_is_refused(url):
+def test_a_png_with_too_many_pixels_is_refused(url):
     bomb = image_bytes(np.zeros((5000, 5000), np.uint8))
     assert len(bomb) < 100_000
     response = httpx.post(
@@ -260,14 +260,14 @@ def test_a_bomb_of_a_png_is_refused(url):
     assert "pixels" in response.json()["error"]
 
 
-def test_headers_of_serves_own_change_nothing(url):
+def test_ray_serves_own_request_headers_have_no_effect(url):
     headers = {"x-request-timeout-seconds": "0.0001", "x-request-disconnect-disabled": "?1"}
     response = httpx.post(f"{url}/v2/models/digits/infer", json=v2_body(ZEROS), headers=headers)
     assert response.status_code == 200
 
 
 class Requests(list):
-    """Requests to send; `going` is set once a hundred were."""
+    """Requests to send; `going` is set once a hundred have been sent."""
 
     def __init__(self, url):
         super().__init__(
@@ -323,7 +323,7 @@ def test_a_changed_alias_is_picked_up_without_a_failed_request(url, bundle, stor
         httpx.post(f"{url}/v2/repository/models/digits/load", timeout=60)
 
 
-def test_metrics_are_of_all_replicas(url):
+def test_metrics_include_all_replicas(url):
     load(url, ClosedLoad(8), 1)
 
     def replicas():
@@ -337,7 +337,7 @@ def test_metrics_are_of_all_replicas(url):
     assert len(replicas()) == 2
 
 
-def test_a_killed_replica_costs_a_retrying_client_no_request(url):
+def test_a_killed_replica_fails_no_request_of_a_retrying_client(url):
     found = subprocess.run(
         ["pgrep", "-f", "ray::ServeReplica:default:digits"],
         capture_output=True,

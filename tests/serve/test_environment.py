@@ -15,7 +15,7 @@ def files(tmp_path):
     return cert, key, authority.file
 
 
-def test_certificates_are_named_by_whole_paths(files, monkeypatch, capsys):
+def test_certificates_are_printed_with_absolute_paths(files, monkeypatch, capsys):
     cert, key, authority = files
     monkeypatch.chdir(cert.parent)
     arguments = ["--tls-cert", cert.name, "--tls-key", key.name]

@@ -1,4 +1,4 @@
-"""Whatever comes: an answer or a 4xx, never a 5xx, and no growth of memory."""
+"""Any input gets a prediction or a 4xx, never a 5xx, and memory does not grow."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from serve.protocol import v1, v2
 from tests.serve.http.test_routes import ZEROS, v2_body
 from tests.serving import make_rest
 
-# 100,000 and more in all with FUZZ_INPUTS=100000.
+# FUZZ_INPUTS=100000 makes more than 100,000 inputs in all.
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "4000"))
 DATATYPES = ["UINT8", "BYTES", "FP32", "FP16", "INT64", "BOOL", "FP8", "", None, 7]
 SIZES = [0, 1, 2, 8, 64, -1, 2**31, 2**63, 2**70, 1.5, "8", None, True]
@@ -25,7 +25,7 @@ JSONS = [None, True, -1, 1.5, 2**70, "", "é\udcff", [], [[]], {}, [None], ["x"]
 
 
 def binary_request(images):
-    """A good request of the binary extension: its JSON and what follows."""
+    """Return a valid request for images, uint8 [N, H, W, C]: its JSON and its binary data."""
     raw = images.tobytes()
     tensor = {
         "name": "image",
@@ -41,7 +41,7 @@ def pick(rng, values):
 
 
 def spoilt(rng, request):
-    """Change one thing somewhere in a request."""
+    """Return a copy of a request with one change."""
     request = json.loads(json.dumps(request))
     tensor = request["inputs"][0]
     match int(rng.integers(12)):
@@ -75,7 +75,7 @@ def spoilt(rng, request):
 
 
 def scrambled(rng, body):
-    """Change, cut or double some of the bytes."""
+    """Return the body with some bytes changed, deleted or inserted, or with its end cut off."""
     data = bytearray(body)
     for _ in range(int(rng.integers(1, 6))):
         if not data:
@@ -94,7 +94,7 @@ def scrambled(rng, body):
 
 
 def outcome(decode):
-    """Return the error that refused a request, or None. Another error is a defect."""
+    """Return the RequestError that `decode` raises, or None. Any other error is a defect."""
     try:
         decode()
     except RequestError as error:
@@ -103,7 +103,7 @@ def outcome(decode):
 
 
 def bodies(rng, count):
-    """(body, header length) of spoilt requests."""
+    """Yield (body, header length) of malformed requests."""
     images = rng.integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
     good, raw = binary_request(images)
     plain = {**v2_body(images), "parameters": {}, "id": "a"}
@@ -145,7 +145,7 @@ def test_the_codecs_decode_or_refuse_any_bytes_without_leaking(bundle, rng):
     assert peak - before < 5_000_000
 
 
-def test_any_grpc_message_is_answered_or_refused(bundle, rng):
+def test_any_grpc_message_is_decoded_or_refused(bundle, rng):
     request = messages.types.ModelInferRequest(model_name="digits")
     request.inputs.add(name="image", datatype="UINT8", shape=[2, 8, 8, 1])
     request.raw_input_contents.append(bytes(128))
@@ -160,7 +160,7 @@ def test_any_grpc_message_is_answered_or_refused(bundle, rng):
     assert answered
 
 
-def test_the_server_answers_any_request_with_a_fitting_status(bundle, rng):
+def test_any_http_request_gets_a_status_below_500(bundle, rng):
     rest = make_rest(bundle, limits={"timeout_s": 20, "max_body_bytes": 100_000})
     statuses = {}
 

@@ -1,4 +1,4 @@
-"""The ingress that a server chooses when it is imported."""
+"""The ingress that is chosen when `serve` is imported."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ SHOW = "import os, serve; print(os.environ['RAY_SERVE_ENABLE_HA_PROXY'])"
         ({"RAY_SERVE_ENABLE_HA_PROXY": "0"}, "0", 0),
     ],
 )
-def test_without_haproxy_rays_proxy_serves_and_that_is_said_once(changes, chosen, lines):
+def test_without_haproxy_rays_proxy_is_used_with_one_note(changes, chosen, lines):
     environment = {key: value for key, value in os.environ.items() if "RAY_SERVE" not in key}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],

@@ -1,4 +1,4 @@
-"""A server as `serve run` starts it: what it listens on, who gets in, and how it ends."""
+"""A server that `serve run` has started: its sockets, their protection, and how it ends."""
 
 import ipaddress
 import os
@@ -23,14 +23,14 @@ from tests.serve.http.test_routes import ZEROS, v2_body
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# For documentation (RFC 5737): no machine has it otherwise.
+# Reserved for documentation (RFC 5737), so no other machine has this address.
 OTHER = "198.51.100.7"
 INSIDE = "/ray.serve.ASGIService/HandleRequest"
 
 
 @pytest.fixture(scope="module")
 def started(bundle, tmp_path_factory):
-    """(process, log, storage) of a server with all defaults but where it keeps things."""
+    """(process, log, storage) of a server with default options apart from storage and log."""
     storage = tmp_path_factory.mktemp("storage")
     log = storage / "serve.log"
     process = server.start(
@@ -43,7 +43,7 @@ def started(bundle, tmp_path_factory):
 
 @contextmanager
 def another_address():
-    """An address of this machine that is not loopback, as one on the network has it."""
+    """Yield an address of this machine that is not a loopback address."""
     added = subprocess.run(
         ["ip", "address", "add", f"{OTHER}/32", "dev", "lo"], check=False, capture_output=True
     )
@@ -62,7 +62,7 @@ def another_address():
 
 
 def sockets(process):
-    """(name, address, port) of what a process and all below it listen on, or take datagrams at."""
+    """Return (name, address, port) of TCP listeners and UDP sockets of a process tree."""
     found = []
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -81,7 +81,7 @@ def test_every_socket_is_on_loopback(started):
     server_process = psutil.Process(started[0].pid)
 
     def serves():
-        """Whether HAProxy listens: it is replaced where a replica comes or goes."""
+        """Return whether HAProxy listens; it is replaced when a replica starts or ends."""
         return {8000, 9000} <= {port for _, _, port in sockets(server_process)}
 
     load.wait_for(serves)
@@ -90,7 +90,7 @@ def test_every_socket_is_on_loopback(started):
     assert [each for each in found if not ipaddress.ip_address(each[1]).is_loopback] == []
 
 
-def test_no_port_is_reached_by_another_address(started):
+def test_no_port_is_reachable_at_another_address(started):
     with another_address() as address:
         for name, _, port in sockets(psutil.Process(started[0].pid)):
             with socket.socket() as probing:
@@ -99,7 +99,7 @@ def test_no_port_is_reached_by_another_address(started):
 
 
 def test_a_replica_runs_nothing_without_the_token(started):
-    """Serve's own calls between deployments, which unpickle what they are sent."""
+    """Ray Serve's calls between deployments unpickle their messages."""
     ports = [each["port"] for each in node_checks.listeners() if each["process"] == "ServeReplica"]
     asked = 0
     for port in ports:
@@ -112,11 +112,11 @@ def test_a_replica_runs_nothing_without_the_token(started):
                 grpc.StatusCode.UNAVAILABLE,
             )
             asked += caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-    # The model's and the repository's.
+    # The port of the model and that of the repository.
     assert asked == 2
 
 
-def test_the_administration_of_haproxy_is_for_its_user_alone(started):
+def test_haproxys_admin_socket_is_private_to_its_user(started):
     files = list((private.private_root() / "haproxy").rglob("admin.sock"))
     assert files
     for file in files:
@@ -140,7 +140,7 @@ def test_pages_of_other_sites_change_nothing(started):
     assert httpx.post(unload.replace("unload", "load")).status_code == 200
 
 
-def test_its_start_ends_with_one_line_that_says_what_is_served(started, bundle):
+def test_the_last_line_of_the_start_names_the_served_model(started, bundle):
     lines = started[1].read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("serving ")]
     assert line == (
@@ -150,7 +150,7 @@ def test_its_start_ends_with_one_line_that_says_what_is_served(started, bundle):
     assert line == lines[-1]
 
 
-def test_the_doctor_names_what_listens_and_what_protects_it(started):
+def test_the_doctor_lists_listeners_and_their_protection(started):
     done = subprocess.run(
         [sys.executable, "-m", "cluster", "doctor"],
         cwd=server.REPOSITORY,
@@ -166,8 +166,8 @@ def test_the_doctor_names_what_listens_and_what_protects_it(started):
     assert "token of Ray" in done.stderr
 
 
-# Ends the server.
-def test_sigterm_ends_it_cleanly_with_its_last_records_written(started):
+# Must be the last test, because it ends the server.
+def test_sigterm_ends_the_server_after_writing_its_records(started):
     process, log, storage = started
     with httpx.Client() as client:
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""A server of several models behind one address, as serve/configs/multi.yaml describes it."""
+"""A server of several models behind one address, configured by serve/configs/multi.yaml."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def url(trained, storage_path, tmp_path_factory):
         text=True,
         check=True,
     ).stdout.splitlines()
-    # Else each replica waits for half a minute before it ends.
+    # Otherwise each replica waits for half a minute before it ends.
     environment = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
     for line in lines:
         (pair,) = shlex.split(line.removeprefix("export "))
@@ -50,7 +50,7 @@ def url(trained, storage_path, tmp_path_factory):
         yield url
 
 
-def test_the_gateway_passes_bodies_of_many_megabytes_on(url):
+def test_the_gateway_forwards_bodies_of_many_megabytes(url):
     random = np.random.default_rng(0)
     records = []
     for _ in range(48):
@@ -67,7 +67,7 @@ def test_the_gateway_passes_bodies_of_many_megabytes_on(url):
     assert answer.json()["predictions"][0]["label"] == one.json()["predictions"][0]["label"]
 
 
-def test_a_body_beyond_the_limit_is_refused_by_its_name(url):
+def test_a_body_beyond_the_limit_is_refused_with_the_limit(url):
     answer = httpx.post(f"{url}{PREDICT}", content=b" " * (17 << 20), timeout=60)
     assert answer.status_code == 413
     assert "at most 16777216 are accepted" in answer.text

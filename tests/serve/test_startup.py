@@ -1,4 +1,4 @@
-"""What `serve run` says around the server."""
+"""Messages that `serve run` prints while the server starts and ends."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from serve import startup
 
 
 @pytest.mark.parametrize("ending", [False, True])
-def test_a_start_that_cannot_be_followed_is_one_line(monkeypatch, capsys, ending):
+def test_a_start_that_cannot_be_followed_is_reported_once(monkeypatch, capsys, ending):
     async def fails():
         raise RuntimeError("the controller died\nand more")
 

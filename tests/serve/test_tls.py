@@ -1,4 +1,4 @@
-"""A server that speaks TLS and asks clients for certificates, with the clients that people use."""
+"""A server with TLS that requires client certificates, used by common clients."""
 
 import asyncio
 import shutil
@@ -58,7 +58,7 @@ def url(bundle, authority, client_files, server_files, tmp_path_factory):
         yield url
 
 
-def test_tritons_http_client_by_tls(url, bundle, authority, client_files):
+def test_tritons_http_client_works_over_tls(url, bundle, authority, client_files):
     client = triton_http.InferenceServerClient(
         HTTP, ssl=True, ssl_context_factory=lambda: authority.context(client=client_files)
     )
@@ -66,7 +66,7 @@ def test_tritons_http_client_by_tls(url, bundle, authority, client_files):
     same(client.infer("digits", [tensor(triton_http)]), expected)
 
 
-def test_tritons_grpc_client_by_tls(url, bundle, authority, client_files):
+def test_tritons_grpc_client_works_over_tls(url, bundle, authority, client_files):
     cert, key = map(str, client_files)
     files = {"root_certificates": str(authority.file), "certificate_chain": cert}
     expected = Predictor.load(bundle).predict([{"image": image} for image in IMAGES])
@@ -76,7 +76,7 @@ def test_tritons_grpc_client_by_tls(url, bundle, authority, client_files):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 @pytest.mark.parametrize("version", ["1.1", "2"])
-def test_curl_by_tls(url, authority, client_files, version):
+def test_curl_works_over_tls(url, authority, client_files, version):
     cert, key = map(str, client_files)
     command = ["curl", "--silent", "--show-error", f"--http{version}", "--cert", cert, "--key", key]
     command += ["--cacert", str(authority.file), "--write-out", "%{http_code} %{http_version}"]
@@ -96,7 +96,7 @@ def test_a_client_without_a_certificate_is_refused(url, authority):
         client.is_server_live(client_timeout=5)
 
 
-def test_broken_input_is_no_servers_error(url, authority, client_files):
+def test_malformed_input_causes_no_server_error(url, authority, client_files):
     def context(protocol):
         return authority.context(protocol, client=client_files)
 
@@ -109,7 +109,7 @@ def test_broken_input_is_no_servers_error(url, authority, client_files):
 
 
 def test_no_request_is_lost_while_certificates_change(url, authority, client_files, server_files):
-    """One client keeps its connection, another makes one for each request, which shows the new."""
+    """One client keeps its connection; another opens one per request and gets new certificates."""
     body = v2_body(ZEROS)
     context = authority.context(client=client_files)
     seen, failures, ended = set(), [], threading.Event()
@@ -126,7 +126,7 @@ def test_no_request_is_lost_while_certificates_change(url, authority, client_fil
             first = ask(client)
             while not ended.is_set():
                 if ask(client) != first:
-                    failures.append("the connection was made again")
+                    failures.append("the connection was opened again")
 
     keeping = threading.Thread(target=keep)
     keeping.start()

@@ -35,19 +35,19 @@ CHROMIUM = shutil.which("chromium")
 MARKUP = "<img src=x onerror=alert(1)>"
 CARD = "<!doctype html><title>Card</title><p>It tells of the model."
 SECRET = "hk_" + "a" * 43
-# How long a page may take to show what is waited for.
+# Time limit for an expected element to appear on a page.
 PATIENCE_MS = 15_000
 
 
 def golden_digit(bundle):
-    """An image, uint8 [H, W], and the index of the class that the model gives it."""
+    """Return an image, uint8 [H, W], and the index of the class that the model predicts."""
     inputs, outputs = bundle.golden(bundle.manifest.default_variant)
     return inputs["image"][0].squeeze(), int(outputs["logits"][0].argmax())
 
 
 @pytest.fixture(scope="module")
 def marked(bundle, tmp_path_factory):
-    """The bundle with a model card, and markup where a class has its name."""
+    """The bundle with a model card, and with HTML markup as the name of one class."""
     copy = tmp_path_factory.mktemp("marked") / "bundle"
     shutil.copytree(bundle.path, copy)
     features = json.loads((copy / "features.json").read_text())
@@ -78,7 +78,7 @@ def keys():
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/console/{path.name}" for path in static_files())])
-def test_the_page_and_its_files_run_nothing_of_others(client, path):
+def test_the_page_and_its_files_allow_no_foreign_scripts(client, path):
     answer = client.get(path)
     if path == "/console/index.html":
         assert answer.status_code == 404
@@ -120,7 +120,7 @@ def test_the_manifest_is_the_bundles_with_fields_for_the_form(client, marked):
     assert client.get("/v2/models/digits/versions/4/manifest").status_code == 404
 
 
-def test_each_file_of_the_report_is_answered_as_it_is(client, marked):
+def test_files_of_the_report_are_returned_unchanged(client, marked):
     names = [name for name in marked.manifest.files if name.startswith("report/")]
     assert {"report/variants.png", "report/card.html"} <= set(names)
     for name in names:
@@ -141,10 +141,10 @@ def test_each_file_of_the_report_is_answered_as_it_is(client, marked):
         *("variants.png\0", "card.html\n", "é.png", "x" * 5000),
     ],
 )
-def test_nothing_but_the_listed_report_is_answered(marked, name):
+def test_only_listed_files_of_the_report_are_returned(marked, name):
     (marked.path / "report" / "unlisted.txt").write_text("not in the manifest")
     path = f"/v2/models/digits/report/{name}"
-    # Not by a client, which would tidy the path.
+    # Called directly, because an HTTP client would normalise the path.
     status, _, body = asyncio.run(model_gateway.call_app(make_rest(marked), "GET", path, [], b""))
     assert status == 404
     assert set(json.loads(body)) == {"error"}
@@ -175,7 +175,7 @@ def test_a_key_is_needed_for_a_model_but_not_for_the_page(marked):
 
 
 def several(*bundles):
-    """The front of several models."""
+    """Return the gateway of several models."""
     models = {bundle.manifest.name: Application(make_host(bundle)) for bundle in bundles}
     config = GatewayConfig(
         models=list(models), limits={"max_body_bytes": 10**6, "body_timeout_s": 5}
@@ -184,7 +184,7 @@ def several(*bundles):
     return model_gateway.ModelGateway(find, find, Guard(None, loopback=True), config)
 
 
-def test_the_front_of_several_models_has_the_console_too(marked):
+def test_the_gateway_of_several_models_has_the_console(marked):
     with client_of(several(marked)) as client:
         assert client.get("/").text == (console.STATIC / "index.html").read_text()
         assert client.get("/console/console.js").status_code == 200
@@ -194,7 +194,7 @@ def test_the_front_of_several_models_has_the_console_too(marked):
         assert card.headers["content-security-policy"].startswith("sandbox")
 
 
-# The page in a browser.
+# Tests of the page in a browser.
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"
@@ -202,7 +202,7 @@ needs_browser = pytest.mark.skipif(
 
 
 class Alone:
-    """A replica that is asked by itself: no other process gathers what it counted."""
+    """A single replica that reports its own metrics, without a process that collects them."""
 
     def __init__(self, bundle, **options):
         host = make_host(bundle, **options)
@@ -215,7 +215,7 @@ class Alone:
 
 @contextmanager
 def listening(application):
-    """Yield the URL at which an ASGI application answers."""
+    """Serve an ASGI application; yield its URL."""
     config = uvicorn.Config(application, port=0, log_level="warning", lifespan="off")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
@@ -237,14 +237,14 @@ def listening(application):
 def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as run:
-        # Its sandbox needs what containers seldom have; only our own page is opened.
+        # Chromium's sandbox needs privileges that containers rarely have; we open our page only.
         browser = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 class Visit:
-    """A page of its own, and what went wrong on it."""
+    """A browser page that records its problems and the URLs of its requests."""
 
     def __init__(self, browser, url, **options):
         self.url = url
@@ -264,7 +264,7 @@ class Visit:
         return self.page
 
     def check(self):
-        """Nothing failed, and nobody else was asked."""
+        """Assert that nothing failed and that no other host was contacted."""
         assert self.problems == []
         others = [url for url in self.asked if not url.startswith((self.url, "blob:", "data:"))]
         assert others == []
@@ -291,7 +291,7 @@ def site(marked):
 
 @pytest.fixture(scope="module")
 def digit(marked):
-    """A PNG that the model takes for the class whose name is markup."""
+    """A PNG for which the model predicts the class whose name is markup."""
     content = image_bytes(golden_digit(marked)[0])
     return {"name": f"{MARKUP}.png", "mimeType": "image/png", "buffer": content}
 
@@ -304,7 +304,7 @@ def fits(page):
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_overview_shows_what_is_served(visit, marked, width):
+def test_the_overview_shows_the_served_model(visit, marked, width):
     shown = visit(viewport={"width": width, "height": 800}, color_scheme="dark")
     page = shown.open()
     page.wait_for_selector("figure img[src^='blob:']")
@@ -326,7 +326,7 @@ def test_the_overview_shows_what_is_served(visit, marked, width):
 
 @needs_browser
 @pytest.mark.slow
-def test_a_card_is_linked_only_where_there_is_one(visit, bundle):
+def test_a_model_card_is_linked_only_if_it_exists(visit, bundle):
     with listening(Alone(bundle).rest) as url:
         shown = visit(url)
         page = shown.open()
@@ -353,7 +353,7 @@ def test_an_image_is_predicted_and_markup_stays_text(visit, digit):
 
 @needs_browser
 @pytest.mark.slow
-def test_errors_of_an_input_are_shown_as_the_server_words_them(visit):
+def test_the_servers_error_for_an_input_is_shown(visit):
     shown = visit()
     page = shown.open("#/digits/try")
     wrong = {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"}
@@ -367,7 +367,7 @@ def test_errors_of_an_input_are_shown_as_the_server_words_them(visit):
 
 @needs_browser
 @pytest.mark.slow
-def test_all_is_reached_by_keyboard_and_has_a_name(visit):
+def test_every_control_has_a_name_and_keyboard_access(visit):
     shown = visit()
     page = shown.open("#/digits/try")
     page.get_by_role("button", name="Predict").wait_for()
@@ -399,7 +399,7 @@ def test_all_is_reached_by_keyboard_and_has_a_name(visit):
 
 @needs_browser
 @pytest.mark.slow
-def test_a_key_is_asked_for_and_kept_in_the_tab(visit, marked):
+def test_a_key_is_requested_and_kept_in_the_tab(visit, marked):
     with listening(Alone(marked, keys=keys()).rest) as url:
         shown = visit(url)
         page = shown.open()
@@ -419,7 +419,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, marked):
 
 @needs_browser
 @pytest.mark.slow
-def test_metrics_are_asked_for_only_while_the_page_is_seen(visit, digit):
+def test_metrics_are_requested_only_while_the_page_is_visible(visit, digit):
     shown = visit()
     page = shown.page
     page.clock.install()
@@ -445,7 +445,7 @@ def test_metrics_are_asked_for_only_while_the_page_is_seen(visit, digit):
 
 @needs_browser
 @pytest.mark.slow
-def test_rates_and_percentiles_are_those_of_what_was_counted(visit, rng):
+def test_rates_and_percentiles_match_the_metrics(visit, rng):
     page = visit().open()
     seconds = rng.lognormal(-4, 1, 500)
 
@@ -459,7 +459,7 @@ def test_rates_and_percentiles_are_those_of_what_was_counted(visit, rng):
         labels = {"model": MARKUP + '"\\', "version": "3", "replica": replica}
         return exposition(metrics.snapshot(labels)).decode()
 
-    # Replica a is started anew between the polls, b goes on, c comes.
+    # Between the polls, replica a restarts, b continues and c starts.
     polls = [
         text(seconds[:100], "a") + text(seconds[:50], "b"),
         text(seconds[100:160], "a", bad=5) + text(seconds[:250], "b") + text(seconds[250:350], "c"),
@@ -482,7 +482,7 @@ def test_rates_and_percentiles_are_those_of_what_was_counted(visit, rng):
 
 
 def interpolated(values, share):
-    """Prometheus' histogram_quantile of values."""
+    """Return the quantile that Prometheus' histogram_quantile gives for values, float64 [N]."""
     rank, low, below = share * len(values), 0.0, 0
     for bound in SECONDS:
         count = int(np.sum(values <= bound))
@@ -602,7 +602,7 @@ STATS = {
         (STATS, ["97.21 %", "0.98 [0.97, 0.99]", "120 of 500 rows", MARKUP]),
     ],
 )
-def test_a_rollout_is_shown_as_far_as_the_server_tells_of_it(visit, said, words):
+def test_a_rollout_is_shown_from_complete_or_partial_stats(visit, said, words):
     shown = visit(viewport={"width": 360, "height": 800})
     shown.page.route("**/stats", lambda route: route.fulfill(json={"model_stats": [], **said}))
     page = shown.open("#/digits/rollout")
@@ -617,7 +617,7 @@ def test_a_rollout_is_shown_as_far_as_the_server_tells_of_it(visit, said, words)
 @needs_browser
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_server_with_replicas_answers_its_console(
+def test_the_console_works_with_several_replicas(
     visit, trained, bundle, storage_path, tmp_path, digit
 ):
     log = tmp_path / "serve.log"

@@ -1,4 +1,4 @@
-"""Drift is told from chance: statistics against references, and false alarms as configured."""
+"""Drift detection: statistics compared with numpy and scipy, and the rate of false alarms."""
 
 import asyncio
 import math
@@ -28,17 +28,17 @@ def test_values_are_counted_as_numpy_counts_them():
     counts = number([0] * 6).count(values)
     expected, _ = np.histogram(values[7:], bins=EDGES)
     assert counts.tolist() == [7, (values < 0).sum(), *expected, (values > 4).sum()]
-    # The last edge is of the last bin, as in numpy.
+    # The last edge belongs to the last bin, as in numpy.
     assert number([0] * 6).count(np.array([4.0])).tolist() == [0, 0, 0, 0, 1, 0]
 
 
-def test_a_number_that_never_changed_has_one_bin():
+def test_a_constant_number_has_one_bin():
     constant = number([0] * 4, (3.0, 3.0))
     assert constant.count(np.array([2.0, 3.0, 3.0, 4.0])).tolist() == [0, 1, 2, 1]
 
 
 @pytest.mark.parametrize("values", [[0, 1, 1, 0], [1, 2, 3, 3, 2], [0.5], list(range(16))])
-def test_each_of_few_values_has_a_bin(values):
+def test_each_value_has_its_own_bin_if_there_are_few(values):
     measured = QuantityValues("number", "inputs", np.array(values, float))
     edges = feature_statistics.bin_edges(measured, "n")
     counts = number([0] * (len(edges) + 2), edges).count(measured.values)
@@ -46,7 +46,7 @@ def test_each_of_few_values_has_a_bin(values):
     assert counts[2:-1].tolist() == expected.tolist()
 
 
-def test_bins_of_many_values_hold_about_as_many_each():
+def test_bins_of_many_values_have_about_equal_counts():
     values = np.random.default_rng(0).lognormal(size=4000)
     edges = feature_statistics.bin_edges(QuantityValues("number", "inputs", values), "n")
     counts = np.histogram(values, edges)[0]
@@ -54,12 +54,12 @@ def test_bins_of_many_values_hold_about_as_many_each():
     assert np.ptp(counts) <= 2
 
 
-def test_names_beyond_the_last_bin_share_it():
+def test_categories_beyond_the_last_bin_share_it():
     category = Quantity("category", "inputs", np.zeros(3, np.int64), labels=("a", "b", "(others)"))
     assert category.count(np.array([0, 1, 2, 7])).tolist() == [1, 1, 2]
 
 
-def test_ks_is_that_of_scipy_where_bins_part_all_values():
+def test_ks_equals_scipys_if_each_value_has_a_bin():
     generator = np.random.default_rng(1)
     one, two = generator.integers(0, 6, 300), generator.integers(1, 7, 200)
     expected = stats.ks_2samp(one, two).statistic
@@ -70,17 +70,17 @@ def test_ks_is_that_of_scipy_where_bins_part_all_values():
 def test_psi_is_the_symmetric_divergence():
     p, q = np.array([0.2, 0.3, 0.5]), np.array([0.1, 0.6, 0.3])
     expected = stats.entropy(p, q) + stats.entropy(q, p)
-    # So many that half a count more is nothing.
+    # Counts so large that the half count that psi() adds has no effect.
     assert statistics.psi(p * 1e9, q * 1e9) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rows", [100, 500])
-def test_false_alarms_are_as_many_as_configured(rows):
+def test_the_rate_of_false_alarms_is_as_configured(rows):
     generator = np.random.default_rng(2)
     spread = generator.dirichlet(np.ones(18), size=6)
     alarm_rate, repeats, windows = 0.05, 8, 50
     alarmed = 0
-    # The baseline is a draw itself: another each time.
+    # The baseline is itself a random sample, so draw a new one each time.
     for repeat in range(repeats):
         found = {f"q{i}": number(generator.multinomial(800, p)) for i, p in enumerate(spread)}
         drawn = draw_thresholds(found, rows, alarm_rate, seed=repeat)
@@ -94,7 +94,7 @@ def test_false_alarms_are_as_many_as_configured(rows):
             )
         assert watch.num_full == 0
     share = alarmed / (repeats * windows)
-    # Windows share a baseline, and differ less than the binomial says.
+    # Windows share a baseline, so their alarms are correlated; a binomial bound would be too low.
     assert share <= 2 * alarm_rate
     assert share > 0
 
@@ -127,7 +127,7 @@ def baseline(bundle):
     return bundle.quantities
 
 
-def test_a_bundle_knows_how_its_held_out_records_are_spread(bundle, baseline):
+def test_a_bundle_contains_statistics_of_held_out_records(bundle, baseline):
     held_out = bundle.manifest.data["valid"]["num_records"]
     assert {"image.brightness", "image.contrast", "prediction", "confidence"} <= set(baseline)
     for quantity in baseline.values():
@@ -135,7 +135,7 @@ def test_a_bundle_knows_how_its_held_out_records_are_spread(bundle, baseline):
     assert baseline["prediction"].labels == bundle.task.target.classes
 
 
-def test_a_baseline_of_another_version_watches_nothing():
+def test_a_baseline_in_another_format_is_ignored():
     assert feature_statistics.read_baseline(b'{"num_records": 3, "inputs": {}}') == {}
 
 
@@ -145,7 +145,7 @@ def rows_of(task: Task, count):
     return {"image": images}, {"probabilities": probabilities}
 
 
-def test_the_sampler_counts_no_more_rows_than_it_may(bundle, baseline):
+def test_the_sampler_stays_within_its_row_rate(bundle, baseline):
     async def watch():
         sampler = DriftSampler(bundle.task, baseline, 10 * BLOCK_ROWS)
         inputs, predictions = rows_of(bundle.task, 7)
@@ -159,7 +159,7 @@ def test_the_sampler_counts_no_more_rows_than_it_may(bundle, baseline):
 
     sampler, blocks = asyncio.run(watch())
     assert sampler.seen == 700
-    # What was saved up, and a tenth of a second's.
+    # The budget saved before the requests, and that of a tenth of a second.
     assert BLOCK_ROWS <= sampler.sampled <= 2 * BLOCK_ROWS
     assert all(counts.sum(axis=-1).max() == BLOCK_ROWS for counts in blocks[0].values())
     assert set(blocks[0]) == set(baseline)

@@ -1,4 +1,4 @@
-"""gRPC: tritonclient against the real service, with a real bundle behind it."""
+"""The gRPC service with a real bundle, called by tritonclient."""
 
 import asyncio
 import subprocess
@@ -49,7 +49,7 @@ MESSAGES_OF_KSERVE = {"RepositoryModelLoadResponse", "RepositoryModelUnloadRespo
 
 
 class Plane:
-    """A plane that does what a test says instead of predicting."""
+    """A plane whose `predict` is a function that the test supplies."""
 
     version = "3"
 
@@ -59,7 +59,7 @@ class Plane:
 
 
 class SomeKeys:
-    """Asks for none, but knows a wrong one."""
+    """A key store that requires no key and rejects only the key "wrong"."""
 
     def check(self, authorization, now):
         if authorization == "Bearer wrong":
@@ -67,7 +67,7 @@ class SomeKeys:
 
 
 class Repository:
-    """What is served: planes by name. Remembers what was asked of it."""
+    """A stand-in for a model's host and repository, with planes by name; records its calls."""
 
     versions = ("3",)
     config = ServeConfig(limits={"max_rows": 64, "max_body_bytes": MAX_BYTES})
@@ -155,7 +155,7 @@ def client(url):
 
 @pytest.fixture(scope="module")
 def call(url):
-    """Call a method with a message of tritonclient's; return its answer and trailing metadata."""
+    """A function that calls a method with a message; returns response and trailing metadata."""
     with grpc.insecure_channel(url) as channel:
 
         def call(method, request, metadata=()):
@@ -177,7 +177,7 @@ def expected(bundle):
 
 @pytest.fixture
 def serving(repository, bundle):
-    """Serve a model "other" that does what a test says."""
+    """A function that serves a model "other" with the `predict` of a test."""
 
     def serving(predict):
         repository.planes["other"] = Plane(bundle.manifest, predict)
@@ -192,7 +192,7 @@ def raw_input(values=IMAGES, name="image", datatype="UINT8", shape=None):
 
 
 def typed(field="uint_contents", values=None, **changes):
-    """A request whose tensor is typed, as a message of tritonclient's."""
+    """Return a request of tritonclient whose tensor has typed contents."""
     values = IMAGES.ravel().tolist() if values is None else values
     tensor = {"name": "image", "datatype": "UINT8", "shape": IMAGES.shape, **changes}
     return service_pb2.ModelInferRequest(
@@ -200,7 +200,7 @@ def typed(field="uint_contents", values=None, **changes):
     )
 
 
-def test_messages_have_the_fields_of_tritonclients():
+def test_messages_have_the_same_fields_as_tritonclients():
     seen, waiting = set(), [getattr(messages.types, name).DESCRIPTOR for name in names()]
     while waiting:
         ours = waiting.pop()
@@ -238,7 +238,7 @@ def choices(message):
     return [(choice.name, field.name) for choice in message.oneofs for field in choice.fields]
 
 
-def test_enums_have_the_numbers_of_tritonclients():
+def test_enums_have_the_same_numbers_as_tritonclients():
     config = messages.types.ModelQueuePolicy.DESCRIPTOR.fields_by_name["timeout_action"]
     assert config.type == FieldDescriptor.TYPE_ENUM
     theirs = [*model_config_pb2.DataType.items()]
@@ -263,7 +263,7 @@ def test_the_proto_names_the_methods_that_are_served():
     assert [method.name for method in declared.method] == protocol.METHODS
 
 
-def test_the_server_and_its_model_tell_what_they_are(client):
+def test_metadata_of_the_server_and_its_model_is_returned(client):
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("digits")
@@ -278,7 +278,7 @@ def test_the_server_and_its_model_tell_what_they_are(client):
     assert (config.max_batch_size, config.input[0].data_type) == (64, model_config_pb2.TYPE_UINT8)
 
 
-def test_raw_tensors_are_answered_as_the_predictor_does(client, expected):
+def test_raw_tensors_give_the_predictors_results(client, expected):
     answer = client.infer("digits", [raw_input()], request_id="q")
     assert answer.get_response().id == "q"
     assert [label.decode() for label in answer.as_numpy("label")] == expected["label"].tolist()
@@ -287,13 +287,13 @@ def test_raw_tensors_are_answered_as_the_predictor_does(client, expected):
     )
 
 
-def test_a_png_is_answered_as_its_pixels(client, expected):
+def test_a_png_gives_the_same_result_as_its_pixels(client, expected):
     files = np.array([image_bytes(image.squeeze()) for image in IMAGES], object)
     answer = client.infer("digits", [raw_input(files, datatype="BYTES")])
     assert [label.decode() for label in answer.as_numpy("label")] == expected["label"].tolist()
 
 
-def test_typed_tensors_are_answered_typed(call, expected):
+def test_typed_tensors_get_typed_outputs(call, expected):
     answer, _ = call("ModelInfer", typed())
     label, probabilities = answer.outputs
     assert not answer.raw_output_contents
@@ -305,12 +305,12 @@ def test_typed_tensors_are_answered_typed(call, expected):
     )
 
 
-def test_the_answer_has_the_outputs_asked_for(client):
+def test_the_response_has_the_requested_outputs(client):
     answer = client.infer("digits", [raw_input()], outputs=[triton.InferRequestedOutput("label")])
     assert [output.name for output in answer.get_response().outputs] == ["label"]
 
 
-def test_parameters_client_and_deadline_reach_the_terms(client, repository):
+def test_parameters_client_and_deadline_reach_the_repository(client, repository):
     own = {"text": "a", "flag": True, "real": 0.5}
     client.infer(
         "digits",
@@ -332,7 +332,7 @@ def test_a_call_without_a_deadline_has_none(client, repository):
     assert repository.asked[-1] == ({}, "", None)
 
 
-def test_the_request_id_comes_back(call):
+def test_the_request_id_is_returned(call):
     for request in (typed(), typed(name="picture")):
         try:
             _, trailing = call("ModelInfer", request, [("x-request-id", "a1")])
@@ -357,7 +357,7 @@ def test_typed_contents_of_each_datatype_keep_their_values(datatype, field):
 
 
 def request(raw=None, **changes):
-    """A request with `raw` data for each tensor, or as `typed` makes it."""
+    """Return a request with `raw` data for each tensor, or with typed contents if it is None."""
     if raw is None:
         return typed(**changes)
     message = typed(**changes)
@@ -425,7 +425,7 @@ def test_a_long_name_leaves_room_for_the_message(call):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_shape_takes_no_memory_that_data_does_not(bundle):
+def test_a_large_shape_without_data_allocates_no_memory(bundle):
     message = messages.types.ModelInferRequest.FromString(
         typed(values=[0], shape=[1, 2**15, 2**15, 1]).SerializeToString()
     )
@@ -445,7 +445,7 @@ def test_a_shape_takes_no_memory_that_data_does_not(bundle):
         ("digits", "", MAX_BYTES // 64 + 1, "RESOURCE_EXHAUSTED"),
     ],
 )
-def test_another_model_and_too_many_rows_have_their_codes(client, model, version, rows, code):
+def test_unknown_models_and_too_many_rows_have_their_codes(client, model, version, rows, code):
     images = np.zeros((rows, 8, 8, 1), np.uint8)
     with pytest.raises(InferenceServerException) as caught:
         client.infer(model, [raw_input(images)], model_version=version)
@@ -467,7 +467,7 @@ def test_another_model_and_too_many_rows_have_their_codes(client, model, version
         (RequestError("no"), "INTERNAL"),
     ],
 )
-def test_each_error_has_its_code_and_says_when_to_come_again(error, code, call, serving):
+def test_each_error_has_its_code_and_retry_after(error, code, call, serving):
     async def predict(columns, terms):
         raise error
 
@@ -481,7 +481,7 @@ def test_each_error_has_its_code_and_says_when_to_come_again(error, code, call, 
     assert dict(caught.value.trailing_metadata()).get("retry-after") == later
 
 
-def test_an_engine_failure_shows_no_insides(client, serving, caplog):
+def test_an_engine_failure_reveals_no_details(client, serving, caplog):
     async def predict(columns, terms):
         raise RuntimeError("secret path")
 
@@ -527,7 +527,7 @@ def test_models_are_listed_loaded_and_unloaded(client, repository):
         client.load_model("digits", config="{}")
 
 
-def test_only_health_is_told_without_a_key(client):
+def test_only_health_is_available_with_a_wrong_key(client):
     headers = {"authorization": "Bearer wrong"}
     assert client.is_server_live(headers)
     assert client.is_server_ready(headers)
@@ -545,7 +545,7 @@ def test_only_health_is_told_without_a_key(client):
             refused()
 
 
-def test_a_key_is_refused_before_the_message_is_sent(url):
+def test_a_wrong_key_is_refused_before_the_message_is_sent(url):
     never = threading.Event()
 
     def messages():
@@ -570,7 +570,7 @@ def test_a_call_without_a_message_is_refused(url):
 
 
 class Arriving:
-    """The calls whose messages arrive at the same time, and the most there were."""
+    """A call's context that counts messages that are arriving, now and at most."""
 
     def __init__(self):
         self.now = self.most = 0
@@ -586,7 +586,7 @@ class Arriving:
         return b"message"
 
 
-def test_few_messages_arrive_at_the_same_time(run):
+def test_messages_that_arrive_at_the_same_time_are_limited(run):
     async def ask():
         reader = MessageReader(10, 80, 30)
         one, two = Arriving(), Arriving()
@@ -627,7 +627,7 @@ def test_calls_are_counted_with_their_model(client, repository, service):
     assert counted.success.count >= before + 1
 
 
-def test_concurrent_calls_get_their_own_answers(client, bundle):
+def test_concurrent_calls_get_their_own_responses(client, bundle):
     predictor = Predictor.load(bundle)
     batches = [IMAGES[: 1 + index % 5] for index in range(40)]
     with ThreadPoolExecutor(8) as pool:
@@ -640,7 +640,7 @@ def test_concurrent_calls_get_their_own_answers(client, bundle):
 
 
 def on_rays_server(run, add):
-    """Start a gRPC server of Ray Serve's; return it, its address and what is routed by Ray."""
+    """Start Ray Serve's gRPC server; return it, its address and a list of calls that Ray routes."""
     routed = []
 
     def factory(service_method, streaming_type):
@@ -661,7 +661,7 @@ def on_rays_server(run, add):
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_rays_server_answers_itself_where_the_model_is(here, run, service, monkeypatch):
+def test_rays_server_answers_directly_if_the_model_is_local(here, run, service, monkeypatch):
     monkeypatch.setattr(protocol, "local", service if here else None)
     server, url, routed = on_rays_server(
         run, lambda server: protocol.add_to_server(SimpleMock(), server)
@@ -674,13 +674,13 @@ def test_rays_server_answers_itself_where_the_model_is(here, run, service, monke
 
 
 class SimpleMock:
-    """What Ray passes as the servicer: it has every attribute."""
+    """A stand-in for the servicer that Ray passes, which has every attribute."""
 
     def __getattr__(self, name):
         return lambda request, context: None
 
 
-def test_a_deployment_answers_what_rays_proxy_routes_to_it(run, service, monkeypatch, expected):
+def test_a_deployment_answers_calls_from_rays_proxy(run, service, monkeypatch, expected):
     @protocol.answers_grpc
     class Model:
         pass

@@ -1,4 +1,4 @@
-"""Bodies: encodings within bounds, character sets, forms."""
+"""Request bodies: compression within limits, character sets and forms."""
 
 import gzip
 import random
@@ -39,7 +39,7 @@ def test_encoded_bodies_are_read(encoding, encode):
     assert decompressed(encode(BODY), encoding) == BODY
 
 
-def test_a_small_body_that_would_be_large_is_refused():
+def test_a_decompression_bomb_is_refused():
     bomb = gzip.compress(bytes(50_000_000))
     with pytest.raises(PayloadTooLarge, match="more than 1000 bytes after decompression"):
         decompressed(bomb, "gzip", 1000)
@@ -48,7 +48,7 @@ def test_a_small_body_that_would_be_large_is_refused():
         decompressed(members, "gzip", 1000)
 
 
-def test_many_streams_are_read_in_time_that_grows_with_the_body():
+def test_the_number_of_gzip_streams_is_limited():
     parts = b"".join(gzip.compress(bytes([number % 256])) for number in range(4_000))
     assert len(decompressed(parts, "gzip", 10_000)) == 4_000
     with pytest.raises(BadRequest, match="more than 4096 gzip streams"):
@@ -62,7 +62,7 @@ def test_other_encodings_are_refused_by_name(encoding):
 
 
 @pytest.mark.parametrize("body", [b"plain", gzip.compress(BODY)[:-9], gzip.compress(BODY) + b"x"])
-def test_a_body_that_is_not_encoded_as_it_says_is_refused(body):
+def test_a_body_with_a_wrong_content_encoding_is_refused(body):
     with pytest.raises(BadRequest):
         decompressed(body, "gzip")
 
@@ -110,6 +110,6 @@ def test_files_in_forms_keep_their_bytes():
         (form(('name="a"', b"1"))[:-10], "multipart/form-data; boundary=b"),
     ],
 )
-def test_forms_that_are_none_are_refused(body, content_type):
+def test_invalid_forms_are_refused(body, content_type):
     with pytest.raises(BadRequest):
         content.form_fields(body, content_type)

@@ -1,4 +1,4 @@
-"""Vectors and sets of labels in requests: one answer in every form, from a net trained on them."""
+"""Vectors and sets of labels in requests give a trained net's predictions in every format."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_the_metadata_gives_the_length_of_vectors(client):
     ]
 
 
-def test_lists_have_one_answer_in_every_form(client, bundle, records):
+def test_lists_give_the_same_predictions_in_every_format(client, bundle, records):
     asked = [{name: each[name] for name in ("sound", "tags")} for each in records[:20]]
     expected = Predictor.load(bundle).predict(asked)
     hits = [each["hit"] for each in records[:20]]
@@ -101,7 +101,7 @@ def test_lists_have_one_answer_in_every_form(client, bundle, records):
 
 
 def binary_texts(texts):
-    """Each text after its length in four bytes."""
+    """Return the texts in v2's binary format: each after its length in four bytes."""
     return b"".join(len(text.encode()).to_bytes(4, "little") + text.encode() for text in texts)
 
 
@@ -115,14 +115,14 @@ def binary_texts(texts):
         ({"sound": [1, 2, 3], "tags": [["calm"]]}, "tags"),
     ],
 )
-def test_what_is_no_vector_or_set_is_refused(client, record, word):
+def test_invalid_vectors_and_sets_are_refused(client, record, word):
     response = client.post(PREDICT, json={"instances": [record]})
     assert response.status_code == 400
     assert word in response.json()["error"]
     assert "\n" not in response.json()["error"]
 
 
-def test_a_tensor_of_another_length_is_refused(client):
+def test_a_vector_of_another_length_is_refused(client):
     tensors = [
         {"name": "sound", "shape": [2, 2], "datatype": "FP64", "data": [1, 2, 3, 4]},
         {"name": "tags", "shape": [2], "datatype": "BYTES", "data": ["calm", "[]"]},

@@ -1,4 +1,4 @@
-"""The front of several models, before applications of one model each."""
+"""The gateway of several models, in front of applications with one model each."""
 
 import time
 
@@ -16,7 +16,7 @@ from tests.serving import client_of, make_host
 
 
 class Application:
-    """A model's application, as the front asks it."""
+    """A model's application, with the methods that the gateway calls."""
 
     def __init__(self, host):
         self.host, self.rest = host, ModelAPI(host)
@@ -50,7 +50,7 @@ def client(bundle):
         yield client
 
 
-def test_the_front_hands_on_what_names_a_model(client):
+def test_the_gateway_forwards_requests_that_name_a_model(client):
     instances = {"instances": [ZEROS[0].tolist()]}
     answer = client.post("/v1/models/digits:predict", json=instances)
     assert answer.status_code == 200
@@ -76,7 +76,7 @@ def test_the_front_hands_on_what_names_a_model(client):
         ("GET", "/nowhere", 404),
     ],
 )
-def test_each_path_answers_with_its_status(client, method, path, status):
+def test_each_path_has_its_status(client, method, path, status):
     response = client.request(method, path)
     assert response.status_code == status
     if status == 404:
@@ -92,7 +92,7 @@ def test_all_models_are_listed_with_their_state(client):
     ]
 
 
-def test_metrics_of_a_model_are_read_at_the_front(bundle):
+def test_the_gateway_returns_metrics_of_the_models(bundle):
     with make_client(digits=Application(make_host(bundle))) as client:
         client.post("/v2/models/digits/infer", json=v2_body(ZEROS))
         families = text_string_to_metric_families(client.get("/metrics").text)
@@ -101,7 +101,7 @@ def test_metrics_of_a_model_are_read_at_the_front(bundle):
 
 
 class Context:
-    """What Ray Serve tells a policy."""
+    """The context that Ray Serve passes to an autoscaling policy."""
 
     def __init__(self, queued=0, **reports):
         self.aggregated_metrics = reports
@@ -120,18 +120,18 @@ class Context:
         (Context(queued=16), 0.5),
     ],
 )
-def test_replicas_are_wanted_by_rows_and_by_how_busy_they_are(context, wanted):
+def test_desired_replicas_follow_rows_and_utilization(context, wanted):
     assert autoscaling.desired_replicas(context)[0] == pytest.approx(wanted)
 
 
-def test_the_target_comes_from_the_profile_unless_it_is_given():
+def test_the_target_comes_from_the_profile_unless_configured():
     profile = LatencyModel([1, 8, 16], [0.001, 0.004, 0.0079])
     assert autoscaling.target_rows(ServeConfig(), profile) == 16
     assert autoscaling.target_rows(ServeConfig(batching={"max_rows": 4}), profile) == 8
     assert autoscaling.target_rows(ServeConfig(autoscaling={"target_rows": 5}), profile) == 5
 
 
-def test_a_replica_is_as_busy_as_its_loop_or_its_engine():
+def test_utilization_follows_the_event_loop_or_the_engine():
     engine_s, answers = [0.0], [0]
     busy = autoscaling.Utilization(lambda: engine_s[0], lambda: answers[0])
     assert busy.share() == 0
@@ -142,7 +142,7 @@ def test_a_replica_is_as_busy_as_its_loop_or_its_engine():
     assert busy.share() == 0
 
 
-def test_a_replica_that_refuses_for_load_is_busy():
+def test_a_replica_that_refuses_for_load_counts_as_busy():
     refused = [0]
     busy = autoscaling.Utilization(lambda: 0.0, lambda: 0, lambda: refused[0])
     assert busy.share() == 0
@@ -151,8 +151,8 @@ def test_a_replica_that_refuses_for_load_is_busy():
     assert busy.share() == 0
 
 
-def test_a_long_batch_is_seen_before_it_ends():
-    """An engine that has had the same batch for as long as anyone looks."""
+def test_a_long_batch_counts_as_busy_before_it_ends():
+    """The engine's time grows while one batch runs; no batch ends meanwhile."""
     busy = autoscaling.Utilization(time.monotonic, lambda: 0)
     until = time.monotonic() + 0.05
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""HTTP, on the ASGI application with a real bundle behind it."""
+"""The HTTP routes of the ASGI application, with a real bundle."""
 
 import base64
 import gzip
@@ -45,7 +45,7 @@ def v2_body(images, name="image"):
     }
 
 
-def test_v1_png_and_v2_tensor_answer_what_the_predictor_says(client, bundle, test_split):
+def test_v1_png_and_v2_tensor_give_the_predictors_results(client, bundle, test_split):
     images = test_split[0][:40]
     expected = Predictor.load(bundle).predict([{"image": image} for image in images])
     answer = client.post("/v2/models/digits/infer", json=v2_body(images)).json()
@@ -61,8 +61,8 @@ def test_v1_png_and_v2_tensor_answer_what_the_predictor_says(client, bundle, tes
     assert [row["label"] for row in answer["predictions"]] == label["data"]
 
 
-def test_a_picture_has_one_answer_however_it_is_sent(client, test_split):
-    """As a body of its type, in a form, as a data URI, compressed, in other formats."""
+def test_an_image_gives_the_same_result_in_every_form(client, test_split):
+    """Send it as a typed body, in a form, as a data URI, compressed, and as another file type."""
     image = test_split[0][3].squeeze()
     png, tiff = image_bytes(image), image_bytes(image, "TIFF")
     infer, predict = "/v2/models/digits/infer", "/v1/models/digits:predict"
@@ -101,7 +101,7 @@ def test_a_picture_has_one_answer_however_it_is_sent(client, test_split):
         ({"Content-Type": "multipart/form-data; boundary=b"}, 400),
     ],
 )
-def test_bodies_in_other_forms_are_refused(client, headers, status):
+def test_invalid_and_unsupported_bodies_are_refused(client, headers, status):
     for path in ("/v2/models/digits/infer", "/v1/models/digits:predict"):
         response = client.post(path, content=b'{"instances": []}', headers=headers)
         assert response.status_code == status
@@ -140,7 +140,7 @@ def test_metadata_describes_the_model(client):
         ("/docs/assets/index.html", 404),
     ],
 )
-def test_each_path_answers_with_its_status(client, path, status):
+def test_each_path_has_its_status(client, path, status):
     response = client.get(path)
     assert response.status_code == status
     if status >= 400:
@@ -167,18 +167,18 @@ def test_each_error_is_one_json_object(client, path, body, status):
     assert set(response.json()) == {"error"}
 
 
-def test_an_image_of_another_size_is_brought_to_size(client):
+def test_an_image_of_another_size_is_resized(client):
     large = np.zeros((1, 20, 30, 3), np.uint8)
     assert client.post("/v2/models/digits/infer", json=v2_body(large)).status_code == 200
 
 
-def test_the_documented_examples_work_as_they_stand(client):
+def test_the_documented_examples_work(client):
     paths = client.get("/openapi.json").json()["paths"]
     posts = {path: entry["post"] for path, entry in paths.items() if "post" in entry}
-    # Feedback is of a request that was.
+    # Feedback needs the ID of an earlier request.
     others = {path: entry for path, entry in posts.items() if not path.endswith("/feedback")}
     bodies = {path: entry.get("requestBody") for path, entry in others.items()}
-    # Two to predict, and one to load.
+    # Two for predictions and one for loading.
     assert sum(body is not None for body in bodies.values()) == 3
     for path, body in bodies.items():
         if body is not None:
@@ -188,7 +188,7 @@ def test_the_documented_examples_work_as_they_stand(client):
         assert client.get(path).status_code == 200
 
 
-def test_an_engine_failure_shows_no_insides(bundle, caplog):
+def test_an_engine_failure_reveals_no_details(bundle, caplog):
     rest = make_rest(bundle)
 
     def fail(inputs):
@@ -205,7 +205,7 @@ def test_an_engine_failure_shows_no_insides(bundle, caplog):
 ZEROS = np.zeros((1, 8, 8, 1), np.uint8)
 
 
-def test_a_body_may_be_the_pixels_or_the_file_alone(client, test_split):
+def test_a_body_can_be_raw_pixels_or_an_image_file(client, test_split):
     images = test_split[0][:3]
     expected = client.post("/v2/models/digits/infer", json=v2_body(images)).json()["outputs"]
     raw = {"Inference-Header-Content-Length": "0"}
@@ -232,7 +232,7 @@ def test_a_body_may_be_the_pixels_or_the_file_alone(client, test_split):
         ),
     ],
 )
-def test_more_than_allowed_is_refused(bundle, options, body, status):
+def test_requests_beyond_a_limit_are_refused(bundle, options, body, status):
     with client_of(make_rest(bundle, **options)) as client:
         png = base64.b64encode(image_bytes(np.zeros((8, 8), np.uint8))).decode()
         path = "/v1/models/digits:predict" if "instances" in body else "/v2/models/digits/infer"
@@ -241,7 +241,7 @@ def test_more_than_allowed_is_refused(bundle, options, body, status):
         assert set(response.json()) == {"error"}
 
 
-def test_no_websocket_is_opened(bundle):
+def test_websockets_are_refused(bundle):
     rest = make_rest(bundle)
     gateway.register_app(rest)
     try:
@@ -253,14 +253,14 @@ def test_no_websocket_is_opened(bundle):
         gateway.register_app(None)
 
 
-def test_every_answer_has_the_id_of_its_request(client):
+def test_every_response_has_the_id_of_its_request(client):
     given = client.get("/v2", headers={"X-Request-ID": "mine"})
     assert given.headers["x-request-id"] == "mine"
     made = {client.get("/nowhere").headers["x-request-id"] for _ in range(3)}
     assert len(made) == 3
 
 
-def test_a_request_may_say_how_long_it_waits(client):
+def test_a_request_can_set_its_timeout_and_priority(client):
     body = {**v2_body(ZEROS), "parameters": {"timeout": 1}}
     response = client.post("/v2/models/digits/infer", json=body)
     assert response.status_code in (503, 504)
@@ -271,14 +271,14 @@ def test_a_request_may_say_how_long_it_waits(client):
     assert client.post("/v2/models/digits/infer", json=body).status_code == 400
 
 
-def test_an_unloaded_model_says_so_until_it_is_loaded(bundle):
+def test_an_unloaded_model_is_listed_as_unavailable(bundle):
     with client_of(make_rest(bundle)) as client:
         assert client.post("/v2/repository/index").json()[0]["state"] == "READY"
         assert client.post("/v2/repository/models/digits/unload").status_code == 200
         assert client.post("/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
 
 
-def test_keys_open_what_they_are_for(bundle):
+def test_keys_give_access_to_their_models_only(bundle):
     both, other = "hk_" + "a" * 43, "hk_" + "b" * 43
     keys = KeyStore(
         [
@@ -329,7 +329,7 @@ def test_a_wrong_server_option_is_named(arguments, word):
         validate_options(arguments)
 
 
-def test_what_rays_proxy_hands_on_has_its_id_added_there(bundle):
+def test_behind_rays_proxy_no_request_id_is_added(bundle):
     with client_of(gateway.ProxyConnection(make_rest(bundle))) as proxied:
         answer = proxied.get("/v2", headers={"X-Request-ID": "r1"})
     assert answer.json()["name"] == "halyard"

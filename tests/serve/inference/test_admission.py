@@ -1,4 +1,4 @@
-"""Admission: deadlines, priorities, shares, and the profile that estimates are made from."""
+"""Admission of requests: deadlines, priorities, fair shares, and the model of latencies."""
 
 import time
 from collections import Counter
@@ -25,7 +25,7 @@ LIMITS = {"now": 100.0, "timeout_s": 30.0, "priorities": 3, "client": "a"}
         ({}, -1.0, 100, 2),
     ],
 )
-def test_a_client_may_ask_for_less_time_and_another_priority(
+def test_a_client_can_set_a_shorter_timeout_and_its_priority(
     parameters, asked_s, deadline, priority
 ):
     granted = request_options(parameters, asked_s=asked_s, **LIMITS)
@@ -36,7 +36,7 @@ def test_a_client_may_ask_for_less_time_and_another_priority(
     "parameters",
     [{"timeout": "1"}, {"timeout": -1}, {"timeout": True}, {"priority": 4}, {"priority": "high"}],
 )
-def test_wrong_terms_are_refused(parameters):
+def test_invalid_request_options_are_refused(parameters):
     with pytest.raises(BadRequest, match="parameter"):
         request_options(parameters, **LIMITS)
 
@@ -56,7 +56,7 @@ class Job:
 
 
 def served_rows(shares, total):
-    """Rows that each client got of the first `total`, all having more than enough waiting."""
+    """Return the rows of each client among the first `total`, if all have enough rows waiting."""
     queue = FairQueue()
     for client, size in shares.items():
         for _ in range(total // size):
@@ -69,12 +69,12 @@ def served_rows(shares, total):
     return got
 
 
-def test_clients_get_equal_rows_whatever_their_request_size():
+def test_clients_get_equal_rows_for_any_request_size():
     got = served_rows({"small": 1, "large": 16, "middle": 4}, 960)
     assert all(abs(rows - 320) <= 16 for rows in got.values())
 
 
-def test_the_line_keeps_count_of_what_waits():
+def test_the_queue_counts_the_waiting_rows():
     queue = FairQueue()
     first, second = Job(4, "a"), Job(2, "b", priority=2)
     queue.push(first)
@@ -126,7 +126,7 @@ def test_rows_that_were_never_served_are_not_charged():
     assert ahead <= 2
 
 
-def test_what_is_gone_takes_no_room():
+def test_cancelled_requests_take_no_room():
     queue = FairQueue()
     queue.push(Job(1, "kept", priority=1))
     for number in range(10_000):
@@ -139,7 +139,7 @@ def test_what_is_gone_takes_no_room():
     assert len(queue._next) <= 1024
 
 
-def test_the_less_urgent_go_first_when_there_is_no_room():
+def test_less_urgent_requests_are_evicted_first():
     queue = FairQueue()
     jobs = [Job(2, "", priority) for priority in (3, 2, 3)]
     for job in jobs:
@@ -148,8 +148,8 @@ def test_the_less_urgent_go_first_when_there_is_no_room():
     assert queue.evictable(RequestOptions(0, 3, ""), 2) == []
 
 
-def test_who_goes_is_the_latest_of_the_line(rng):
-    """As a search through all that waits finds them."""
+def test_evicted_requests_are_the_latest_of_the_queue(rng):
+    """Compare with an exhaustive search through all waiting requests."""
     queue, waiting = FairQueue(), []
     for _ in range(600):
         client, priority = str(rng.integers(0, 9)), int(rng.integers(1, 4))
@@ -190,13 +190,13 @@ def latest_of(waiting, terms, count):
 
 
 def test_a_job_costs_the_same_among_many_clients():
-    """Names are chosen by clients, so that one of them can have any number."""
+    """Clients choose their names, so a single client can use any number of names."""
     few, many = cost_of_a_full_line(8), cost_of_a_full_line(12_000)
     assert many < 5 * few, (few, many)
 
 
 def cost_of_a_full_line(num_clients):
-    """Seconds for a thousand more jobs in a line of 13,000, the least of five."""
+    """Return the seconds for a thousand more jobs in a queue of 13,000; the least of five runs."""
     seconds = []
     for _ in range(5):
         queue = FairQueue()
@@ -214,7 +214,7 @@ def cost_of_a_full_line(num_clients):
     return min(seconds)
 
 
-def test_the_profile_is_linear_between_what_was_measured():
+def test_the_latency_model_is_linear_between_measurements():
     sizes, seconds = [1, 4, 16], [0.01, 0.02, 0.05]
     profile = LatencyModel(sizes, seconds)
     for rows in range(1, 17):
@@ -222,20 +222,20 @@ def test_the_profile_is_linear_between_what_was_measured():
     assert profile.seconds(32) == pytest.approx(0.1)
 
 
-def test_the_profile_learns_how_fast_this_machine_is():
+def test_the_latency_model_adapts_to_this_machine():
     profile = LatencyModel([1, 8], [0.01, 0.02])
     for _ in range(100):
         profile.observe(8, 0.06)
     assert profile.seconds(1) == pytest.approx(0.03, rel=0.01)
 
 
-def test_one_batch_that_took_far_too_long_is_not_believed():
+def test_one_very_slow_batch_hardly_changes_the_estimate():
     profile = LatencyModel([1], [0.01])
     profile.observe(1, 60)
     assert profile.seconds(1) < 0.015
 
 
-def test_batches_are_as_large_as_pays_and_as_fits():
+def test_batch_sizes_follow_throughput_and_the_time_left():
     assert LatencyModel([1, 8, 32, 64], [0.001, 0.004, 0.0120, 0.0239]).best_rows == 32
     assert LatencyModel([1, 2], [0.001, 0.002]).best_rows == 1
     profile = LatencyModel([1, 10], [0.1, 1.0])

@@ -1,4 +1,4 @@
-"""The batcher, with an engine that a test holds and frees."""
+"""The batcher, with an engine whose batches wait until a test releases them."""
 
 import asyncio
 import threading
@@ -13,12 +13,12 @@ from serve.inference.latency_model import LatencyModel
 
 
 def long():
-    """Batches so long that they run in the engine's thread."""
+    """Return the latencies of batches that are so long that they run in the engine's thread."""
     return LatencyModel([1, 4], [2 * SHORT_S, 4 * SHORT_S])
 
 
 class HeldEngine:
-    """Doubles its input; each batch waits until the test frees it."""
+    """An engine that doubles its input; each batch waits until the test releases it."""
 
     def __init__(self):
         self.batches: list[list[float]] = []
@@ -53,7 +53,7 @@ def ask(batcher, *values, seconds=60, **terms):
 
 
 async def busy(**limits):
-    """A batcher whose engine holds a batch with the row 0."""
+    """Return a batcher whose engine is running a batch with the row 0."""
     engine, batcher = make(**limits)
     first = ask(batcher, 0)
     await until(lambda: engine.batches == [[0]])
@@ -86,7 +86,7 @@ def test_large_requests_are_split_so_that_batches_are_full():
     asyncio.run(scenario())
 
 
-def test_one_row_that_the_engine_fails_on_fails_alone():
+def test_a_failing_row_does_not_fail_other_requests():
     async def scenario():
         engine, batcher, first = await busy()
         answers = [ask(batcher, i) for i in (1, 13, 2)]
@@ -127,11 +127,11 @@ def test_a_request_past_its_deadline_fails_while_engine_is_busy():
     asyncio.run(scenario())
 
 
-def test_requests_that_cannot_be_in_time_get_retry_after_at_once():
+def test_requests_that_would_be_late_get_retry_after_at_once():
     async def scenario():
         engine, batcher, first = await busy(profile=LatencyModel([4], [1.0]), max_batch_rows=4)
         waiting = [ask(batcher, i) for i in range(8)]
-        # About one second for the batch that runs, two for what waits, a quarter for its own.
+        # About one second for the running batch, two for the queue, a quarter for its own row.
         with pytest.raises(Overloaded) as refused:
             ask(batcher, 9, seconds=1.5)
         assert refused.value.reason == "deadline"
@@ -156,7 +156,7 @@ def test_the_queue_is_bounded():
     asyncio.run(scenario())
 
 
-def test_asking_whether_there_is_room_takes_it_from_nobody():
+def test_checking_for_room_evicts_no_request():
     async def scenario():
         engine, batcher, first = await busy(max_queue_rows=6)
         greedy = [ask(batcher, i, client="greedy") for i in range(1, 7)]
@@ -217,7 +217,7 @@ def test_an_idle_engine_waits_for_a_full_batch_up_to_wait_ms():
         full = [ask(batcher, i) for i in range(4)]
         await asyncio.gather(*full)
         assert engine.batches == [[0, 1, 2, 3]]
-        # The slack of this one runs out long before the wait does.
+        # The slack of this request runs out long before the wait ends.
         await ask(batcher, 5, seconds=0.3)
         assert engine.batches[1:] == [[5]]
 
@@ -241,7 +241,7 @@ def test_a_short_batch_of_joint_arrivals_runs_without_a_thread():
     asyncio.run(scenario())
 
 
-def test_after_a_standstill_requests_are_let_in_again():
+def test_requests_are_admitted_again_after_a_standstill():
     async def scenario():
         profile = LatencyModel([1], [2 * SHORT_S])
         engine, batcher = make(profile=profile)
@@ -254,8 +254,8 @@ def test_after_a_standstill_requests_are_let_in_again():
     asyncio.run(scenario())
 
 
-def test_batches_that_fail_say_nothing_of_how_long_others_take():
-    """They may fail at once, and long batches would then run on the event loop."""
+def test_failed_batches_do_not_change_the_latency_model():
+    """If quick failures counted, long batches would then run on the event loop."""
 
     async def scenario():
         profile = long()
@@ -266,7 +266,7 @@ def test_batches_that_fail_say_nothing_of_how_long_others_take():
                 await ask(batcher, 13)
         assert profile.ratio == 1.0
         assert profile.seconds(1) > SHORT_S
-        # Nor does a batch of which a part fails.
+        # A batch that fails in part does not change it either.
         answers = await asyncio.gather(ask(batcher, 1), ask(batcher, 13), return_exceptions=True)
         assert isinstance(answers[1], ValueError)
         assert profile.ratio == 1.0
@@ -276,14 +276,14 @@ def test_batches_that_fail_say_nothing_of_how_long_others_take():
     asyncio.run(scenario())
 
 
-def test_no_batch_makes_the_engine_look_much_faster_than_it_was():
+def test_the_latency_ratio_has_a_lower_bound():
     profile = LatencyModel([1], [1.0])
     for _ in range(1000):
         profile.observe(1, 1e-9)
     assert profile.ratio == pytest.approx(0.05)
 
 
-def test_a_batch_that_runs_counts_as_busy_while_it_runs():
+def test_a_running_batch_counts_as_busy():
     async def scenario():
         engine, batcher, first = await busy()
         before = batcher.running_s

@@ -1,4 +1,4 @@
-"""The cache, with computations that a test counts and holds."""
+"""The response cache, with computations that a test counts and delays."""
 
 import asyncio
 
@@ -38,7 +38,7 @@ def later(seconds=60):
     return asyncio.get_running_loop().time() + seconds
 
 
-def test_equal_requests_are_computed_once_also_concurrently():
+def test_equal_requests_are_computed_once_even_if_concurrent():
     async def scenario():
         cache, engine, metrics = make()
         asked = [asyncio.create_task(cache.answer(rows(1), later(), engine.compute)) for _ in "abc"]
@@ -52,7 +52,7 @@ def test_equal_requests_are_computed_once_also_concurrently():
     asyncio.run(scenario())
 
 
-def test_other_inputs_shapes_and_types_are_other_answers():
+def test_other_inputs_shapes_and_types_are_computed_anew():
     async def scenario():
         cache, engine, _ = make()
         engine.free.set()
@@ -70,7 +70,7 @@ def test_other_inputs_shapes_and_types_are_other_answers():
     asyncio.run(scenario())
 
 
-def test_when_the_one_that_computes_fails_another_computes():
+def test_a_waiting_request_computes_if_the_first_fails():
     async def scenario():
         cache, engine, _ = make()
         engine.error = Overloaded("full")
@@ -85,7 +85,7 @@ def test_when_the_one_that_computes_fails_another_computes():
     asyncio.run(scenario())
 
 
-def test_each_that_waits_keeps_its_own_deadline():
+def test_each_waiting_request_keeps_its_own_deadline():
     async def scenario():
         cache, engine, _ = make()
         first = asyncio.create_task(cache.answer(rows(1), later(), engine.compute))

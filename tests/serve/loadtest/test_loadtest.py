@@ -1,4 +1,4 @@
-"""The load test measures what a server did: compared with a server that counts for itself."""
+"""The load test's figures, compared with those of a server that counts its own requests."""
 
 import itertools
 import json
@@ -39,10 +39,10 @@ Reply = tuple[int, dict[str, str], bytes] | None
 
 @contextmanager
 def serving(answer: Callable[[int, str, bytes], Reply]) -> Iterator[str]:
-    """Yield the URL of a server.
+    """Run a server; yield its URL.
 
-    answer: from the request's number, path and body to status, headers and body, or to None, which
-    closes the connection.
+    answer: returns status, headers and body for a request's number, path and body, or None to close
+    the connection.
     """
     numbers = itertools.count()
 
@@ -81,7 +81,7 @@ def at(url: str) -> LoadTarget:
     return LoadTarget(url, [build_request(url, "/")])
 
 
-def test_outcomes_are_counted_apart():
+def test_outcomes_are_counted_separately():
     replies = [OK, BUSY, (429, {}, b""), (404, {}, b""), (500, {}, b""), None]
     given: Counter[int] = Counter()
 
@@ -101,7 +101,7 @@ def test_outcomes_are_counted_apart():
     assert report.retried == 0
 
 
-def test_a_request_without_an_answer_is_a_timeout():
+def test_a_request_without_a_response_is_a_timeout():
     silent, over = itertools.count(), threading.Event()
 
     def answer(number: int, path: str, body: bytes) -> Reply:
@@ -130,13 +130,13 @@ def test_every_arrival_is_sent():
     with serving(lambda *_: OK) as url:
         report = run_load(at(url), PoissonLoad(200), warmup_s=0.3, duration_s=0.7, seed=2)
     times_N = poisson_arrivals(200, 1.0, seed=2)
-    # One whose time is within rounding of the end of the warm-up may fall on either side.
+    # An arrival within rounding of the end of the warm-up may be counted on either side.
     assert report.ok == report.requests == pytest.approx(np.sum(times_N >= 0.3), abs=1)
     assert report.send_lag_p99_ms is not None
 
 
 def stall(number: int, lock: threading.Lock, seconds: float = 0.5) -> Reply:
-    """Answer at once, but let the hundredth request hold up all others."""
+    """Respond at once, but let request number 100 delay all others."""
     with lock:
         if number == 100:
             time.sleep(seconds)
@@ -149,20 +149,20 @@ def test_latency_counts_from_when_a_request_was_due():
         report = run_load(at(url), PoissonLoad(200), warmup_s=0, duration_s=1.2)
         assert report.latency_ms is not None
         assert report.latency_ms["p99"] > 400
-    # A closed loop sends nothing meanwhile: one slow answer, out of sight of the p99.
+    # A closed loop sends nothing meanwhile, so the p99 misses the only slow response.
     with serving(lambda number, *_: stall(number, lock)) as url:
         report = run_load(at(url), ClosedLoad(1), warmup_s=0, duration_s=1)
         assert report.latency_ms is not None
         assert report.latency_ms["max"] > 400 > report.latency_ms["p99"]
 
 
-def test_the_wait_for_a_connection_counts():
+def test_the_wait_for_a_connection_counts_as_latency():
     lock = threading.Lock()
     with serving(lambda number, *_: stall(100, lock, seconds=0.02)) as url:
         report = run_load(at(url), PoissonLoad(150, connections=1), warmup_s=0, duration_s=0.6)
     assert report.connections_opened == 1
     assert report.latency_ms is not None
-    # 0.6 s of requests take three times as long; each alone 0.02 s.
+    # The requests of 0.6 s take three times as long on one connection, each of them 0.02 s.
     assert report.latency_ms["max"] > 500
 
 
@@ -179,7 +179,7 @@ def test_the_warm_up_is_left_out():
     assert report.duration_s == 0.3
 
 
-def test_latency_counts_from_due_time_throughput_by_answers():
+def test_latency_starts_at_due_time_throughput_at_responses():
     ok = Outcome.OK
     done = [
         (9.0, 9.5, ok, False, 0),  # in the warm-up
@@ -214,8 +214,8 @@ def test_timeouts_count_as_at_least_their_limit():
 
 
 @pytest.mark.parametrize("outcome", [o for o in Outcome if o != Outcome.OK])
-def test_a_rate_holds_where_99_percent_of_all_are_in_time(outcome):
-    """Not of those that were answered."""
+def test_a_rate_holds_if_99_percent_of_requests_are_in_time(outcome):
+    """The share is of all requests, not only of those with a response."""
     done = [(0.0, 0.001, Outcome.OK, False, 0)] * 980 + [(0.0, 0.001, outcome, False, 0)] * 20
     assert not LoadTestReport.of(done, load="", start_s=0, duration_s=1).holds(50)
     late = [(0.0, 0.001 if n >= 10 else 9.0, Outcome.OK, False, 0) for n in range(1000)]
@@ -223,8 +223,8 @@ def test_a_rate_holds_where_99_percent_of_all_are_in_time(outcome):
     assert not LoadTestReport.of(late[:999], load="", start_s=0, duration_s=1).holds(50)
 
 
-def test_a_retry_past_its_limit_is_given_up_behind_others():
-    """It stands in line behind requests that were due later."""
+def test_a_retry_is_given_up_after_its_time_limit():
+    """The retry waits behind requests that were due later."""
     over = threading.Event()
 
     def answer(number: int, path: str, body: bytes) -> Reply:
@@ -242,20 +242,20 @@ def test_a_retry_past_its_limit_is_given_up_behind_others():
 
 
 @pytest.mark.parametrize("first", [BUSY, None])
-def test_a_refused_request_is_tried_again(first):
+def test_a_refused_request_is_retried(first):
     with serving(lambda number, *_: OK if number % 2 else first) as url:
         report = run_load(at(url), ClosedLoad(1), warmup_s=0, duration_s=0.4, retries=1)
     assert report.ok == report.requests == report.retried > 1
     assert report.failed_after_retries == 0
 
 
-def test_a_request_that_stays_refused_is_told_of():
+def test_requests_that_fail_after_retries_are_counted():
     with serving(lambda *_: BUSY) as url:
         report = run_load(at(url), ClosedLoad(1), warmup_s=0, duration_s=0.4, retries=2)
     assert report.shed == report.requests == report.retried == report.failed_after_retries > 0
 
 
-def test_retry_after_is_waited_for():
+def test_the_load_test_waits_for_retry_after():
     later = (503, {"Retry-After": "1"}, b"")
     with serving(lambda number, *_: OK if number else later) as url:
         report = run_load(at(url), ClosedLoad(1), warmup_s=0, duration_s=0.1, retries=1)
@@ -264,11 +264,11 @@ def test_retry_after_is_waited_for():
 
 
 @pytest.mark.parametrize("limit", [730.0, 42.0])
-def test_the_rate_that_is_found_is_close_below_the_highest(limit):
+def test_the_found_rate_is_just_below_the_highest(limit):
     assert limit / 1.05 <= highest_rate(lambda rate: rate <= limit, start_per_s=100) <= limit
 
 
-def test_no_rate_is_found_where_none_holds():
+def test_the_found_rate_is_zero_if_no_rate_holds():
     assert highest_rate(lambda rate: False, start_per_s=100) == 0.0
 
 
@@ -307,13 +307,13 @@ def model_server(bodies: list[bytes]) -> Callable[[int, str, bytes], Reply]:
     return answer
 
 
-def test_the_command_asks_a_model_for_random_rows(tmp_path, capsys):
+def test_the_command_sends_random_rows_to_a_model(tmp_path, capsys):
     bodies: list[bytes] = []
     picture = tmp_path / "test.png"
     options = ["--rows", "2", "--connections", "2", "--warmup", "0", "--duration", "0.5"]
     with serving(model_server(bodies)) as url:
         result = main([url, *options, "--p99", "1000", "--picture", str(picture)])
-    # One more: the probe.
+    # One body more than requests: the probe.
     assert result["ok"] == result["requests"] == len(bodies) - 1
     assert result["within"]["ok"] == result["ok"]
     assert len(set(bodies)) == 64
@@ -401,7 +401,7 @@ def test_the_client_needs_neither_ray_nor_torch():
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-def test_an_unreachable_server_is_told_of():
+def test_an_unreachable_server_is_reported():
     with pytest.raises(CommandFailed, match="refused"):
         main(["http://127.0.0.1:9", "--path", "/"])
 

@@ -1,4 +1,4 @@
-"""Offline inference: the same arrays as in training and behind HTTP, every row exactly once."""
+"""Offline inference: the same arrays as in training and over HTTP, and every row exactly once."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def table_bundle(config, ray_session) -> Bundle:
 
 
 class Recorder:
-    """An engine that keeps what it is given."""
+    """An engine that records its inputs."""
 
     def __init__(self, engine):
         self.engine, self.given = engine, []
@@ -145,7 +145,7 @@ def test_options_come_from_the_command_line_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("protocol", ["v1", "v2"])
-def test_http_gives_the_engine_the_bytes_that_training_had(table, recorded, in_training, protocol):
+def test_http_inputs_are_the_same_bytes_as_in_training(table, recorded, in_training, protocol):
     predictor, recorder = recorded
     app = make_rest(predictor.bundle, load=lambda _location: predictor)
     frame = pd.read_csv(table, dtype=object)
@@ -216,7 +216,7 @@ def written(output: Path) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def test_a_killed_run_goes_on_and_every_row_is_there_once(table_bundle, tmp_path):
+def test_a_killed_run_continues_and_writes_each_row_once(table_bundle, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     frame = make_table(20_000, np.random.default_rng(1))
@@ -271,7 +271,7 @@ def test_a_misspelt_or_refused_column_ends_the_run_at_once(table, table_bundle, 
         offline.main(arguments)
 
 
-def test_a_column_that_training_lacked_may_be_left_out(table, table_bundle, tmp_path):
+def test_a_column_with_gaps_in_training_may_be_left_out(table, table_bundle, tmp_path):
     frame = pd.read_csv(table).head(50)
     path = tmp_path / "other.csv"
     frame.drop(columns="town").to_csv(path, index=False)
@@ -282,7 +282,7 @@ def test_a_column_that_training_lacked_may_be_left_out(table, table_bundle, tmp_
     assert answers["label"].tolist() == expected["label"].tolist()
 
 
-def test_a_run_on_csv_may_be_repeated_and_adds_no_column(table, table_bundle, tmp_path):
+def test_a_run_on_csv_can_be_repeated_and_adds_no_column(table, table_bundle, tmp_path):
     source, output = tmp_path / "rows.csv", tmp_path / "out"
     frame = pd.read_csv(table).head(40)
     frame["left"] = "soon"  # every record is bad
@@ -290,7 +290,7 @@ def test_a_run_on_csv_may_be_repeated_and_adds_no_column(table, table_bundle, tm
     for _ in range(2):
         summary = offline.main(command(table_bundle, source, output)[3:])
         assert (summary["rows"], summary["bad"]) == (0, 40)
-    assert len(pd.read_parquet(output)) == 0, "a reader of folders passes over the rest"
+    assert len(pd.read_parquet(output)) == 0, "readers of folders must skip the other files"
     assert {path.name for path in output.iterdir()} == {
         "part-000000.parquet",
         "_bad",
@@ -302,7 +302,7 @@ def test_a_run_on_csv_may_be_repeated_and_adds_no_column(table, table_bundle, tm
         offline.main(arguments[3:])
 
 
-def test_an_output_of_another_input_is_not_mixed_with_this_one(table, table_bundle, tmp_path):
+def test_an_output_of_another_input_is_refused(table, table_bundle, tmp_path):
     other = tmp_path / "other.csv"
     pd.read_csv(table).head(50).to_csv(other, index=False)
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Fields of requests: what may be left out, what is unknown, nested objects, named classes."""
+"""Fields of requests: missing, unknown and nested ones; and named classes in responses."""
 
 import numpy as np
 import orjson
@@ -26,7 +26,7 @@ def decoded(manifest, *instances, **options):
     return v1.decode(body, manifest, 64, **options).columns
 
 
-def test_a_field_is_null_where_training_lacked_it(manifest):
+def test_a_missing_field_is_null_if_training_had_gaps_in_it(manifest):
     columns = decoded(
         manifest, {"user.city": "Rome", "price": 1}, {"user.city": "Oslo", "price": 2, "age": 3}
     )
@@ -35,24 +35,24 @@ def test_a_field_is_null_where_training_lacked_it(manifest):
         decoded(manifest, {"age": 1, "user.city": "Rome"})
 
 
-def test_a_misspelt_field_is_not_taken_for_one_left_out(manifest):
+def test_a_misspelt_field_does_not_count_as_missing(manifest):
     with pytest.raises(BadRequest, match="has no 'age', but has 'Age'"):
         decoded(manifest, {"Age": 5, "user.city": "Rome", "price": 1})
 
 
-def test_unknown_fields_are_ignored_or_refused_as_set(manifest):
+def test_unknown_fields_are_ignored_or_refused_as_configured(manifest):
     instance = {"age": 1, "user.city": "Rome", "price": 1, "row": 7}
     assert decoded(manifest, instance)["age"] == [1]
     with pytest.raises(BadRequest, match="instance 0 has the unknown field 'row'"):
         decoded(manifest, instance, unknown_fields="refuse")
 
 
-def test_nested_objects_are_fields_with_a_point(manifest):
+def test_nested_objects_become_fields_with_a_dot(manifest):
     columns = decoded(manifest, {"age": 1, "user": {"city": "Rome"}, "price": 1})
     assert columns["user.city"] == ["Rome"]
 
 
-def test_names_are_matched_as_training_wrote_them(bundle):
+def test_names_of_fields_are_normalised_as_in_training(bundle):
     inputs = [TensorMetadata(name="caf\u00e9", datatype="FP64", shape=[-1])]
     manifest = bundle.manifest.model_copy(update={"inputs": inputs, "nullable": ["caf\u00e9"]})
     for name in ("caf\u00e9", "cafe\u0301", " caf\u00e9 "):
@@ -65,7 +65,7 @@ def test_names_are_matched_as_training_wrote_them(bundle):
     assert decoded(manifest, {}, 2) == {"caf\u00e9": [None, 2]}
 
 
-def test_the_field_of_a_model_with_one_is_named(bundle):
+def test_a_misspelt_field_is_named_if_it_is_the_only_one(bundle):
     inputs = [TensorMetadata(name="age", datatype="FP64", shape=[-1])]
     manifest = bundle.manifest.model_copy(update={"inputs": inputs, "nullable": []})
     assert decoded(manifest, 3, {"age": 4}) == {"age": [3, 4]}
@@ -73,7 +73,7 @@ def test_the_field_of_a_model_with_one_is_named(bundle):
         decoded(manifest, {"Age": 3})
 
 
-def test_nested_data_has_the_shape_it_says(manifest):
+def test_nested_data_must_have_its_declared_shape(manifest):
     def data(shape, values):
         tensor = {"name": "x", "datatype": "FP32", "shape": shape, "data": values}
         return tensors.decode(tensor, None)[1].tolist()
@@ -87,13 +87,13 @@ def test_nested_data_has_the_shape_it_says(manifest):
             data([2, 3], values)
 
 
-def test_data_comes_once():
+def test_data_in_two_forms_is_refused():
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1.0]}
     with pytest.raises(BadRequest, match="both data and binary data"):
         tensors.decode(tensor, memoryview(bytes(4)))
 
 
-def test_whole_numbers_of_any_length_are_told_apart(manifest):
+def test_integers_of_any_length_keep_their_digits(manifest):
     body = b'{"instances": [{"age": 1, "user.city": 20000000000000000001, "price": 2}]}'
     assert v1.decode(body, manifest, 64).columns["user.city"] == [20_000_000_000_000_000_001]
 
@@ -102,14 +102,14 @@ def test_whole_numbers_of_any_length_are_told_apart(manifest):
     "start",
     [b"GIF89a", b"II+\0", b"data:image/png;base64,", b"\xff\xd8\xff\xe0", b"\0\0\0\x1cftypavif"],
 )
-def test_files_that_are_not_read_are_no_pixels(bundle, start):
-    """Their length is a multiple of a row's bytes."""
+def test_unsupported_image_files_are_not_read_as_pixels(bundle, start):
+    """Even if their length is a multiple of a row's bytes."""
     body = start.ljust(5 * 64, b"x")
     (values,) = v2.decode(body, "0", bundle.manifest, 64).columns.values()
     assert values == [body]
 
 
-def test_pixels_that_begin_as_a_bitmap_are_pixels(bundle):
+def test_pixels_that_begin_like_a_bitmap_stay_pixels(bundle):
     (values,) = v2.decode(b"BM".ljust(5 * 64, b"\1"), "0", bundle.manifest, 64).columns.values()
     assert values.shape == (5, 8, 8, 1)
 
@@ -130,7 +130,7 @@ def test_tensors_follow_the_same_rules(manifest):
         v2.decode(orjson.dumps({"inputs": [city]}), None, manifest, 64)
 
 
-def test_probabilities_have_names_where_they_are_asked_for():
+def test_probabilities_have_class_names_on_request():
     predictions = {
         "label": np.array(["b"], object),
         "probabilities": np.array([[0.25, 0.75]], np.float32),

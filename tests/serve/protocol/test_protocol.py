@@ -1,4 +1,4 @@
-"""The codec: JSON and binary agree, and whatever is malformed is a BadRequest."""
+"""The codecs of v1 and v2: JSON and binary agree, and malformed requests raise BadRequest."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_json_flat_nested_and_binary_give_the_same_record(manifest):
         np.testing.assert_array_equal(record["image"], PIXELS[0])
 
 
-def test_bytes_elements_come_as_binary_base64_or_text(manifest):
+def test_bytes_elements_can_be_binary_base64_or_text(manifest):
     raw = struct.pack("<I", 3) + b"abc"
     requests = [
         v2.decode(*as_binary(raw, shape=[1], datatype="BYTES"), manifest, 64),
@@ -186,11 +186,11 @@ def test_numbers_that_fp32_cannot_hold_are_refused(values):
 
 
 @pytest.mark.parametrize("is_image", [False, True])
-def test_an_image_file_as_body_is_no_pixels(manifest, is_image):
-    """Also one whose length is that of whole images, as it is of one file in 64."""
+def test_an_image_file_as_body_is_not_read_as_pixels(manifest, is_image):
+    """Even if its length is that of whole images, which holds for one file in 64."""
     file = io.BytesIO()
     Image.fromarray(PIXELS[0, :, :, 0]).save(file, "PNG")
-    # What follows the end of a PNG file is not read.
+    # Decoders ignore bytes after the end of a PNG file.
     content = file.getvalue() + b"\0" * (-len(file.getvalue()) % 64)
     request = v2.decode(content, "0", manifest, 64, is_image=is_image)
     assert request.columns == {"image": [content]}
@@ -205,13 +205,13 @@ def test_pixels_as_body_are_images_unless_their_type_differs(manifest):
     assert with_type.columns == {"image": [PIXELS.tobytes()]}
 
 
-def test_v1_lists_have_the_shape_of_the_model(manifest):
+def test_v1_lists_must_have_the_shape_of_the_model(manifest):
     grey = PIXELS[0, :, :, 0].tolist()
     for instance in (PIXELS[0].tolist(), grey):
         body = orjson.dumps({"instances": [instance]})
         (image,) = v1.decode(body, manifest, 64).columns["image"]
         assert image.ravel().tolist() == PIXELS.ravel().tolist()
-    # One image without the list of instances is eight of 8×1.
+    # One image without the list of instances reads as eight instances of 8×1.
     with pytest.raises(BadRequest, match=r"instance 0 has shape \[8, 1\]; expected \[8, 8, 1\]"):
         v1.decode(orjson.dumps({"instances": PIXELS[0].tolist()}), manifest, 64)
 
@@ -222,7 +222,7 @@ def test_binary_bytes_after_the_last_tensor_are_refused(manifest):
         v2.decode(body + b"xyz", length, manifest, 64)
 
 
-def test_the_answer_has_the_outputs_asked_for(manifest):
+def test_the_response_has_the_requested_outputs(manifest):
     predictions = {
         "label": np.array(["7"], object),
         "probabilities": np.full((1, 10), 0.1, np.float32),
@@ -289,7 +289,7 @@ def test_more_rows_than_allowed_are_refused_as_too_large(manifest):
 
 
 def test_strings_in_place_of_numbers_take_no_memory(manifest):
-    """numpy would make room for the longest string in every place: 100 MB for this 110 KB."""
+    """numpy would allocate the longest string's size per element: 100 MB for these 110 KB."""
     body = as_json(shape=[1, 1001], data=["x" * 100_000] + ["a"] * 1000)
     tracemalloc.start()
     with pytest.raises(BadRequest):

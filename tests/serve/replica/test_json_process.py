@@ -1,4 +1,4 @@
-"""Large JSON is decoded by a process of its own as it is by the replica."""
+"""A separate process decodes large JSON with the same results as the replica itself."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def decode(process, protocol, body, manifest, header_length=None):
     return process.decode(protocol, body, manifest, header_length=header_length, **LIMITS)
 
 
-def test_instances_are_the_same(process, bundle, table):
+def test_instances_are_decoded_the_same(process, bundle, table):
     images = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1)).tolist()
     body = orjson.dumps({"instances": images, "parameters": {"named": True}})
     same(decode(process, "v1", body, bundle.manifest), v1.decode(body, bundle.manifest, 64))
@@ -66,7 +66,7 @@ def test_instances_are_the_same(process, bundle, table):
     same(decode(process, "v1", body, table), v1.decode(body, table, 64))
 
 
-def test_tensors_are_the_same(process, bundle, table):
+def test_tensors_are_decoded_the_same(process, bundle, table):
     pixels = np.arange(2 * 64, dtype=np.uint8)
     image = {"name": "image", "datatype": "UINT8", "shape": [2, 8, 8, 1]}
     body = orjson.dumps({"id": "q", "inputs": [{**image, "data": pixels.tolist()}]})
@@ -91,7 +91,7 @@ def test_errors_are_the_same(process, bundle):
         decode(process, "v1", orjson.dumps({"instances": [0] * 65}), bundle.manifest)
 
 
-def test_another_process_takes_over(process, bundle):
+def test_a_killed_process_is_replaced(process, bundle):
     body = orjson.dumps({"instances": np.zeros((1, 8, 8, 1), int).tolist()})
     decode(process, "v1", body, bundle.manifest)
     os.kill(process._process.pid, signal.SIGSTOP)
@@ -101,7 +101,7 @@ def test_another_process_takes_over(process, bundle):
     assert decode(process, "v1", body, bundle.manifest).columns
 
 
-def test_a_process_that_ends_meanwhile_is_told(bundle, monkeypatch):
+def test_a_process_that_ends_early_raises_overloaded(bundle, monkeypatch):
     process = JSONProcess()
     monkeypatch.setattr("sys.executable", "/bin/true")
     with pytest.raises(Overloaded, match="a large request could not be decoded"):
@@ -119,7 +119,7 @@ def test_the_process_ends_with_its_replica(bundle):
     child.wait(10)
 
 
-def test_a_large_request_is_answered_as_a_small_one(bundle):
+def test_large_and_small_requests_get_the_same_response(bundle):
     images = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1)).tolist()
     small = orjson.dumps({"instances": images})
     large = small + b" " * INLINE_BYTES

@@ -1,4 +1,4 @@
-"""Large bodies are decoded beside the event loop, one at a time, within bounds of memory."""
+"""Large bodies are decoded outside the event loop, one at a time and within a memory limit."""
 
 import asyncio
 import threading
@@ -21,7 +21,7 @@ def test_large_bodies_are_decoded_in_another_thread(size, elsewhere):
     assert (asyncio.run(ask()) != threading.get_ident()) is elsewhere
 
 
-def test_the_event_loop_goes_on_while_one_is_decoded():
+def test_the_event_loop_runs_while_a_body_is_decoded():
     answered = threading.Event()
 
     async def ask():
@@ -35,7 +35,7 @@ def test_the_event_loop_goes_on_while_one_is_decoded():
     assert asyncio.run(ask())
 
 
-def test_one_is_decoded_at_a_time():
+def test_one_body_is_decoded_at_a_time():
     first_is_done = threading.Event()
     order = []
 
@@ -57,7 +57,7 @@ def test_one_is_decoded_at_a_time():
     assert order == ["first", "second"]
 
 
-def test_what_waits_is_bounded():
+def test_the_size_of_waiting_bodies_is_bounded():
     answered = threading.Event()
 
     async def ask():
@@ -88,7 +88,7 @@ def test_what_waits_is_bounded():
         ({"content-encoding": "gzip", "content-type": "image/png"}, 1_032_000),
     ],
 )
-def test_what_is_parsed_of_a_body(headers, parsed):
+def test_the_parsed_bytes_of_a_body_are_estimated(headers, parsed):
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     request = Request({"headers": pairs, "method": "POST", "path": "/"}, None)
     assert content.parsed_bytes(request, bytes(1000)) == parsed

@@ -1,4 +1,4 @@
-"""Versions side by side, and how the repository changes what is served."""
+"""Versions that are served side by side, and how the repository changes them."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def place(bundle, tmp_path):
-    """The bundle's location, and a copy whose golden outputs are another net's."""
+    """The bundle's location, and that of a copy whose self-test fails."""
     copy = tmp_path / "copy"
     shutil.copytree(bundle.path, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -66,7 +66,7 @@ def test_versions_are_found_by_number_and_alias(place):
             served.find(name, version)
 
 
-def test_a_new_state_keeps_the_planes_that_stay(place):
+def test_a_new_state_keeps_the_planes_of_kept_versions(place):
     async def scenario():
         good, _ = place
         served = make_versions(state(0, "1", v1=good))
@@ -96,7 +96,7 @@ def test_a_version_that_fails_its_self_test_changes_nothing(place):
 
 
 def make_repository(now, *others):
-    """A repository whose registry has each of the states in turn."""
+    """Return a repository whose registry gives each of the states in turn."""
     states = list(others)
     config = ServeConfig(storage=SCRATCH.name)
     return Repository(config, now, lambda config: states.pop(0))
@@ -104,7 +104,7 @@ def make_repository(now, *others):
 
 @contextlib.asynccontextmanager
 async def replica(kept, served):
-    """What a replica does: follow, go over, and tell what went wrong."""
+    """Run a simulated replica: it follows the state, installs it and reports problems."""
     task = asyncio.create_task(_follow(kept, served))
     await asyncio.sleep(0)
     yield
@@ -123,7 +123,7 @@ async def _follow(kept, served):
                 problem = str(error)
 
 
-def test_a_load_ends_when_every_replica_has_gone_over(place):
+def test_a_load_ends_when_every_replica_has_switched(place):
     async def scenario():
         good, _ = place
         served = make_versions(state(0, "1", v1=good))
@@ -149,12 +149,12 @@ def test_loading_a_bad_version_is_refused_and_the_old_one_stays(place):
     asyncio.run(scenario())
 
 
-def test_what_a_replica_cannot_serve_is_taken_back(place):
+def test_a_version_that_a_replica_cannot_serve_is_undone(place):
     async def scenario():
         good, bad = place
         served = make_versions(state(0, "1", v1=good))
         kept = make_repository(state(0, "1", v1=good), state(1, "2", v2=bad))
-        # This machine can; the replica's cannot.
+        # The repository's own check passes, but the replica's self-test fails.
         kept._reconciler._check_bundles = lambda locations: None
         async with replica(kept, served):
             with pytest.raises(BadRequest, match="golden"):
@@ -165,8 +165,8 @@ def test_what_a_replica_cannot_serve_is_taken_back(place):
     asyncio.run(scenario())
 
 
-def test_replicas_teach_the_repository_nothing(place):
-    """Those of another deployment, which are being replaced, may have had more changes."""
+def test_replicas_do_not_change_the_repositorys_state(place):
+    """Replicas of another deployment, which are being replaced, may have a later revision."""
 
     async def scenario():
         good, _ = place
@@ -179,7 +179,7 @@ def test_replicas_teach_the_repository_nothing(place):
     asyncio.run(scenario())
 
 
-def test_a_problem_of_before_does_not_end_what_comes_after(place):
+def test_an_earlier_problem_does_not_fail_the_next_change(place):
     async def scenario():
         good, bad = place
         served = make_versions(state(0, "1", v1=good))
@@ -194,7 +194,7 @@ def test_a_problem_of_before_does_not_end_what_comes_after(place):
     asyncio.run(scenario())
 
 
-def test_a_plane_that_is_served_no_more_is_let_go(place):
+def test_a_plane_that_is_no_longer_served_is_freed(place):
     async def scenario():
         good, _ = place
         served = make_versions(state(0, "1", v1=good))
@@ -209,7 +209,7 @@ def test_a_plane_that_is_served_no_more_is_let_go(place):
     asyncio.run(scenario())
 
 
-def test_the_registry_is_asked_for_all_that_is_to_be_served(trained, storage_path):
+def test_the_state_to_serve_is_resolved_from_the_registry(trained, storage_path):
     client = registry.mlflow_client(str(storage_path))
     version = str(client.get_model_version_by_alias("digits", "production").version)
     config = validate_options(

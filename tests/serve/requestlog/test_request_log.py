@@ -1,4 +1,4 @@
-"""The request log: what was sent comes back, within its bounds, whatever the disk does."""
+"""The request log: values are read back as sent, its size is bounded, disk errors do no harm."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ def entry(request_id="a", *, fields=(AGE,), columns=None, predictions=None, **ch
 
 
 def one(request_id, value=1.0, **changes):
-    """An entry of one row and one number."""
+    """Return an entry with one row and one number."""
     return entry(
         request_id,
         columns={"age": np.array([value])},
@@ -73,7 +73,7 @@ def make_feedback(root, clock=lambda: NOW_S):
 
 
 def write(root, *entries, **options):
-    """Log entries, and close the log."""
+    """Log entries and close the log; return its counts."""
 
     async def scenario():
         log = make(root, **options)
@@ -96,7 +96,7 @@ def give(root, *truths, clock=lambda: NOW_S):
 
 
 def counts(log):
-    """What a log's metrics say: {"rows", "bytes", and by reason what was left out}."""
+    """Return a log's metrics: {"rows", "bytes", and the number of dropped rows by reason}."""
     snapshot = log.snapshot({"model": "m"})
     (rows,), (size,) = snapshot["log_rows"][2], snapshot["log_bytes"][2]
     dropped = {labels["reason"]: value for _, labels, value in snapshot["log_dropped"][2]}
@@ -106,7 +106,7 @@ def counts(log):
 async def until(condition, timeout_s=10):
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         await asyncio.sleep(0.005)
 
 
@@ -114,7 +114,7 @@ def files(root, kind="requests"):
     return list_files(log_folder(str(root), kind, "m"))
 
 
-def test_a_tables_rows_come_back_as_they_were_sent(tmp_path):
+def test_rows_of_a_table_are_read_back_as_sent(tmp_path):
     columns = {
         "age": np.array([37.5, math.nan]),
         "name": np.array([b"Zo\xc3\xab", None], object),
@@ -157,7 +157,7 @@ def test_an_image_is_logged_as_its_pixels_or_its_file(tmp_path, rng):
     assert [line["record"]["photo"] for line in found[2:]] == [jpeg, None]
 
 
-def test_grey_images_texts_vectors_and_values_come_back(tmp_path, rng):
+def test_grey_images_texts_vectors_and_values_are_read_back(tmp_path, rng):
     grey = TensorSpec("photo", "UINT8", (4, 4, 1))
     curve = TensorSpec("curve", "FP32", (3,))
     columns = {
@@ -179,7 +179,7 @@ def test_grey_images_texts_vectors_and_values_come_back(tmp_path, rng):
     ]
 
 
-def test_numbers_in_any_form_are_one_column(tmp_path):
+def test_numbers_in_any_form_are_logged_in_one_column(tmp_path):
     for values in ([" 37 ", "NA"], np.array([37, 1]), [37, None], np.array([b"37", None], object)):
         write(tmp_path, entry(columns={"age": values}))
     table = reader.read_requests(str(tmp_path), "m")
@@ -200,7 +200,7 @@ def test_64_rows_of_a_large_request_keep_their_numbers(tmp_path):
     assert found[-1]["row"] > count * 0.9
 
 
-def test_nothing_of_a_requests_body_is_held_in_memory():
+def test_a_buffered_entry_does_not_hold_the_requests_body():
     body = np.zeros(10_000_000, np.uint8)
     pixels_NHWC = body[:90].reshape(1, 6, 5, 3)
     kept = buffer_entry(entry(fields=(PHOTO,), columns={"photo": pixels_NHWC}), frozenset())
@@ -223,12 +223,12 @@ def test_replicas_log_the_same_binomial_sample_of_requests(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["exclude_fields", "hash_fields"])
-def test_a_field_that_the_model_does_not_have_is_refused(option):
+def test_a_log_option_with_an_unknown_field_is_refused(option):
     with pytest.raises(UserError, match=rf"log.{option}=salary: .*they have age"):
         writer.check_log_fields(LogOptions(**{option: ("salary",)}), "m", ["age"])
 
 
-def test_dropped_and_hashed_fields_are_never_on_disk(tmp_path, monkeypatch, rng):
+def test_excluded_and_hashed_fields_are_never_on_disk(tmp_path, monkeypatch, rng):
     monkeypatch.setenv(KEY_VARIABLE, "a key")
     _key.cache_clear()
     pixels_NHWC = rng.integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
@@ -245,7 +245,7 @@ def test_dropped_and_hashed_fields_are_never_on_disk(tmp_path, monkeypatch, rng)
         },
     )
     write(tmp_path, sent, exclude_fields=("name",), hash_fields=("passport", "photo", "age"))
-    # Read back whole, so that no compression hides anything.
+    # Search the decoded rows too, because compression could hide a value in the files.
     content = repr(reader.read_requests(str(tmp_path), "m").to_pylist()).encode()
     content += b"".join(Path(file.path).read_bytes() for file in files(tmp_path))
     for hidden in (secret.encode(), passport.encode(), b"424242", jpeg[:16]):
@@ -259,7 +259,7 @@ def test_dropped_and_hashed_fields_are_never_on_disk(tmp_path, monkeypatch, rng)
     assert first["age"] == second["age"]
 
 
-def test_equal_values_have_equal_digests_by_one_key_only(tmp_path, monkeypatch):
+def test_equal_values_have_equal_digests_with_one_key_only(tmp_path, monkeypatch):
     digests = []
     for key in ("one", "one", "other"):
         monkeypatch.setenv(KEY_VARIABLE, key)
@@ -273,12 +273,12 @@ def test_equal_values_have_equal_digests_by_one_key_only(tmp_path, monkeypatch):
     assert digests[0][0] != digests[2][0]
 
 
-def test_a_record_of_which_all_is_dropped_is_logged_without_it(tmp_path):
+def test_a_row_is_logged_even_if_all_its_fields_are_excluded(tmp_path):
     assert write(tmp_path, entry(), exclude_fields=("age",))["rows"] == 2
     assert "record" not in reader.read_requests(str(tmp_path), "m").column_names
 
 
-def test_few_rows_at_a_time_make_one_file_complete_at_any_time(tmp_path):
+def test_a_file_that_grows_by_few_rows_is_always_complete(tmp_path):
     async def scenario():
         log = make(tmp_path)
         for number in range(5):
@@ -291,14 +291,14 @@ def test_few_rows_at_a_time_make_one_file_complete_at_any_time(tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_a_file_that_is_full_or_an_hour_old_is_followed(tmp_path):
+def test_a_new_file_follows_a_full_or_hour_old_one(tmp_path):
     clock = {"now": NOW_S}
 
     async def scenario():
         log = make(tmp_path, file_rows=3, flush_s=3600, clock=lambda: clock["now"])
         for number in range(6):
             log.add(one(f"r{number}"))
-            # Written at once, whatever flush_s says.
+            # A full file is written at once, whatever flush_s is.
             await until(lambda rows=3 * ((number + 1) // 3): counts(log)["rows"] == rows)
         clock["now"] += YOUNG_S
         log.add(one("last"))
@@ -309,7 +309,7 @@ def test_a_file_that_is_full_or_an_hour_old_is_followed(tmp_path):
 
 
 def fill(root, days, **options):
-    """A file of one row on each day, counted from now."""
+    """Write a file with one row on each of the days, which count from NOW_S."""
     for day in days:
         moment = NOW_S + day * 86_400
         write(root, one(f"day{day}"), clock=lambda moment=moment: moment, **options)
@@ -349,7 +349,7 @@ def test_files_of_a_killed_writer_are_deleted_after_a_day(tmp_path):
     assert not os.path.exists(left)
 
 
-def test_a_damaged_file_is_told_of_and_passed_over(tmp_path, caplog):
+def test_a_damaged_file_is_reported_and_skipped(tmp_path, caplog):
     fill(tmp_path, [0, 1])
     with open(files(tmp_path)[0].path, "r+b") as file:
         file.truncate(20)
@@ -402,7 +402,7 @@ def test_a_full_disk_is_counted_and_reported_once(tmp_path, caplog, rng):
     assert f"{full['disk']:g} rows were lost" in words[1]
 
 
-def test_a_place_that_cannot_be_written_costs_no_request(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_fails_no_request(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     found = write(tmp_path / "file", one("a"), one("b"))
     assert (found["disk"], found["rows"]) == (2, 0)
@@ -416,7 +416,7 @@ def test_memory_is_bounded_when_the_storage_hangs(tmp_path, monkeypatch):
 
     async def scenario():
         log = make(tmp_path, file_rows=1)
-        # The writing thread is held as by a file system that does not answer.
+        # Block the writing thread, as a file system that hangs would.
         held = log._log._thread.submit(hold.wait)
         for number in range(1000):
             log.add(one(f"r{number}"))
@@ -431,21 +431,21 @@ def test_memory_is_bounded_when_the_storage_hangs(tmp_path, monkeypatch):
     assert found["memory"] == memory
 
 
-def test_what_cannot_be_written_of_one_request_costs_no_other(tmp_path):
+def test_a_request_that_cannot_be_written_costs_no_other(tmp_path):
     wrong = entry("wrong", fields=(PHOTO,), columns={"photo": [b"no image", b"none"]})
     found = write(tmp_path, one("a"), wrong, one("b"))
     assert (found["rows"], found["error"], found["disk"]) == (2, 2, 0)
     assert ids(tmp_path) == ["a", "b"]
 
 
-def test_an_entry_that_makes_no_sense_raises_nothing(tmp_path):
+def test_an_invalid_entry_is_counted_and_raises_nothing(tmp_path):
     assert write(tmp_path, entry(predictions={}), one("a")) == {
         **write(tmp_path / "other", one("a")),
         "error": 1,
     }
 
 
-def test_the_metrics_are_those_of_prometheus(tmp_path):
+def test_the_metrics_have_the_format_of_prometheus(tmp_path):
     log, feedback = make(tmp_path), make_feedback(tmp_path)
     words = exposition(
         merge_samples([each.snapshot({"model": "m"}) for each in (log, feedback)])
@@ -455,7 +455,7 @@ def test_the_metrics_are_those_of_prometheus(tmp_path):
     assert 'halyard_log_bytes{log="requests",model="m"} 0.0' in words
 
 
-def test_storage_may_be_a_url():
+def test_storage_can_be_a_url():
     root = "memory://request-log"
     try:
         fill(root, [0, 1])
@@ -469,7 +469,7 @@ def test_storage_may_be_a_url():
         fsspec.filesystem("memory").rm("/request-log", recursive=True)
 
 
-def test_a_request_is_found_late_with_all_its_rows(tmp_path):
+def test_an_earlier_request_is_found_with_all_its_rows(tmp_path):
     write(tmp_path, *[one(f"r{number}", number) for number in range(50)])
     write(tmp_path, entry("wanted", version="4"), clock=lambda: NOW_S + 1)
     write(tmp_path, one("after"), clock=lambda: NOW_S + 2)
@@ -496,7 +496,7 @@ def test_the_last_feedback_of_a_row_wins(tmp_path):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_labels_are_joined_though_clocks_differ_by_an_hour(tmp_path, hours):
+def test_labels_are_joined_if_clocks_differ_by_an_hour(tmp_path, hours):
     write(tmp_path, *[one(f"r{number}", number) for number in range(20)])
     there_s = NOW_S + 3600 * hours
     others = [one(f"s{number}", number, time_s=there_s) for number in range(20)]

@@ -1,4 +1,4 @@
-"""Retraining: when it is due, what it does once, and that the new version is the better one."""
+"""Retraining: when it is due, that one runs at a time, and that the new version is better."""
 
 import json
 import os
@@ -69,7 +69,7 @@ QUIET, LOUD = window(), window("age", "town")
         (watched(LOUD, LOUD, expected=0.9), True, "windows drifted"),
     ],
 )
-def test_it_is_due_by_drift_or_by_how_often_it_is_right(state, due, words):
+def test_retraining_is_due_by_drift_or_by_live_metrics(state, due, words):
     unit = 10 if state is not None and "rmse" in state.model_dump_json() else 1
     decision = decide_retrain(state, "3", RetrainRules(2, 5, 0.02, unit))
     assert decision.due is due
@@ -86,7 +86,7 @@ def test_a_monitors_state_is_read_as_written_or_refused(tmp_path):
         MonitorState.read(str(tmp_path), "m")
 
 
-def test_losses_are_wrong_names_or_squared_errors():
+def test_losses_are_wrong_classes_or_squared_errors():
     def task(target):
         return Task(Features(()), target)
 
@@ -108,18 +108,18 @@ def test_losses_are_wrong_names_or_squared_errors():
         ([1] * 10, [0] * 10, True),
         ([1] * 5 + [0] * 5, [0] * 10, False),  # p is 0.06
         ([0] * 10, [1] * 10, False),
-        # More errors became smaller than larger, but one is so large that the mean grows.
+        # Most errors became smaller, but one became so large that the mean grows.
         ([1] * 12, [0.5] * 11 + [100], False),
     ],
 )
-def test_better_is_in_the_metric_and_by_more_than_chance(before, after, improved):
+def test_an_improvement_is_in_the_metric_and_significant(before, after, improved):
     losses = np.array([before, after], float)
     assert comparison.compare_losses(losses, in_numbers=True).improved is improved
     if losses.max() <= 1:
         assert comparison.compare_losses(losses, in_numbers=False).improved is improved
 
 
-# One at a time
+# One retraining at a time
 
 
 @pytest.fixture(params=["path", "URL"])
@@ -127,14 +127,14 @@ def lease_url(tmp_path, request):
     return f"{tmp_path}/new/digits.lease" if request.param == "path" else f"file://{tmp_path}/lease"
 
 
-def test_a_lease_is_held_by_one_and_given_back(lease_url):
+def test_a_lease_has_one_holder_and_is_released(lease_url):
     with lock.hold_lock(lease_url, hours=1) as own:
         own.check()
         with (
             pytest.raises(lock.LockHeld, match=f"{socket.gethostname()}, process {os.getpid()}"),
             lock.hold_lock(lease_url, hours=1),
         ):
-            pytest.fail("two hold it")
+            pytest.fail("two processes hold the lease")
         own.check()
     with lock.hold_lock(lease_url, hours=1):
         pass
@@ -147,8 +147,8 @@ def test_a_lease_is_held_by_one_and_given_back(lease_url):
         ({}, False),
         ({"host": "another", "pid": 1}, False),
         ({"host": "another", "pid": 1, "time": time.time() - 3700}, True),
-        ({"pid": 2**22 + 1}, True),  # beyond the highest id that there can be
-        # The process id was given again, or the host was started again.
+        ({"pid": 2**22 + 1}, True),  # above the highest possible process id
+        # The process id was reused, or the host was rebooted.
         ({"started": 1}, True),
         ({"boot": "another"}, True),
         ({"machine": "another", "started": 1}, False),
@@ -159,13 +159,13 @@ def test_a_stale_lease_is_taken_over(lease_url, changes, stale):
     commit.write_atomic(lease_url, json.dumps({**holder, **changes}).encode())
     if not stale:
         with pytest.raises(lock.LockHeld), lock.hold_lock(lease_url, hours=1):
-            pytest.fail("two hold it")
+            pytest.fail("two processes hold the lease")
         return
     with lock.hold_lock(lease_url, hours=1) as own:
         own.check()
 
 
-def test_who_lost_the_lease_ends_and_leaves_it_to_the_other(lease_url):
+def test_a_process_that_lost_its_lease_ends_and_keeps_off_it(lease_url):
     with lock.hold_lock(lease_url, hours=1) as own:
         commit.write_atomic(lease_url, json.dumps({**own.holder, "token": "other"}).encode())
         with pytest.raises(CommandFailed, match="taken over"):
@@ -188,7 +188,7 @@ def test_the_cooldown_begins_at_the_last_entry_of_the_history(tmp_path):
     assert state.cooling(2.9) is None
 
 
-# What there is to learn from
+# Records to train on
 
 
 def table(truths, **columns):
@@ -199,7 +199,7 @@ def table(truths, **columns):
     )
 
 
-def test_only_truths_that_the_task_knows_are_learned_from():
+def test_only_truths_that_are_valid_for_the_task_are_used():
     names = Task(Features(()), ClassTarget("y", ("a", "b")))
     several = Task(Features(()), LabelsTarget("y", ("a", "b")))
     number = Task(Features(()), ValueTarget("y", 0.0, 1.0))
@@ -221,7 +221,7 @@ def test_requests_stay_in_their_split_when_others_are_added():
     training, held_out = (set(part["n"].to_pylist()) for part in (parts.training, parts.held_out))
     assert training | held_out == set(range(count))
     assert not training & held_out
-    # Both rows of a request are in one part.
+    # Both rows of a request are in the same part.
     assert {row ^ 1 for row in held_out} == held_out
     assert len(held_out) / count == pytest.approx(0.3, abs=0.05)
     again = dataset.split_labelled(table(truths * 2, n=list(range(count)) * 2), task)
@@ -231,13 +231,13 @@ def test_requests_stay_in_their_split_when_others_are_added():
     assert set(some.held_out["n"].to_pylist()) == {row for row in held_out if row < 500}
 
 
-def test_a_record_that_is_held_out_is_not_learned_from():
-    """It comes alone, and again beside another one in a request that is learned from."""
+def test_a_held_out_record_is_not_trained_on():
+    """The record occurs alone, and again in a request whose other record is a training record."""
     task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
     parts = dataset.split_labelled(table(["a", "b"] * 500, n=list(range(1000))), task)
     held_out = sorted(set(parts.held_out["n"].to_pylist()))
     learned = sorted(set(parts.training["n"].to_pylist()))
-    # Requests of two rows: the first of one that is learned from, the second of one that is not.
+    # Requests of two rows: the first is a training record, the second a held-out record.
     pairs = [each for pair in zip(learned[::2], held_out, strict=False) for each in pair]
     values = list(range(1000)) + pairs
     both = dataset.split_labelled(table(["a"] * len(values), n=values), task)
@@ -245,7 +245,7 @@ def test_a_record_that_is_held_out_is_not_learned_from():
     assert set(both.training["n"].to_pylist()) <= set(learned)
 
 
-def test_nothing_is_learned_from_an_empty_log(tmp_path):
+def test_an_empty_log_gives_no_training_records(tmp_path):
     task = Task(Features.of({"n": {"kind": "number"}}), ClassTarget("y", ("a", "b")))
     nothing = reader.read_labelled(str(tmp_path), "digits")
     new = dataset.split_labelled(dataset.usable_rows(nothing, task), task)
@@ -277,7 +277,7 @@ def test_a_wrong_option_is_named(arguments, words):
     assert "\n" not in str(caught.value)
 
 
-def test_options_are_read_as_they_are_written_on_a_command_line():
+def test_options_are_read_from_the_command_line():
     given = ["--model", "digits", "--dry-run", "--max-drop", "0.1", "--cooldown-hours", "2"]
     options = retrain.parse(given)
     assert (options.dry_run, options.check, options.max_drop) == (True, False, 0.1)
@@ -286,7 +286,7 @@ def test_options_are_read_as_they_are_written_on_a_command_line():
 
 @pytest.fixture(scope="module")
 def root(bundle, tmp_path_factory):
-    """A storage path whose registry has the digits in production, as version 1."""
+    """A storage path whose registry has the digits model in production as version 1."""
     root = str(tmp_path_factory.mktemp("retrain"))
     with publishing.RunRecorder(root, "digits", bundle.manifest.config) as recording:
         publishing.publish(bundle, recording, root, None)
@@ -295,7 +295,7 @@ def root(bundle, tmp_path_factory):
 
 @pytest.fixture
 def written(root):
-    """Write what the monitor has seen, until the test ends."""
+    """A function that writes the monitor's state, which is removed after the test."""
 
     def write(state):
         changes = {"production": "1", "versions": {"1": state.versions["3"]}}
@@ -309,7 +309,7 @@ def written(root):
 
 
 def inverted(count):
-    """Labelled requests for digits, light on dark where the model has seen dark on light."""
+    """Return labelled requests for digits with inverted brightness, which training did not have."""
     digits = load_digits()
     images = (255 - digits.images[:count] * 15.9).astype(np.uint8)
     records = [{"image": image_bytes(image)} for image in images]
@@ -319,7 +319,7 @@ def inverted(count):
 
 
 def log(requests, root):
-    """Keep labelled requests as the server does: what was asked apart from what is true."""
+    """Store labelled requests the way the server does: requests and labels in separate files."""
     now = datetime.now(UTC)
     columns = {
         "id": requests["id"],
@@ -334,7 +334,7 @@ def log(requests, root):
 
 
 def never(*arguments):
-    pytest.fail("it trains, or reads for it")
+    pytest.fail("nothing should be trained or read")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def never(*arguments):
         (watched(QUIET), {"force": True, "dry_run": True, "min_labelled": 9}, True, "would train"),
     ],
 )
-def test_what_is_not_trained_says_why(root, written, state, changes, due, reason, capsys):
+def test_the_reason_not_to_train_is_reported(root, written, state, changes, due, reason, capsys):
     written(state)
     options = retrain.RetrainOptions(model="digits", storage=root, **changes)
     result = retrain.retrain(options, lambda *_: inverted(20), never)
@@ -367,7 +367,7 @@ def test_a_failed_training_is_recorded_and_starts_the_cooldown(root, written):
             pytest.raises(lock.LockHeld),
             lock.hold_lock(RetrainHistory(root, "digits").url("lease"), hours=1),
         ):
-            pytest.fail("another could begin")
+            pytest.fail("another retraining could start")
         raise CommandFailed("training ended with exit 1")
 
     with pytest.raises(CommandFailed):
@@ -381,7 +381,7 @@ def test_a_failed_training_is_recorded_and_starts_the_cooldown(root, written):
         retrain.retrain(forced, lambda *_: inverted(20), fail)
 
 
-def test_the_config_of_retraining_is_productions_with_changes(root, bundle, tmp_path, monkeypatch):
+def test_retraining_uses_productions_config_with_changes(root, bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = retrain.RetrainOptions(model="digits", storage=root, mix=0.25)
     own = bundle.manifest.config
@@ -399,7 +399,7 @@ def test_the_config_of_retraining_is_productions_with_changes(root, bundle, tmp_
         assert config.model_dump(mode="json")[name] == own[name]
 
 
-def test_a_result_is_the_last_line_that_is_one():
+def test_the_result_is_the_last_json_line_with_a_bundle():
     log = '{"bundle": "a"}\nwords\n{"bundle": "b"}\n{"other": 1}\nShutting down\n'
     assert launcher.parse_result(log) == {"bundle": "b"}
     with pytest.raises(CommandFailed, match="without its JSON line"):
@@ -416,7 +416,7 @@ def test_an_address_without_a_dashboard_is_named():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_drifted_requests_lead_to_a_candidate_that_knows_them(root, written, bundle):
+def test_drifted_requests_lead_to_a_better_candidate(root, written, bundle):
     written(watched(LOUD, QUIET, LOUD))
     log(inverted(700), root)
     arguments = ["--model", "digits", "--storage", root, "--epochs", "4", "--check"]
@@ -435,12 +435,12 @@ def test_drifted_requests_lead_to_a_candidate_that_knows_them(root, written, bun
     candidate = Bundle.load(location)
     assert candidate.manifest.lineage["init"] == "models:/digits/1"
     assert candidate.manifest.data["test"] == bundle.manifest.data["test"]
-    # But for the temperature, which is of the net.
+    # Equal except for the temperature, which belongs to the net.
     assert candidate.task.calibrated(1.0).to_dict() == bundle.task.calibrated(1.0).to_dict()
     figures = result["figures"]
     assert figures["new_after"] > 0.8 > 0.5 > figures["new_before"]
     assert figures["test_accuracy"] >= figures["production_test_accuracy"] - 0.02
-    # What it is judged by, it has not learned from.
+    # The candidate was not trained on the records that judge it.
     learned = pyarrow.parquet.read_table(candidate.manifest.config["data"]["extra"])
     assert learned.num_rows + result["num_held_out"] == 700
     assert figures["new_num_records"] == result["num_held_out"]

@@ -1,4 +1,4 @@
-"""The desired state is reached, and nothing decided twice, wherever the control plane ends."""
+"""Wherever the control plane crashes, it reaches the desired state and decides nothing twice."""
 
 import asyncio
 import json
@@ -18,8 +18,8 @@ from tests.server import REPOSITORY
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_control_plane_may_end_or_fail_after_any_transition(bundle, tmp_path):
-    scenarios = (PROMOTED, FOLLOWED)  # by hand: all of them
+def test_the_control_plane_recovers_after_any_transition(bundle, tmp_path):
+    scenarios = (PROMOTED, FOLLOWED)  # a manual run takes all scenarios
     given = str(bundle.path), str(tmp_path), *scenarios
     result = subprocess.run(
         [sys.executable, "-m", "tests.crash.control_plane", *given],
@@ -50,7 +50,7 @@ STATE = ServingState(
 DECISION = RolloutDecision("2026-01-01T00:00:00+00:00", "2", "1", "promoted", "better", {"n": 1})
 
 
-def test_what_is_written_down_is_read_again(tmp_path):
+def test_a_written_state_is_read_back(tmp_path):
     store = DesiredStateStore(str(tmp_path), STATE)
     assert store.read() == DesiredState(0, STATE)
     written = store.write(DesiredState(0, STATE, STATE, DECISION))
@@ -63,7 +63,7 @@ def test_what_is_written_down_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["{}", "memory://{}"])
-def test_of_two_that_write_one_does(tmp_path, root):
+def test_one_of_two_concurrent_writers_succeeds(tmp_path, root):
     root = root.format(tmp_path)
     one, other = DesiredStateStore(root, STATE), DesiredStateStore(root, STATE)
     at = one.read()
@@ -73,8 +73,8 @@ def test_of_two_that_write_one_does(tmp_path, root):
     assert other.read().decision is None
 
 
-def test_a_process_that_stood_still_changes_nothing(tmp_path):
-    """The number that it would write was written and deleted by others meanwhile."""
+def test_a_process_with_an_outdated_state_writes_nothing(tmp_path):
+    """Meanwhile other processes wrote and deleted the document that it would write next."""
     store = DesiredStateStore(str(tmp_path), STATE)
     late = now = store.read()
     for _ in range(15):
@@ -84,7 +84,7 @@ def test_a_process_that_stood_still_changes_nothing(tmp_path):
     assert store.read() == now
 
 
-def test_another_deployment_begins_with_what_it_deployed(tmp_path):
+def test_another_deployment_starts_with_its_own_state(tmp_path):
     DesiredStateStore(str(tmp_path), STATE).write(DesiredState(0, STATE))
     new = ServingState(0, "digits", "2", {"2": "/two"}, incarnation="another")
     assert DesiredStateStore(str(tmp_path), new).read() == DesiredState(0, new)

@@ -1,4 +1,4 @@
-"""Feedback: live figures against references, and what a client may send."""
+"""Feedback: live metrics compared with references, and validation of what clients send."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LABELS = LabelsTarget("tags", ("new", "old", "red"))
 VALUE = ValueTarget("price")
 
 
-def test_accuracy_is_of_the_rows_whose_truth_is_known():
+def test_accuracy_is_over_the_rows_with_a_known_truth():
     known = FeedbackStore(CLASSES)
     known.predicted("a", "3", ["cat", "dog"])
     known.predicted("b", "3", ["cat"])
@@ -36,7 +36,7 @@ def test_the_last_label_counts_and_repeating_it_changes_nothing():
     assert (known.live("3").count, known.live("3").value) == (1, 1)
 
 
-def test_an_id_that_comes_again_is_another_request():
+def test_a_repeated_id_is_another_request():
     known = FeedbackStore(CLASSES)
     known.predicted("a", "3", ["cat"])
     known.give("a", ["cat"])
@@ -46,7 +46,7 @@ def test_an_id_that_comes_again_is_another_request():
     assert known.live("3").value == 0.5
 
 
-def test_the_rmse_is_numpys_and_its_interval_has_its_coverage():
+def test_the_rmse_is_numpys_with_a_95_percent_interval():
     generator = np.random.default_rng(0)
     inside = 0
     for _ in range(300):
@@ -82,7 +82,7 @@ def test_labels_are_compared_as_sets():
         (LABELS, [["new", "blue"]], "classes are"),
     ],
 )
-def test_what_is_no_truth_is_refused_and_nothing_is_kept(target, truths, word):
+def test_an_invalid_truth_is_refused_and_nothing_is_kept(target, truths, word):
     known = FeedbackStore(target)
     known.predicted("a", "3", [1.0 if target is VALUE else "cat"])
     with pytest.raises(BadRequest, match=word):
@@ -90,21 +90,21 @@ def test_what_is_no_truth_is_refused_and_nothing_is_kept(target, truths, word):
     assert known.live("3") is None
 
 
-def test_rows_that_are_not_known_any_more_are_left_out():
+def test_rows_without_a_stored_prediction_are_left_out():
     known = FeedbackStore(CLASSES)
     known.predicted("a", "3", ["cat", None, "dog"])
     known.give("a", ["cat", "cat", "cat"])
     assert (known.live("3").count, known.live("3").value) == (2, 0.5)
 
 
-def test_the_oldest_requests_are_forgotten():
+def test_the_oldest_requests_are_dropped():
     known = FeedbackStore(CLASSES, most=2)
     for name in "abc":
         known.predicted(name, "3", ["cat"])
     assert [known.knows(name) for name in "abc"] == [False, True, True]
 
 
-def test_a_request_is_compared_once_by_rows_that_both_answered():
+def test_a_request_is_compared_once_on_rows_of_both_versions():
     known = FeedbackStore(CLASSES)
     known.predicted("a", "3", ["cat", "cat", None])
     known.predicted("a", "4", ["dog", "cat", "cat"])
@@ -122,12 +122,12 @@ def test_a_request_is_compared_once_by_rows_that_both_answered():
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b'{"id": "a"}', b'{"id": 1, "truth": []}', b'{"id": "a", "truth": "cat"}']
 )
-def test_another_body_is_refused_with_what_is_expected(body):
+def test_an_invalid_body_is_refused_with_the_expected_form(body):
     with pytest.raises(BadRequest, match=r'expected \{"id"'):
         feedback.decode(body, 1024)
 
 
-def test_a_truth_of_markup_is_only_text():
+def test_a_truth_with_markup_is_plain_text():
     known = FeedbackStore(ClassTarget("kind", ("<b>", "x")))
     known.predicted("a", "3", ["<b>"])
     known.give("a", ["<b>"])

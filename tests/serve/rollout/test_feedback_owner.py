@@ -1,4 +1,4 @@
-"""Whose feedback counts, and what feedback may cost."""
+"""Which keys may send feedback for a request, and limits on its size."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ def key(name, **options):
 
 @pytest.fixture
 def ask(bundle, tmp_path):
-    """Ask by a key, as clients do; the replica's report goes to the repository at once."""
+    """A function that sends a request with a key and then the replica's report."""
     keys = KeyStore([key("team"), key("other"), key("admin", admin=True)])
     rest = make_rest(bundle, keys=keys, log={"sample_rate": 1}, storage=str(tmp_path))
     handler = rest._handler
@@ -52,14 +52,14 @@ def give(ask, name, request_id, **more):
     return ask("/v2/models/digits/feedback", body, name)
 
 
-def test_ids_that_the_server_makes_cannot_be_guessed(ask):
+def test_ids_generated_by_the_server_cannot_be_guessed(ask):
     made = [predict(ask, "team") for _ in range(3)]
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in made)
     assert len({each[:8] for each in made}) == 3
 
 
 @pytest.mark.parametrize("chosen", [None, "order-1", "team/order-1", "a/b"])
-def test_feedback_takes_the_key_that_asked_or_an_admin(ask, tmp_path, chosen):
+def test_feedback_needs_the_requests_key_or_an_admin_key(ask, tmp_path, chosen):
     request_id = predict(ask, "team", chosen)
     for guess in (request_id, f"team/{request_id}", "never"):
         refused = give(ask, "other", guess)
@@ -96,7 +96,7 @@ def test_many_labels_for_one_record_are_refused_at_once(ask, tmp_path):
     assert read_feedback(str(tmp_path), "digits").num_rows == 0
 
 
-def test_rows_in_memory_are_bounded_however_large_requests_are():
+def test_rows_in_memory_are_bounded_for_any_request_size():
     store = FeedbackStore(ClassTarget("kind", ("cat", "dog")), most=100, most_rows=1000)
     for number in range(50):
         store.predicted(f"{number}", "1", ["cat"] * 300)

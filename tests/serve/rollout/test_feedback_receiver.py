@@ -20,7 +20,7 @@ CLIENT = Actor("someone", "127.0.0.1", "id")
 
 
 async def make_repository(bundle, root, *, start=True, **options):
-    """Return a repository of the bundle as version 3. start: whether it is monitored yet."""
+    """Return a repository of the bundle as version 3. start: whether to start monitoring."""
     options = {
         "log": {"sample_rate": 1},
         "drift": {"rows_per_s": 0},
@@ -73,7 +73,7 @@ def test_predictions_before_monitoring_starts_are_kept(bundle, tmp_path):
 
 
 def test_feedback_for_old_requests_is_matched_by_the_log(bundle, tmp_path, monkeypatch):
-    """Without a wait for predictions that no replica will send."""
+    """It does not wait for predictions, which no replica will send."""
 
     async def scenario():
         repository = await make_repository(bundle, tmp_path)
@@ -94,7 +94,7 @@ def test_feedback_for_old_requests_is_matched_by_the_log(bundle, tmp_path, monke
     asyncio.run(scenario())
 
 
-def test_predictions_may_arrive_while_the_log_is_searched(bundle, tmp_path, monkeypatch):
+def test_predictions_can_arrive_while_the_log_is_searched(bundle, tmp_path, monkeypatch):
     async def scenario():
         repository = await make_repository(bundle, tmp_path)
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The loop after deployment, on a real server: drift, feedback, retraining, promotion, rollback."""
+"""Drift, feedback, retraining, promotion and rollback in sequence on a real server."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ WAIT_S = 90
 
 
 class Clients:
-    """Clients that ask all the time, give feedback, and remember what they were answered."""
+    """Clients that send requests and feedback continuously and count the response statuses."""
 
     def __init__(self, url, images, truths, num=4):
         self._url, self._num = url, num
@@ -79,7 +79,7 @@ class Clients:
 
 @pytest.fixture(scope="module")
 def place(trained, tmp_path_factory):
-    """A storage path of its own, whose registry has the trained digits in production."""
+    """A separate storage path whose registry has the trained digits model in production."""
     root = str(tmp_path_factory.mktemp("monitor"))
     bundle = Bundle.load(trained["bundle"])
     with publishing.RunRecorder(root, "digits", bundle.manifest.config) as recording:
@@ -89,7 +89,7 @@ def place(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unseen(trained):
-    """Images and digits that training did not see."""
+    """Images, uint8 [N, 8, 8, 1], and class indices [N] that were not trained on."""
     config = validate_config(Bundle.load(trained["bundle"]).manifest.config)
     splits = [
         dataset.prepare_dataset(config, config.storage.path).open(name)
@@ -104,13 +104,13 @@ def stats(url):
 
 
 def feedback(url, **body):
-    """Send feedback; return status and answer."""
+    """Send feedback; return the status and the JSON of the response."""
     answer = httpx.post(f"{url}/v2/models/digits/feedback", json=body, timeout=30)
     return answer.status_code, answer.json()
 
 
 def ask(url, images):
-    """Return the id of a request and its labels."""
+    """Send images, uint8 [N, 8, 8, 1]; return the request's id and the predicted labels."""
     image = {
         "name": "image",
         "shape": list(images.shape),
@@ -124,7 +124,7 @@ def ask(url, images):
 
 
 def check_feedback(url, images):
-    """What a client may get wrong, and what it may send twice."""
+    """Check the responses to wrong feedback and to feedback that is sent twice."""
     status, answer = feedback(url, id="never-asked", truth=["1"])
     assert (status, "no request 'never-asked' is known" in answer["error"]) == (404, True)
     request_id, labels = ask(url, images[:2])
@@ -138,7 +138,7 @@ def check_feedback(url, images):
 
 
 def check_late_feedback(url, root):
-    """A server that has begun anew knows from the log what was asked before."""
+    """Check that a restarted server finds earlier requests in the log."""
     row = reader.read_requests(root, "digits").slice(0, 1).to_pylist()[0]
     status, answer = feedback(url, id=row["id"], truth=[row["prediction"]] * 4)
     assert (status, answer.get("counted")) == (200, True)
@@ -155,14 +155,14 @@ def retrain(root, *options):
 
 
 def num_of_new_kind(root, changed):
-    """Return how many labelled rows were asked since a time; 0 where they are not most of all."""
+    """Return the number of labelled rows since a time, or 0 unless they are the majority."""
     rows = reader.read_labelled(root, "digits")
     new = sum(time >= changed for time in rows["time"].to_pylist())
     return new if new > len(rows) / 2 else 0
 
 
 def publish_damaged(root, folder):
-    """Register a candidate that does not answer as it did."""
+    """Register a candidate whose self-test fails."""
     location, _ = registry.resolve_model("models:/digits@production", root)
     copy = folder / "copy"
     shutil.copytree(location, copy)
@@ -202,8 +202,8 @@ def test_drift_leads_to_a_better_model_and_a_worse_rolls_back(place, unseen, tmp
             return (stats(url)["monitor"].get(version) or {}).get("feedback") or {"count": 0}
 
         wait_for(lambda: live("1")["count"] > 800, WAIT_S)
-        # However fast this machine is, most of what is learned from is of the new kind. What the
-        # server has counted is written some seconds later.
+        # Wait until most training records are of the new kind, on a machine of any speed. The
+        # server writes records some seconds after it has counted them.
         wait_for(lambda: num_of_new_kind(place, changed) > 800, WAIT_S)
         result = retrain(place)
         assert result.get("outcome") == "registered", result
@@ -221,7 +221,7 @@ def test_drift_leads_to_a_better_model_and_a_worse_rolls_back(place, unseen, tmp
         wait_for(lambda: live("2")["count"] > 400, WAIT_S)
         assert live("2")["low"] > decision["figures"]["production"]["high"]
 
-        # One that has learned next to nothing, and so is registered as candidate only.
+        # A model that has learned almost nothing is registered only as a candidate.
         worse = ["--storage.path", place, "--optim.epochs", "1", "--optim.lr", "1e-9"]
         done = run_main([*worse, "--workers.num", "1", "--compress.variants", "[]"])
         assert done.returncode == 0, done.stderr

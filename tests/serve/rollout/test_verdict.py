@@ -1,4 +1,4 @@
-"""Rollouts: rules against references, and a candidate that cannot harm those who ask."""
+"""Rollouts: rules checked by simulation, and candidates that cannot harm clients."""
 
 import asyncio
 
@@ -27,7 +27,7 @@ from serve.state import Rollout
 RULES = RolloutOptions(min_labels=100, noninferiority_margin=0.01, max_latency_ratio=2.0)
 
 
-def test_a_share_of_keys_is_chosen_and_stays_chosen_as_it_grows():
+def test_a_growing_share_of_keys_keeps_the_chosen_keys():
     keys = [f"client-{number}" for number in range(20_000)]
     few = {key for key in keys if in_fraction(key, 0.1, ROLLOUT)}
     assert abs(len(few) - 2000) < 5 * np.sqrt(20_000 * 0.1 * 0.9)
@@ -36,8 +36,8 @@ def test_a_share_of_keys_is_chosen_and_stays_chosen_as_it_grows():
     assert all(in_fraction(key, 1, ROLLOUT) for key in keys)
 
 
-def test_a_client_cannot_choose_what_is_chosen(monkeypatch):
-    """The same key is chosen or not by a secret, and for one purpose or another."""
+def test_a_client_cannot_influence_the_choice(monkeypatch):
+    """Whether a key is chosen depends on a secret and on the purpose."""
     keys = [f"client-{number}" for number in range(4000)]
 
     def chosen(purpose, secret):
@@ -95,9 +95,9 @@ def losses(both_right, candidate_right, production_right):
     [
         (compared(), losses(700, 80, 20), PROMOTED, "gain +0.0750 in 800 labelled requests"),
         (compared(), losses(700, 20, 80), ROLLED_BACK, "gain -0.0750"),
-        # As good, of very many records.
+        # Equally good in very many requests.
         (compared(), losses(20_000, 40, 40), PROMOTED, "worse by 0.01 or more has p = "),
-        # It cannot be told yet.
+        # Too few differences for a decision.
         (compared(), losses(100, 8, 6), None, ""),
         (compared(), losses(60, 9, 0), None, ""),
         (compared(errors=2), losses(700, 80, 20), PROMOTED, "accuracy"),
@@ -107,18 +107,18 @@ def losses(both_right, candidate_right, production_right):
         (compared(ms=9.0), losses(700, 80, 20), ROLLED_BACK, "95th percentile latency is 9.0"),
         (compared(ms=2.1), losses(0, 0, 0), ROLLED_BACK, "95th percentile latency is 2.09 ms"),
         (compared(ms=1.95), losses(0, 0, 0), None, ""),
-        # Too few to tell of latency.
+        # Too few requests to judge the latency.
         (compared(ms=9.0, requests=50), losses(60, 0, 0), None, ""),
     ],
 )
-def test_rules(comparison, pairs, decision, word):
+def test_rules_decide_by_errors_latency_and_labels(comparison, pairs, decision, word):
     verdict = judge_rollout(comparison, labels(pairs), RULES)
     assert (verdict.decision if verdict else None) == decision
     assert word in (verdict.reason if verdict else "")
 
 
 @pytest.mark.parametrize(("scale", "decision"), [(0.8, PROMOTED), (1.3, ROLLED_BACK)])
-def test_rules_of_values(rng, scale, decision):
+def test_rules_decide_by_errors_of_values(rng, scale, decision):
     errors = rng.normal(size=(1000, 2)) * [1, scale]
     verdict = labels(errors**2, classes=False).judge()
     assert verdict.decision == decision
@@ -126,15 +126,15 @@ def test_rules_of_values(rng, scale, decision):
     assert f"gain {gain:+.4f} in 1000 labelled requests" in verdict.reason
 
 
-# Rollouts and requests of each in simulations; 4 standard deviations of a chance of 0.025.
+# Number of simulated rollouts, and of requests in each; ALPHA plus 4 standard deviations of it.
 RUNS, REQUESTS = 1000, 3000
 BOUND = ALPHA + 4 * np.sqrt(ALPHA * (1 - ALPHA) / RUNS)
 
 
 def simulated(draw, *, classes=True):
-    """How often a candidate is ever promoted and ever called worse, looked at every request.
+    """Return the shares of rollouts that are ever promoted and ever called worse.
 
-    draw: the losses [2, RUNS] of the next request of each rollout.
+    draw: returns the losses, float64 [2, RUNS], of the next request of each rollout.
     """
     evidence = LabelEvidence(RULES, classes=classes)
     for _ in range(REQUESTS):
@@ -145,8 +145,8 @@ def simulated(draw, *, classes=True):
 
 @pytest.mark.parametrize("discordant", [0.01, 0.05, 0.3])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_one_worse_by_the_margin_is_seldom_promoted(rng, discordant, rows):
-    """rows: of a request; they are alike, all right or all wrong together."""
+def test_a_candidate_worse_by_the_margin_is_seldom_promoted(rng, discordant, rows):
+    """rows: number of rows of a request, which are all right or all wrong together."""
     gain = -RULES.noninferiority_margin
 
     def draw():
@@ -158,7 +158,7 @@ def test_one_worse_by_the_margin_is_seldom_promoted(rng, discordant, rows):
 
 
 @pytest.mark.parametrize("discordant", [0.01, 0.3])
-def test_one_as_good_is_seldom_called_worse(rng, discordant):
+def test_an_equally_good_candidate_is_seldom_called_worse(rng, discordant):
     def draw():
         kinds = rng.choice(3, p=[1 - discordant, discordant / 2, discordant / 2], size=RUNS)
         return kinds == 1, kinds == 2
@@ -177,7 +177,7 @@ def test_errors_of_values_are_seldom_misjudged(rng, correlation, ratio, which):
     assert simulated(draw, classes=False)[which] <= BOUND
 
 
-def test_a_better_one_is_promoted_within_hundreds_of_requests(rng):
+def test_a_better_candidate_is_promoted_in_800_requests(rng):
     def draw():
         kinds = rng.choice(3, p=[0.9, 0.08, 0.02], size=RUNS)
         return np.array([kinds == 1, kinds == 2], float)
@@ -188,8 +188,8 @@ def test_a_better_one_is_promoted_within_hundreds_of_requests(rng):
     assert np.mean(evidence.evidence()[0] >= 1 / ALPHA) > 0.9
 
 
-def test_latencies_of_one_distribution_are_seldom_told_apart(rng):
-    """Both arms have the same one, the accepted ratio is 1, and each request is looked at."""
+def test_equal_distributions_of_latency_seldom_roll_back(rng):
+    """Both arms have the same distribution, the accepted ratio is 1, and decisions are frequent."""
     rules = RolloutOptions(max_latency_ratio=1)
     empty = LabelEvidence(rules, classes=True)
     rolled_back = 0
@@ -219,7 +219,7 @@ def test_errors_at_the_accepted_rate_seldom_roll_back(rng):
 
 
 class Plane:
-    """Answers with its version; or fails, or takes its time."""
+    """A plane that predicts its version after some seconds, or raises an error."""
 
     def __init__(self, version, error=None, seconds=0.0):
         self.version, self.error, self.seconds = version, error, seconds
@@ -234,7 +234,7 @@ class Plane:
 
 
 async def ask(planes, phase, *, count=50, timeout_s=10.0):
-    """Send requests of 2 records; return (versions that answered, comparison, what copies said)."""
+    """Send requests of 2 records; return (versions of responses, comparison, logged copies)."""
     copies = []
     reports = ReportBuffer()
     splitter = TrafficSplitter(
@@ -294,7 +294,7 @@ def test_a_canary_answers_the_same_clients_and_is_compared():
 
 @pytest.mark.parametrize("candidate", [Plane("4", RuntimeError("broken")), Plane("4", seconds=0.3)])
 @pytest.mark.parametrize("phase", ["shadow", "canary"])
-def test_a_candidate_that_fails_or_is_slow_fails_nobody(candidate, phase):
+def test_a_failing_or_slow_candidate_fails_no_request(candidate, phase):
     answers, comparison, _ = asyncio.run(
         ask((Plane("3"), candidate), phase, count=6, timeout_s=0.2)
     )
@@ -312,7 +312,7 @@ def test_errors_of_requests_do_not_count_against_the_candidate(error):
     assert comparison.arms["candidate"].errors == 0
 
 
-def test_a_record_that_neither_takes_is_the_clients_error():
+def test_a_record_that_both_versions_refuse_is_a_bad_request():
     planes = Plane("3", BadRequest("no")), Plane("4", ValueError("no"))
     with pytest.raises(BadRequest):
         asyncio.run(ask(planes, "canary"))
@@ -329,6 +329,6 @@ def test_a_record_that_neither_takes_is_the_clients_error():
         ),
     ],
 )
-def test_a_rollout_that_could_not_be_decided_is_refused(options, word):
+def test_a_rollout_that_cannot_be_decided_is_refused(options, word):
     with pytest.raises(ValueError, match=word):
         ServeConfig(**options)

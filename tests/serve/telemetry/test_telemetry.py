@@ -1,4 +1,4 @@
-"""What is seen of a server: metrics, access log, traces; and its keys."""
+"""Metrics, access log and traces of a server, and its API keys."""
 
 import asyncio
 import hashlib
@@ -43,7 +43,7 @@ def test_a_histogram_counts_as_prometheus_does(rng):
     assert got == pytest.approx(expected)
 
 
-def test_replicas_counts_are_read_side_by_side():
+def test_metrics_of_replicas_are_exported_side_by_side():
     snapshots = []
     for replica in ("a", "b"):
         metrics = VersionMetrics()
@@ -64,7 +64,7 @@ def test_replicas_counts_are_read_side_by_side():
 
 
 async def ask(rest, path, headers=()):
-    """Let an application answer a GET."""
+    """Send a GET request to an application; return the status."""
     sent = []
 
     async def receive():
@@ -100,7 +100,7 @@ def test_the_access_log_has_a_line_for_each_request(bundle, tmp_path):
     asyncio.run(scenario())
 
 
-def test_the_access_log_may_be_of_errors_only(bundle, tmp_path):
+def test_the_access_log_can_have_errors_only(bundle, tmp_path):
     async def scenario():
         rest = make_rest(bundle, RequestRecorder(AccessLog(tmp_path / "a.jsonl", "errors")))
         await ask(rest, "/v2")
@@ -110,7 +110,7 @@ def test_the_access_log_may_be_of_errors_only(bundle, tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_trace_continues_the_clients(bundle):
+def test_a_trace_continues_the_clients_trace(bundle):
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
@@ -127,7 +127,7 @@ def test_a_trace_continues_the_clients(bundle):
     assert span.end_time > span.start_time
 
 
-def test_a_bucket_gives_its_rate_and_no_more():
+def test_a_token_bucket_allows_its_rate_and_no_more():
     bucket = TokenBucket(rate=5)
     assert sum(bucket.take(100.0) == 0 for _ in range(20)) == 5
     assert bucket.take(100.0) == pytest.approx(0.2)
@@ -145,7 +145,7 @@ def make_key(*arguments):
     )
 
 
-def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
+def test_a_key_is_shown_once_and_stored_as_a_hash(tmp_path):
     path = tmp_path / "keys.yaml"
     made = make_key("team", "--file", str(path), "--models", "digits", "--rate", "2")
     assert made.returncode == 0, made.stderr
@@ -207,7 +207,7 @@ def test_a_grpc_call_is_logged_and_traced_like_http(bundle, tmp_path):
     answered, refused = asyncio.run(scenario())
     assert (answered["id"], answered["method"], answered["path"]) == ("r1", "gRPC", "ModelInfer")
     assert (answered["model"], answered["version"], answered["rows"]) == ("digits", "3", 3)
-    # The key names the client, whatever the client calls itself.
+    # The client's name is that of its key, whatever its x-client-id is.
     assert (answered["client"], answered["status"]) == ("team", 200)
     assert (refused["client"], refused["status"], refused["version"]) == ("me", 401, None)
     tracer.flush()
