@@ -46,7 +46,7 @@ def simulate(draw: Callable[[], Any], *, classes: bool) -> dict[str, float | Non
 def answers(
     rng: np.random.Generator, discordant: float, gain: float, rows: int, alike: bool
 ) -> Callable[[], Any]:
-    """Return a drawer of losses of several rows, which are right or wrong together if `alike`."""
+    """Return a function that draws losses of rows, all right or all wrong together if `alike`."""
     chances = [1 - discordant, (discordant + gain) / 2, (discordant - gain) / 2]
 
     def draw() -> Any:
@@ -57,7 +57,10 @@ def answers(
 
 
 def values(rng: np.random.Generator, ratio: float, correlation: float) -> Callable[[], Any]:
-    """Return a drawer of heavy-tailed squared errors; ratio: candidate's RMSE to production's."""
+    """Return a function that draws heavy-tailed squared errors.
+
+    ratio: the candidate's root mean squared error divided by production's.
+    """
 
     def draw() -> Any:
         one, other = rng.standard_t(5, size=(2, RUNS))

@@ -16,7 +16,7 @@ from cluster.errors import UserError
 from tests.crash.scenarios import SCENARIOS
 from tests.server import REPOSITORY
 
-# Most calls of a scenario at which faults are injected here; a manual run takes all calls.
+# Maximum number of calls per scenario at which faults are injected; a manual run takes all.
 MOST_POINTS = 60
 FAULTS = {"ENOSPC", "EIO", "killed", "power", "power, renames"}
 

@@ -155,7 +155,7 @@ def test_a_large_request_is_retried_if_its_replica_dies(tmp_path):
     ("body", "path", "most"), [(LARGE, INFER, 2), (LARGE, LOAD, 1), (LARGER, INFER, 1)]
 )
 def test_a_request_that_kills_replicas_is_retried_at_most_once(tmp_path, body, path, most):
-    """Send it twice, or once if it changes state or is too long to buffer; then respond 503."""
+    """HAProxy sends it twice, or once if it changes state or is too long; then it responds 503."""
     with ingress(tmp_path) as haproxy, replicas(a=True, b=True, c=True) as all_of_them:
         haproxy.start(*all_of_them)
         connection = haproxy.connect()

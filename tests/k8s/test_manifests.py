@@ -48,7 +48,7 @@ OF_NO_NAMESPACE = ("Namespace", "ResourceFlavor", "ClusterQueue")
 # The operator appends suffixes to these names.
 NAME_LIMITS = {"RayService": 47, "RayJob": 47, "CronJob": 52}
 CLUSTERS = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}
-# Endings of a service's name: within the namespace, then from ever farther away.
+# Suffixes of a service's name, from the short name to the fully qualified one.
 SERVICE_NAMES = ("", ".halyard", ".halyard.svc", ".halyard.svc.cluster.local")
 # Depends on the machine: each container sets it from its CPU limit.
 THREADS = "RAY_SERVE_HAPROXY_NBTHREAD"
@@ -206,7 +206,7 @@ def test_containers_have_limits_and_request_all_their_memory(name):
 
 @needs_kubectl
 def test_the_local_node_has_room_for_the_server_and_a_job():
-    """The README states the node's cores and memory; 5 % of them are left to the node itself."""
+    """The README states the node's cores and memory; 5 % is reserved for the node itself."""
     readme = (K8S / "README.md").read_text()
     said = re.search(r"`local` \| one node of (\d+) cores and (\d+) GiB", readme)
     assert said is not None

@@ -29,7 +29,7 @@ def cpu_s(mark: str) -> float:
     ticks = 0
     for folder in find(mark):
         with contextlib.suppress(OSError):
-            # Fields 11-14 after the name in brackets: utime, stime, cutime, cstime (man 5 proc).
+            # Items 11 to 14 after the name in brackets: utime, stime, cutime, cstime (man 5 proc).
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
     return ticks * TICK_S

@@ -165,7 +165,7 @@ def test_a_stale_lease_is_taken_over(lease_url, changes, stale):
         own.check()
 
 
-def test_a_process_that_lost_its_lease_ends_and_keeps_off_it(lease_url):
+def test_a_process_that_lost_its_lease_ends_and_leaves_it(lease_url):
     with lock.hold_lock(lease_url, hours=1) as own:
         commit.write_atomic(lease_url, json.dumps({**own.holder, "token": "other"}).encode())
         with pytest.raises(CommandFailed, match="taken over"):

@@ -189,7 +189,7 @@ def test_a_better_candidate_is_promoted_in_800_requests(rng):
 
 
 def test_equal_distributions_of_latency_seldom_roll_back(rng):
-    """Both arms have the same distribution, the accepted ratio is 1, and decisions are frequent."""
+    """Both arms have the same distribution, the accepted ratio is 1; rules run often."""
     rules = RolloutOptions(max_latency_ratio=1)
     empty = LabelEvidence(rules, classes=True)
     rolled_back = 0
