@@ -26,7 +26,8 @@ from train.cli import parse as parse_training
 from train.data import dataset
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
-from tune import report, tuner
+from tune import StudyConfig, report
+from tune import tune as tune_from_python
 from tune.cli import parse
 from tune.run.study_store import Study
 
@@ -199,7 +200,7 @@ def tune(folder, options, **tune):
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **options, "tune": {"study": "s", **tune}}))
     config = parse(["--config", str(path), "--storage.path", str(folder)])
-    return tuner.tune(config), kept(folder, "s")
+    return tune_from_python(config), kept(folder, "s")
 
 
 # Fails at a learning rate of 10 after some steps.
