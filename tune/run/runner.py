@@ -30,7 +30,7 @@ from tune.search_space import with_values
 # handler of SIGINT, which would keep Ctrl-C from ending this process.
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Trials read data by the same relative paths as this process.
+    # A trial's process changes to the directory of the study itself.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -101,6 +101,7 @@ class SearchContext:
             variants=self.study.goals.variants,
             source_url=self.study.run_url(last.donor_run) if last else None,
             source_epoch=last.epoch if last else 0,
+            folder=os.getcwd(),
         ).to_dict()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import queue
 import tempfile
 import threading
@@ -44,7 +45,8 @@ class TrialSpec:
     config: the training config, with the trial's options. run_url: path or URL of the trial's run,
     which may not exist yet. reported: the last epoch that the study has stored. early: the fields
     of the metric by which running trials are compared. variants: those to make and measure at the
-    end. source_url, source_epoch: the run and its epoch from which a new run continues.
+    end. source_url, source_epoch: the run and its epoch from which a new run continues. folder: the
+    directory from which the study was started, where relative paths of data begin.
     """
 
     number: int
@@ -55,6 +57,7 @@ class TrialSpec:
     variants: tuple[str, ...] = ()
     source_url: str | None = None
     source_epoch: int = 0
+    folder: str = "."
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict."""
@@ -69,6 +72,8 @@ class TrialProcess(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self._plan = TrialSpec(**config)
+        with contextlib.suppress(FileNotFoundError):  # on another machine
+            os.chdir(self._plan.folder)
         self._results = trial_results(self._plan)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
