@@ -1,6 +1,8 @@
 """Shared by all commands: parsing of options, one-line error messages, and exit codes."""
 
+import argparse
 import json
+import re
 import signal
 import sys
 import traceback
@@ -50,6 +52,20 @@ class CommandOptions(BaseSettings):
 
 Options = TypeVar("Options", bound=CommandOptions)
 
+# Ends of a description that add nothing to it.
+NO_DEFAULT = re.compile(r" \(default: (None|not given|\(\)|\[\]|\{\})\)$")
+# Words of --help for pydantic's names of types.
+TYPES = {
+    "bool": "true|false",
+    "dict": "JSON",
+    "float": "NUMBER",
+    "int": "INTEGER",
+    "list": "LIST",
+    "str": "TEXT",
+    "tuple": "LIST",
+    "Path": "PATH",
+}
+
 
 def parse_options(
     command: type[Options], argv: Sequence[str], *, verbatim: Collection[str] = ()
@@ -72,17 +88,52 @@ def parse_options(
         raise UserError(f"option --{name}: {message[:1].lower()}{message[1:]}.") from error
 
 
-def read_arguments(command: type[BaseSettings], argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values on a command line, by section and not yet validated.
+def read_arguments(
+    command: type[BaseSettings], argv: Sequence[str], *, common: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the options on a command line, grouped by section, without validating values.
 
-    Raises UserError if an option is unknown or has no value.
+    common: options that --help lists first, such as "--data.train".
+    Raises UserError for an unknown option, or an option without its value.
     """
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        command, cli_exit_on_error=False
+    )
+    _arrange_help(source.root_parser, common)
     try:
-        return CliSettingsSource(command, cli_parse_args=list(argv), cli_exit_on_error=False)()
+        return source(args=list(argv))()
     except SettingsError as error:
         problem = str(error).removeprefix("error parsing CLI: ")
         program = command.model_config["cli_prog_name"]
         raise UserError(f"{problem}; '{program} --help' lists the options.") from error
+
+
+def _arrange_help(parser: argparse.ArgumentParser, common: Sequence[str]) -> None:
+    """Name the types of values plainly; if `common` is given, list those options first."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _arrange_help(inner, ())
+            continue
+        if isinstance(action.metavar, str):
+            action.metavar = _plain_type(action.metavar)
+        if action.help:
+            action.help = NO_DEFAULT.sub("", action.help)
+            # A config file may give what the command line does not.
+            action.help = action.help.removesuffix(" (required)") if common else action.help
+    if common:
+        parser.usage = f"{parser.prog} [--OPTION VALUE ...]"
+        group = argparse._ArgumentGroup(parser, "common options")
+        by_name = {name: action for action in parser._actions for name in action.option_strings}
+        group._group_actions = [by_name[name] for name in common]
+        parser._action_groups.insert(0, group)
+
+
+def _plain_type(metavar: str) -> str:
+    """Return the word for a type of values, as help shows it, for pydantic's."""
+    plain = re.sub(r"^\{(.*),None\}$", r"\1", metavar)
+    kind = re.split(r"[\[,]", plain)[0]
+    return plain if plain.startswith("{") else TYPES.get(kind, plain)
 
 
 def _take_verbatim(

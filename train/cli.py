@@ -17,6 +17,11 @@ from train.config.files import load_yaml, merge_options
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 SAVE_CONFIG = "save-config"
+# Options that most users need, in the order of --help.
+COMMON = (
+    *("--config", "--data.train", "--target", "--name", "--data.test", "--optim.epochs"),
+    *("--optim.lr", "--workers.num", "--resume", "--storage.path"),
+)
 # --storage is the short form of --storage.path; other commands only have --storage.
 STORAGE = re.compile(r"^--storage(=|$)")
 
@@ -63,12 +68,17 @@ def parse(argv: Sequence[str]) -> Command:
     )
 
 
-def read_options(argv: Sequence[str], command: type[BaseSettings] = _Command) -> dict[str, Any]:
+def read_options(
+    argv: Sequence[str],
+    command: type[BaseSettings] = _Command,
+    common: Sequence[str] = COMMON,
+) -> dict[str, Any]:
     """Return the options of a command line, grouped by section.
 
-    Raises UserError for an unknown option.
+    common: options that --help lists first. Raises UserError for an unknown option.
     """
-    return read_arguments(command, [STORAGE.sub(r"--storage.path\1", given) for given in argv])
+    arguments = [STORAGE.sub(r"--storage.path\1", given) for given in argv]
+    return read_arguments(command, arguments, common=common)
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -19,6 +19,11 @@ DEFAULT_STUDY = CONFIGS / "digits.yaml"
 # The study that is used if only records are given.
 ANY_TABLE = CONFIGS / "any.yaml"
 BASE = "base"
+# Options that most users need, in the order of --help.
+COMMON = (
+    *("--config", "--data.train", "--target", "--num-trials", "--max-minutes", "--tune.space"),
+    *("--tune.objectives", "--tune.pick", "--tune.parallel", "--storage.path"),
+)
 
 
 class _Command(BaseSettings, StudyConfig):
@@ -43,7 +48,7 @@ def parse(argv: Sequence[str]) -> StudyConfig:
     Options override the file, and the file overrides its base. Raises UserError, with one line
     that names the field, if a value is wrong.
     """
-    options = read_options(argv, _Command)
+    options = read_options(argv, _Command, COMMON)
     file = options.pop("config", None)
     train = options.get("data", {}).get("train")
     if file is None and train is not None:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import SettingsConfigDict
 
 from cluster import commit, storage
@@ -42,12 +42,21 @@ Read = Callable[[str, str], pa.Table]
 Train = Callable[[str, str | None, float], dict[str, Any]]
 
 
+def _model_name(value: Any) -> Any:
+    """The name in models:/NAME@production; anything else as it is."""
+    is_text = isinstance(value, str)
+    return value.removeprefix("models:/").removesuffix("@production") if is_text else value
+
+
 class RetrainOptions(CommandOptions):
     """Retrain a model on labelled requests if its inputs drift or its error has increased."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.retrain")
 
-    model: str = Field(pattern=storage.MODEL_NAME, description="Name of the model in the registry.")
+    model: Annotated[str, BeforeValidator(_model_name)] = Field(
+        pattern=storage.MODEL_NAME,
+        description="Name of the model in the registry, or models:/NAME@production.",
+    )
     check: bool = Field(False, description="Retrain if due. This is also the default.")
     dry_run: bool = Field(False, description="Report what would be done without doing it.")
     force: bool = Field(

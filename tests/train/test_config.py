@@ -1,10 +1,14 @@
 """Options and config files: precedence, strict parsing and one-line errors."""
 
+import re
+
 import pytest
+from pydantic import ValidationError
 
 from cluster.errors import UserError
 from train import cli
 from train.config import Config, portable_options
+from tune import cli as study_cli
 from tune.cli import parse as parse_study
 
 
@@ -83,3 +87,37 @@ def test_workers_get_an_absolute_storage_path(tmp_path, monkeypatch):
     assert config.storage.path == "runs"
     values["storage"]["path"] = "runs"
     assert Config.model_validate(values) == config
+
+
+@pytest.mark.parametrize(
+    ("parse_command", "common"), [(cli.parse, cli.COMMON), (parse_study, study_cli.COMMON)]
+)
+def test_help_begins_with_the_ten_common_options(parse_command, common, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_command(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    usage = shown.split("\n\n")[0]
+    assert len(usage.splitlines()) == 1
+    listed = re.findall(r"^  (--[\w.]+)", shown.split("\noptions:\n")[0], re.MULTILINE)
+    assert len(listed) == len(common) == 10
+    assert listed[:3] == list(common[:3])
+    assert "(default: None)" not in shown
+
+
+def test_a_config_is_named_after_its_training_file():
+    assert Config(data={"train": "s3://bucket/My rides/*.csv"}).name == "my-rides"
+    assert Config(data={"train": "table.csv"}, name="other").name == "other"
+    with pytest.raises(ValidationError, match="name"):
+        Config(data={"train": ""}, name="A b")
+
+
+def test_a_config_file_is_loaded_or_named_in_one_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("name: rides\ndata: {train: rides.csv}\noptim: {epochs: 3}\n")
+    assert Config.load(path).optim.epochs == 3
+    path.write_text("name: rides\ndata: {train: rides.csv}\noptim: {epoch: 3}\n")
+    with pytest.raises(UserError, match=r"unknown option 'optim\.epoch'"):
+        Config.load(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        Config.load(tmp_path / "missing.yaml")

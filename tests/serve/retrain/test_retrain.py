@@ -449,3 +449,8 @@ def test_drifted_requests_lead_to_a_better_candidate(root, written, bundle):
     assert {**entry, "model": "digits", "retrained": True, "due": True} == result
     again = retrain.retrain(retrain.parse(arguments), never, never)
     assert "the last training began" in again["reason"]
+
+
+@pytest.mark.parametrize("model", ["digits", "models:/digits@production"])
+def test_a_model_is_named_or_referenced(model):
+    assert retrain.RetrainOptions(model=model).model == "digits"
