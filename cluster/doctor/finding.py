@@ -14,7 +14,7 @@ class Finding:
 
     @property
     def mark(self) -> str:
-        """ "ok", "missing" for a problem with a required part, or "optional" for any other."""
+        """The state of the check: "ok", "missing" (a required part) or "optional" (any other)."""
         if not self.remedy:
             return "ok"
         return "missing" if self.required else "optional"
