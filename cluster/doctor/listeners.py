@@ -30,7 +30,7 @@ def listening(found: Sequence[Mapping[str, Any]], where: str) -> Iterator[Findin
         if OPEN in kinds:
             remedy = f"unset {auth.MODE} before Ray starts, or block the ports with a firewall"
         elif READABLE in kinds:
-            remedy = "block the port with a firewall; see README, 'Who reaches what'"
+            remedy = "block the port with a firewall; see 'Which ports are open' in docs"
         yield Finding(f"{process} {where}", words, remedy, required=False)
 
 

@@ -100,7 +100,7 @@ def bundle_signatures() -> Finding:
     """Check whether bundles are signed, and that only this user can read the private key."""
     path = os.environ.get(private.SIGNING_KEY)
     if not path:
-        remedy = "not needed if only you can write to the storage; see README, 'Signatures'"
+        remedy = "not needed if only you can write to the storage; see 'Sign bundles' in docs"
         return Finding("signatures", "bundles are not signed", remedy, required=False)
     if path.startswith("-----BEGIN"):
         return Finding("signatures", f"bundles are signed with the key in {private.SIGNING_KEY}")

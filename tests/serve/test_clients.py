@@ -153,11 +153,16 @@ def test_kserves_clients_get_the_predictors_results(url, expected):
     assert answer == {"ready": True, "rest": labels, "v1": labels, "grpc": labels}
 
 
-def test_the_readmes_curl_commands_work(url, tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
-    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.S) if "curl" in b)
+def test_the_curl_commands_of_the_documentation_work(url, tmp_path):
+    pages = [REPOSITORY / "docs" / name for name in ("guides/serve.md", "reference/http-api.md")]
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+    ]
+    found = [re.findall(r"^curl.*?(?:\n(?=curl|$)|\Z)", block, re.S | re.M) for block in blocks]
+    commands = [command for each in found for command in each if "digit.png" in command]
     (tmp_path / "digit.png").write_bytes(image_bytes(IMAGES[3].squeeze()))
-    commands = re.findall(r"^curl.*?(?:\n(?=curl|$)|\Z)", block, re.S | re.M)
     assert len(commands) >= 3
     for command in commands:
         done = subprocess.run(

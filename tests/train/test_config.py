@@ -106,7 +106,7 @@ def test_help_begins_with_the_ten_common_options(parse_command, common, capsys):
 
 
 def test_a_config_is_named_after_its_training_file():
-    assert Config(data={"train": "s3://bucket/My rides/*.csv"}).name == "my-rides"
+    assert Config(data={"train": "s3://bucket/My rides.csv"}).name == "my-rides"
     assert Config(data={"train": "table.csv"}, name="other").name == "other"
     with pytest.raises(ValidationError, match="name"):
         Config(data={"train": ""}, name="A b")
