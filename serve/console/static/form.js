@@ -26,16 +26,27 @@ export function inputsOf(manifest) {
   }));
 }
 
-// Finds the mean of each column of numbers. A number or boolean has one encoded value; the first
-// date has seven and each further date eight, of which the first is the time.
+// Finds the mean of each column of numbers. A number or boolean has one encoded value, a vector one per
+// element and a set one per label; the first date has seven and each further date eight, of which the
+// first is the time.
 function numbers({ columns, mean }, known) {
   const placesOfDate = 7;
   let place = 0;
   let hadDate = false;
-  for (const { kind, column, format } of columns) {
-    known.set(column, { kind, format, mean: mean[place] });
-    place += kind === "date" ? placesOfDate + (hadDate ? 1 : 0) : 1;
-    hadDate ||= kind === "date";
+  for (const { kind, column, format, length, labels } of columns) {
+    if (kind === "vector") {
+      known.set(column, { kind: "tensor", typical: mean.slice(place, place + length) });
+    } else if (kind === "set") {
+      known.set(column, { kind: "text", typical: labels[0] });
+    } else {
+      known.set(column, { kind, format, mean: mean[place] });
+    }
+    if (kind === "date") {
+      place += placesOfDate + (hadDate ? 1 : 0);
+      hadDate = true;
+    } else {
+      place += length ?? labels?.length ?? 1;
+    }
   }
 }
 
@@ -135,18 +146,23 @@ function text(input) {
   const control = element("textarea", { rows: 4, placeholder: "missing" });
   return {
     input, control, node: labelled(input, control, "text"),
-    fill: () => {},
+    fill: () => { control.value = input.typical ?? control.value; },
     tensor: () => bytesTensor(input, control.value || null),
   };
 }
 
 function tensor(input) {
-  const control = element("textarea", { rows: 3, spellcheck: "false" });
+  const control = element("textarea", { rows: 3, spellcheck: "false", placeholder: "missing" });
   const inner = input.shape.slice(1);
   return {
     input, control, node: labelled(input, control, `numbers, ${inner.join(" × ")}`),
-    fill: () => { control.value = Array(inner.reduce((one, other) => one * other, 1)).fill(0).join(" "); },
+    fill: () => {
+      const zeros = () => Array(inner.reduce((one, other) => one * other, 1)).fill(0);
+      const typical = input.typical?.map((value) => Number(value.toPrecision(3)));
+      control.value = (typical ?? zeros()).join(" ");
+    },
     tensor: () => {
+      if (control.value.trim() === "") return bytesTensor(input, null);
       const data = control.value.split(/[\s,;[\]]+/).filter(Boolean).map(Number);
       return { name: input.name, shape: [1, ...inner], datatype: input.datatype, data };
     },

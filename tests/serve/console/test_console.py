@@ -500,6 +500,8 @@ def test_a_form_offers_values_of_training_and_sends_valid_json(visit):
         "age": {"kind": "number"},
         "pickup": {"kind": "date"},
         "dropoff": {"kind": "date"},
+        "sound": {"kind": "vector"},
+        "tags": {"kind": "set"},
         "fare": {"kind": "number"},
         "adult": {"kind": "boolean"},
         "sex": {"kind": "category"},
@@ -509,6 +511,8 @@ def test_a_form_offers_values_of_training_and_sends_valid_json(visit):
         "age": [20.0, 40.0, 33.0],
         "pickup": ["2026-01-01T10:00:00", "2026-01-03T10:00:00", "2026-01-02T10:00:00"],
         "dropoff": ["2026-01-01T11:00:00", "2026-01-03T11:00:00", "2026-01-02T11:00:00"],
+        "sound": [[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [3.0, 4.0, 5.0]],
+        "tags": [["calm"], ["calm", "loud"], ["old"]],
         "fare": [7.25, 8.0, 100.0],
         "adult": [True, True, False],
         "sex": [MARKUP, MARKUP, "female"],
@@ -541,9 +545,11 @@ def test_a_form_offers_values_of_training_and_sends_valid_json(visit):
     assert read["age"] == 31
     assert read["fare"] == pytest.approx(np.mean(columns["fare"]), rel=1e-2)
     assert read["dropoff"] == b"2026-01-02T11:00:00"
+    assert read["sound"].tolist() == [2, 3, 4]
+    assert read["tags"] in (b"calm", b"loud", b"old")
     assert (read["adult"], read["sex"]) == (b"true", MARKUP.encode())
     first = {name: values[0] for name, values in columns.items()}
-    encoded = features.encode(sent({**first, "adult": "true"}))
+    encoded = features.encode(sent({**first, "adult": "true", "tags": "calm"}))
     for name, array in features.encode_records([first]).items():
         np.testing.assert_array_equal(encoded[name], array)
     missing = features.encode(sent({}))
