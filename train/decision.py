@@ -87,6 +87,28 @@ def fit_thresholds(
     return tuple(cost_threshold(*each, costs_22) for each in columns)
 
 
+def check_recall(task: Task, rule: DecisionRule, targets: np.ndarray) -> None:
+    """Raises UserError if too few validation records of a class are given for a rule of recall.
+
+    targets: as the task encodes them, int64 [N] for classes and uint8 [N, K] for labels.
+    """
+    target = task.target
+    if rule.recall is None or not isinstance(target, NamedTarget):
+        return
+    least = math.ceil(1 / (1 - rule.recall) - 1e-9) - 1
+    if isinstance(target, ClassTarget):
+        counts = {target.classes[target.rarest]: int((targets == target.rarest).sum())}
+    else:
+        counts = dict(zip(target.classes, (targets > 0).sum(axis=0).tolist(), strict=True))
+    for name, count in counts.items():
+        if count < least:
+            raise UserError(
+                f"decision_rule.recall is {rule.recall:g}, which needs at least {least} validation "
+                f"records of '{name}', and there are {count}; give more records, a larger "
+                "data.valid_fraction, or a lower recall."
+            )
+
+
 def recall_threshold(scores_N: np.ndarray, true_N: np.ndarray, recall: float) -> float:
     """Return the threshold that new records of the class reach with probability `recall` or more.
 

@@ -26,6 +26,7 @@ from train.data.data_report import REPORT
 from train.data.dataset import EncodedDataset
 from train.data.schema import inference
 from train.data.warm_start import CompletedConfig
+from train.decision import check_recall
 from train.distributed import launcher
 from train.loop.net_setup import build_net
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
@@ -176,6 +177,8 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
             f"{config.workers.most}, but every worker needs a micro-batch; give "
             f"--workers.micro_batches {config.workers.most} or more."
         )
+    if not config.data.train_on_valid:
+        check_recall(task, config.decision_rule, data.open("valid")[1])
     known = [f"valid_{each.name}" for each in task.known_metrics]
     for option, metric, accepted in (
         ("stop.metric", config.stop.metric, known),

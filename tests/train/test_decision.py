@@ -5,7 +5,13 @@ import pytest
 
 from cluster.errors import UserError
 from tests.conftest import make_config
-from train.decision import apply_options, cost_threshold, fit_thresholds, recall_threshold
+from train.decision import (
+    apply_options,
+    check_recall,
+    cost_threshold,
+    fit_thresholds,
+    recall_threshold,
+)
 from train.tasks import ClassTarget, Features, LabelsTarget, Task, ValueTarget
 
 COSTS = np.array([[0.0, 1.0], [9.0, 0.0]])
@@ -40,6 +46,24 @@ def test_new_records_reach_the_requested_recall(rng, recall, num_known):
         found.append(np.mean(new_N >= threshold))
     error = 4 * np.std(found) / np.sqrt(len(found))
     assert recall - error <= np.mean(found) <= recall + 1 / (num_known + 1) + error
+
+
+@pytest.mark.parametrize(("recall", "least"), [(0.5, 1), (0.8, 4), (0.9, 9), (0.99, 99)])
+def test_a_recall_needs_enough_records_of_the_class(recall, least):
+    task = class_task()
+    enough, few = ([0] * 500 + [1] * count for count in (least, least - 1))
+    check_recall(task, rule(recall=recall), np.array(enough))
+    assert recall_threshold(np.full(least, 0.5), np.ones(least, bool), recall) == 0.5
+    with pytest.raises(UserError, match=f"at least {least} .* 'b', and there are {least - 1}"):
+        check_recall(task, rule(recall=recall), np.array(few))
+
+
+def test_each_label_needs_enough_records_for_a_recall():
+    task = Task(Features(()), LabelsTarget("y", ("a", "b"), (9, 9)))
+    targets_NK = np.zeros((20, 2), np.uint8)
+    targets_NK[:9, 0] = targets_NK[:8, 1] = 1
+    with pytest.raises(UserError, match="'b', and there are 8"):
+        check_recall(task, rule(recall=0.9), targets_NK)
 
 
 def test_too_few_records_for_a_recall_give_threshold_zero():

@@ -233,14 +233,18 @@ class _Challenger:
             return False, f"version {number} in production cannot be read: {error}"
         if change := interface_change(production.manifest, self.bundle.manifest):
             return False, f"{change} from version {number} in production"
+        if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
+            reason = "its variants were compressed and accepted again"
+            return True, f"version {number} has the same weights; {reason}"
         before = float(current.tags.get(self.metric, math.nan))
         words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"
-        if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
-            reason = "which has the same weights; its variants were compressed and accepted again"
-            return True, f"{words.format(before)}, {reason}"
-        if not _same_records(production, self.bundle):
+        same = _same_records(production, self.bundle)
+        if not same or math.isnan(before):
             if self.score is None:
-                return False, f"version {number} was measured on other validation records"
+                reason = (
+                    f"has no {self.metric}" if same else "was measured on other validation records"
+                )
+                return False, f"version {number} {reason}"
             try:
                 before = self.score(production, self.metric)
             except UserError as error:

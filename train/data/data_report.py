@@ -197,7 +197,8 @@ def leakage_suspects(task: Task, sample: Columns) -> dict[str, float]:
     half = count // 2
     if half < 20 or targets_N.ndim > 1:
         return found
-    regression = isinstance(task.target, ValueTarget)
+    # A custom target may have numbers, too.
+    regression = isinstance(task.target, ValueTarget) or targets_N.dtype.kind == "f"
     tree = DecisionTreeRegressor if regression else DecisionTreeClassifier
     # Predicting the most frequent class alone scores `usual`. If that is high, a column is
     # suspect only if it halves the remaining errors.

@@ -388,3 +388,24 @@ def test_a_delayed_process_takes_a_newer_lock_number(server, monkeypatch):
 def test_a_lock_about_to_expire_prevents_changes():
     with pytest.raises(RegistryError, match="too slowly"):
         registry_lock.RegistryLock(until=time.monotonic()).check()
+
+
+@pytest.mark.parametrize(("score", "alias"), [(0.4, "production"), (0.6, "candidate")])
+def test_a_version_without_the_metric_is_measured(bundle, tmp_path, score, alias):
+    """Its net is measured on the same records; a missing figure is not the worst one."""
+    root = str(tmp_path)
+    publish(with_metric(bundle, 0.9), root, METRIC)
+    other = with_metric(bundle, 0.5, "valid_balanced_accuracy")
+    client = registry.mlflow_client(root)
+    client.delete_model_version_tag("digits", "1", "valid_balanced_accuracy")
+    published = publish(other, root, "valid_balanced_accuracy", score=lambda *_: score)
+    assert published["alias"] == alias
+
+
+def test_a_version_without_the_metric_stays_if_it_cannot_be_measured(bundle, tmp_path, capsys):
+    root = str(tmp_path)
+    publish(with_metric(bundle, 0.9), root, METRIC)
+    client = registry.mlflow_client(root)
+    client.delete_model_version_tag("digits", "1", METRIC)
+    assert publish(with_metric(bundle, 0.95), root, METRIC)["alias"] == "candidate"
+    assert f"version 1 has no {METRIC}" in capsys.readouterr().err
