@@ -18,6 +18,15 @@ RequestError
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+
+def shown(value: Any, limit: int = 40) -> str:
+    """Return the beginning of a value of a request, for an error message."""
+    try:
+        return str(value)[:limit]
+    except RecursionError:
+        return "nested too deeply"
 
 
 class RequestError(Exception):

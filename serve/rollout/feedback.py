@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, shown
 from train.stats import Z_95, wilson_interval
 from train.tasks import ClassTarget, LabelsTarget, Target
 from train.values.label_lists import SEPARATOR
@@ -142,13 +142,15 @@ class FeedbackStore:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise BadRequest(f"'truth' has {str(value)[:100]!r}; expected a number.")
+            raise BadRequest(f"'truth' has {shown(value, 100)!r}; expected a number.")
         return float(value)
 
     def _class(self, value: Any, classes: tuple[str, ...]) -> str:
-        if str(value) not in classes or isinstance(value, bool | float):
+        is_name = isinstance(value, str | int) and not isinstance(value, bool)
+        if not is_name or str(value) not in classes:
             known = ", ".join(classes[:20]) + "…" * (len(classes) > 20)
-            raise BadRequest(f"'truth' has {str(value)[:100]!r}; this model's classes are {known}.")
+            given = shown(value, 100)
+            raise BadRequest(f"'truth' has {given!r}; this model's classes are {known}.")
         return str(value)
 
     def live(self, version: str) -> LiveMetric | None:

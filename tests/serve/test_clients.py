@@ -1,7 +1,7 @@
 """Real clients and a running server with two replicas: predictions, errors, time limits, faults.
 
 kserve needs other versions of protobuf and pandas than this project, so its clients run in a
-separate process with the Python that KSERVE_PYTHON names (`make test` creates one).
+separate process with the Python that KSERVE_PYTHON names (`make test-all` creates one).
 """
 
 import json

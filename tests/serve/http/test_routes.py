@@ -334,3 +334,16 @@ def test_behind_rays_proxy_no_request_id_is_added(bundle):
         answer = proxied.get("/v2", headers={"X-Request-ID": "r1"})
     assert answer.json()["name"] == "halyard"
     assert "x-request-id" not in answer.headers
+
+
+@pytest.mark.parametrize("parameter", ["timeout", "priority", "named", "binary_data_output"])
+def test_deeply_nested_parameters_are_refused(client, parameter):
+    # Close to the deepest JSON that is parsed; Python cannot print it.
+    nested = json.loads("[" * 900 + "]" * 900)
+    for path, body in (
+        ("/v2/models/digits/infer", v2_body(ZEROS)),
+        ("/v1/models/digits:predict", {"instances": [ZEROS[0].tolist()]}),
+    ):
+        response = client.post(path, json={**body, "parameters": {parameter: nested}})
+        assert response.status_code in (200, 400)
+        assert response.status_code == 400 or parameter in ("named", "binary_data_output")
