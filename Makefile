@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # A client that wants other versions than ours, for a test.
 KSERVE := $(VENV)/kserve
 
-.PHONY: setup demo test chaos check docs clean
+.PHONY: setup demo test test-all chaos check docs clean
 
 setup: $(INSTALLED)
 
@@ -20,7 +20,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python tests/demo.py $(if $(KEEP),--keep)
 
-test: setup $(KSERVE)/.installed
+# The tests that run in a few minutes.
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not chaos"
+
+# All tests but those that lose nodes.
+test-all: setup $(KSERVE)/.installed
 	KSERVE_PYTHON=$(abspath $(KSERVE)/bin/python) $(BIN)/python -m pytest
 
 $(KSERVE)/.installed: $(INSTALLED)

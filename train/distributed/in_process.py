@@ -10,6 +10,8 @@ therefore runs alone in this process, which starts training seconds sooner.
 
 import asyncio
 import logging
+import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
@@ -42,8 +44,39 @@ class LocalTorchTrainer(TorchTrainer):
         # The controller has configured its logging by now. It logs each of its steps, but the
         # terminal is for the progress of the run.
         logging.getLogger("ray.train").setLevel(logging.WARNING)
-        asyncio.run(controller.run())
+        _run(controller.run())
         return controller.get_result()
+
+
+def _run(controller: Coroutine[Any, Any, None]) -> None:
+    """Run the controller to its end, also where an event loop already runs, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(controller)
+        return
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="controller", daemon=True)
+    thread.start()
+    running = asyncio.run_coroutine_threadsafe(controller, loop)
+    try:
+        running.result()
+    except BaseException:
+        running.cancel()
+        raise
+    finally:
+        # Once the coroutine has ended, which its cancellation only requests.
+        asyncio.run_coroutine_threadsafe(_rest(), loop).add_done_callback(
+            lambda _: loop.call_soon_threadsafe(loop.stop)
+        )
+        thread.join()
+        loop.close()
+
+
+async def _rest() -> None:
+    """Wait for all other tasks of this event loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class _Scaling(FixedScalingPolicy):
