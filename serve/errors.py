@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def shown(value: Any, limit: int = 40) -> str:
+def abbreviated(value: Any, limit: int = 40) -> str:
     """Return the beginning of a value of a request, for an error message."""
     try:
         return str(value)[:limit]

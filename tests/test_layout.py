@@ -36,7 +36,7 @@ ALLOWED = {
         "train.bundle",
         "train.config",
         "train.data",
-        *("train.decision", "train.stats"),
+        *("train.decision", "train.stats", "train.telemetry"),
     },
     "train.telemetry": {
         *("cluster", "train.tasks", "train.config", "train.telemetry"),

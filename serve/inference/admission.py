@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sortedcontainers import SortedDict, SortedList
 
-from serve.errors import BadRequest, Overloaded, shown
+from serve.errors import BadRequest, Overloaded, abbreviated
 from serve.inference.latency_model import LatencyModel
 
 # Safety factors for the estimated time of a batch and of the wait in the queue. The second is
@@ -57,7 +57,7 @@ def request_options(
     if microseconds is not None:
         if type(microseconds) is not int or microseconds < 0:
             raise BadRequest(
-                f"parameter 'timeout' is {shown(microseconds)}; expected microseconds as an "
+                f"parameter 'timeout' is {abbreviated(microseconds)}; expected microseconds as an "
                 "integer of at least 0."
             )
         if microseconds:
@@ -65,7 +65,7 @@ def request_options(
     priority = parameters.get("priority") or (priorities + 1) // 2
     if type(priority) is not int or not 1 <= priority <= priorities:
         raise BadRequest(
-            f"parameter 'priority' is {shown(priority)}; expected an integer from 0 to "
+            f"parameter 'priority' is {abbreviated(priority)}; expected an integer from 0 to "
             f"{priorities}."
         )
     return RequestOptions(now + limit_s, priority, client[:MAX_CLIENT])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serve.errors import BadRequest, PayloadTooLarge, shown
+from serve.errors import BadRequest, PayloadTooLarge, abbreviated
 from serve.protocol import tensors
 from serve.protocol.fields import UnknownFields, match_fields, plain_fields
 from train.bundle.manifest import Manifest
@@ -171,8 +171,8 @@ def _take_raw(tensor: Any, rest: memoryview) -> tuple[memoryview | None, memoryv
         return None, rest
     if type(size) is not int or not 0 <= size <= len(rest):
         raise BadRequest(
-            f"binary_data_size is {shown(size)}; expected an integer from 0 to {len(rest)}, the "
-            "number of bytes left."
+            f"binary_data_size is {abbreviated(size)}; expected an integer from 0 to {len(rest)}, "
+            "the number of bytes left."
         )
     return rest[:size], rest[size:]
 
@@ -193,7 +193,7 @@ def boolean_parameter(parameters: Mapping[str, Any], key: str, *, default: bool)
     """Return a boolean parameter. Raises BadRequest if it has another type."""
     value = parameters.get(key, default)
     if not isinstance(value, bool):
-        raise BadRequest(f"parameter '{key}' is {shown(value)!r}; expected true or false.")
+        raise BadRequest(f"parameter '{key}' is {abbreviated(value)!r}; expected true or false.")
     return value
 
 
@@ -282,7 +282,7 @@ def requested_outputs(outputs: Any, manifest: Manifest, *, binary: bool = False)
     for item in outputs:
         if item.get("name") not in known:
             raise BadRequest(
-                f"output '{shown(item.get('name'), 100)}' is unknown; "
+                f"output '{abbreviated(item.get('name'), 100)}' is unknown; "
                 f"'{manifest.name}' has {', '.join(known)}."
             )
         check_supported(parameters_of(item), f"output '{item['name']}'")

@@ -42,26 +42,18 @@ Read = Callable[[str, str], pa.Table]
 Train = Callable[[str, str | None, float], dict[str, Any]]
 
 
-def _model_name(value: Any) -> Any:
-    """The name in models:/NAME@production; anything else as it is."""
-    is_text = isinstance(value, str)
-    return value.removeprefix("models:/").removesuffix("@production") if is_text else value
-
-
 class RetrainOptions(CommandOptions):
     """Retrain a model on labelled requests if its inputs drift or its error has increased."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m serve.retrain")
 
-    model: Annotated[str, BeforeValidator(_model_name)] = Field(
+    model: Annotated[str, BeforeValidator(registry.name_in_production)] = Field(
         pattern=storage.MODEL_NAME,
         description="Name of the model in the registry, or models:/NAME@production.",
     )
     check: bool = Field(False, description="Retrain if due. This is also the default.")
     dry_run: bool = Field(False, description="Report what would be done without doing it.")
-    force: bool = Field(
-        False, description="Retrain even if it is not due or --cooldown-hours have not passed."
-    )
+    force: bool = Field(False, description="Retrain if not due or within --cooldown-hours, too.")
     storage: StoragePath = Field(
         "runs",
         validate_default=True,
@@ -77,9 +69,8 @@ class RetrainOptions(CommandOptions):
     )
     signing_key: str | None = Field(
         None,
-        description="PEM file with the private key of an elliptic curve, which signs the new "
-        "version. By default the environment variable HALYARD_SIGNING_KEY, which is a path or the "
-        "key itself.",
+        description="PEM file with an elliptic curve's private key, which signs the new version. "
+        "By default the variable HALYARD_SIGNING_KEY, which is a path or the key itself.",
     )
     windows: int = Field(
         2, ge=1, le=50, description="Number of windows with drift alarms that make retraining due."
@@ -90,8 +81,7 @@ class RetrainOptions(CommandOptions):
         ge=0,
         le=1,
         description="Tolerated loss: of the live metric against the test split, and of the new "
-        "version against production on the old test records. An RMSE is in standard deviations of "
-        "the target.",
+        "version against production on it. An RMSE is in standard deviations of the target.",
     )
     min_labelled: int = Field(200, ge=2, description="Minimum labelled records for retraining.")
     mix: float = Field(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import BadRequest, shown
+from serve.errors import BadRequest, abbreviated
 from train.stats import Z_95, wilson_interval
 from train.tasks import ClassTarget, LabelsTarget, Target
 from train.values.label_lists import SEPARATOR
@@ -142,14 +142,14 @@ class FeedbackStore:
             or not isinstance(value, int | float)
             or not math.isfinite(value)
         ):
-            raise BadRequest(f"'truth' has {shown(value, 100)!r}; expected a number.")
+            raise BadRequest(f"'truth' has {abbreviated(value, 100)!r}; expected a number.")
         return float(value)
 
     def _class(self, value: Any, classes: tuple[str, ...]) -> str:
         is_name = isinstance(value, str | int) and not isinstance(value, bool)
         if not is_name or str(value) not in classes:
             known = ", ".join(classes[:20]) + "…" * (len(classes) > 20)
-            given = shown(value, 100)
+            given = abbreviated(value, 100)
             raise BadRequest(f"'truth' has {given!r}; this model's classes are {known}.")
         return str(value)
 

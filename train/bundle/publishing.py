@@ -234,17 +234,13 @@ class _Challenger:
         if change := interface_change(production.manifest, self.bundle.manifest):
             return False, f"{change} from version {number} in production"
         if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
-            reason = "its variants were compressed and accepted again"
-            return True, f"version {number} has the same weights; {reason}"
+            return True, f"version {number} has the same weights, compressed and accepted again"
         before = float(current.tags.get(self.metric, math.nan))
         words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"
-        same = _same_records(production, self.bundle)
-        if not same or math.isnan(before):
+        if not (same := _same_records(production, self.bundle)) or math.isnan(before):
             if self.score is None:
-                reason = (
-                    f"has no {self.metric}" if same else "was measured on other validation records"
-                )
-                return False, f"version {number} {reason}"
+                why = "has no such figure" if same else "was measured on other validation records"
+                return False, f"version {number} {why}"
             try:
                 before = self.score(production, self.metric)
             except UserError as error:

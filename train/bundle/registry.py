@@ -102,6 +102,11 @@ def model_name(uri: str) -> str:
     return _parse(uri)[0]
 
 
+def name_in_production(reference: str) -> str:
+    """Return the name in models:/NAME@production, or a name unchanged."""
+    return reference.removeprefix(SCHEME).removesuffix(f"@{PRODUCTION}")
+
+
 def alias_versions(root: str, name: str) -> dict[str, str]:
     """Return a model's versions by alias, empty for an unknown model. Raises RegistryError."""
     if not storage.has_registry(root):

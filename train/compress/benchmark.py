@@ -13,6 +13,7 @@ import numpy as np
 from train.bundle.engines import Engine
 from train.bundle.manifest import BATCH_SIZES, Timing
 from train.tasks import Arrays
+from train.telemetry.work_bar import WorkBar
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 
@@ -53,14 +54,18 @@ def benchmark_variants(
     times: dict[tuple[BenchmarkCase, int], list[float]] = {
         (measured, size): [] for size in BATCH_SIZES for measured in engines
     }
-    for key in times:
-        _time(engines[key[0]], batches[key[1]])
-    started = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
-            break
-        for (measured, size), seen in times.items():
-            seen.append(_time(engines[measured], batches[size]))
+    # Rounds beyond LEAST_ROUNDS depend on the speed; they are short.
+    with WorkBar("measuring", (LEAST_ROUNDS + 1) * len(times), "measurements") as bar:
+        for key in times:
+            _time(engines[key[0]], batches[key[1]])
+            bar.advance()
+        started = time.perf_counter()
+        for done in range(MOST_ROUNDS):
+            if done >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+                break
+            for (measured, size), seen in times.items():
+                seen.append(_time(engines[measured], batches[size]))
+                bar.advance()
     return {
         measured: [_timing(measured, size, times[measured, size]) for size in BATCH_SIZES]
         for measured in engines

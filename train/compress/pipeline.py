@@ -28,6 +28,7 @@ from train.data.dataset import EncodedDataset
 from train.nets.torch_engine import TorchEngine
 from train.reports import plots
 from train.tasks import Arrays
+from train.telemetry.work_bar import WorkBar
 
 EAGER = "eager fp32"
 
@@ -121,17 +122,21 @@ def _compress(
             loaded, judge.golden_inputs, config.compress.measure_seconds
         )
         variants, golden, outputs = {}, {}, {}
-        for name in [name for name in made if name not in skipped]:
-            of_variant = {key: timings[key] for key in loaded if key.variant == name}
-            singles = [key for key in of_variant if key.threads == 1]
-            best = min(singles, key=lambda key: _cost(timings[key], config))
-            profile = [timing for each in of_variant.values() for timing in each]
-            try:
-                variants[name], golden[name], outputs[name] = judge.evaluate(
-                    name, made[name], best.engine, profile, writer.path
-                )
-            except VariantSkipped as error:
-                _skip(skipped, name, str(error))
+        names = [name for name in made if name not in skipped]
+        with WorkBar("evaluating", len(names), "variants") as bar:
+            for name in names:
+                bar.begin(name)
+                of_variant = {key: timings[key] for key in loaded if key.variant == name}
+                singles = [key for key in of_variant if key.threads == 1]
+                best = min(singles, key=lambda key: _cost(timings[key], config))
+                profile = [timing for each in of_variant.values() for timing in each]
+                try:
+                    variants[name], golden[name], outputs[name] = judge.evaluate(
+                        name, made[name], best.engine, profile, writer.path
+                    )
+                except VariantSkipped as error:
+                    _skip(skipped, name, str(error))
+                bar.advance()
         writer.golden(judge.golden_inputs, golden)
     optimize_for = config.compress.optimize_for
     default = rank_variants(variants, optimize_for)[0]
@@ -152,7 +157,10 @@ def _make(
 ) -> tuple[dict[str, BuiltVariant], dict[str, str]]:
     made: dict[str, BuiltVariant] = {}
     skipped: dict[str, str] = {}
-    for name in dict.fromkeys(["fp32", *builder.config.compress.variants, *builder.kept, *own]):
+    names = list(dict.fromkeys(["fp32", *builder.config.compress.variants, *builder.kept, *own]))
+    for number, name in enumerate(names, 1):
+        # No bar, because variants that are trained show their own.
+        print(f"making variant {name}, {number} of {len(names)}", file=sys.stderr)
         try:
             made[name] = (
                 builder.taken(name, own[name])

@@ -26,6 +26,7 @@ from train.data.split_writer import SplitWriter
 from train.decision import apply_options
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.plugins import import_object
+from train.telemetry.work_bar import WorkBar
 
 # Part of every digest. Increase it whenever the encoding changes, so that caches are rebuilt.
 ENCODING_VERSION = 6
@@ -206,7 +207,11 @@ def _write(
     if config.data.merge_noise and not fitted:
         task, notes = merge_noise(task, sample, notes)
     report = DataReport(task, sample, notes)
-    with SplitWriter(folder, task, config.data.train_on_valid) as writer:
+    num_records = sum(len(part.codes_N) for part in parts)
+    with (
+        SplitWriter(folder, task, config.data.train_on_valid) as writer,
+        WorkBar("encoding", num_records, "records") as bar,
+    ):
         for part in parts:
             for encoded in preprocess.encode_source(
                 task, part.blocks, size_bytes=size_bytes, drop_bad=drop_bad
@@ -214,6 +219,7 @@ def _write(
                 for codes_N in part.turns(encoded.rows_N):
                     writer.add(encoded, codes_N)
                 report.add(encoded, part.codes_N[encoded.rows_N])
+                bar.advance(len(encoded.rows_N))
     counts: dict[str, dict[str, Any]] = {
         name: {
             "source": getattr(config.data, name) or config.data.train,
