@@ -115,7 +115,11 @@ def wire_columns(columns: Mapping[str, Any]) -> "tuple[Arrays, int]":
 
 
 def _plain_array(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths, such as sets of labels
+        array = np.empty(len(values), object)
+        array[:] = values
     if array.ndim == 0:
         raise ValueError(f"column '{name}' is a single value; expected one row per record.")
     match array.dtype.kind:

@@ -12,6 +12,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 
+from serve import Client, RequestFailed
 from tests import server, wire_fuzz
 from tests.authority import Authority
 from tests.serve.http.test_routes import ZEROS, v2_body
@@ -72,6 +73,16 @@ def test_tritons_grpc_client_works_over_tls(url, bundle, authority, client_files
     expected = Predictor.load(bundle).predict([{"image": image} for image in IMAGES])
     with triton_grpc.InferenceServerClient(GRPC, ssl=True, private_key=key, **files) as client:
         same(client.infer("digits", [tensor(triton_grpc)]), expected)
+
+
+def test_the_projects_client_works_over_tls(url, bundle, authority, client_files):
+    expected = Predictor.load(bundle).predict([{"image": image} for image in IMAGES])
+    files = {"ca_file": str(authority.file), "client_cert": tuple(map(str, client_files))}
+    with Client(url, **files) as client:
+        assert list(client.predict(IMAGES)["label"]) == list(expected["label"])
+    stranger = Client(url, ca_file=str(authority.file), retries=0)
+    with pytest.raises(RequestFailed, match="certificate"):
+        stranger.predict(IMAGES)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

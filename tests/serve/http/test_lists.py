@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from tests.serving import client_of, make_rest
+from serve import Client
+from tests.serving import client_of, listening, make_rest
 from train.bundle import Predictor
 from train.config import validate_config
 from train.data.schema import inference
@@ -130,3 +132,20 @@ def test_a_vector_of_another_length_is_refused(client):
     response = client.post(INFER, json={"inputs": tensors})
     assert response.status_code == 400
     assert "sound" in response.json()["error"]
+
+
+def test_the_client_sends_lists_in_every_form(bundle, records):
+    asked = [{name: each[name] for name in ("sound", "tags")} for each in records[:20]]
+    expected = Predictor.load(bundle).predict(asked)["probabilities"]
+    classes = [f"probabilities.{name}" for name in bundle.task.target.classes]
+    with listening(make_rest(bundle)) as url, Client(url, batch_rows=7) as client:
+        frame = client.predict(pd.DataFrame(asked))
+        np.testing.assert_allclose(frame[classes], expected, atol=1e-6)
+        columns = {
+            "sound": np.array([each["sound"] for each in asked]),
+            "tags": [each["tags"] for each in asked],
+        }
+        found = client.predict(columns)
+        np.testing.assert_allclose(found["probabilities"], expected, atol=1e-6)
+        found = client.predict({**columns, "tags": [set(each["tags"]) for each in asked]})
+        np.testing.assert_allclose(found["probabilities"], expected, atol=1e-6)
