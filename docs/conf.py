@@ -23,5 +23,6 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = "Halyard"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_show_sourcelink = False
 html_copy_source = False

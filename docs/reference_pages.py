@@ -208,10 +208,11 @@ def _section(title: str, introduction: str, fields: dict[str, FieldInfo], prefix
 
 
 def _table(rows: list[Option]) -> str:
-    lines = ["| option | type | default | |", "|---|---|---|---|"]
+    """Two columns, so that a phone shows the description next to the option."""
+    lines = ["| option | |", "|---|---|"]
     for row in rows:
-        cells = (f"`{row.name}`", row.type, row.default, _cell(row.description))
-        lines.append("| " + " | ".join(cells) + " |")
+        facts = f"{row.type}<br>{row.default}".removesuffix("<br>")
+        lines.append(f"| `{row.name}`<br>{facts} | {_cell(row.description)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -409,10 +410,10 @@ def _default(field: FieldInfo) -> str:
     if value in (PydanticUndefined, None, "", (), [], {}):
         return ""
     if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, (list, tuple)):
-        return f"`[{', '.join(map(str, value))}]`"
-    return f"`{value}`"
+        value = str(value).lower()
+    elif isinstance(value, (list, tuple)):
+        value = f"[{', '.join(map(str, value))}]"
+    return f"default `{value}`"
 
 
 if __name__ == "__main__":
