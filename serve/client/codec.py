@@ -102,7 +102,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def wire_columns(columns: Mapping[str, Any]) -> "tuple[Arrays, int]":
-    """Return columns as arrays that tensors can hold, and their number of rows.
+    """Return columns as arrays [N, ...] that tensors can hold, and N, their number of rows.
 
     Raises ValueError for columns of different lengths or of values that tensors cannot hold.
     """
@@ -170,7 +170,10 @@ def _to_bytes(name: str, value: Any) -> bytes:
 
 
 def encode_tensors(inputs: "Arrays", parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Return body and headers of an infer request with binary tensors in both directions."""
+    """Return body and headers of an infer request with binary tensors in both directions.
+
+    inputs: [N, ...] by name; BYTES are object arrays of bytes or str.
+    """
     # Imported here, because it sets environment variables, which importing a client must not do.
     from serve.protocol import tensors
 
@@ -191,7 +194,7 @@ def encode_tensors(inputs: "Arrays", parameters: Mapping[str, Any]) -> tuple[byt
 
 
 def decode_tensors(body: bytes, headers: Mapping[str, str]) -> "Arrays":
-    """Return the outputs of an infer response; BYTES as an object array of str."""
+    """Return the outputs [N, ...] of an infer response; BYTES as an object array of str."""
     from serve.protocol import tensors
 
     view = memoryview(body)
