@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster import serve_environment
 from tests import server
 from tests.server import REPOSITORY
 
@@ -32,8 +33,10 @@ def blocks(page):
 
 
 @pytest.fixture
-def workspace(tmp_path):
-    """A copy of the repository, in which commands may write."""
+def workspace(tmp_path, monkeypatch):
+    """A copy of the repository, in which commands may write, and the environment of a reader."""
+    for name in serve_environment.variable_names():
+        monkeypatch.delenv(name, raising=False)
     for name in COPIED:
         source, target = REPOSITORY / name, tmp_path / name
         if source.is_dir():

@@ -8,7 +8,7 @@ import pytest
 
 from tests.server import REPOSITORY
 
-SHOW = "import os, serve; print(os.environ['RAY_SERVE_ENABLE_HA_PROXY'])"
+SHOW = "import os, serve; serve.app; print(os.environ['RAY_SERVE_ENABLE_HA_PROXY'])"
 
 
 @pytest.mark.parametrize(

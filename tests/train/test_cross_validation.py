@@ -110,14 +110,14 @@ def test_a_run_ends_after_the_chosen_epoch(digits, tmp_path, config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stop": {"folds": 5}}, "compared by stop.metric"),
-        ({"stop": {"folds": 1, "metric": "valid_loss"}}, "at least 2 parts"),
+        ({"stop": {"folds": 5}}, "needs stop.metric"),
+        ({"stop": {"folds": 1, "metric": "valid_loss"}}, "at least 2"),
         (
             {
                 "stop": {"folds": 5, "metric": "valid_loss"},
                 "checkpoint": {"metric": "valid_accuracy"},
             },
-            "checkpoint.metric one of them; give one",
+            "both choose the epoch; give only one",
         ),
     ],
 )
@@ -145,10 +145,7 @@ def test_a_resumed_run_keeps_the_chosen_number_of_epochs(ray_session, table, cap
     best = min(rows, key=lambda row: row["valid_loss"])
     assert len(history) == best["epoch"]
     card = (bundle.path / "report" / "card.html").read_text()
-    assert (
-        f"Cross-validation over 5 parts of the training records chose to train for {len(history)}"
-        in card
-    )
+    assert f"Cross-validation with 5 folds of the training records selected {len(history)}" in card
     assert "choosing the number of epochs over 5 folds" in capfd.readouterr().err
     (name,) = [path.name for path in (table.parent / "runs" / "train").iterdir()]
     again = train_bundle(config.model_copy(update={"resume": name}))

@@ -25,7 +25,7 @@ def test_a_bundle_is_served_until_the_block_ends(bundle, tmp_path, capfd):
             deploy(bundle)
     assert not server.running
     assert not client.ready()
-    assert "stopping: " in capfd.readouterr().err
+    assert "stopping" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

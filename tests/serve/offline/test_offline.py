@@ -264,7 +264,7 @@ def test_a_misspelt_or_refused_column_ends_the_run_at_once(table, table_bundle, 
     path = tmp_path / "other.csv"
     pd.read_csv(table).rename(columns={"town": "Town"}).to_csv(path, index=False)
     arguments = command(table_bundle, path, tmp_path / "out")[3:]
-    with pytest.raises(UserError, match="has no 'town', but 'Town'"):
+    with pytest.raises(UserError, match="has no 'town', but has 'Town'"):
         offline.main(arguments)
     arguments = [*command(table_bundle, table, tmp_path / "out")[3:], "--unknown-fields", "refuse"]
     with pytest.raises(UserError, match="has 'y'"):

@@ -108,7 +108,7 @@ def test_augmentation_stages_cover_the_whole_run():
     scales = [augmentation.stage(step / 8).scale for step in range(8)]
     assert scales == [0.5, 0.5, 1, 1, 1, 1, 1, 1]
     for ends in ([0.5], [0.5, 0.25, 1], [1, 1]):
-        with pytest.raises(UserError, match=r"augment\.stages.*the last at 1"):
+        with pytest.raises(UserError, match=r"augment\.stages.*the last must be 1"):
             make_config(augment={"stages": [{"until": end} for end in ends]})
 
 

@@ -175,7 +175,10 @@ def check(config):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"net": {"widths": [8, 16]}}, ["another net", "8x", "32x", "leave the options of net"]),
+        (
+            {"net": {"widths": [8, 16]}},
+            ["do not fit", "8x", "32x", "leave the options of net"],
+        ),
         ({"target": "digit"}, ["option 'target' is 'label', not 'digit'"]),
         ({"features": {"scan": "image"}}, ["option 'features' is image, not scan"]),
         ({"init": "models:/nothing/1"}, ["models:/nothing/1", "train/main.py"]),
