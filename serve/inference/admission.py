@@ -274,11 +274,13 @@ class AdmissionController:
         if not busy_s and not waiting:
             # Try an idle engine even if it was slow before: only a batch can show that it is not.
             own_s = min(own_s, self._profile.measured(count))
-        if LINE_MARGIN * wait_s + MARGIN * own_s > left_s:
+        most_s = LINE_MARGIN * wait_s + MARGIN * own_s
+        if most_s > left_s:
             raise Overloaded(
-                f"the request would take about {wait_s + own_s:.3g} s, but only "
-                f"{max(left_s, 0):.3g} s are left; {waiting} rows are waiting.",
-                wait_s + own_s - left_s,
+                f"the request may take {most_s:.3g} s, but only {max(left_s, 0):.3g} s are left; "
+                f"{waiting} rows are waiting.",
+                # The wait shrinks by a second per second, and the margin on it with it.
+                (most_s - left_s) / LINE_MARGIN,
                 "deadline",
             )
         if not waiting or waiting + count <= self._max_queue_rows:

@@ -145,7 +145,7 @@ class VersionMetrics:
             "requests": ("counter", "Requests answered, by protocol and status.", requests),
             "refused": (
                 "counter",
-                "Requests refused, by reason.",
+                "Requests refused, by reason, such as deadline or queue_full.",
                 counted("reason", self.refused),
             ),
             "rows": ("counter", "Rows run by the engine.", [("_total", labels, self.rows)]),
