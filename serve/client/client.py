@@ -190,15 +190,13 @@ class Client:
             )
         return self._predict_records(records, version, request_id)
 
-    def feedback(
-        self, request_id: str, truth: Sequence[Any], *, version: str | None = None
-    ) -> dict[str, Any]:
+    def feedback(self, request_id: str, truth: Sequence[Any]) -> dict[str, Any]:
         """Report the true labels of a request, one per record. Raises RequestFailed.
 
         request_id: the one given to `predict`. Needs a server with log.sample_rate above 0.
         """
         body = codec.to_json({"id": request_id, "truth": list(truth)})
-        return self._json("POST", f"{self._path(version)}/feedback", body)
+        return self._json("POST", f"{self._path(None)}/feedback", body)
 
     def _predict_records(
         self, records: Sequence[Any], version: str | None, request_id: str | None

@@ -141,6 +141,8 @@ def html_response(page: str) -> Response:
 
 Handler = Callable[[Request], Awaitable[Response]]
 GET, POST = ("GET", "HEAD"), ("POST",)
+# KServe V1 has no paths of versions; they follow those of v2.
+V1_MODEL = r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 # Longest path, in characters, whose route is cached.
 MAX_KNOWN = 256
 

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from serve.access import Access
 from serve.errors import Forbidden
 from serve.http import console, openapi
-from serve.http.app import GET, POST, HTTPApp, Response, Route, Routes, html_response, json_response
+from serve.http.app import (
+    GET,
+    POST,
+    V1_MODEL,
+    HTTPApp,
+    Response,
+    Route,
+    Routes,
+    html_response,
+    json_response,
+)
 from serve.http.content import (
     HEADER_LENGTH,
     check_charset,
@@ -264,7 +274,7 @@ def _routes(rest: ModelAPI) -> Routes:
     return Routes(
         {
             VERSIONED + "/infer": Route(POST, rest.infer_v2, Access.MODEL),
-            r"/v1/models/(?P<name>[^/:]+):predict": Route(POST, rest.predict_v1, Access.MODEL),
+            V1_MODEL + ":predict": Route(POST, rest.predict_v1, Access.MODEL),
             "/v2/?": Route(GET, rest.server, Access.KEY),
             "/v2/health/live": Route(GET, rest.live, Access.OPEN),
             "/v2/health/ready": Route(GET, rest.health, Access.OPEN),

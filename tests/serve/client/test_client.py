@@ -90,10 +90,14 @@ def test_metadata_and_readiness_are_returned(url):
 
 
 def test_a_request_can_name_a_version(url):
-    assert Client(url).predict(IMAGES[:1], version="production")["label"].shape == (1,)
-    with pytest.raises(RequestFailed, match="99") as failed:
-        Client(url).predict(IMAGES[:1], version="99")
-    assert failed.value.status == 404
+    client = Client(url)
+    arrays = client.predict(IMAGES[:1], version="production")
+    records = client.predict([IMAGES[0]], version="production")
+    assert [each["label"] for each in records] == list(arrays["label"])
+    for records in (IMAGES[:1], [IMAGES[0]]):
+        with pytest.raises(RequestFailed, match="99") as failed:
+            client.predict(records, version="99")
+        assert failed.value.status == 404
 
 
 def test_a_refused_request_states_the_servers_reason(url):
