@@ -37,6 +37,8 @@ def workspace(tmp_path, monkeypatch):
     """A copy of the repository, in which commands may write, and the environment of a reader."""
     for name in serve_environment.variable_names():
         monkeypatch.delenv(name, raising=False)
+    # As activating .venv does, which holds for the other blocks of a terminal.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for name in COPIED:
         source, target = REPOSITORY / name, tmp_path / name
         if source.is_dir():
@@ -91,6 +93,9 @@ def follow(page, workspace):
     finally:
         if process is not None:
             server.stop(process)
+        if "cluster up" in (REPOSITORY / page).read_text():
+            # A block that failed may have left it.
+            run([sys.executable, "-m", "cluster", "down"], workspace)
     return printed
 
 

@@ -267,7 +267,7 @@ def test_a_misspelt_or_refused_column_ends_the_run_at_once(table, table_bundle, 
     with pytest.raises(UserError, match="has no 'town', but has 'Town'"):
         offline.main(arguments)
     arguments = [*command(table_bundle, table, tmp_path / "out")[3:], "--unknown-fields", "refuse"]
-    with pytest.raises(UserError, match="has 'y'"):
+    with pytest.raises(UserError, match="has the unknown field 'y'"):
         offline.main(arguments)
 
 
