@@ -1,4 +1,4 @@
-"""What `serve run` does around the server: report that it is ready, and shut it down cleanly."""
+"""Report that the server of `serve run` is ready, and shut it down cleanly."""
 
 import asyncio
 import signal

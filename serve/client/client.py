@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+from urllib.parse import quote
 
 import numpy as np
 import orjson
@@ -261,8 +262,8 @@ class Client:
         return str(names[0])
 
     def _path(self, version: str | None, protocol: str = "v2") -> str:
-        within = f"/versions/{version}" if version is not None else ""
-        return f"/{protocol}/models/{self.model}{within}"
+        within = f"/versions/{quote(version, safe='')}" if version is not None else ""
+        return f"/{protocol}/models/{quote(self.model, safe='')}{within}"
 
     @property
     def _timeout_us(self) -> int:

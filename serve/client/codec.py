@@ -1,4 +1,4 @@
-"""What the client sends and receives: records as JSON, columns as binary tensors."""
+"""Encode the client's requests and decode responses: records as JSON, columns as tensors."""
 
 import base64
 import datetime

@@ -96,7 +96,7 @@ def test_average_precision_is_the_metric_if_a_class_is_rare(counts, metric):
 def test_the_calibration_error_matches_its_definition():
     confidence_N = np.array([0.55, 0.58, 0.91, 0.95, 1.0])
     right_N = np.array([True, False, True, True, False])
-    # Of 15 bins, bin 8 holds two of the records, bin 13 one and bin 14 two.
+    # With 15 bins, bin 8 holds two of the records, bin 13 one and bin 14 two.
     expected = (abs(1.13 - 1) + abs(0.91 - 1) + abs(1.95 - 1)) / 5
     assert calibration_error(confidence_N, right_N) == pytest.approx(expected)
     rng = np.random.default_rng(0)

@@ -41,7 +41,7 @@ def _last_to_the_end(stages: Sequence[Stage]) -> Sequence[Stage]:
 
 
 class Augment(Section):
-    """Options of image augmentation; records without images allow none of them."""
+    """Options of image augmentation. They are refused if the records have no images."""
 
     stages: Annotated[tuple[Stage, ...], AfterValidator(_last_to_the_end)] = Field(
         (Stage(),),

@@ -18,7 +18,7 @@ from train.values.records import Columns, plain_name
 
 # Largest size of the first records, in memory.
 HEAD_BYTES = 64 << 20
-# Of larger sources, only the first records are read.
+# If a source is larger, only its first records are read.
 MAX_SCANNED_BYTES = 4 << 30
 # Most later records that are added for each column.
 MOST_SURPRISES = 50
