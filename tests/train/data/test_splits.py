@@ -82,7 +82,7 @@ def test_splits_have_the_requested_shares(frame, tmp_path):
 @pytest.mark.parametrize("count", [3, 4, 6, 10])
 def test_no_split_lacks_a_class_that_has_enough_records(rng, tmp_path, count):
     frame = pd.DataFrame({"x": rng.normal(size=400), "name": "a", "label": "usual"})
-    frame.loc[:count, "label"] = "rare"
+    frame.loc[: count - 1, "label"] = "rare"
     part = assign(frame, tmp_path)
     for code in (TRAIN, VALID, TEST):
         assert set(frame["label"][part.codes_N == code]) == {"usual", "rare"}
