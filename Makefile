@@ -5,6 +5,13 @@ INSTALLED := $(VENV)/.installed
 # A client that wants other versions than ours, for a test.
 KSERVE := $(VENV)/kserve
 
+# Options of pytest for tests in PROCESSES processes, each with ports and temporary files of its own.
+# None where the system has no namespaces for that.
+PROCESSES ?= 2
+ISOLATED := $(CURDIR)/tests/isolated_python.sh
+PARALLEL = $(shell $(ISOLATED) --check && echo --dist loadfile --no-loadscope-reorder \
+	--tx '$(PROCESSES)*popen//python=$(ISOLATED)')
+
 .PHONY: setup demo test test-all chaos check docs clean
 
 setup: $(INSTALLED)
@@ -22,11 +29,11 @@ demo: setup
 
 # The tests that run in a few minutes.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not chaos"
 
 # All tests but those that lose nodes.
 test-all: setup $(KSERVE)/.installed
-	KSERVE_PYTHON=$(abspath $(KSERVE)/bin/python) $(BIN)/python -m pytest
+	KSERVE_PYTHON=$(abspath $(KSERVE)/bin/python) $(BIN)/python -m pytest $(PARALLEL)
 
 $(KSERVE)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(KSERVE)

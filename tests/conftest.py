@@ -1,6 +1,7 @@
 """Shared fixtures: data that trains in seconds, and one bundle that is trained on it."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from cluster import connect
+from cluster.cli import run_command
 from tests.server import REPOSITORY
 from train.bundle import Bundle
 from train.config import Config, validate_config
@@ -31,6 +33,27 @@ CONFIG: dict[str, Any] = {
     "optim": {"epochs": 2, "batch_size": 64},
     "precision": "fp32",
 }
+
+
+# The files that take longest come first, so that processes that share the tests end together.
+LONGEST = (
+    "tune/test_search.py",
+    "docs/test_commands.py",
+    "train/bundle/test_registry.py",
+    "train/distributed/test_faults.py",
+    "cluster/test_commit.py",
+    "docs/test_notebook.py",
+    "serve/rollout/test_monitor.py",
+    "test_end_to_end.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(LONGEST)}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (places.get(item.path, len(LONGEST)), item.path not in slow))
 
 
 def make_config(**changes: Any) -> Config:
@@ -101,6 +124,28 @@ def run_main(arguments: Sequence[str], script: str = "train/main.py") -> Any:
         timeout=280,
         check=False,
     )
+
+
+def call_command(
+    main: Callable[[Sequence[str]], dict[str, Any] | None],
+    arguments: Sequence[str],
+    patch: pytest.MonkeyPatch,
+) -> int:
+    """Run a command's `main` in this process, from the repository; return its exit status.
+
+    It prints what the command prints, which capfd captures. Use `run_main` where a test is about
+    the process itself.
+    """
+    patch.setattr("sys.argv", ["command", *arguments])
+    patch.chdir(REPOSITORY)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.fixture

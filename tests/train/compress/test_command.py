@@ -1,4 +1,4 @@
-"""The command `python -m train.compress`, as a user runs it."""
+"""The command `python -m train.compress`, as a user runs it; wrong input, in this process."""
 
 import json
 import subprocess
@@ -10,7 +10,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from tests.conftest import call_command
 from tests.server import REPOSITORY
+from train.compress.__main__ import main
 
 
 def run_compress(*arguments):
@@ -94,9 +96,12 @@ def test_the_default_is_chosen_again_without_new_variants(bundle, storage_path, 
         (["export", "MODEL", "--to", "x", "--variant", "int4"], "'int4' cannot be exported"),
     ],
 )
-def test_wrong_input_exits_2_without_a_traceback(bundle, storage_path, arguments, words):
+def test_wrong_input_exits_2_without_a_traceback(
+    bundle, storage_path, arguments, words, monkeypatch, capfd
+):
     given = [str(bundle.path) if each == "MODEL" else each for each in arguments]
-    done = run_compress(*given, "--storage.path", str(storage_path))
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    status = call_command(main, [*given, "--storage.path", str(storage_path)], monkeypatch)
+    printed = capfd.readouterr()
+    assert status == 2, printed.err
+    assert words in printed.err
+    assert "Traceback" not in printed.err

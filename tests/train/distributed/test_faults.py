@@ -15,6 +15,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 from tests import server
+from tests.conftest import QUICK
 from tests.gloo import run_workers
 from tests.test_end_to_end import processes
 from train.cli import parse
@@ -28,6 +29,7 @@ EPOCHS = 6
 OPTIONS = [
     *("--precision", "fp32", "--net.widths", "[16,32]", "--optim.epochs", str(EPOCHS)),
     *("--checkpoint.every_steps", "4", "--registry.enabled", "false"),
+    *QUICK,
 ]
 DEADLINE_S = 120
 
