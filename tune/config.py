@@ -141,10 +141,10 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _refits_what_was_found(self) -> Self:
-        if self.tune.refit and (self.stop.metric or self.tune.scheduling == "pbt"):
+        if self.tune.refit and self.tune.scheduling == "pbt":
             raise ValueError(
-                "tune.refit trains for all epochs with the winner's options, so it cannot be "
-                "combined with stop.metric or pbt; leave one of them out"
+                "tune.refit trains with one set of options, and pbt changes them during training; "
+                "leave one of them out"
             )
         return self
 

@@ -37,7 +37,6 @@ REFITTED = {
     "data.train_on_valid": True,
     "checkpoint.metric": LAST,
     "stop.metric": None,
-    "stop.folds": 0,
 }
 
 
@@ -130,8 +129,12 @@ def _finish(
     shown = ", ".join(f"{name} {value:.6g}" for name, value in measured.items())
     print(f"trial {trial.number} wins: {shown}", file=sys.stderr)
     best = plan.of(trial)
+    if best.stop.folds:  # trials ran without them
+        best = search_space.with_values(best, {"stop.folds": 0})
     if refit:
-        best = search_space.with_values(best, REFITTED)
+        # Without validation records nothing else would stop the run where the trial was best.
+        last = best_epoch(trial.rows, study.choice)["epoch"] if best.stop.metric else None
+        best = search_space.with_values(best, {**REFITTED, "stop.after": last})
     best_url = storage.join_path(study.url, BEST)
     fs, path = storage.filesystem(best_url)
     with fs.open(path, "w") as file:

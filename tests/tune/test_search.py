@@ -272,7 +272,11 @@ def test_trials_with_workers_free_their_cpus_for_the_next(ray_session, tmp_path)
 def test_objectives_of_variants_and_a_winner_trained_on_all_data(ray_session, tmp_path):
     result, study = tune(
         tmp_path,
-        {"registry": {"enabled": True}, "optim": {"epochs": 2, "batch_size": 64}},
+        {
+            "registry": {"enabled": True},
+            "optim": {"epochs": 2, "batch_size": 64},
+            "stop": {"metric": "valid_loss", "patience": 1, "folds": 5},
+        },
         space={"net.widths": {"choice": [[8, 16], [64, 128]]}},
         objectives=["int8_static.valid_accuracy", "int8_static.p50_ms@32"],
         pick="best int8_static.valid_accuracy with int8_static.p50_ms@32 <= 1e3",
@@ -294,6 +298,8 @@ def test_objectives_of_variants_and_a_winner_trained_on_all_data(ray_session, tm
     client = MlflowClient(storage.tracking_uri(str(tmp_path)))
     version = client.get_model_version_by_alias("digits", "production")
     rows = study.trials[result["trial"]].rows
+    best = min(rows, key=lambda row: row["valid_loss"])["epoch"]
+    assert manifest.config["stop"] == {"folds": 0, "after": best} | {"patience": 1, "metric": None}
     assert float(version.tags["valid_accuracy"]) in [row["valid_accuracy"] for row in rows]
 
 

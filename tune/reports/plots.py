@@ -38,8 +38,8 @@ def draw_study(study: Study, winner: Trial | None, file: Callable[[str], Path]) 
     plot_history(study, winner, file("history.png"))
     plot_rungs(study, winner, file("rungs.png"))
     plot_parallel(study, winner, file("parallel.png"))
-    if (found := plot_importances(study)) is not None:
-        compute_importance(*found, file("importance.png"))
+    if (found := compute_importances(study)) is not None:
+        plot_importance(*found, file("importance.png"))
     if len(study.goals.measured) > 1 and study.in_state("complete"):
         plot_pareto(study, winner, file("pareto.png"))
 
@@ -156,7 +156,7 @@ def plot_parallel(study: Study, winner: Trial | None, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_importances(study: Study) -> tuple[dict[str, float], int] | None:
+def compute_importances(study: Study) -> tuple[dict[str, float], int] | None:
     """Return the share of the metric's variance that each option explains (fANOVA), and the epoch.
 
     The epoch is the last one that enough trials reached: a comparison of trials with different
@@ -188,8 +188,8 @@ def plot_importances(study: Study) -> tuple[dict[str, float], int] | None:
     return optuna.importance.get_param_importances(known, evaluator=evaluator), epoch
 
 
-def compute_importance(shares: dict[str, float], epoch: int, path: Path) -> None:
-    """Plot the shares that `plot_importances` returned, for an epoch."""
+def plot_importance(shares: dict[str, float], epoch: int, path: Path) -> None:
+    """Plot the shares that `compute_importances` returned, for an epoch."""
     figure, axis = plt.subplots(figsize=(7, 1 + 0.35 * len(shares)), layout="constrained")
     names = list(shares)[::-1]
     bars = axis.barh(names, [shares[name] for name in names], color=COLORS["complete"])
