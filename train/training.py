@@ -28,11 +28,12 @@ from train.data.schema import inference
 from train.data.warm_start import CompletedConfig
 from train.decision import check_recall
 from train.distributed import launcher
-from train.loop.net_setup import build_net
+from train.loop.net_setup import build_net, check_custom_net
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
 from train.reports.model_card import CARD
 from train.tasks import Images
+from train.tasks.plugins import code_of_config, code_of_task, modules_of
 from train.telemetry.throughput import Event
 
 
@@ -68,7 +69,7 @@ def train_and_register(
     root, metric = config.storage.root, config.registry.metric
     if not config.registry.enabled:
         bundle = train_bundle(completed, observe)
-        print_next_steps(bundle, bundle.location)
+        print_next_steps(bundle)
         return bundle, {}
     publishing.check_publishable(root, metric)
     with publishing.RunRecorder(root, config.name, config.model_dump(mode="json")) as recording:
@@ -84,10 +85,15 @@ def train_and_register(
     return bundle, published
 
 
-def print_next_steps(bundle: Bundle, reference: str) -> None:
-    """Print where the model card is and how to serve the model, on stderr."""
-    card = storage.join_path(bundle.location, CARD)
-    print(f"model card: {card}\nnext: serve run serve.app model={reference}", file=sys.stderr)
+def print_next_steps(bundle: Bundle, reference: str | None = None) -> None:
+    """Print where the model card is and how to serve a registered model, on stderr."""
+    print(f"model card: {storage.join_path(bundle.location, CARD)}", file=sys.stderr)
+    if reference is None:
+        return
+    manifest = bundle.manifest
+    code = modules_of(code_of_task(manifest.task) + code_of_config(manifest.config))
+    plugins = f" plugins={code}" if code else ""
+    print(f"next: serve run serve.app model={reference}{plugins}", file=sys.stderr)
 
 
 def train_bundle(
@@ -140,7 +146,10 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
     """Check the options that depend on the data. Raises UserError for one that does not fit."""
     task = data.task
     try:
-        build_net(config, task)
+        net = build_net(config, task)
+        # A network may need the GPU.
+        if config.net.class_path is not None and not config.workers.gpu:
+            check_custom_net(net, config, task, data.open("train")[0])
         target_loss(task.target, config.optim, torch.device("cpu"))
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -164,7 +164,7 @@ def _finish(
         score = functools.partial(validation_score, best)
         broken = broken_rule(study, trial, bundle.manifest)
         result |= tracking.publish(bundle, metric, figure, score, candidate=broken)
-    print_next_steps(bundle, result["uri"] or bundle.location)
+    print_next_steps(bundle, result["uri"])
     return result | {
         "study": study.name,
         "num_trials": len(study.trials),

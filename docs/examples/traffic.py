@@ -14,7 +14,8 @@ BATCH_ROWS = 50
 
 def main(path: str) -> None:
     client = Client("http://127.0.0.1:8000")
-    orders = pd.read_csv(path)
+    # In random order: by time, each window of the server would contain another season.
+    orders = pd.read_csv(path).sample(frac=1, random_state=0)
     correct = 0
     for start in range(0, len(orders), BATCH_ROWS):
         batch = orders[start : start + BATCH_ROWS]

@@ -150,8 +150,8 @@ def retrain(options: RetrainOptions, read: Read, train: Train) -> dict[str, Any]
 
 def _told(options: RetrainOptions, decision: RetrainDecision, reason: str) -> dict[str, Any]:
     """Print why nothing is trained; return what the command prints."""
-    because = f" ({decision.reason})" if decision.due else ""
-    print(f"{options.model}: not retrained: {reason}{because}", file=sys.stderr)
+    state = f"is due ({decision.reason})" if decision.due else "is not due"
+    print(f"{options.model}: retraining {state}: {reason}", file=sys.stderr)
     return {
         "model": options.model,
         "retrained": False,

@@ -40,15 +40,10 @@ def decide_retrain(
     monitored = None if state is None else state.versions.get(version)
     if monitored is None:
         return RetrainDecision(False, f"version {version} has not been monitored yet")
-    reasons = []
-    for is_due, reason in (
-        _by_drift(monitored.windows, rules),
-        _by_feedback(monitored.feedback, rules),
-    ):
-        if is_due:
-            return RetrainDecision(True, f"version {version}: {reason}")
-        reasons.append(reason)
-    return RetrainDecision(False, f"version {version}: {'; '.join(reasons)}")
+    found = (_by_drift(monitored.windows, rules), _by_feedback(monitored.feedback, rules))
+    due = [reason for is_due, reason in found if is_due]
+    reasons = due or [reason for _, reason in found]
+    return RetrainDecision(bool(due), f"version {version}: {'; '.join(reasons)}")
 
 
 def _by_drift(windows: Sequence[DriftWindow], rules: RetrainRules) -> tuple[bool, str]:

@@ -113,7 +113,7 @@ def report_text(facts: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     if "quantiles" in target:
         low, _, middle, _, high = target["quantiles"]
         lines.append(f"target: from {low:.4g} to {high:.4g}, median {middle:.4g}")
-    else:
+    elif target["counts"]:
         shown = list(target["counts"].items())
         words = ", ".join(f"{name} {count:,}" for name, count in shown[:MAX_CLASSES_SHOWN])
         more = f" and {len(shown) - MAX_CLASSES_SHOWN} more" if shown[MAX_CLASSES_SHOWN:] else ""

@@ -31,6 +31,30 @@ def build_net(config: Config, task: Task) -> nn.Module:
     return nets.create_net(config.net, task, smallest)
 
 
+def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: Arrays) -> None:
+    """Run a custom network on two training records, on the CPU.
+
+    inputs: of the training split, [N, …] each. Raises ValueError, which names the inputs, if the
+    network fails or does not return [2, num_outputs].
+    """
+    ids = np.arange(min(2, num_rows(inputs)))
+    given = device_inputs(inputs, ids, torch.device("cpu"))
+    words = ", ".join(
+        f"{name} {str(each.dtype).removeprefix('torch.')} {list(each.shape)}"
+        for name, each in zip(inputs, given, strict=True)
+    )
+    what = f"net.class_path is '{config.net.class_path}', whose network, given {words},"
+    try:
+        with torch.no_grad():
+            outputs = net.eval()(*given)
+    except Exception as error:
+        raise ValueError(f"{what} fails: {type(error).__name__}: {error}") from error
+    wanted = (len(ids), task.target.num_outputs)
+    if not isinstance(outputs, Tensor) or outputs.shape != wanted:
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"{what} returns {found}; expected {list(wanted)}")
+
+
 def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
     """Let a network set its normalisation from a sample of the training records.
 

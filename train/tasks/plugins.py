@@ -114,11 +114,16 @@ def _paths(found: Iterable[Any]) -> list[str]:
 def refusal(paths: Iterable[str]) -> str:
     """Return a message that names code which is not allowed, and the option that allows it."""
     names = sorted(set(paths))
-    modules = ",".join(sorted({name.partition(":")[0] for name in names}))
+    modules = modules_of(names)[:300]
     return (
-        f"not allowed to import {', '.join(names)[:300]}. "
-        f"If you trust this code, add plugins={modules[:300]}"
+        f"not allowed to import {', '.join(names)[:300]}. If you trust this code, add "
+        f"plugins={modules} to serve run, or --plugins {modules} to another command"
     )
+
+
+def modules_of(paths: Iterable[str]) -> str:
+    """Return the modules of package.module:Name paths, as the option `plugins` takes them."""
+    return ",".join(sorted({path.partition(":")[0] for path in paths}))
 
 
 def check_allowed(paths: Iterable[str], what: str) -> None:

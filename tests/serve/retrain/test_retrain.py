@@ -353,7 +353,9 @@ def test_the_reason_not_to_train_is_reported(root, written, state, changes, due,
     result = retrain.retrain(options, lambda *_: inverted(20), never)
     assert (result["retrained"], result["due"]) == (False, due)
     assert reason in result["reason"]
-    assert capsys.readouterr().err.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"digits: retraining is {'due (' if due else 'not due: '}")
     assert not storage.filesystem(root)[0].exists(storage.join_path(root, "retrain"))
 
 
