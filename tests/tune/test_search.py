@@ -33,7 +33,7 @@ from tune.run.study_store import Study
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-TRIALS = 7
+TRIALS = 4
 # One trial at a time, so that proposals do not depend on timing.
 COMMAND = (
     *("--num-trials", str(TRIALS), "--tune.parallel", "1"),
@@ -178,7 +178,7 @@ def killed_when(root, condition):
 
 
 def test_a_driver_killed_repeatedly_finds_the_same_trials(undisturbed, root, tmp_path):
-    for count in (2, 5):
+    for count in (2, 3):
 
         def begun(study, count=count):
             return len(study.trials) >= count
