@@ -32,6 +32,7 @@ from train.loop.evaluate import evaluate
 from train.loop.net_setup import build_net
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
+from train.metrics import best_epoch
 from train.reports import plots
 from train.simple_models import describe_comparison, fit_simple_models
 
@@ -101,7 +102,9 @@ def _write(
         config.optim.lr * lr_schedule.lr_factor(config.optim, step, steps * config.optim.epochs)
         for step in range(steps * len(history))
     ]
-    plots.plot_curves(history, task.find_metric(), rates, writer.file("report/curves.png"))
+    kept_epoch = best_epoch(history, task.find_metric(config.epoch_metric))["epoch"]
+    curves = writer.file("report/curves.png")
+    plots.plot_curves(history, task.find_metric(), kept_epoch, rates, curves)
     writer.json(BASELINE, build_baseline(data, made.outputs["valid"]))
     test = *data.open("test"), made.outputs["test"]
     simple = fit_simple_models(data, config.seed)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import auth, connect, serve_environment
+from cluster import auth, connect, ray_internals, serve_environment
 from cluster.errors import CommandFailed, UserError
 from cluster.local import network_namespace
 from cluster.local.node_certificates import tls_environment
@@ -191,7 +191,7 @@ class Cluster:
 
         While other nodes of this cluster run here, Ray would consider that head as running.
         """
-        notes = Path("/tmp/ray/ray_current_cluster")
+        notes = ray_internals.address_file()
         if notes.exists() and notes.read_text().strip() == self.address:
             notes.unlink()
 

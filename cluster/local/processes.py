@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from cluster import ray_internals
+
 
 def with_private_tmp(folder: Path, command: list[str]) -> str:
     """Return a shell command that runs `command` with a private folder for Ray's temporary files.
 
     It must run in a mount namespace of its own. folder: the node's folder.
     """
-    shared, own = Path("/tmp/ray"), folder / "ray"
-    shared.mkdir(exist_ok=True)
+    shared, own = ray_internals.address_file().parent, folder / "ray"
+    shared.mkdir(parents=True, exist_ok=True)
     own.mkdir()
     mount = shlex.join(["mount", "--bind", str(own), str(shared)])
     return f"{mount} && exec {shlex.join(command)}"

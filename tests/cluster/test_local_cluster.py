@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import httpx
@@ -18,6 +19,7 @@ from cluster.doctor.nodes import auth_mode, compare_nodes
 from cluster.errors import UserError
 from cluster.local import lifecycle, network_namespace
 from cluster.local.cluster import Cluster, cluster_home
+from cluster.local.processes import with_private_tmp
 from cluster.nodes import node_checks
 from tests.load import wait_for
 from tests.server import REPOSITORY
@@ -49,6 +51,17 @@ def cluster():
     answer(command("up", "--nodes", "2", "--cpus", "1"))
     yield lifecycle.current()
     answer(command("down"))
+
+
+def test_a_node_has_a_private_copy_of_rays_folder(tmp_path, monkeypatch):
+    """With TMPDIR, Ray's folder is there; nodes that share it delete each other's files."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    node = tmp_path / "node1"
+    node.mkdir()
+    words = with_private_tmp(node, ["ray", "start"]).split()
+    assert words[:4] == ["mount", "--bind", str(node / "ray"), str(tmp_path / "temporary" / "ray")]
+    assert all(Path(folder).is_dir() for folder in words[2:4])
 
 
 # One method of each of Ray's gRPC services.

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +11,12 @@ import pytest
 
 from cluster import serve_environment
 from tests import server
+from tests.docs.workspace import copy_repository
 from tests.server import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COPIED = (
-    ".gitignore",
-    "Makefile",
-    "constraints.txt",
-    "pyproject.toml",
-    *("cluster", "docs", "serve", "train", "tune"),
-)
 LIMIT_S = 380
 
 
@@ -34,19 +27,14 @@ def blocks(page):
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A copy of the repository, in which commands may write, and the environment of a reader."""
+    """A copy of the repository, and the environment of a reader."""
     for name in serve_environment.variable_names():
         monkeypatch.delenv(name, raising=False)
     # As activating .venv does, which holds for the other blocks of a terminal.
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    for name in COPIED:
-        source, target = REPOSITORY / name, tmp_path / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-        else:
-            shutil.copy(source, target)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    return tmp_path
+    # Python otherwise prefers the packages of the repository, which are installed, to the copy's.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return copy_repository(tmp_path)
 
 
 def run(command, workspace):

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.docs.workspace import copy_repository
 from tests.server import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -25,10 +26,10 @@ def results(notebook):
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
-    # In a folder of its own, where the repository is importable.
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    folder = copy_repository(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     client = NotebookClient(
-        notebook, timeout=380, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=380, kernel_name="python3", resources={"metadata": {"path": folder}}
     )
     client.execute()
     _, accuracy, _, predicted, _, live, feedback, study = results(notebook)

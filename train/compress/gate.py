@@ -160,7 +160,8 @@ def judge_variant(
         )
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
-            beyond = ", but the interval exceeds it" if c.high > max_drop + EPSILON else ""
+            unsure = "; more validation records would narrow the interval"
+            beyond = unsure if c.high > max_drop + EPSILON else ""
             return GateVerdict("accepted", f"{figures}: within the limit {max_drop:g}{beyond}")
         return GateVerdict("undecided", f"{figures}: the interval exceeds the limit {max_drop:g}")
     if not math.isnan(c.drop) and c.low <= max_drop + EPSILON:

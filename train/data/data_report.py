@@ -169,7 +169,7 @@ def plot_report(facts: Mapping[str, Any], column: str, path: Path) -> None:
     right.barh(names, shares, color=colours)
     right.set(
         xlim=(0, max(5.0, 1.1 * max(shares))),
-        xlabel="% missing (red names: leakage suspects)",
+        xlabel="% missing" + (" (red: leakage suspects)" if facts["leakage_suspects"] else ""),
         title="Columns",
     )
     for label in right.get_yticklabels():

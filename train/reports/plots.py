@@ -20,11 +20,16 @@ MAX_MISTAKES = 24
 
 
 def plot_curves(
-    history: Sequence[Mapping[str, float]], metric: Metric, rates: Sequence[float], path: Path
+    history: Sequence[Mapping[str, float]],
+    metric: Metric,
+    kept_epoch: float,
+    rates: Sequence[float],
+    path: Path,
 ) -> None:
     """Plot training and validation loss, the metric and the learning rate by epoch.
 
-    rates: the learning rate of each step; steps are spread evenly over the epochs.
+    kept_epoch: the epoch whose weights the model has. rates: the learning rate of each step; steps
+    are spread evenly over the epochs.
     """
     epochs = [row["epoch"] for row in history]
     figure, (left, right, last) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
@@ -36,16 +41,16 @@ def plot_curves(
     left.legend()
     values = [row[metric.name] for row in history]
     right.plot(epochs, values, color="tab:orange")
-    best = int(np.argmax([metric.signed(row) for row in history]))
-    right.plot(epochs[best], values[best], "o", color="tab:orange")
+    kept = epochs.index(kept_epoch)
+    right.plot(epochs[kept], values[kept], "o", color="tab:orange")
     right.annotate(
-        f"{values[best]:.4f}",
-        (epochs[best], values[best]),
+        f"{values[kept]:.4f}",
+        (epochs[kept], values[kept]),
         textcoords="offset points",
         xytext=(0, -14),
         ha="right",
     )
-    right.set(xlabel="epoch", ylabel=metric.name, title="Validation")
+    right.set(xlabel="epoch", ylabel=metric.name, title="Validation (dot: the model)")
     _save(figure, path)
 
 
@@ -209,7 +214,9 @@ def plot_tradeoff(
     middle, reach = (low + high) / 2, max((high - low) / 2, 0.01)
     left.set_ylim(middle - reach, middle + reach)
     left.set(ylabel=metric.name)
-    figure.suptitle("Variants (area: size in bytes; green: accepted; bold: default)")
+    figure.suptitle(
+        "Variants (area: size in bytes; green: accepted; bold: default; dashed: best trade-offs)"
+    )
     _save(figure, path)
 
 

@@ -43,8 +43,8 @@ export function show(place, model, signal) {
         const own = points.map(({ time, values }) => ({ time, values: values[name] ?? [] }));
         chart.update(own, Date.now());
       }
-      state.textContent = `${replicas} ${replicas === 1 ? "replica" : "replicas"}. Rates and ` +
-        `percentiles cover the last ${WINDOW_S} seconds.`;
+      state.textContent = `${replicas} ${replicas === 1 ? "replica" : "replicas"}. The charts begin ` +
+        `when this view is opened; rates and percentiles cover the last ${WINDOW_S} seconds.`;
       const refused = Object.entries(figures.reasons ?? {}).sort((one, other) => other[1] - one[1]);
       const words = refused.map(([reason, count]) => `${reason} ${number(count)}`).join(", ");
       reasons.textContent = words ? `Total: ${words}` : "";

@@ -8,6 +8,8 @@ const MOODS = { accepted: "good", refused: "bad", undecided: "warn", READY: "goo
 const CARD = "report/card.html";
 // Order of the report's pictures, most informative first; others follow.
 const ORDER = ["variants", "confusion", "values", "calibration", "curves", "mistakes", "data"];
+// Classes that are named where they are few.
+const FEW = 10;
 const SECOND_MS = 1000;
 // Pictures of this aspect ratio and above get the full width.
 const WIDE = 1.8;
@@ -59,7 +61,7 @@ function summary(model, version, manifest, served) {
   links.append(element("a", { href: `${at(model)}/docs` }, "HTTP interface"));
   return card(`${manifest.name}, version ${version}`,
     facts([
-      ["predicts", classes ? `${column}, one of ${classes.length}` : column],
+      ["predicts", named(column, classes)],
       ["inputs", manifest.inputs.map(({ name }) => name).join(", ")],
       ["records", counts.join(", ")],
       ["source", data.train?.source],
@@ -72,6 +74,12 @@ function summary(model, version, manifest, served) {
 }
 
 // With an API key the card is fetched and downloaded here, because a new tab would send no key.
+// Returns what a column is predicted to be: a few names, or their number.
+function named(column, classes) {
+  if (!classes) return column;
+  return classes.length > FEW ? `${column}, one of ${classes.length}` : `${column}: ${classes.join(", ")}`;
+}
+
 function cardLink(model, version) {
   const path = reportPath(model, version, "card.html");
   return element("a", {
