@@ -120,7 +120,9 @@ def storage_problem(root: str, nonce: str) -> str:
             import fsspec
 
             fs, folder = fsspec.url_to_fs(root)
-            if not fs.exists(f"{folder}/{nonce}"):
+            try:
+                fs.info(f"{folder}/{nonce}")  # `exists` is also false for a store without an answer
+            except FileNotFoundError:
                 return "cannot see files written by other machines"
             fs.pipe_file(f"{folder}/{own}", b"")
             fs.rm_file(f"{folder}/{own}")

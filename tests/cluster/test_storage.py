@@ -6,6 +6,7 @@ import fsspec
 import pytest
 
 from cluster import storage
+from cluster.nodes import node_checks
 from serve.offline import output
 from serve.retrain.history import RetrainHistory
 from serve.rollout.monitor_state import MonitorState
@@ -95,3 +96,15 @@ def test_existing_files_and_folders_are_found(tmp_path):
     storage.remove(f"{tmp_path}/folder")
     storage.remove(f"{tmp_path}/folder")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_says_why_it_cannot_use_the_storage(tmp_path, unreachable):
+    (tmp_path / "nonce").touch()
+    assert node_checks.storage_problem(str(tmp_path), "nonce") == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["nonce"]
+    unseen = "cannot see files written by other machines"
+    assert node_checks.storage_problem(str(tmp_path), "other") == unseen
+    assert node_checks.storage_problem("memory://shared", "other") == unseen
+    # Its files can be read, and nobody can create one, not even root.
+    assert "No such file" in node_checks.storage_problem("/proc", "version")
+    assert "does not answer" in node_checks.storage_problem(unreachable, "nonce")

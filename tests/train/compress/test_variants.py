@@ -15,7 +15,13 @@ from train.bundle import BundleWriter
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.benchmark import BATCH_SIZES, BenchmarkCase, benchmark_variants
 from train.compress.pipeline import compress
-from train.compress.recipes import activation_ranges, export_onnx, prune, quantize_weight_only
+from train.compress.recipes import (
+    activation_ranges,
+    export_onnx,
+    finetune,
+    prune,
+    quantize_weight_only,
+)
 from train.compress.recipes.quantize_static import StaticQuantizer
 from train.compress.recipes.variant_builder import (
     EXTREME_RECORDS,
@@ -649,3 +655,37 @@ def test_calibration_records_include_extreme_outputs(rng):
     assert len(found) == EXTREME_RECORDS
     pixels = {"image": np.zeros((9, 2, 2, 1), np.uint8)}
     assert len(_extremes(torch.nn.Linear(1, 2), pixels, np.arange(9))) == 0
+
+
+class Reached(Exception):
+    """Training would begin."""
+
+
+def test_a_finetuning_run_is_reused_for_equal_options_only(digits, tmp_path, monkeypatch):
+    """Whatever changes the trained weights is part of the run's name."""
+    started = []
+
+    def train(config, run, *arguments, **options):
+        started.append(run.url)
+        raise Reached
+
+    monkeypatch.setattr(finetune.launcher, "train", train)
+    weights = {"weight": torch.ones(2)}
+
+    def run_of(weights=weights, epochs=3, **changes):
+        config = make_config(**changes)
+        tuner = finetune.FineTuner(config, digits, weights, str(tmp_path))
+        with pytest.raises(Reached):
+            tuner.distil(config.net, epochs)
+        return started[-1]
+
+    first = run_of()
+    assert run_of() == first
+    others = [
+        run_of(epochs=4),
+        run_of(weights={"weight": torch.zeros(2)}),
+        run_of(workers={"num": 2, "micro_batches": 4}),
+        run_of(net={"widths": [8, 8]}),
+        run_of(compress={"distill": {"temperature": 7.0}}),
+    ]
+    assert len({first, *others}) == len(others) + 1
