@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import sys
 from collections.abc import Awaitable, Callable
 
 from cachetools import TTLCache
@@ -83,7 +84,7 @@ class ResponseCache:
 def _size_bytes(answers: Arrays) -> int:
     values = sum(array.nbytes for array in answers.values())
     words = sum(
-        len(str(value)) + 49
+        sys.getsizeof(value)
         for array in answers.values()
         if array.dtype == object
         for value in array.ravel()

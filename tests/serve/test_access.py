@@ -30,7 +30,7 @@ from serve.grpc import service as protocol
 from serve.grpc.messages import types
 from serve.http import model_gateway
 from serve.http.routes import ModelAPI
-from serve.security import APIKey, KeyStore
+from serve.security import APIKey, KeyStore, TokenBucket
 from tests.server import REPOSITORY
 from tests.serving import client_of, make_host
 
@@ -475,6 +475,15 @@ def test_a_changed_file_of_keys_is_used_within_seconds(tmp_path):
     path.unlink()
     with pytest.raises(security.Unauthorized):
         keys.check(f"Bearer {SECRETS['admin']}", 20.0)
+
+
+@pytest.mark.parametrize("rate", [0.5, 2, 7])
+def test_a_token_is_there_after_the_stated_wait_and_not_before(rate):
+    bucket, now = TokenBucket(rate), 100.0
+    while not (wait_s := bucket.take(now)):
+        pass
+    assert bucket.take(now + 0.9 * wait_s) > 0
+    assert bucket.take(now + wait_s + 1e-9) == 0
 
 
 def test_the_command_makes_expiring_keys_and_revokes_them(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The response cache, with computations that a test counts and delays."""
 
 import asyncio
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +95,20 @@ def test_each_waiting_request_keeps_its_own_deadline():
             await cache.answer(rows(1), later(0.05), engine.compute)
         engine.free.set()
         assert (await first)["y"].tolist() == [1] * 10
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("word", ["a" * 100, "д" * 100, "😀" * 100], ids=["ascii", "2", "4 bytes"])
+def test_the_memory_of_texts_counts(word):
+    async def scenario():
+        cache, _, _ = make()
+
+        async def compute():
+            return {"label": np.array([word, word], dtype=object)}
+
+        await cache.answer(rows(1), later(), compute)
+        assert cache.size_bytes >= 2 * (sys.getsizeof(word) + 8)
 
     asyncio.run(scenario())
 

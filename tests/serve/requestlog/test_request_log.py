@@ -25,6 +25,7 @@ from serve.requestlog.schema import MAX_ROWS, buffer_entry, to_table
 from serve.requestlog.values import KEY_VARIABLE, _key
 from serve.requestlog.writer import FeedbackLog, LogEntry, RequestLog
 from serve.telemetry.metrics import exposition, merge_samples
+from tests.serving import client_of, make_rest
 from tests.train.tasks.test_tasks import image_bytes
 from train.tasks import TensorSpec
 from train.tasks.columns.lists import LabelSet, Vector
@@ -453,6 +454,15 @@ def test_the_metrics_have_the_format_of_prometheus(tmp_path):
     assert 'halyard_log_rows_total{log="requests",model="m"} 0.0' in words
     assert 'halyard_log_dropped_total{log="feedback",model="m",reason="disk"} 0.0' in words
     assert 'halyard_log_bytes{log="requests",model="m"} 0.0' in words
+
+
+def test_metrics_of_a_replica_include_those_of_its_log(bundle, tmp_path):
+    rest = make_rest(bundle, log={"sample_rate": 1}, storage=str(tmp_path))
+    with client_of(rest) as client:
+        client.portal.call(rest._handler.repository._tick)
+        shown = exposition(rest._handler.snapshot("r1")).decode()
+        assert 'halyard_log_rows_total{log="requests",model="digits",replica="r1"}' in shown
+        client.portal.call(rest._handler.repository.close)
 
 
 def test_storage_can_be_a_url():
