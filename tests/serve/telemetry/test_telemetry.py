@@ -43,6 +43,14 @@ def test_a_histogram_counts_as_prometheus_does(rng):
     assert got == pytest.approx(expected)
 
 
+def test_quantiles_of_a_histogram_are_interpolated_up_to_its_last_bound():
+    histogram = Histogram((1.0, 2.0, 4.0))
+    for value in (0.5, 1.5, 1.5, 3, 100, 1000):
+        histogram.observe(value)
+    shares = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1)
+    assert [histogram.quantile(share) for share in shares] == [1, 1.5, 2, 4, 4, 4]
+
+
 def test_metrics_of_replicas_are_exported_side_by_side():
     snapshots = []
     for replica in ("a", "b"):

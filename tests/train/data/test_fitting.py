@@ -8,6 +8,7 @@ import pytest
 
 from train.config import validate_config
 from train.data import dataset
+from train.data.fit_notes import format_share
 from train.data.name_evidence import interaction_gain, merge_noise
 from train.tasks import Categories, Task
 from train.tasks.columns.categorical import FIRST, MISSING, UNSEEN
@@ -100,3 +101,11 @@ def test_names_that_matter_only_in_combination_are_kept(rng):
     kept = {name for name, each in zip(encoder.columns, encoder.names_C, strict=True) if each}
     assert kept == {"user", "item"}
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0, "0.0%"), (1 / 30_000, "0.0033%"), (0.00054, "0.054%"), (0.0012, "0.1%"), (1, "100.0%")],
+)
+def test_small_shares_are_shown_with_two_digits(share, words):
+    assert format_share(share) == words

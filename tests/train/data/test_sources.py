@@ -201,6 +201,22 @@ def test_bad_records_stop_the_run_or_are_dropped_and_counted(frame, tmp_path):
     np.testing.assert_allclose(sorted(seen * target.scale + target.mean), expected, atol=1e-3)
 
 
+def test_a_batch_of_bad_records_only_is_dropped(frame, tmp_path):
+    frame["n"] = frame["n"].astype(str)
+    frame.loc[50:99, "n"] = "broken"  # the second row group
+    url = write(frame, "parquet", tmp_path)
+    config = table_config(url, data={"bad_records": "drop"})
+    prepared = dataset.prepare_dataset(config, str(tmp_path))
+    assert prepared.summary["report"]["num_bad"] == 50
+    seen = np.concatenate([prepared.open(name)[1] for name in splits.NAMES])
+    target = prepared.task.target
+    expected = sorted(set(range(120)) - set(range(50, 100)))
+    np.testing.assert_allclose(sorted(seen * target.scale + target.mean), expected, atol=1e-3)
+    for name in splits.NAMES:
+        inputs, targets = prepared.open(name)
+        assert {len(array) for array in inputs.values()} == {len(targets)}
+
+
 def test_json_lines_types_fit_the_whole_file(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [
