@@ -10,14 +10,17 @@ from PIL import Image
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 
 from cluster.errors import CommandFailed, UserError
+from tests.conftest import make_config
 from tests.server import REPOSITORY
 from train.bundle.manifest import BATCH_SIZES, Manifest, Timing, Variant
 from train.config import validate_as
+from train.loop.run_directory import Run
 from train.tasks import Metric
 from tune import objectives, report, search_space
 from tune.cli import parse
 from tune.config import SchedulerConfig, StudyConfig, TuneConfig
 from tune.reports.progress import StudyDisplay
+from tune.run import trainable
 from tune.run.sampler import TrialSampler
 from tune.run.schedulers import ReplayedScheduler, SchedulerContext, create_scheduler
 from tune.run.study_store import Study, lock_study
@@ -737,6 +740,16 @@ def test_the_report_command_finds_the_only_study(tmp_path):
     said = json.loads(done.stdout)
     assert (said["study"], said["num_trials"]) == ("s", 8)
     assert "**winner**" in done.stderr
+
+
+def test_a_trial_computes_on_the_cpus_that_it_reserved(digits, tmp_path, monkeypatch):
+    """With all cores, trials that run at the same time would slow each other down."""
+    counts = []
+    monkeypatch.setattr(trainable.torch, "set_num_threads", counts.append)
+    config = make_config(workers={"num": 1, "cpus": 3}, optim={"epochs": 1, "batch_size": 64})
+    events = trainable._here(config, digits, Run.start(str(tmp_path / "run"), config))
+    assert next(events)["epoch"] == 1
+    assert counts == [3]
 
 
 def test_the_table_shows_best_running_and_finished_trials(tmp_path):
