@@ -133,9 +133,12 @@ def call_command(
 ) -> int:
     """Run a command's `main` in this process, from the repository; return its exit status.
 
-    It prints what the command prints, which capfd captures. Use `run_main` where a test is about
-    the process itself.
+    It prints what the command prints, which capfd captures. If it starts Ray, Ray is stopped. Use
+    `run_main` where a test is about the process itself.
     """
+    import ray
+
+    joined = ray.is_initialized()
     patch.setattr("sys.argv", ["command", *arguments])
     patch.chdir(REPOSITORY)
     handler = signal.getsignal(signal.SIGTERM)
@@ -144,6 +147,8 @@ def call_command(
             run_command(main)
     finally:
         signal.signal(signal.SIGTERM, handler)
+        if not joined:
+            connect.disconnect()
     assert isinstance(ended.value.code, int)
     return ended.value.code
 

@@ -104,7 +104,8 @@ def test_a_long_wait_is_reported_once(monkeypatch, capsys):
 def logged(once, caplog):
     """Return the records that a filter lets through while Ray Train starts workers three times."""
     logger = logging.getLogger(waiting.START_LOGGERS[0])
-    logger.addFilter(once)
+    # Training in this process, in an earlier test, has installed a filter, too.
+    installed, logger.filters = logger.filters, [once]
     try:
         with caplog.at_level(logging.INFO, logger.name):
             for _ in range(3):
@@ -116,7 +117,7 @@ def logged(once, caplog):
                 logger.info("[FailurePolicy] RETRY\n  Error: %s", error_text())
             logger.error("something else")
     finally:
-        logger.removeFilter(once)
+        logger.filters = installed
     return [(record.getMessage(), record.exc_info) for record in caplog.records]
 
 

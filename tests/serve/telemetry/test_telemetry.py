@@ -43,7 +43,7 @@ def test_a_histogram_counts_as_prometheus_does(rng):
     assert got == pytest.approx(expected)
 
 
-def test_quantiles_of_a_histogram_are_interpolated_up_to_its_last_bound():
+def test_quantiles_are_interpolated_up_to_the_last_bound():
     histogram = Histogram((1.0, 2.0, 4.0))
     for value in (0.5, 1.5, 1.5, 3, 100, 1000):
         histogram.observe(value)

@@ -130,7 +130,7 @@ def test_the_saved_config_repeats_the_run_of_a_table(passengers, tmp_path):
     passengers["survived"] = passengers["sex"] == "female"
     path, saved = tmp_path / "table.csv", tmp_path / "saved.yaml"
     passengers.to_csv(path, index=False)
-    options = ["--storage.path", str(tmp_path / "runs"), "--optim.epochs", "12"]
+    options = ["--storage.path", str(tmp_path / "runs")]
     first = run_main(
         [
             *("--data.train", str(path), "--target", "survived"),
