@@ -154,7 +154,10 @@ def test_a_finished_study_continues_only_with_more_trials(undisturbed, root):
 
 
 def killed_when(root, condition):
-    """Start the command and kill it once the study meets the condition."""
+    """Start the command, and kill it and what it started once the study meets the condition.
+
+    If the driver alone is killed, Ray's workers notice it after a minute.
+    """
     (root / "log").touch()
     with (root / "log").open("a") as log:
         process = subprocess.Popen(
@@ -171,7 +174,7 @@ def killed_when(root, condition):
         return (folder / "study.json").exists() and condition(kept(root))
 
     wait_for(reached, process)
-    os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # Its Ray processes end by themselves.
     wait_for(lambda: not processes().keys() - others.keys())
