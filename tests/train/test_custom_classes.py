@@ -1,6 +1,7 @@
 """Mistakes in custom encoders, targets and networks are named before anything is trained."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from train.data.fitting import check_custom_classes
 from train.loop.net_setup import check_custom_net
 from train.tasks import ClassTarget, Features, Task, TensorSpec
 from train.tasks.plugins import allow_modules
+from train.training import print_next_steps
 
 COLUMNS = {"color": ["#ff8800", None, "#0000ff"]}
 
@@ -156,3 +158,18 @@ def test_a_correct_network_passes_and_keeps_its_weights():
     before = net.head.weight.clone()
     check_custom_net(net, make_config(), task_of(Color("color")), arrays)
     assert torch.equal(net.head.weight, before)
+
+
+def test_the_command_that_serves_a_custom_model_names_its_plugins(capsys):
+    task = {"features": [{"kind": "numbers"}, {"kind": "colors.hex:Color"}], "target": {}}
+    config = {"net": {"class_path": "colors.net:ColorNet"}}
+    bundle = SimpleNamespace(
+        location="bundles/a", manifest=SimpleNamespace(task=task, config=config)
+    )
+    print_next_steps(bundle, "models:/a@production")
+    card, command = capsys.readouterr().err.splitlines()
+    assert card == "model card: bundles/a/report/card.html"
+    given = "model=models:/a@production plugins=colors.hex,colors.net"
+    assert command == f"next: serve run serve.app {given}"
+    print_next_steps(bundle)  # not registered
+    assert capsys.readouterr().err.splitlines() == [card]
