@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 KSERVE := $(VENV)/kserve
 
 # Options of pytest for tests in PROCESSES processes, each with ports and temporary files of its own.
-# None where the system has no namespaces for that.
+# None where that is not allowed: it needs Linux and root.
 PROCESSES ?= 2
 ISOLATED := $(CURDIR)/tests/isolated_python.sh
 PARALLEL = $(shell $(ISOLATED) --check && echo --dist loadfile --no-loadscope-reorder \

@@ -17,6 +17,12 @@ class CommandFailed(Exception):
     """A failure of a command that one line explains as well as a traceback would."""
 
 
+def error_line(error: BaseException) -> str:
+    """Return the type and the message of an error in one line, of about 300 characters at most."""
+    message = " ".join(str(error).split())[:300].rstrip(".")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def disk_is_full(error: BaseException | None) -> bool:
     """Return whether an error was caused by a full disk.
 

@@ -147,8 +147,7 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
     task = data.task
     try:
         net = build_net(config, task)
-        # A network may need the GPU.
-        if config.net.class_path is not None and not config.workers.gpu:
+        if config.net.class_path is not None:
             check_custom_net(net, config, task, data.open("train")[0])
         target_loss(task.target, config.optim, torch.device("cpu"))
     except ValueError as error:

@@ -4,6 +4,7 @@ import functools
 import secrets
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 import yaml
@@ -18,7 +19,7 @@ from train.data import dataset
 from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
-from train.metrics import best_epoch
+from train.metrics import Metric, best_epoch
 from train.training import check_against_data, prepare_run, print_next_steps
 from tune import objectives, report, search_space
 from tune.cli import check_study, training_config
@@ -132,9 +133,7 @@ def _finish(
     if best.stop.folds:  # trials ran without them
         best = search_space.with_values(best, {"stop.folds": 0})
     if refit:
-        # Without validation records nothing else would stop the run where the trial was best.
-        last = best_epoch(trial.rows, study.choice)["epoch"] if best.stop.metric else None
-        best = search_space.with_values(best, {**REFITTED, "stop.after": last})
+        best = refit_config(best, trial.rows, study.choice)
     best_url = storage.join_path(study.url, BEST)
     fs, path = storage.filesystem(best_url)
     with fs.open(path, "w") as file:
@@ -173,6 +172,18 @@ def _finish(
         "best_config": best_url,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def refit_config(config: Config, rows: Sequence[Mapping[str, float]], choice: Metric) -> Config:
+    """Return a winner's options for training on training and validation records together.
+
+    rows: the trial's figures by epoch. choice: the metric by which it kept its weights.
+    """
+    if config.stop.metric is None:
+        return search_space.with_values(config, REFITTED)
+    # Without validation records nothing else would stop the run where the trial was best.
+    last = best_epoch(rows, choice)["epoch"]
+    return search_space.with_values(config, {**REFITTED, "stop.after": last})
 
 
 def _refitted(study: Study, config: Config, data: EncodedDataset) -> Run:

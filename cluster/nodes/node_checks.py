@@ -121,13 +121,15 @@ def storage_problem(root: str, nonce: str) -> str:
 
             fs, folder = fsspec.url_to_fs(root)
             try:
-                fs.info(f"{folder}/{nonce}")  # `exists` is also false for a store without an answer
+                fs.info(f"{folder}/{nonce}")  # `exists` is also false if there is no answer
             except FileNotFoundError:
                 return "cannot see files written by other machines"
             fs.pipe_file(f"{folder}/{own}", b"")
             fs.rm_file(f"{folder}/{own}")
         else:
-            if not os.path.exists(os.path.join(root, nonce)):
+            try:
+                os.stat(os.path.join(root, nonce))
+            except FileNotFoundError:
                 return "cannot see files written by other machines"
             with open(os.path.join(root, own), "x"):
                 pass

@@ -10,9 +10,9 @@ from torch import nn
 
 from cluster.errors import UserError
 from tests.conftest import make_config
-from train.data.fitting import check_custom_classes
 from train.loop.net_setup import check_custom_net
-from train.tasks import ClassTarget, Features, Task, TensorSpec
+from train.tasks import ClassTarget, Features, Images, InvalidRecord, Task, TensorSpec
+from train.tasks.custom_classes import check_custom_classes
 from train.tasks.plugins import allow_modules
 from train.training import print_next_steps
 
@@ -63,6 +63,13 @@ class WrongShape(Color):
         return {self.column: super().encode(columns)[self.column][:, :2]}
 
 
+class TooFew(Color):
+    kind = f"{__name__}:TooFew"
+
+    def encode(self, columns):
+        return {self.column: super().encode(columns)[self.column][1:]}
+
+
 class WrongName(Color):
     kind = f"{__name__}:WrongName"
 
@@ -70,8 +77,50 @@ class WrongName(Color):
         return {"hue": super().encode(columns)[self.column]}
 
 
-class OtherKind(Color):
+class NoArray(Color):
+    kind = f"{__name__}:NoArray"
+
+    def encode(self, columns):
+        return {self.column: super().encode(columns)[self.column].tolist()}
+
+
+class NoMapping(Color):
+    kind = f"{__name__}:NoMapping"
+
+    def encode(self, columns):
+        return super().encode(columns)[self.column]
+
+
+class ListShape(Color):
+    kind = f"{__name__}:ListShape"
+
+    @property
+    def inputs(self):
+        return (TensorSpec(self.column, "FP32", [3]),)
+
+
+class Reader(Color):
+    kind = f"{__name__}:Reader"
+
+    def encode(self, columns):
+        if "bad" in columns[self.column]:
+            raise InvalidRecord("no color", 1)
+        return super().encode(columns)
+
+
+class Failing(Color):
+    kind = f"{__name__}:Failing"
+
+    def encode(self, columns):
+        raise KeyError("several\nlines")
+
+
+class OtherModule(Color):
     kind = f"{__name__}x:Color"
+
+
+class OtherClass(Color):
+    kind = f"{__name__}:Color"
 
 
 class NoColumn(Color):
@@ -81,20 +130,39 @@ class NoColumn(Color):
         return {"kind": self.kind}
 
 
-class OtherWhenRestored(Color):
-    """Its width is not part of the saved state."""
+class NoJSON(Color):
+    kind = f"{__name__}:NoJSON"
 
-    kind = f"{__name__}:OtherWhenRestored"
-    width = 3
+    def to_dict(self):
+        return {**super().to_dict(), "mean": np.float32(1)}
+
+
+@dataclass(frozen=True)
+class Scaled(Color):
+    """It learned a scale, which is not part of its state."""
+
+    scale: float = 1.0
+    kind = f"{__name__}:Scaled"
 
     def encode(self, columns):
-        return {self.column: super().encode(columns)[self.column][:, : self.width]}
+        return {self.column: super().encode(columns)[self.column] / np.float32(self.scale)}
+
+
+@dataclass(frozen=True)
+class Strict(Color):
+    """A restored one accepts nothing."""
+
+    strict: bool = False
+    kind = f"{__name__}:Strict"
+
+    def encode(self, columns):
+        if self.strict:
+            raise InvalidRecord("no color", 0)
+        return super().encode(columns)
 
     @classmethod
     def from_dict(cls, state):
-        restored = cls(state["column"])
-        object.__setattr__(restored, "width", 2)
-        return restored
+        return cls(state["column"], strict=True)
 
 
 def task_of(encoder):
@@ -104,28 +172,48 @@ def task_of(encoder):
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
-        (WrongType, r"encode returns 'color' float64 \[N, 3\]; its inputs are 'color' float32 \[N"),
-        (WrongShape, r"encode returns 'color' float32 \[N, 2\]; its inputs are .* \[N, 3\]"),
-        (WrongName, r"encode returns 'hue' float32 .*; its inputs are 'color'"),
         (
-            OtherKind,
-            rf"to_dict returns the kind '{__name__}x:Color'.*return '{__name__}:OtherKind'",
+            WrongType("color"),
+            r"returns 'color' float64 .*; its inputs are 'color' float32 \[3, 3\]",
         ),
-        (NoColumn, r"from_dict fails on what to_dict returns: KeyError: 'column'"),
-        (OtherWhenRestored, r"encode returns 'color' float32 \[N, 2\]"),
+        (WrongShape("color"), r"returns 'color' float32 \[3, 2\]; its inputs are .* \[3, 3\]"),
+        (TooFew("color"), r"of 3 records returns 'color' float32 \[2, 3\]; its inputs are"),
+        (WrongName("color"), r"returns 'hue' float32 .*; its inputs are 'color'"),
+        (NoArray("color"), r"returns 'color' list \[3, 3\]; its inputs are"),
+        (NoMapping("color"), r"returns ndarray; its inputs are"),
+        (Failing("color"), r"encode fails: KeyError: 'several.nlines'"),
+        (OtherModule("color"), r"to_dict: NotAllowed: not allowed to import .*x:Color"),
+        (OtherClass("color"), r"returns the kind '.*:Color', which is another class"),
+        (NoColumn("color"), r"from_dict fails: KeyError: 'column'"),
+        (NoJSON("color"), r"to_dict: TypeError: .* not JSON serializable"),
+        (Scaled("color", 2.0), r"from_dict .* encodes 'color' differently"),
+        (Strict("color"), r"from_dict .* refuses a record .*: InvalidRecord: no color"),
     ],
+    ids=lambda each: type(each).__name__,
 )
 def test_a_mistake_of_an_encoder_is_named(encoder, words):
     allow_modules([__name__])
     with pytest.raises(UserError, match=words) as error:
-        check_custom_classes(task_of(encoder("color")), COLUMNS)
-    assert f"{__name__}:{encoder.__name__}" in str(error.value)
+        check_custom_classes(task_of(encoder), COLUMNS)
+    assert str(error.value).startswith(f"{__name__}:{type(encoder).__name__}.")
     assert "\n" not in str(error.value)
 
 
 def test_a_correct_encoder_passes():
     allow_modules([__name__])
     check_custom_classes(task_of(Color("color")), COLUMNS)
+    check_custom_classes(task_of(ListShape("color")), COLUMNS)
+    # A record that cannot be read is reported when all are encoded.
+    check_custom_classes(task_of(Reader("color")), {"color": ["#ff8800", "bad"]})
+
+
+def test_an_encoder_of_images_is_not_given_their_headers():
+    """The sample of training records holds headers of images, not the images."""
+    allow_modules([__name__])
+
+    images = Images("color", (8, 8), 1)
+    task = Task(Features((images, Color("color"))), task_of(images).target)
+    check_custom_classes(task, {"color": [object(), object()]})
 
 
 class Swapped(nn.Module):
@@ -133,8 +221,11 @@ class Swapped(nn.Module):
         super().__init__()
         self.head = nn.Linear(3, outputs)
 
+    def fit_inputs(self, numbers, color):
+        self.scale = numbers.abs().amax() + 1
+
     def forward(self, numbers, color):
-        return self.head(color) + numbers.sum()
+        return self.head(color) + (numbers / self.scale).sum()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +251,7 @@ def test_a_correct_network_passes_and_keeps_its_weights():
     assert torch.equal(net.head.weight, before)
 
 
-def test_the_command_that_serves_a_custom_model_names_its_plugins(capsys):
+def test_the_command_that_serves_a_custom_model_has_its_plugins(capsys):
     task = {"features": [{"kind": "numbers"}, {"kind": "colors.hex:Color"}], "target": {}}
     config = {"net": {"class_path": "colors.net:ColorNet"}}
     bundle = SimpleNamespace(

@@ -303,6 +303,8 @@ def test_objectives_of_variants_and_a_winner_trained_on_all_data(ray_session, tm
     rows = study.trials[result["trial"]].rows
     best = min(rows, key=lambda row: row["valid_loss"])["epoch"]
     assert manifest.config["stop"] == {"folds": 0, "after": best} | {"patience": 1, "metric": None}
+    history = json.loads((Path(result["bundle"]) / "report" / "history.json").read_text())
+    assert len(history) == best
     assert float(version.tags["valid_accuracy"]) in [row["valid_accuracy"] for row in rows]
 
 

@@ -26,6 +26,7 @@ from tune.run.schedulers import ReplayedScheduler, SchedulerContext, create_sche
 from tune.run.study_store import Study, lock_study
 from tune.search_space import Dimension
 from tune.selection import broken_rule, select_winner
+from tune.tuner import refit_config
 
 METRICS = (Metric("accuracy", "higher"), Metric("loss", "lower"))
 LOSS = Metric("valid_loss", "lower")
@@ -740,6 +741,20 @@ def test_the_report_command_finds_the_only_study(tmp_path):
     said = json.loads(done.stdout)
     assert (said["study"], said["num_trials"]) == ("s", 8)
     assert "**winner**" in done.stderr
+
+
+def test_a_refit_ends_where_its_trial_was_best_or_stopped():
+    rows = [{"epoch": epoch, "valid_loss": loss} for epoch, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
+    loss = Metric("valid_loss", "lower")
+    for stop, after in (
+        ({}, None),
+        ({"after": 5}, 5),
+        ({"metric": "valid_loss", "patience": 1}, 2),
+        ({"metric": "valid_loss", "after": 5}, 2),
+    ):
+        refit = refit_config(make_config(stop=stop), rows, loss)
+        assert (refit.stop.after, refit.stop.metric) == (after, None), stop
+        assert refit.data.train_on_valid
 
 
 def test_a_trial_computes_on_the_cpus_that_it_reserved(digits, tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def judge_variant(
         )
     if c.drop <= max_drop + EPSILON:
         if not strict or c.high <= max_drop + EPSILON:
-            unsure = "; more validation records would narrow the interval"
+            unsure = ", which the interval exceeds; more validation records would narrow it"
             beyond = unsure if c.high > max_drop + EPSILON else ""
             return GateVerdict("accepted", f"{figures}: within the limit {max_drop:g}{beyond}")
         return GateVerdict("undecided", f"{figures}: the interval exceeds the limit {max_drop:g}")

@@ -144,7 +144,7 @@ class Stop(Section):
         None,
         ge=1,
         description="End the run after this many epochs; the learning rate still follows the "
-        "schedule of optim.epochs. Cross-validation (stop.folds) sets this option.",
+        "schedule of optim.epochs. Cross-validation (stop.folds) and tune.refit set this option.",
     )
 
     @model_validator(mode="after")

@@ -3,8 +3,7 @@
 Shapes: N records, K classes or labels.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,8 +18,6 @@ from train.data.reading import sources
 from train.data.reading.folders import reading_errors
 from train.data.splits import TRAIN, SplitSource
 from train.tasks import (
-    TARGETS,
-    Arrays,
     Columns,
     Images,
     InvalidRecord,
@@ -30,7 +27,7 @@ from train.tasks import (
     Task,
     ValueTarget,
 )
-from train.tasks.features import ENCODERS, encoder_class
+from train.tasks.custom_classes import check_custom_classes
 from train.tasks.plugins import import_object
 from train.values.pictures import PictureHeader
 from train.values.records import is_missing
@@ -40,9 +37,6 @@ FIT_RECORDS = 50_000
 
 # `target_numbers` returns columns for this many of the most frequent classes only.
 MOST_CLASSES = 16
-
-# Records that custom encoders encode before all are encoded.
-CHECKED_RECORDS = 8
 
 # More bad records than this end the fit: a column's configured kind is probably wrong.
 MAX_BAD_FITTED = 100
@@ -159,59 +153,6 @@ def _seen(
     fitted = replace(task, features=features, target=target)
     check_custom_classes(fitted, sample)
     return fitted, sample
-
-
-def check_custom_classes(task: Task, columns: Columns) -> None:
-    """Check custom encoders and targets: what they encode, and whether their state restores them.
-
-    columns: values of training records, of which the first few are encoded. Raises UserError that
-    names the class and its mistake.
-    """
-    few = {name: values[:CHECKED_RECORDS] for name, values in columns.items()}
-    for encoder in task.features.encoders:
-        if type(encoder) in ENCODERS.values():
-            continue
-        restored = _restored(encoder, ENCODERS)
-        with suppress(InvalidRecord):  # reported when all records are encoded
-            _check_arrays(encoder, encoder.encode(few))
-            _check_arrays(restored, restored.encode(few))
-    if type(task.target) not in TARGETS.values():
-        _restored(task.target, TARGETS)
-
-
-def _restored(part: Any, known: Mapping[str, Any]) -> Any:
-    """Return the object that the saved state of a custom object gives. Raises UserError."""
-    own = f"{type(part).__module__}:{type(part).__qualname__}"
-    state = part.to_dict()
-    if state.get("kind") != own:
-        raise UserError(
-            f"{own}.to_dict returns the kind {state.get('kind')!r}, but a model finds the class by "
-            f"it; return '{own}'."
-        )
-    try:
-        return encoder_class(state, known).from_dict(state)
-    except Exception as error:
-        raise UserError(
-            f"{own}.from_dict fails on what to_dict returns: {type(error).__name__}: {error}."
-        ) from error
-
-
-def _check_arrays(encoder: Any, arrays: Arrays) -> None:
-    """Check that an encoder returned the arrays that its `inputs` describe. Raises UserError."""
-    own = f"{type(encoder).__module__}:{type(encoder).__qualname__}"
-    wanted = {spec.name: (np.dtype(spec.dtype), spec.shape) for spec in encoder.inputs}
-    found = {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
-    if found != wanted:
-        raise UserError(
-            f"{own}.encode returns {_array_words(found)}; its inputs are {_array_words(wanted)}."
-        )
-
-
-def _array_words(arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> str:
-    return ", ".join(
-        f"'{name}' {dtype} [{', '.join(['N', *map(str, shape)])}]"
-        for name, (dtype, shape) in arrays.items()
-    )
 
 
 def _values(part: SplitSource, column: str, rows_N: np.ndarray) -> Iterator[tuple[int, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import error_line
 from train import nets
 from train.config import Config, Stage
 from train.data import batch_sampler
@@ -32,7 +33,7 @@ def build_net(config: Config, task: Task) -> nn.Module:
 
 
 def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: Arrays) -> None:
-    """Run a custom network on two training records, on the CPU.
+    """Fit a custom network to its inputs, and run it on two training records, on the CPU.
 
     inputs: of the training split, [N, …] each. Raises ValueError, which names the inputs, if the
     network fails or does not return [2, num_outputs].
@@ -45,10 +46,11 @@ def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: Arrays)
     )
     what = f"net.class_path is '{config.net.class_path}', whose network, given {words},"
     try:
+        fit_inputs(net, config, inputs)
         with torch.no_grad():
             outputs = net.eval()(*given)
     except Exception as error:
-        raise ValueError(f"{what} fails: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what} fails: {error_line(error)}") from error
     wanted = (len(ids), task.target.num_outputs)
     if not isinstance(outputs, Tensor) or outputs.shape != wanted:
         found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

@@ -114,7 +114,7 @@ def _paths(found: Iterable[Any]) -> list[str]:
 def refusal(paths: Iterable[str]) -> str:
     """Return a message that names code which is not allowed, and the option that allows it."""
     names = sorted(set(paths))
-    modules = modules_of(names)[:300]
+    modules = modules_of(names)
     return (
         f"not allowed to import {', '.join(names)[:300]}. If you trust this code, add "
         f"plugins={modules} to serve run, or --plugins {modules} to another command"

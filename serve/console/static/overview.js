@@ -73,13 +73,13 @@ function summary(model, version, manifest, served) {
     ]), links);
 }
 
-// With an API key the card is fetched and downloaded here, because a new tab would send no key.
 // Returns what a column is predicted to be: a few names, or their number.
 function named(column, classes) {
   if (!classes) return column;
   return classes.length > FEW ? `${column}, one of ${classes.length}` : `${column}: ${classes.join(", ")}`;
 }
 
+// With an API key the card is fetched and downloaded here, because a new tab would send no key.
 function cardLink(model, version) {
   const path = reportPath(model, version, "card.html");
   return element("a", {
