@@ -130,6 +130,13 @@ class NoColumn(Color):
         return {"kind": self.kind}
 
 
+class NoKind(Color):
+    kind = f"{__name__}:NoKind"
+
+    def to_dict(self):
+        return {"column": self.column}
+
+
 class NoJSON(Color):
     kind = f"{__name__}:NoJSON"
 
@@ -182,8 +189,9 @@ def task_of(encoder):
         (NoArray("color"), r"returns 'color' list \[3, 3\]; its inputs are"),
         (NoMapping("color"), r"returns ndarray; its inputs are"),
         (Failing("color"), r"encode fails: KeyError: 'several.nlines'"),
-        (OtherModule("color"), r"to_dict: NotAllowed: not allowed to import .*x:Color"),
-        (OtherClass("color"), r"returns the kind '.*:Color', which is another class"),
+        (OtherModule("color"), r"kind '.*x:Color', by which a model does not find the class"),
+        (OtherClass("color"), r"returns the kind '.*:Color', by which a model does not find"),
+        (NoKind("color"), r"returns the kind None, by which a model does not find"),
         (NoColumn("color"), r"from_dict fails: KeyError: 'column'"),
         (NoJSON("color"), r"to_dict: TypeError: .* not JSON serializable"),
         (Scaled("color", 2.0), r"from_dict .* encodes 'color' differently"),

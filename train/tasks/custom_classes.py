@@ -66,13 +66,17 @@ def _restored(part: Any, known: Mapping[str, Any]) -> Any:
     state = _called(part, "to_dict")
     try:
         state = json.loads(json.dumps(state))
-        found = encoder_class(state, known)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{_path(part)}.to_dict: {error_line(error)}.") from error
+    kind = state.get("kind") if isinstance(state, dict) else None
+    try:
+        found = encoder_class({"kind": kind}, known)
+    except ValueError:  # it is in no allowed module, or names nothing
+        found = None
     if found is not type(part):
         raise UserError(
-            f"{_path(part)}.to_dict returns the kind '{state['kind']}', which is another class; "
-            "return the path of the class itself."
+            f"{_path(part)}.to_dict returns the kind {kind!r}, by which a model does not find the "
+            "class; return the path of the class itself."
         )
     return _called(part, "from_dict", state)
 
