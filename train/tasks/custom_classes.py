@@ -30,7 +30,7 @@ def check_custom_classes(task: Task, columns: Columns) -> None:
         if type(encoder) in ENCODERS.values():
             continue
         restored = _restored(encoder, ENCODERS)
-        # Of images, the sample holds headers only.
+        # The sample holds headers of images, not the images.
         if isinstance(encoder, Images) or images & {spec.name for spec in encoder.fields}:
             continue
         with suppress(InvalidRecord):  # reported when all records are encoded
