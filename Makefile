@@ -10,6 +10,7 @@ KSERVE := $(VENV)/kserve
 PROCESSES ?= 2
 ISOLATED := $(CURDIR)/tests/isolated_python.sh
 PARALLEL = $(shell $(ISOLATED) --check && echo --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0 \
 	--tx '$(PROCESSES)*popen//python=$(ISOLATED)')
 
 .PHONY: setup demo test test-all chaos check docs clean
