@@ -84,10 +84,11 @@ def set_serve_environment() -> None:
     If HAProxy cannot run here, Ray's own proxy is used and a message is printed on stderr.
     """
     connect.set_ray_environment()
-    # Run the user's own HAProxy, if one is named, through the wrapper.
-    given = os.environ.get(HAPROXY_BINARY)
-    if given and Path(given) != WRAPPER:
-        os.environ.setdefault(haproxy_config.BINARY, given)
+    # Run the user's own HAProxy, if one is named, through the wrapper. A process started by another
+    # copy of Halyard inherits the name of that copy's wrapper, which is not an HAProxy.
+    if given := os.environ.get(HAPROXY_BINARY):
+        if not Path(given).with_name(Path(haproxy_config.__file__).name).is_file():
+            os.environ.setdefault(haproxy_config.BINARY, given)
         os.environ[HAPROXY_BINARY] = str(WRAPPER)
     if HAPROXY not in os.environ and (problem := haproxy_config.haproxy_problem()):
         print(f"HAProxy cannot run here ({problem}); using Ray's own proxy.", file=sys.stderr)

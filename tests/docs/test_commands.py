@@ -9,9 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster import serve_environment
 from tests import server
-from tests.docs.workspace import copy_repository
 from tests.server import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -23,18 +21,6 @@ LIMIT_S = 380
 def blocks(page):
     """The language and text of each block that a reader runs."""
     return BLOCK.findall((REPOSITORY / page).read_text())
-
-
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A copy of the repository, and the environment of a reader."""
-    for name in serve_environment.variable_names():
-        monkeypatch.delenv(name, raising=False)
-    # As activating .venv does, which holds for the other blocks of a terminal.
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    # Python otherwise prefers the packages of the repository, which are installed, to the copy's.
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return copy_repository(tmp_path)
 
 
 def run(command, workspace):

@@ -4,7 +4,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.docs.workspace import copy_repository
 from tests.server import REPOSITORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -23,13 +22,11 @@ def results(notebook):
     ]
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(workspace):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
-    folder = copy_repository(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
     client = NotebookClient(
-        notebook, timeout=380, kernel_name="python3", resources={"metadata": {"path": folder}}
+        notebook, timeout=380, kernel_name="python3", resources={"metadata": {"path": workspace}}
     )
     client.execute()
     _, accuracy, _, predicted, _, live, feedback, study = results(notebook)
@@ -38,4 +35,4 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert 0.6 < float(live) < 1
     assert "'counted': True" in feedback
     assert "valid_accuracy" in study
-    assert (tmp_path / "runs").is_dir()
+    assert (workspace / "runs").is_dir()
