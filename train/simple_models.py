@@ -1,7 +1,7 @@
 """Simple models to compare the network with: a linear one and a gradient-boosted one.
 
 Both are from scikit-learn and use the same encoded arrays as the network. Shapes: N records, F
-features, L tokens, K classes, T tokens that are not padding.
+features, K classes, T tokens of all records.
 """
 
 import time
@@ -18,7 +18,7 @@ from train.data.dataset import EncodedDataset
 from train.metrics import pinball
 from train.stats import paired_interval
 from train.tasks import Arrays, Categories, ClassTarget, Numbers, Task, Texts, ValueTarget
-from train.values.records import num_rows
+from train.values.ragged import Ragged, StoredArrays, take
 
 LINEAR, BOOSTED = "linear", "gradient-boosted"
 # Most training records that are used, so that fitting takes less time than training a network.
@@ -63,7 +63,7 @@ def fit_simple_models(data: EncodedDataset, seed: int) -> list[SimpleModel]:
         (BOOSTED, _boosted, MAX_RECORDS),
     ):
         ids = np.sort(order[:most])
-        drawn = {key: np.asarray(array[ids]) for key, array in inputs.items()}
+        drawn = take(inputs, ids)
         if found := _fitted(name, build, task, drawn, targets_N[ids], held_out):
             models.append(found)
     return sorted(models, key=lambda model: model.metrics["valid_loss"])
@@ -101,9 +101,9 @@ def _fitted(
     name: str,
     build: Any,
     task: Task,
-    inputs: Arrays,
+    inputs: StoredArrays,
     targets_N: np.ndarray,
-    held_out: Mapping[str, tuple[Arrays, np.ndarray]],
+    held_out: Mapping[str, tuple[StoredArrays, np.ndarray]],
 ) -> SimpleModel | None:
     """Fit all candidates of a kind; return the one with the lowest validation loss, if any."""
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def _outputs(task: Task, model: Any, features_NF: Any) -> Arrays:
     return {"logits": logs_NK}
 
 
-def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
+def _linear(task: Task, inputs: StoredArrays) -> list[tuple[Any, Any]]:
     """Return logistic or ridge regressions on scaled numbers, category indicators and TF-IDF.
 
     The list is empty for a quantile, because its linear program takes longer than a network.
@@ -161,7 +161,7 @@ def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
             assert isinstance(encoder, Texts)
             steps.append((name, _Tfidf(encoder.size).fit(array)))
 
-    def features(arrays: Arrays) -> Any:
+    def features(arrays: StoredArrays) -> Any:
         parts = [scipy.sparse.csr_matrix(step.transform(arrays[name])) for name, step in steps]
         return scipy.sparse.hstack(parts).tocsr()
 
@@ -170,7 +170,7 @@ def _linear(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
     return [(features, LogisticRegression(C=c, max_iter=300)) for c in (1.0, 0.03)]
 
 
-def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
+def _boosted(task: Task, inputs: StoredArrays) -> list[tuple[Any, Any]]:
     """Return histogram-based gradient-boosted trees, with and without early stopping."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
@@ -182,14 +182,14 @@ def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
             reduced = TruncatedSVD(min(TEXT_DIMENSIONS, encoder.size - 1), random_state=0)
             texts[name] = words, reduced.fit(words.transform(array))
 
-    def parts(arrays: Arrays) -> list[np.ndarray]:
+    def parts(arrays: StoredArrays) -> list[np.ndarray]:
         found = (
             texts[name][1].transform(texts[name][0].transform(array)) if name in texts else array
             for name, array in arrays.items()
         )
         return [np.asarray(part, np.float64) for part in found]
 
-    def features(arrays: Arrays) -> np.ndarray:
+    def features(arrays: StoredArrays) -> np.ndarray:
         return np.concatenate(parts(arrays), axis=1)
 
     # Columns with more categories are treated as numbers.
@@ -212,25 +212,25 @@ def _boosted(task: Task, inputs: Arrays) -> list[tuple[Any, Any]]:
 
 
 class _Tfidf:
-    """Token ids, int [N, L] padded with 0 → their TF-IDF, sparse float64 [N, F]."""
+    """Token ids of N texts → their TF-IDF, sparse float64 [N, F]."""
 
     def __init__(self, size: int) -> None:
         from sklearn.feature_extraction.text import TfidfTransformer
 
         self._size, self._weights = size, TfidfTransformer(sublinear_tf=True)
 
-    def fit(self, tokens_NL: np.ndarray) -> "_Tfidf":
-        self._weights.fit(self._counts(tokens_NL))
+    def fit(self, tokens: Any) -> "_Tfidf":
+        self._weights.fit(self._counts(tokens))
         return self
 
-    def transform(self, tokens_NL: np.ndarray) -> Any:
-        return self._weights.transform(self._counts(tokens_NL))
+    def transform(self, tokens: Any) -> Any:
+        return self._weights.transform(self._counts(tokens))
 
-    def _counts(self, tokens_NL: np.ndarray) -> Any:
-        rows_T, columns_T = np.nonzero(tokens_NL)
-        tokens_T = np.asarray(tokens_NL)[rows_T, columns_T]
-        shape = num_rows({"tokens": tokens_NL}), self._size
-        return scipy.sparse.csr_matrix((np.ones(len(rows_T)), (rows_T, tokens_T)), shape)
+    def _counts(self, tokens: Ragged) -> Any:
+        rows_T = np.repeat(np.arange(len(tokens)), tokens.lengths_N)
+        ones_T = np.ones(len(rows_T))
+        shape = len(tokens), self._size
+        return scipy.sparse.csr_matrix((ones_T, (rows_T, tokens.values_T)), shape)
 
 
 def describe_comparison(

@@ -35,6 +35,7 @@ from train.reports.model_card import CARD
 from train.tasks import Images
 from train.tasks.plugins import code_of_config, code_of_task, modules_of
 from train.telemetry.throughput import Event
+from train.values.ragged import lengths_of
 
 
 def fit(
@@ -169,8 +170,9 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
                 f"have {side} pixels a side; give at most {side - 1}."
             )
     check_calibration(config, task)
+    inputs, targets_N = data.open("train")
     smallest = batch_sampler.smallest_batch(
-        data.summary["splits"]["train"]["num_records"], config.optim.batch_size
+        len(targets_N), config.optim.batch_size, lengths_of(inputs), config.optim.batch_by
     )
     micro_batches = Run.count_micro_batches(config)
     if micro_batches > 1 and micro_batches * LEAST_SAMPLES > smallest:

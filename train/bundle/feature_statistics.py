@@ -24,6 +24,7 @@ from train.tasks import (
     ValueTarget,
 )
 from train.tasks.columns.categorical import FIRST
+from train.values.ragged import row_lengths
 
 VERSION = 2
 NUM_BINS = 16
@@ -163,7 +164,10 @@ def _of_inputs(encoder: Encoder, inputs: Arrays) -> Found:
     else:
         for spec in encoder.inputs:
             array = inputs[spec.name]
-            yield spec.name, "embedding", _embedding(array.astype(float)), ()
+            if spec.ragged:
+                yield f"{spec.name}.length", "number", row_lengths(array).astype(float), ()
+            else:
+                yield spec.name, "embedding", _embedding(array.astype(float)), ()
 
 
 def _of_images(column: str, images_NHWC: np.ndarray) -> Found:

@@ -9,6 +9,7 @@ from train.bundle import Bundle
 from train.tasks import Categories, Images, Numbers, Texts
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.text import BETWEEN
+from train.values.ragged import FREE
 
 MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
 
@@ -25,12 +26,18 @@ def edge_readme(bundle: Bundle, variant: str, outputs: list[str]) -> str:
     metric = f"test_{task.metric}"
     classes = getattr(task.target, "classes", ())
     known = f"Classes, in the order of `probabilities`: {', '.join(classes)}" if classes else ""
+    padding = ""
+    if any(spec.ragged for spec in task.features.inputs):
+        padding = (
+            " The second dimension of lists, such as tokens, is the length of the longest record; "
+            "fill the others with 0 behind their values."
+        )
     return f"""# {manifest.name}, {variant}
 
 `{MODEL}` predicts `{task.target.column}`. It needs only onnxruntime.
 {metric}: {manifest.variants[variant].metrics[metric]:.4f}
 
-The first dimension of every input is the number of records.
+The first dimension of every input is the number of records.{padding}
 
 ```python
 {script.text(outputs)}
@@ -85,11 +92,11 @@ class _Script:
                 self._add_texts(encoder)
             case _:
                 for spec in encoder.inputs:
-                    shape = (1, *spec.shape)
+                    shape = (1, *(1 if size == FREE else size for size in spec.shape))
                     self._inputs.append(f'"{spec.name}": np.zeros({shape}, "{spec.dtype}"),')
 
     def _add_texts(self, encoder: Texts) -> None:
-        """Add lines that encode texts like Texts.encode: joined by a separator, padded with 0."""
+        """Add lines that encode texts like Texts.encode: joined by a separator."""
         mark = Tokenizer.from_str(encoder.tokenizer).token_to_id(BETWEEN)
         between = "" if mark is None else f"[{mark}] * (number > 0) + "
         most = encoder.max_tokens
@@ -99,7 +106,7 @@ class _Script:
             f"texts = {['a text'] * len(encoder.columns)}  # {', '.join(encoder.columns)}",
             "for number, text in enumerate(texts):",
             f"    ids += {between}tokenizer.encode(text).ids",
-            f"ids = [number + 1 for number in ids[:{most}]] + [0] * ({most} - len(ids))",
+            f"ids = [number + 1 for number in ids[:{most}]] or [0]  # no text is a 0",
         ]
         self._inputs.append(f'"{encoder.kind}": np.array([ids], np.int32),')
 

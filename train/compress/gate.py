@@ -13,6 +13,7 @@ from train.bundle.engines import Engine
 from train.stats import bootstrap_interval, paired_interval
 from train.tasks import Arrays, ClassTarget, Task
 from train.tasks.regression import ValueTarget
+from train.values.ragged import StoredArrays
 from train.values.records import num_rows
 
 # Tolerance for rounding errors in a drop that equals the limit exactly, such as 5 of 1000 records.
@@ -171,7 +172,7 @@ def judge_variant(
     return GateVerdict("refused", f"{figures}: above the limit {max_drop:g}")
 
 
-def batch_difference(task: Task, engine: Engine, inputs: Arrays) -> float:
+def batch_difference(task: Task, engine: Engine, inputs: StoredArrays) -> float:
     """Return how much predictions for the same records differ between batches of 1, 7 and 64.
 
     inputs: encoded arrays [N, ...] by input name; at most 64 records are used.

@@ -9,21 +9,28 @@ from train.config import Config
 from train.data import dataset
 from train.data.dataset import batch_slices
 from train.tasks import Arrays
+from train.values.ragged import StoredArrays, by_length, in_place
+from train.values.records import num_rows
 
 BATCH_SIZE = 256
 
 
-def run_batches(engine: Engine, inputs: Arrays) -> Arrays:
+def run_batches(engine: Engine, inputs: StoredArrays) -> Arrays:
     """Return an engine's outputs [N, ...] by name, computed in batches of BATCH_SIZE.
 
-    inputs: encoded arrays [N, ...] by input name, N ≥ 1.
+    inputs: encoded arrays [N, ...] by input name, N ≥ 1. Records that differ in length are batched
+    with others of about their length.
     """
-    count = len(next(iter(inputs.values())))
+    order = by_length(inputs)
     parts = [
-        engine.run({name: array[part] for name, array in inputs.items()})
-        for part in batch_slices(count, BATCH_SIZE)
+        engine.run(
+            {name: array[part if order is None else order[part]] for name, array in inputs.items()}
+        )
+        for part in batch_slices(num_rows(inputs), BATCH_SIZE)
     ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {
+        name: in_place(np.concatenate([part[name] for part in parts]), order) for name in parts[0]
+    }
 
 
 def validation_score(config: Config, bundle: Bundle, metric: str) -> float:

@@ -18,6 +18,7 @@ from train.compress.scoring import run_batches
 from train.config import Config
 from train.data.dataset import EncodedDataset
 from train.tasks import Arrays
+from train.values.ragged import Ragged, StoredArrays, pad, row_lengths, take
 
 # Accepted deviation from golden outputs, since another processor may round differently: relative
 # to the largest output of a record, for variants in fp32 and for those in lower precision.
@@ -56,8 +57,7 @@ class VariantJudge:
         if len(self._splits["valid"][1]) < FEW_RECORDS and len(ids_N):
             inputs, targets_N = self._shards.open("train")
             ids = np.sort(ids_N[:MAX_ADDED])
-            drawn = {name: np.array(array[ids]) for name, array in inputs.items()}
-            self._splits["train"] = drawn, targets_N[ids]
+            self._splits["train"] = take(inputs, ids), targets_N[ids]
 
     def check(self, outputs: Arrays) -> None:
         """Raise VariantSkipped unless `outputs` contains finite "logits", float32 [N, K]."""
@@ -139,7 +139,7 @@ class VariantJudge:
         single = kind.load(made.path, num_threads=1)
         golden = single.run(self.golden_inputs)
         batch = gate.batch_difference(
-            self._task, single, first_records(inputs, max(gate.BATCH_SIZES))
+            self._task, single, take(inputs, slice(max(gate.BATCH_SIZES)))
         )
         same_net = not (name in RECIPES and name.startswith(OTHER_NETS))
         splits = self._compared_on(not same_net or "qat_epochs" in made.recipe)
@@ -180,18 +180,24 @@ class VariantJudge:
         )
 
 
-def golden_records(inputs: Arrays) -> Arrays:
+def golden_records(inputs: StoredArrays) -> Arrays:
     """Return the inputs of golden outputs, [2 · NUM_GOLDEN, ...] each, or fewer of few records.
 
     inputs: encoded arrays [N, ...] by input name. The first half are the first records. In the
-    second half, each number or pixel is the minimum or the maximum of its column; other inputs
-    repeat. Such records reveal processors on which sums of 8-bit products saturate; ordinary
-    records may not.
+    second half, each number or pixel is the minimum or the maximum of its column, lists are cut to
+    half their length, and other inputs repeat. Such records reveal processors on which sums of
+    8-bit products saturate; ordinary records may not.
     """
-    first = first_records(inputs, NUM_GOLDEN)
+    first = pad(take(inputs, slice(NUM_GOLDEN)))
     generator = np.random.default_rng(0)
     found = {}
     for name, array in first.items():
+        if isinstance(inputs[name], Ragged):
+            halves_N = -(-row_lengths(array) // 2)
+            kept_NL = np.arange(array.shape[1]) < halves_N[:, None]
+            kept = kept_NL.reshape(*kept_NL.shape, *[1] * (array.ndim - 2))
+            found[name] = np.concatenate([array, array * kept])
+            continue
         if array.dtype == np.uint8:
             least, most = np.uint8(0), np.uint8(255)
         elif np.issubdtype(array.dtype, np.floating):
@@ -205,8 +211,3 @@ def golden_records(inputs: Arrays) -> Arrays:
         extreme[:1], extreme[1:2] = least, most
         found[name] = np.concatenate([array, extreme.astype(array.dtype)])
     return found
-
-
-def first_records(inputs: Arrays, count: int) -> Arrays:
-    """Return a copy of the first `count` records of arrays [N, ...]."""
-    return {name: np.array(array[:count]) for name, array in inputs.items()}

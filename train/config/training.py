@@ -75,6 +75,12 @@ class Optim(Section):
         description="Samples per optimizer step, over all workers together. Tables default to 64, "
         "256 or 1024, by the number of records, and texts to 64.",
     )
+    batch_by: Literal["samples", "tokens"] = Field(
+        "samples",
+        description="What the batches of an epoch share equally if records differ in length, as "
+        "texts do: samples, or tokens; with tokens, batches of long records have fewer samples, "
+        "and batch_size is their average.",
+    )
     schedule: Literal["linear", "cosine", "one_cycle", "constant"] = Field(
         "linear",
         description="Course of the learning rate after warm-up: linear and cosine fall to 0, "

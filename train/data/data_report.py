@@ -61,7 +61,7 @@ class DataReport:
             self._counts = self._counts + _counted(self._task.target, targets_N)
         self._num_records += len(encoded.rows_N)
         for name in self._black:
-            images_NHWC = encoded.inputs[name]
+            images_NHWC = np.asarray(encoded.inputs[name])
             self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,14 +22,15 @@ from train.data.fitting import check_fitted_task, define_task, fit_task, read_te
 from train.data.name_evidence import merge_noise
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
-from train.data.split_writer import SplitWriter
+from train.data.split_writer import SplitWriter, input_files
 from train.decision import apply_options
-from train.tasks import Arrays, ClassTarget, Task
+from train.tasks import ClassTarget, Task
 from train.tasks.plugins import import_object
 from train.telemetry.work_bar import WorkBar
+from train.values.ragged import Ragged, StoredArrays
 
 # Part of every digest. Increase it whenever the encoding changes, so that caches are rebuilt.
-ENCODING_VERSION = 6
+ENCODING_VERSION = 7
 
 SUMMARY = "summary.json"
 
@@ -63,18 +64,21 @@ class EncodedDataset:
         """The local folder of the arrays; downloaded first if the dataset is at a URL."""
         return commit.fetch(self.url, last=commit.DIGESTS)
 
-    def open(self, name: str) -> tuple[Arrays, np.ndarray]:
+    def open(self, name: str) -> tuple[StoredArrays, np.ndarray]:
         """Return the inputs and targets of a split, memory-mapped and read-only.
 
-        inputs: {name: array [N, …]}, shapes and dtypes as `task.features.inputs` lists them.
+        inputs: {name: array [N, …]}, shapes and dtypes as `task.features.inputs` lists them, and
+        `Ragged` where the length is free.
         targets: [N], or [N, K] for labels. Each process compares each file with its digest when it
         first opens it; raises CommandFailed if one differs.
         """
         folder = self.folder
-        inputs = {
-            spec.name: _open_array(folder, f"{name}/input-{number}.npy")
-            for number, spec in enumerate(self.task.features.inputs)
-        }
+        inputs: dict[str, np.ndarray | Ragged] = {}
+        for number, spec in enumerate(self.task.features.inputs):
+            values, offsets = (f"{name}/{file}" for file in input_files(number))
+            inputs[spec.name] = _open_array(folder, values)
+            if spec.ragged:
+                inputs[spec.name] = _open_ragged(folder, values, offsets)
         return inputs, _open_array(folder, f"{name}/target.npy")
 
 
@@ -94,12 +98,23 @@ def _open_array(folder: Path, name: str) -> np.ndarray:
     return array
 
 
-def read_at_random(inputs: Arrays) -> None:
+def _open_ragged(folder: Path, values: str, offsets: str) -> Ragged:
+    try:
+        return Ragged(_open_array(folder, values), _open_array(folder, offsets))
+    except ValueError as error:
+        raise CommandFailed(
+            f"'{folder / offsets}': {error}; delete this folder, and run the same command again to "
+            "re-encode the records."
+        ) from error
+
+
+def read_at_random(inputs: StoredArrays) -> None:
     """Turn off read-ahead for memory-mapped arrays [N, …] that are read in random order.
 
     Otherwise the operating system may read megabytes for each sample.
     """
-    for array in inputs.values():
+    for stored in inputs.values():
+        array = stored.values_T if isinstance(stored, Ragged) else stored
         if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             array.base.madvise(mmap.MADV_RANDOM)
 

@@ -5,6 +5,7 @@ a few batches are in memory at once. Shapes: N records.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections import deque
@@ -20,7 +21,8 @@ from cluster import connect
 from cluster.errors import UserError
 from train.data.reading import sources
 from train.data.reading.sources import RowBlock
-from train.tasks import Arrays, InvalidRecord, Task, plugins
+from train.tasks import InvalidRecord, Task, TensorSpec, plugins
+from train.values.ragged import Ragged, StoredArrays
 from train.values.records import encode_valid, num_rows
 
 # Ray Data takes seconds to start; larger sources save more time than that.
@@ -39,7 +41,7 @@ class EncodedBlock:
     """
 
     rows_N: np.ndarray
-    inputs: Arrays
+    inputs: StoredArrays
     targets_N: np.ndarray
     digests_N: np.ndarray
     bad: list[tuple[str, str]]
@@ -92,22 +94,30 @@ def _encode_batch(
         place = f"'{block.origin}'" if error.row is None else block.place(start + error.row)
         raise UserError(f"{place}: {error}") from error
     if encoded is None:
-        specs = task.features.inputs
-        inputs = {spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in specs}
+        inputs = {spec.name: spec.empty() for spec in task.features.inputs}
         encoded = inputs, task.target.encode([])
     inputs, targets_N = encoded
     bad = [(block.place(start + row), reason) for row, reason in wrong]
-    return EncodedBlock(start + kept_N, inputs, targets_N, record_digests(inputs), bad)
+    stored = {
+        spec.name: Ragged.of(inputs[spec.name]) if spec.ragged else inputs[spec.name]
+        for spec in task.features.inputs
+    }
+    return EncodedBlock(start + kept_N, stored, targets_N, record_digests(stored), bad)
 
 
-def record_digests(inputs: Arrays) -> np.ndarray:
+def record_digests(inputs: StoredArrays) -> np.ndarray:
     """Return a 64-bit digest of each record's inputs, uint64 [N]. inputs: {name: array [N, …]}."""
-    arrays = [np.ascontiguousarray(array) for array in inputs.values()]
+    arrays = [
+        array if isinstance(array, Ragged) else np.ascontiguousarray(array)
+        for array in inputs.values()
+    ]
     found_N = np.zeros(num_rows(inputs), np.uint64)
     for row in range(len(found_N)):
         digest = hashlib.blake2b(digest_size=8)
         for array in arrays:
-            digest.update(array[row])
+            if isinstance(array, Ragged):  # its length shows where the next input begins
+                digest.update(len(array[row]).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(array[row]).data)
         found_N[row] = int.from_bytes(digest.digest(), "little")
     return found_N
 
@@ -163,19 +173,26 @@ def _by_ray_data(task: Task, blocks: Sequence[RowBlock], drop_bad: bool) -> Iter
 
 def _packed(encoded: EncodedBlock) -> dict[str, Any]:
     """Return one row for Ray Data: the arrays as bytes; dtypes and shapes follow from the task."""
-    arrays = (encoded.rows_N, encoded.targets_N, encoded.digests_N, *encoded.inputs.values())
+    arrays = [encoded.rows_N, encoded.targets_N, encoded.digests_N]
+    for array in encoded.inputs.values():
+        arrays += [array.values_T, array.offsets] if isinstance(array, Ragged) else [array]
     return {
         **{f"{number}": [array.tobytes()] for number, array in enumerate(arrays)},
         "bad": [json.dumps(encoded.bad)],
     }
 
 
-def _unpacked(row: dict[str, Any], specs: Sequence[Any], target: np.ndarray) -> EncodedBlock:
+def _unpacked(row: dict[str, Any], specs: Sequence[TensorSpec], target: np.ndarray) -> EncodedBlock:
     rows_N = np.frombuffer(row["0"], np.int64)
-    inputs = {
-        spec.name: np.frombuffer(row[f"{number}"], spec.dtype).reshape(len(rows_N), *spec.shape)
-        for number, spec in enumerate(specs, 3)
-    }
+    packed = (row[f"{number}"] for number in itertools.count(3))
+    inputs: dict[str, np.ndarray | Ragged] = {}
+    for spec in specs:
+        values = np.frombuffer(next(packed), spec.dtype)
+        if spec.ragged:
+            offsets = np.frombuffer(next(packed), np.int64)
+            inputs[spec.name] = Ragged(values.reshape(offsets[-1], *spec.shape[1:]), offsets)
+        else:
+            inputs[spec.name] = values.reshape(len(rows_N), *spec.shape)
     return EncodedBlock(
         rows_N,
         inputs,

@@ -10,10 +10,18 @@ import numpy as np
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TRAIN, VALID
 from train.tasks import Task
+from train.values.ragged import Ragged
+
+
+def input_files(number: int) -> tuple[str, str]:
+    """Return the names of the files of an input's values and of the offsets of its rows."""
+    return f"input-{number}.npy", f"input-{number}-offsets.npy"
 
 
 class SplitWriter:
     """Context manager that appends encoded records to the .npy files of their splits.
+
+    Rows of different lengths take two files: their values, and their offsets in them.
 
     train_on_valid: write the records of the validation split to the training split too.
     """
@@ -22,6 +30,7 @@ class SplitWriter:
         self._members = {TRAIN: [TRAIN, VALID] if train_on_valid else [TRAIN]}
         self.counts = dict.fromkeys(NAMES, 0)
         self._shapes: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._lengths: dict[Path, int] = {}
         self._files: dict[Path, BinaryIO] = {}
         self._digests: dict[Path, Any] = {}
         self._folder = folder
@@ -35,7 +44,7 @@ class SplitWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         for path, file in self._files.items():
             file.seek(0)
-            self._write_header(path, self.counts[path.parent.name])
+            self._write_header(path)
             file.close()
 
     @property
@@ -59,7 +68,16 @@ class SplitWriter:
                 continue
             folder = self._folder / name
             for number, input_name in enumerate(self._names):
-                self._append(folder / f"input-{number}.npy", encoded.inputs[input_name][chosen_N])
+                array = encoded.inputs[input_name]
+                values, offsets = input_files(number)
+                if isinstance(array, Ragged):
+                    rows = array.take(np.flatnonzero(chosen_N))
+                    start = self._lengths.get(folder / values, 0)
+                    self._append(folder / values, rows.values_T)
+                    known = (folder / offsets) in self._files  # its last offset is the first here
+                    self._append(folder / offsets, start + rows.offsets[int(known) :])
+                else:
+                    self._append(folder / values, array[chosen_N])
             self._append(folder / "target.npy", encoded.targets_N[chosen_N])
             self.counts[name] += int(chosen_N.sum())
 
@@ -68,18 +86,20 @@ class SplitWriter:
             self._files[path] = path.open("w+b")
             self._shapes[path] = array.dtype, array.shape[1:]
             self._digests[path] = hashlib.sha256()
-            self._write_header(path, 0)
+            self._lengths[path] = 0
+            self._write_header(path)
         data = np.ascontiguousarray(array)
         self._files[path].write(data.data if data.size else b"")
         self._digests[path].update(data)
+        self._lengths[path] += len(data)
 
-    def _write_header(self, path: Path, count: int) -> None:
+    def _write_header(self, path: Path) -> None:
         # numpy pads the header so that it keeps its length when the count grows, so __exit__ can
         # overwrite it.
         dtype, shape = self._shapes[path]
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": False,
-            "shape": (count, *shape),
+            "shape": (self._lengths[path], *shape),
         }
         np.lib.format.write_array_header_1_0(self._files[path], header)

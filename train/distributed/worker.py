@@ -19,6 +19,7 @@ from train.loop.checkpoint import Superseded
 from train.loop.loop import Diverged, Loop
 from train.loop.parallelism import Worker
 from train.loop.run_directory import LEAST_SAMPLES, Run, WorkerSpec
+from train.values.ragged import lengths_of
 
 # Errors of code or data, which a retry would raise again. Other errors may be caused by a lost
 # worker.
@@ -107,8 +108,10 @@ def run_loop(job: WorkerSpec, run: Run, worker: Worker, **options: Any) -> None:
 
 def _halve(run: Run, config: Config, shards: EncodedDataset, observe: Callable[..., None]) -> None:
     """Halve the micro-batches for the next attempt; record a failure if they are too small."""
-    num_samples = len(shards.open("train")[1])
-    smallest = batch_sampler.smallest_batch(num_samples, config.optim.batch_size)
+    inputs, targets_N = shards.open("train")
+    smallest = batch_sampler.smallest_batch(
+        len(targets_N), config.optim.batch_size, lengths_of(inputs), config.optim.batch_by
+    )
     if 2 * run.num_micro_batches * LEAST_SAMPLES > smallest:
         run.fail(
             f"GPU memory does not hold the net and {LEAST_SAMPLES} samples; "

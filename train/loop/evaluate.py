@@ -12,18 +12,22 @@ from torch import Tensor
 
 from train.loop.parallelism import Worker
 from train.tasks import Arrays
+from train.values.ragged import StoredArrays, by_length, in_place
+from train.values.records import num_rows
 
 BATCH_SIZE = 500
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> Arrays | None:
+def evaluate(forward: Callable[..., Tensor], inputs: StoredArrays, worker: Worker) -> Arrays | None:
     """Return {"logits": float32 [N, K]} in the split's order on rank 0, None on the others.
 
     inputs: by name, [N, …] each. The batches do not depend on the number of workers, which compute
-    them in turns. All workers must call this together.
+    them in turns; samples that differ in length are batched with others of about their length. All
+    workers must call this together.
     """
-    count = len(next(iter(inputs.values())))
+    count = num_rows(inputs)
+    order = by_length(inputs)
     starts = range(0, count, BATCH_SIZE)
     world_size, parts = worker.world_size, []
     # FSDP needs as many forward passes on every worker; surplus passes repeat the first batch.
@@ -31,13 +35,14 @@ def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> 
     for turn in range(turns):
         number = turn * world_size + worker.rank
         start = starts[number] if number < len(starts) else 0
+        taken = slice(start, start + BATCH_SIZE)
+        rows = taken if order is None else order[taken]
         batch = [
-            torch.from_numpy(np.array(array[start : start + BATCH_SIZE])).to(worker.device)
-            for array in inputs.values()
+            torch.from_numpy(np.array(array[rows])).to(worker.device) for array in inputs.values()
         ]
         parts.append(forward(*batch).float())
     if world_size == 1:
-        return {"logits": torch.cat(parts).cpu().numpy()}
+        return {"logits": in_place(torch.cat(parts).cpu().numpy(), order)}
     # Tensors of one shape, because torch would pickle other objects, and unpickling what arrives
     # over the network is not safe.
     own_TBK = torch.stack([_padded(part_BK) for part_BK in parts])
@@ -46,14 +51,13 @@ def evaluate(forward: Callable[..., Tensor], inputs: Arrays, worker: Worker) -> 
     if worker.rank != 0:
         return None
     in_order = [all_WTBK[rank][turn] for turn in range(turns) for rank in range(world_size)]
-    return {
-        "logits": np.concatenate(
-            [
-                part_BK[: count - start].cpu().numpy()
-                for start, part_BK in zip(starts, in_order, strict=False)
-            ]
-        )
-    }
+    logits_NK = np.concatenate(
+        [
+            part_BK[: count - start].cpu().numpy()
+            for start, part_BK in zip(starts, in_order, strict=False)
+        ]
+    )
+    return {"logits": in_place(logits_NK, order)}
 
 
 def _padded(part_BK: Tensor) -> Tensor:

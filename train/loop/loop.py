@@ -36,6 +36,7 @@ from train.loop.state_dict import EMA, averaged_weights, collect_state, restore_
 from train.nets.losses import target_loss
 from train.tasks import Task
 from train.telemetry.throughput import Event, ThroughputMeter
+from train.values.ragged import lengths_of
 
 TELL_EVERY_STEPS = 10
 
@@ -90,6 +91,7 @@ class Loop:
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
         read_at_random(self._inputs)
+        self._lengths_N = lengths_of(self._inputs)
         self._valid = shards.open("valid")
         self._metric = self._task.find_metric(config.epoch_metric)
 
@@ -159,7 +161,12 @@ class Loop:
             epoch, first = divmod(self.progress.step, self._steps_per_epoch)
             self._augmentation.start_epoch(epoch)
             batches = batch_sampler.epoch_batches(
-                self._config.seed, epoch, len(self._targets_N), self._config.optim.batch_size
+                self._config.seed,
+                epoch,
+                len(self._targets_N),
+                optim.batch_size,
+                self._lengths_N,
+                optim.batch_by,
             )
             started = time.perf_counter() - self.progress.seconds
             for batch in batches[first:]:

@@ -14,8 +14,9 @@ from train.data import batch_sampler
 from train.data.augment import Augmentation
 from train.loop import parallelism
 from train.loop.parallelism import Worker
-from train.tasks import Arrays, Task
+from train.tasks import Task
 from train.telemetry import efficiency
+from train.values.ragged import StoredArrays, lengths_of
 from train.values.records import num_rows
 
 # Samples on which a network fits its normalisation and its whitening stem: most, fewest, and bytes
@@ -32,7 +33,7 @@ def build_net(config: Config, task: Task) -> nn.Module:
     return nets.create_net(config.net, task, smallest)
 
 
-def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: Arrays) -> None:
+def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: StoredArrays) -> None:
     """Fit a custom network to its inputs, and run it on two training records, on the CPU.
 
     inputs: of the training split, [N, …] each. Raises ValueError, which names the inputs, if the
@@ -57,7 +58,7 @@ def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: Arrays)
         raise ValueError(f"{what} returns {found}; expected {list(wanted)}")
 
 
-def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
+def fit_inputs(net: nn.Module, config: Config, inputs: StoredArrays) -> None:
     """Let a network set its normalisation from a sample of the training records.
 
     inputs: of the training split, [N, …] each.
@@ -65,7 +66,7 @@ def fit_inputs(net: nn.Module, config: Config, inputs: Arrays) -> None:
     if hasattr(net, "fit_inputs"):
         count = num_rows(inputs)
         draws = batch_sampler.random_stream(config.seed, 0, "fit").permutation(count)
-        row_bytes = sum(array[0].nbytes for array in inputs.values())
+        row_bytes = max(sum(array[0].nbytes for array in inputs.values()), 1)
         fitting = int(np.clip(FIT_BYTES // row_bytes, FIT_LEAST_SAMPLES, FIT_SAMPLES))
         ids = np.sort(draws[:fitting])
         net.fit_inputs(*device_inputs(inputs, ids, torch.device("cpu")))  # type: ignore[operator]
@@ -85,15 +86,22 @@ def place_net(net: nn.Module, config: Config, worker: Worker) -> nn.Module:
 
 
 def flops_per_sample(
-    net: nn.Module, config: Config, inputs: Arrays, worker: Worker, augmentation: Augmentation
+    net: nn.Module,
+    config: Config,
+    inputs: StoredArrays,
+    worker: Worker,
+    augmentation: Augmentation,
 ) -> dict[Stage, float]:
     """Return the FLOPs of a sample's forward and backward pass by stage; {} for a sharded network.
 
-    inputs: of the training split, [N, …] each.
+    inputs: of the training split, [N, …] each. Of samples that differ in length, the one whose
+    length is nearest to the mean is measured.
     """
     if config.workers.parallel != "ddp":
         return {}
-    one = np.zeros(1, np.int64)
+    lengths_N = lengths_of(inputs)
+    typical = 0 if lengths_N is None else np.abs(lengths_N - lengths_N.mean()).argmin()
+    one = np.array([typical])
     augmentation.start_epoch(0)
     return {
         stage: efficiency.training_flops(
@@ -104,7 +112,11 @@ def flops_per_sample(
 
 
 def augmented_inputs(
-    inputs: Arrays, ids_B: np.ndarray, worker: Worker, augmentation: Augmentation, stage: Stage
+    inputs: StoredArrays,
+    ids_B: np.ndarray,
+    worker: Worker,
+    augmentation: Augmentation,
+    stage: Stage,
 ) -> list[Tensor]:
     """Return the inputs of some samples as tensors, [B, …] each, with augmented images.
 
@@ -117,7 +129,7 @@ def augmented_inputs(
     ]
 
 
-def device_inputs(inputs: Arrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
+def device_inputs(inputs: StoredArrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:
     """Return the inputs of some samples as tensors on `device`, [B, …] each.
 
     inputs: of a split, [N, …] each. ids_B: int64 [B], indices of the samples.

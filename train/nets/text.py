@@ -57,7 +57,8 @@ class TransformerEncoder(nn.Module):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """int32 token ids [B, L] → float32 [B, D]."""
         there_BL = tokens_BL > 0
-        x_BLD = self.table(tokens_BL) + self.places.weight[: tokens_BL.shape[1]]
+        places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        x_BLD = self.table(tokens_BL) + self.places(places_L)
         x_BLD = self.dropout(x_BLD)
         for layer in self.layers:
             x_BLD = layer(x_BLD, there_BL)

@@ -20,6 +20,7 @@ from train.bundle.manifest import Manifest
 from train.reports import provenance, usage
 from train.reports.slices import LEAST_RECORDS, class_metrics, slice_metric, worst_slices
 from train.tasks import Arrays, LabelsTarget, NamedTarget, Task
+from train.values.ragged import StoredArrays
 
 CARD = "report/card.html"
 TEMPLATES = Path(__file__).with_name("templates")
@@ -39,7 +40,11 @@ UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def write_card(
-    writer: BundleWriter, manifest: Manifest, inputs: Arrays, targets: np.ndarray, outputs: Arrays
+    writer: BundleWriter,
+    manifest: Manifest,
+    inputs: StoredArrays,
+    targets: np.ndarray,
+    outputs: Arrays,
 ) -> Manifest:
     """Write the card of a bundle that is otherwise complete; return the manifest that lists it.
 
@@ -65,7 +70,7 @@ def write_card(
 
 def render_card(
     manifest: Manifest,
-    inputs: Arrays,
+    inputs: StoredArrays,
     targets: np.ndarray,
     outputs: Arrays,
     *,

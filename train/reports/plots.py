@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from train.bundle.manifest import Variant
 from train.metrics import Metric, calibration_error
 from train.tasks import Arrays, ClassTarget, Task, ValueTarget
+from train.values.ragged import StoredArrays
 
 MAX_NAMED_CLASSES = 30
 MAX_MISTAKES = 24
@@ -56,7 +57,7 @@ def plot_curves(
 
 def plot_predictions(
     task: Task,
-    inputs: Arrays,
+    inputs: StoredArrays,
     targets: np.ndarray,
     outputs: Arrays,
     file: Callable[[str], Path],
@@ -77,7 +78,7 @@ def plot_predictions(
         for name in task.features.images[:1]:
             path = file("report/mistakes.png")
             confidence_N = probabilities_NK[np.arange(len(chosen_N)), chosen_N]
-            plot_mistakes(inputs[name], chosen_N, confidence_N, targets, classes, path)
+            plot_mistakes(np.asarray(inputs[name]), chosen_N, confidence_N, targets, classes, path)
     elif isinstance(target, ValueTarget):
         true_N = targets * target.scale + target.mean
         plot_values(answers["value"], true_N, target.column, file("report/values.png"))

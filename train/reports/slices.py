@@ -26,6 +26,7 @@ from train.tasks import (
     Texts,
     ValueTarget,
 )
+from train.values.ragged import StoredArrays
 
 # Smaller slices are not reported, because their metric is too uncertain.
 LEAST_RECORDS = 20
@@ -103,7 +104,9 @@ def slice_metric(target: Target) -> str | None:
     return "rmse" if isinstance(target, ValueTarget) else None
 
 
-def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
+def worst_slices(
+    task: Task, inputs: StoredArrays, targets: np.ndarray, outputs: Arrays
+) -> list[Slice]:
     """Return the slices that are worse than the whole test split, the worst first.
 
     A slice is worse if its whole confidence interval is. Arguments as in `all_slices`: inputs
@@ -120,7 +123,9 @@ def worst_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Array
     ][:MAX_SLICES]
 
 
-def all_slices(task: Task, inputs: Arrays, targets: np.ndarray, outputs: Arrays) -> list[Slice]:
+def all_slices(
+    task: Task, inputs: StoredArrays, targets: np.ndarray, outputs: Arrays
+) -> list[Slice]:
     """Return all slices with at least LEAST_RECORDS test records, the worst first.
 
     There is a slice for each category of a column, for each quartile of a number (or value, if
@@ -176,7 +181,7 @@ def _figure(metric: str, losses_N: np.ndarray) -> tuple[float, float, float]:
     return math.sqrt(losses_N.mean()), low, high
 
 
-def _measured(task: Task, inputs: Arrays, rows: np.ndarray) -> dict[str, QuantityValues]:
+def _measured(task: Task, inputs: StoredArrays, rows: np.ndarray) -> dict[str, QuantityValues]:
     """Return the values of each quantity to slice by, for the records `rows`."""
     wanted = _wanted(task)
     if not wanted:

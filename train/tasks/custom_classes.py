@@ -11,6 +11,7 @@ from cluster.errors import UserError, error_line
 from train.tasks.columns.image import Images
 from train.tasks.features import ENCODERS, encoder_class
 from train.tasks.task import TARGETS, Task
+from train.values.ragged import FREE
 from train.values.records import Arrays, Columns, InvalidRecord
 
 # Records that custom encoders encode before all are encoded.
@@ -84,10 +85,18 @@ def _restored(part: Any, known: Mapping[str, Any]) -> Any:
 def _check_arrays(encoder: Any, arrays: Any, count: int) -> None:
     """Check that an encoder returned the arrays that its `inputs` describe. Raises UserError."""
     wanted = [(spec.name, np.dtype(spec.dtype), (count, *spec.shape)) for spec in encoder.inputs]
+    ranks = {spec.name: 1 + len(spec.shape) for spec in encoder.inputs if spec.ragged}
     if isinstance(arrays, Mapping):
         found = [
             (name, getattr(array, "dtype", type(array).__name__), np.shape(array))
             for name, array in arrays.items()
+        ]
+        # Where the length is free, any of at least 1 will do.
+        found = [
+            (name, dtype, (shape[0], FREE, *shape[2:]))
+            if ranks.get(name) == len(shape) and shape[1]
+            else (name, dtype, shape)
+            for name, dtype, shape in found
         ]
         words = _array_words(found)
     else:

@@ -12,7 +12,11 @@ from train.tasks.columns.numeric import COLUMNS, Numbers
 from train.tasks.columns.scalars import Number
 from train.tasks.columns.text import Texts
 from train.tasks.plugins import import_object
+from train.values.ragged import FREE
 from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, to_columns
+
+# Assumed length of a record where it is free, to estimate memory.
+TYPICAL = 256
 
 
 class Encoder(Protocol):
@@ -133,8 +137,11 @@ class Features:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Size of an encoded record in bytes."""
-        return sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in self.inputs)
+        """Size of an encoded record in bytes, with a typical length where it is free."""
+        return sum(
+            spec.dtype.itemsize * math.prod(TYPICAL if n == FREE else n for n in spec.shape)
+            for spec in self.inputs
+        )
 
     @cached_property
     def images(self) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from train.values.ragged import FREE, StoredArrays, joined
+
 Record = Mapping[str, Any]
 # Records by column: {field: [N] values}, one value for each record.
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
@@ -118,7 +120,8 @@ def _taken(values: Sequence[Any] | np.ndarray, rows_N: np.ndarray) -> Sequence[A
 class TensorSpec:
     """Name, datatype and shape of a tensor, without the batch dimension.
 
-    datatype: a key of DTYPES.
+    datatype: a key of DTYPES. shape: the first dimension may be FREE: records then differ in
+    length, and an array of several is padded with 0, see `train.values.ragged`.
     """
 
     name: str
@@ -128,6 +131,16 @@ class TensorSpec:
     @property
     def dtype(self) -> np.dtype:
         return DTYPES[self.datatype]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether records differ in length."""
+        return FREE in self.shape
+
+    def empty(self) -> np.ndarray:
+        """Return the array of no records, [0, …]."""
+        shape = tuple(1 if size == FREE else size for size in self.shape)
+        return np.empty((0, *shape), self.dtype)
 
 
 def to_columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
@@ -144,13 +157,16 @@ def to_columns(records: Sequence[Record], names: Sequence[str]) -> Columns:
 
 
 def concatenate(batches: Sequence[Arrays]) -> Arrays:
-    """Concatenate batches {name: array [N, …]} along N; a single batch is not copied."""
+    """Concatenate batches {name: array [N, …]} along N; a single batch is not copied.
+
+    Arrays [N, L, …] of different lengths L are padded to the longest.
+    """
     if len(batches) == 1:
         return batches[0]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return {name: joined([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def num_rows(arrays: Arrays) -> int:
+def num_rows(arrays: StoredArrays) -> int:
     """Return N of arrays {name: array [N, …]}."""
     return len(next(iter(arrays.values())))
 

@@ -19,6 +19,7 @@ from tests.conftest import make_config
 from tests.gloo import run_workers
 from tests.train.tasks.test_tasks import image_bytes
 from train.bundle.bundle import WEIGHTS
+from train.config import validate_config
 from train.data import batch_sampler, dataset
 from train.loop import parallelism
 from train.loop.checkpoint import CheckpointManager, load_best_weights
@@ -135,6 +136,53 @@ def test_a_warm_start_ends_the_same_on_2_then_1_workers(config, digits, undistur
     assert_same(others, weights)
     # The run continued from the given weights.
     assert history[0]["train_loss"] < undisturbed[1][-1]["train_loss"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Config and data of texts with 0 to 60 words, of which the labels are the rarer ones."""
+    folder = tmp_path_factory.mktemp("texts")
+    draws = np.random.default_rng(0)
+    lines = ["text,label"]
+    for number in range(400):
+        words = draws.choice(["a", "b", "c", "d", "e", "f"], draws.geometric(0.1) % 60)
+        lines.append(f"{' '.join(words)},{'yes' if number % 3 else 'no'}")
+    (folder / "texts.csv").write_text("\n".join(lines) + "\n")
+    config = validate_config(
+        {
+            "data": {"train": str(folder / "texts.csv")},
+            "features": {"text": "text"},
+            "target": "label",
+            "task_type": "classification",
+            "net": {"text": "transformer", "text_width": 16, "text_dropout": 0.1},
+            "optim": {"epochs": 2, "batch_size": 16, "name": "adamw", "batch_by": "tokens"},
+            "storage": {"path": str(folder)},
+        }
+    )
+    return config, dataset.prepare_dataset(config, config.storage.path)
+
+
+@pytest.mark.slow
+def test_texts_end_the_same_on_1_worker_as_on_2_with_a_stop(texts, tmp_path):
+    config, data = texts
+    inputs, targets_N = data.open("train")
+    assert len(set(inputs["tokens"].lengths_N)) > 20
+    run_workers(1, loop, config, data, tmp_path / "whole", tmp_path)
+    (tmp_path / "notes").mkdir()
+    for world_size, stop_at in ((2, 7), (1, 30), (2, None)):
+        parts = tmp_path / "parts"
+        run_workers(world_size, loop, config, data, parts, tmp_path / "notes", stop_at)
+    weights, others = (
+        load_best_weights(CheckpointManager(str(tmp_path / name), keep=2))[0]
+        for name in ("whole", "parts")
+    )
+    assert_same(others, weights)
+    steps = noted(tmp_path / "notes")
+    per_epoch = batch_sampler.num_steps(len(targets_N), config.optim.batch_size)
+    assert sorted(steps) == list(range(2 * per_epoch))
+    for epoch in range(2):
+        own = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert sorted(i for step in own for i in steps[step]) == list(range(len(targets_N)))
 
 
 EVERYTHING = {

@@ -104,6 +104,43 @@ def test_a_transformer_ignores_padding():
     assert net(torch.zeros(1, 4, dtype=torch.int64)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "net",
+    [
+        TransformerEncoder(50, 12, 16, 2, dropout=0.0).double(),
+        BagOfWords([1.0, 2.0, 0.5] * 17, 6, dropout=0.0).double(),
+    ],
+    ids=["transformer", "bag_of_words"],
+)
+def test_padding_changes_neither_the_loss_nor_its_gradient(net, rng):
+    """A padded batch of texts against each text alone, without padding."""
+    lengths = [5, 1, 12, 3, 0]
+    texts = [torch.from_numpy(rng.integers(1, 50, max(length, 1))) for length in lengths]
+    texts[-1][:] = 0
+    head = torch.from_numpy(rng.normal(size=(net.width, 3)))
+    classes = torch.tensor([0, 2, 1, 1, 0])
+
+    def gradients(loss):
+        net.zero_grad()
+        loss.backward()
+        return [param.grad.clone() for param in net.parameters()]
+
+    alone = torch.stack(
+        [
+            F.cross_entropy(net(text[None]) @ head, chosen[None])
+            for text, chosen in zip(texts, classes, strict=True)
+        ]
+    ).mean()
+    expected = gradients(alone)
+    batch = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    for padding in (0, 7 if isinstance(net, BagOfWords) else 0):
+        given = F.pad(batch, (0, padding))
+        together = F.cross_entropy(net(given) @ head, classes)
+        torch.testing.assert_close(together, alone)
+        for one, other in zip(gradients(together), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_losses_agree_with_torch(rng):
     device = torch.device("cpu")
     logits = torch.from_numpy(rng.normal(size=(9, 3)).astype(np.float32))

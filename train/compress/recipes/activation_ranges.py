@@ -13,6 +13,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.registry import QDQRegistry
 
 from train.tasks import Arrays
+from train.values.ragged import StoredArrays, by_length
 from train.values.records import num_rows
 
 # Records per batch; the calibrator keeps all activations of a batch in memory.
@@ -93,7 +94,9 @@ METHODS: dict[str, Callable[[_Histogram], Range]] = {
 }
 
 
-def measure_histograms(prepared: Path, scratch: Path, records: Arrays) -> dict[str, _Histogram]:
+def measure_histograms(
+    prepared: Path, scratch: Path, records: StoredArrays
+) -> dict[str, _Histogram]:
     """Return a histogram of each activation of an ONNX file over encoded records.
 
     records: arrays [N, ...] by input name. The model runs on them twice: first to find the minimum
@@ -138,10 +141,14 @@ def choose_ranges(histograms: dict[str, _Histogram], method: str) -> TensorsData
     )
 
 
-def batches(inputs: Arrays) -> Iterator[Arrays]:
-    """Yield arrays [N, ...] in batches of at most CALIBRATION_BATCH records."""
-    for start in range(0, num_rows(inputs), CALIBRATION_BATCH):
-        yield {name: array[start : start + CALIBRATION_BATCH] for name, array in inputs.items()}
+def batches(inputs: StoredArrays) -> Iterator[Arrays]:
+    """Yield arrays [N, ...] in batches of at most CALIBRATION_BATCH records, the shortest first."""
+    count = num_rows(inputs)
+    order = by_length(inputs)
+    order = np.arange(count) if order is None else order
+    for start in range(0, count, CALIBRATION_BATCH):
+        rows = order[start : start + CALIBRATION_BATCH]
+        yield {name: array[rows] for name, array in inputs.items()}
 
 
 def _apart(low: float, high: float) -> Range:

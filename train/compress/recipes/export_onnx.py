@@ -26,14 +26,28 @@ class ExportError(RuntimeError):
 def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path: Path) -> None:
     """Write `net` to `path` with a dynamic batch dimension and the output "logits", float32 [N, K].
 
+    A free length of an input is a dynamic dimension too.
+
     sample: encoded inputs [N, ...] by input name, N ≥ 2, used to trace and to check the export.
     Raises ExportError if ONNX does not support an operator, which the message names, or if the
     outputs of torch and ONNX Runtime differ by more than PARITY.
     """
     net = net.eval().cpu()
-    tensors = tuple(torch.from_numpy(sample[spec.name]) for spec in specs)
+    # Tracing would take a length of 1 for a constant.
+    sample = {
+        spec.name: np.pad(sample[spec.name], [(0, 0), (0, 1), *[(0, 0)] * (len(spec.shape) - 1)])
+        if spec.ragged
+        else sample[spec.name]
+        for spec in specs
+    }
+    tensors = tuple(torch.from_numpy(array) for array in sample.values())
     batch = torch.export.Dim("batch", min=1, max=65_536)
-    shapes = tuple({0: batch} for _ in specs)
+    shapes = tuple(
+        {0: batch, 1: torch.export.Dim(f"length{number}", min=1, max=65_536)}
+        if spec.ragged
+        else {0: batch}
+        for number, spec in enumerate(specs)
+    )
     try:
         with _quiet():
             torch.onnx.export(
@@ -47,8 +61,7 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
                 dynamo=True,
                 external_data=False,
             )
-        inputs = {spec.name: sample[spec.name] for spec in specs}
-        logits = OnnxRuntimeEngine.load(path, num_threads=1).run(inputs)["logits"]
+        logits = OnnxRuntimeEngine.load(path, num_threads=1).run(sample)["logits"]
     except OSError:
         raise
     except Exception as error:  # the exporter and ONNX Runtime raise many classes

@@ -23,7 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.recipes import activation_ranges
 from train.compress.recipes.activation_ranges import batches
-from train.tasks import Arrays
+from train.values.ragged import StoredArrays
 
 # Operators whose layers may be kept in float; other operators are quantized with them.
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -43,7 +43,7 @@ class StaticQuantizer:
     """
 
     prepared: Path
-    trial: Arrays
+    trial: StoredArrays
     reference: np.ndarray
     method: str
     ranges: Any
@@ -54,8 +54,8 @@ class StaticQuantizer:
         cls,
         source: Path,
         scratch: Path,
-        calibration: Arrays,
-        trial: Arrays,
+        calibration: StoredArrays,
+        trial: StoredArrays,
         methods: Sequence[str],
     ) -> Self:
         """Choose activation ranges with each method and keep those with the smallest error.
@@ -141,7 +141,7 @@ class StaticQuantizer:
         }
 
 
-def _logits(path: Path, inputs: Arrays) -> np.ndarray:
+def _logits(path: Path, inputs: StoredArrays) -> np.ndarray:
     engine = OnnxRuntimeEngine.load(path, num_threads=1)
     return np.concatenate([engine.run(batch)["logits"] for batch in batches(inputs)])
 

@@ -24,7 +24,8 @@ from train.config import Config, Net
 from train.data import batch_sampler
 from train.data.dataset import EncodedDataset, batch_slices
 from train.nets.losses import target_loss
-from train.tasks import Arrays, ClassTarget
+from train.tasks import ClassTarget
+from train.values.ragged import StoredArrays, pad, take
 
 # Records to compare ways of quantizing on.
 TRIAL_RECORDS = 512
@@ -96,9 +97,9 @@ class VariantBuilder:
         self._ids = _spread(targets_N, config, shards.task.target)
 
     @cached_property
-    def calibration(self) -> Arrays:
+    def calibration(self) -> StoredArrays:
         """Arrays [N, ...] of calibration records: of all classes, and with extreme outputs."""
-        return _rows(self._inputs, self._calibration_ids)
+        return take(self._inputs, self._calibration_ids)
 
     @property
     def uncalibrated_ids(self) -> np.ndarray:
@@ -117,11 +118,11 @@ class VariantBuilder:
         return min(self.config.compress.calibration_records, max(len(self._ids) // 2, least))
 
     @cached_property
-    def trial(self) -> Arrays:
+    def trial(self) -> StoredArrays:
         """Arrays [N, ...] to compare quantizations on; may overlap calibration if data are few."""
         count = self._num_drawn
         others = self._ids[count:] if len(self._ids) >= count + 2 else self._ids
-        return _rows(self._inputs, np.union1d(others[:TRIAL_RECORDS], self._extremes[1::2]))
+        return take(self._inputs, np.union1d(others[:TRIAL_RECORDS], self._extremes[1::2]))
 
     @cached_property
     def _extremes(self) -> np.ndarray:
@@ -168,7 +169,7 @@ class VariantBuilder:
     def onnx(self, base: BaseNet) -> Path:
         """Export a base network to ONNX in fp32, once. Raises ExportError, also on later calls."""
         if base.name not in self._exported:
-            rows = _rows(self._inputs, np.sort(self._ids[:SAMPLE_RECORDS]))
+            rows = pad(take(self._inputs, np.sort(self._ids[:SAMPLE_RECORDS])))
             sample = {
                 name: np.resize(array, (SAMPLE_RECORDS, *array.shape[1:]))
                 for name, array in rows.items()
@@ -221,7 +222,7 @@ class VariantBuilder:
         net = copy.deepcopy(self._bases["fp32"].net)
         inputs, targets_N = self.shards.open("train")
         ids = np.sort(_spread(targets_N, self.config, self.task.target)[:IMPORTANCE_RECORDS])
-        tensors = tuple(torch.from_numpy(array) for array in _rows(inputs, ids).values())
+        tensors = tuple(torch.from_numpy(array) for array in pad(take(inputs, ids)).values())
         loss = target_loss(self.task.target, self.config.optim, torch.device("cpu"))
         try:
             remove_channels(net, tensors, torch.from_numpy(targets_N[ids]), loss, prune.fraction)
@@ -271,7 +272,7 @@ def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _extremes(net: nn.Module, inputs: Arrays, ids: np.ndarray) -> np.ndarray:
+def _extremes(net: nn.Module, inputs: StoredArrays, ids: np.ndarray) -> np.ndarray:
     """Return indices of the records whose outputs are farthest from the mean, farthest first.
 
     Numbers are unbounded, so ranges measured without the largest ones would clip them. Returns no
@@ -280,17 +281,13 @@ def _extremes(net: nn.Module, inputs: Arrays, ids: np.ndarray) -> np.ndarray:
     if all(array.dtype != np.float32 for array in inputs.values()):
         return ids[:0]
     copied = nets.folded_net(copy.deepcopy(net)).cpu()
-    row_bytes = sum(array[0].nbytes for array in inputs.values())
+    row_bytes = max(sum(array[0].nbytes for array in inputs.values()), 1)
     size = int(np.clip(SEARCH_BYTES // row_bytes, 1, 1000))
     ids = ids[: min(MOST_SEARCHED, 50 * size)]
     parts = [
-        copied(*(torch.from_numpy(array) for array in _rows(inputs, ids[part]).values()))
+        copied(*(torch.from_numpy(array) for array in pad(take(inputs, ids[part])).values()))
         for part in batch_slices(len(ids), size)
     ]
     outputs_NK = torch.cat(parts).numpy()
     deviations_NK = np.abs(outputs_NK - outputs_NK.mean(axis=0)) / (outputs_NK.std(axis=0) + 1e-12)
     return ids[np.argsort(-deviations_NK.max(axis=1), kind="stable")[:EXTREME_RECORDS]]
-
-
-def _rows(inputs: Arrays, ids: np.ndarray) -> Arrays:
-    return {name: np.array(array[ids]) for name, array in inputs.items()}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from train.values.ragged import FREE
 from train.values.records import (
     Arrays,
     Columns,
@@ -31,10 +32,10 @@ MAX_TOKEN_CHARS = 64
 class Texts:
     """Encodes text columns, one after the other, as one array of token numbers, int32 [N, L].
 
-    A token number is the token's id in the vocabulary plus 1. Short rows are padded with 0, long
-    rows are cut. A missing text has no tokens.
+    A token number is the token's id in the vocabulary plus 1. L is the number of tokens of the
+    longest record, at least 1; shorter ones are padded with 0. A missing text has no tokens.
 
-    max_tokens: L.
+    max_tokens: further tokens of a record are cut off.
     vocabulary: maximum number of tokens if `fit` trains the tokenizer.
     tokenizer: JSON of Hugging Face Tokenizers; if it is empty, `fit` trains one.
     idf_V: smoothed inverse document frequency of each token number over the training records.
@@ -54,7 +55,7 @@ class Texts:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(self.kind, "INT32", (self.max_tokens,)),)
+        return (TensorSpec(self.kind, "INT32", (FREE,)),)
 
     @property
     def size(self) -> int:
@@ -87,13 +88,16 @@ class Texts:
         """Return {"tokens": int32 [N, L]}. Raises InvalidRecord if a value is not text."""
         texts_C = [self._texts(column, columns) for column in self.columns]
         encoded_C = [self._tokenizer.encode_batch(texts) for texts in texts_C]
-        tokens_NL = np.zeros((len(texts_C[0]), self.max_tokens), np.int32)
-        for row, parts in enumerate(zip(*encoded_C, strict=True)):
+        rows = []
+        for parts in zip(*encoded_C, strict=True):
             numbers = list(parts[0].ids)
             for part in parts[1:]:
                 numbers += [*self._between, *part.ids]
-            kept_L = np.array(numbers[: self.max_tokens], np.int32) + 1
-            tokens_NL[row, : len(kept_L)] = kept_L
+            rows.append(numbers[: self.max_tokens])
+        tokens_NL = np.zeros((len(rows), max([1, *map(len, rows)])), np.int32)
+        for row, numbers in enumerate(rows):
+            tokens_NL[row, : len(numbers)] = numbers
+            tokens_NL[row, : len(numbers)] += 1
         return {self.kind: tokens_NL}
 
     @cached_property
