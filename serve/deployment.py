@@ -145,7 +145,7 @@ class ModelDeployment:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the rows in progress and the utilization; Ray Serve calls this regularly."""
         return {
-            autoscaling.ROWS: float(self._served.num_rows()),
+            autoscaling.ROWS: self._served.load(),
             autoscaling.BUSY: self._busy.share(),
         }
 

@@ -6,77 +6,33 @@ up. Forming it at the last moment lets batches grow with the load.
 A short batch runs on the event loop itself: passing the GIL between two threads for every batch
 costs more than the loop gains (a third of the throughput, with batches of 2 ms). A long batch runs
 in a thread, so that it does not block the loop.
+
+Where rows differ in length, a batch holds neighbours in length, because the rows of a batch are
+padded to the longest.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+
+import numpy as np
 
 from serve.errors import DeadlineExceeded, Overloaded
-from serve.inference.admission import MARGIN, AdmissionController, FairQueue, RequestOptions
-from serve.inference.latency_model import LatencyModel
+from serve.inference.admission import MARGIN, AdmissionController
+from serve.inference.fair_queue import FairQueue
+from serve.inference.latency_model import LatencyModel, LengthModel
+from serve.inference.queued_request import BatchSlice, QueuedRequest
+from serve.inference.request_options import RequestOptions
 from serve.telemetry.metrics import VersionMetrics
 from train.tasks import Arrays
-from train.values.records import concatenate, num_rows
+from train.values.records import concatenate
 
 # Longest batch, in seconds, that runs on the event loop.
 SHORT_S = 0.01
-
-
-@dataclass(eq=False, slots=True)
-class QueuedRequest:
-    """A request in the queue. Several batches may each take some of its rows."""
-
-    rows: Arrays
-    count: int
-    terms: RequestOptions
-    answer: asyncio.Future[Arrays]
-    entered: float
-    taken: int = 0
-    parts: list[Arrays] = field(default_factory=list)
-
-    @property
-    def rows_left(self) -> int:
-        return self.count - self.taken
-
-    @property
-    def gone(self) -> bool:
-        return self.answer.done()
-
-    def refuse(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-    def drop(self) -> int:
-        rows, self.count = self.rows_left, self.taken
-        if rows:
-            self.rows, self.parts = {}, []
-        return rows
-
-    def give(self, part: Arrays) -> None:
-        """Add outputs of the next rows, of shape [rows, …]; the last ones complete the request."""
-        self.parts.append(part)
-        if not self.answer.done() and sum(map(num_rows, self.parts)) == self.count:
-            self.answer.set_result(concatenate(self.parts))
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSlice:
-    """Some rows of one request, in a batch."""
-
-    job: QueuedRequest
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> Arrays:
-        """The inputs of these rows, each of shape [stop - start, …]."""
-        job = self.job
-        if self.stop - self.start == job.count:
-            return job.rows
-        return {name: array[self.start : self.stop] for name, array in job.rows.items()}
+# Most waiting rows that are compared in length to form a batch.
+MOST_COMPARED = 64
 
 
 class Batcher:
@@ -91,11 +47,13 @@ class Batcher:
         max_queue_rows: int = 1024,
         wait_s: float = 0,
         metrics: VersionMetrics | None = None,
+        lists: Collection[str] = (),
     ) -> None:
         """Set up an idle engine.
 
         run: computes the outputs of a batch, one row per input row. max_batch_rows: the profile's
-        best size if None. wait_s: seconds that an idle engine waits for a batch to fill.
+        best size if None. wait_s: seconds that an idle engine waits for a batch to fill. lists:
+        names of the inputs whose rows differ in length.
         """
         self._run = run
         self._profile = profile
@@ -106,7 +64,9 @@ class Batcher:
         self._admission = AdmissionController(self._queue, profile, max_queue_rows)
         # Rows that are being encoded and not in the queue yet. The data plane updates it.
         self.encoding_rows = 0
+        self._lists = frozenset(lists)
         self._running_rows = 0
+        self._running_work = 0
         self._busy_until = self._sealed = 0.0
         self._due: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -116,6 +76,12 @@ class Batcher:
     def rows(self) -> int:
         """Rows in progress: waiting rows and those of the running batch."""
         return self.waiting_rows + self._running_rows
+
+    @property
+    def load(self) -> float:
+        """Work in progress, as the number of rows of the median length."""
+        row = self._profile.work()
+        return (self._queue.work + self._running_work) / row + self.encoding_rows
 
     @property
     def running_s(self) -> float:
@@ -131,10 +97,13 @@ class Batcher:
     def max_batch_rows(self) -> int:
         return self._max_batch_rows
 
-    def check(self, count: int, terms: RequestOptions) -> list[QueuedRequest]:
+    def check(
+        self, count: int, terms: RequestOptions, lengths: Sequence[int] | None = None
+    ) -> list[QueuedRequest]:
         """Return the jobs that `submit` would evict for a request of `count` rows.
 
-        Raises Overloaded if `submit` would reject the request.
+        lengths: of the rows, if they differ and are known already. Raises Overloaded if `submit`
+        would reject the request.
         """
         return self._admission.admit(
             terms,
@@ -143,6 +112,7 @@ class Batcher:
             busy_until=self._busy_until,
             batch=self._max_batch_rows,
             encoding_rows=self.encoding_rows,
+            lengths=lengths,
         )
 
     def submit(self, rows: Arrays, terms: RequestOptions) -> asyncio.Future[Arrays]:
@@ -153,10 +123,9 @@ class Batcher:
         Overloaded if the outputs cannot be ready by the deadline, or if the queue is full.
         """
         loop = asyncio.get_running_loop()
-        count = num_rows(rows)
-        for other in self.check(count, terms):
+        job = QueuedRequest.of(rows, terms, self._lists, self._profile)
+        for other in self.check(job.count, terms, job.lengths):
             self._refuse(other, self._admission.full())
-        job = QueuedRequest(rows, count, terms, loop.create_future(), time.perf_counter())
         timer = loop.call_at(terms.deadline, self._expire, job)
 
         def leave(_: asyncio.Future[Arrays]) -> None:
@@ -203,8 +172,7 @@ class Batcher:
             if wait_s > 0:
                 self._timer = loop.call_later(wait_s, self._waited)
                 return
-        most = self._profile.rows_within(left_s / MARGIN, self._max_batch_rows)
-        batch = self._take(most, now)
+        batch = self._take_neighbours(now) if self._lists else self._take(left_s, now)
         if batch:
             self._begin(batch, now)
 
@@ -213,32 +181,69 @@ class Batcher:
 
     def _begin(self, batch: list[BatchSlice], now: float) -> None:
         rows = self._running_rows = sum(piece.stop - piece.start for piece in batch)
-        expected_s = self._profile.seconds(rows)
+        length = max((piece.length for piece in batch if piece.length), default=None)
+        self._running_work = rows * self._profile.work(length)
+        expected_s = self._profile.seconds(rows, length)
         self._busy_until = now + expected_s
         sealed = self._sealed = time.perf_counter()
         self._metrics.sealed(rows, [sealed - piece.job.entered for piece in batch])
         if expected_s <= SHORT_S:
-            self._finish(batch, sealed, self._compute(batch))
+            self._finish(batch, length, sealed, self._compute(batch))
             return
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, batch)
-        done.add_done_callback(lambda future: self._finish(batch, sealed, future.result()))
+        done.add_done_callback(lambda future: self._finish(batch, length, sealed, future.result()))
 
-    def _take(self, most: int, now: float) -> list[BatchSlice]:
-        """Take up to `most` rows from the queue; reject jobs that cannot finish in time."""
+    def _take(self, left_s: float, now: float) -> list[BatchSlice]:
+        """Take rows from the queue, up to those that finish in `left_s` seconds."""
+        most = self._profile.rows_within(left_s / MARGIN, self._max_batch_rows)
         batch: list[BatchSlice] = []
-        while most and (job := self._queue.first()):
-            own_s = MARGIN * self._profile.seconds(min(job.rows_left, most))
-            alone = not batch and self._queue.rows == job.rows_left
-            if now + own_s > job.terms.deadline and not alone:
-                late = "the request waited too long behind others to finish in time."
-                self._refuse(job, Overloaded(late, own_s, "deadline"))
-                continue
-            rows = min(job.rows_left, most)
-            self._queue.took(rows)
-            batch.append(BatchSlice(job, job.taken, job.taken + rows))
-            job.taken += rows
-            most -= rows
+        while most and (job := self._first_in_time(now, most, alone=not batch)):
+            batch.append(self._taken(job, min(job.rows_left, most)))
+            most -= batch[-1].stop - batch[-1].start
         return batch
+
+    def _take_neighbours(self, now: float) -> list[BatchSlice]:
+        """Take rows of about equal length from the queue, the first job's next row among them."""
+        profile = self._profile
+        assert isinstance(profile, LengthModel)
+        first = self._first_in_time(now, 1, alone=True)
+        if first is None:
+            return []
+        # Of each waiting row its length, the number of its job, and its place among the job's rows.
+        jobs = self._queue.waiting(MOST_COMPARED)
+        rows = [
+            (length, number, place)
+            for number, job in enumerate(jobs)
+            for place, length in enumerate(job.lengths[job.taken :][:MOST_COMPARED])
+        ]
+        rows.sort()
+        anchor = next(at for at, (_, number, place) in enumerate(rows) if not number and not place)
+        lengths_M = np.array([length for length, _, _ in rows])
+        limit_s = (first.terms.deadline - now) / MARGIN
+        window = rows[profile.best_window(lengths_M, anchor, self._max_batch_rows, limit_s)]
+        # Of each job, its next rows; one whose next row is too short for the batch waits.
+        begun = {number for _, number, place in window if not place}
+        counts = Counter(number for _, number, _ in window if number in begun)
+        return [self._taken(jobs[number], count) for number, count in sorted(counts.items())]
+
+    def _first_in_time(self, now: float, most: int, *, alone: bool) -> QueuedRequest | None:
+        """Return the next job; jobs that cannot finish in time are rejected before.
+
+        most: rows that the batch has room for. alone: whether the batch is empty. The only job of
+        the queue then has its turn in any case.
+        """
+        while job := self._queue.first():
+            rows = min(job.rows_left, most)
+            own_s = MARGIN * self._profile.seconds(rows, job.length_of_next(rows))
+            if now + own_s <= job.terms.deadline or (alone and self._queue.rows == job.rows_left):
+                return job
+            late = "the request waited too long behind others to finish in time."
+            self._refuse(job, Overloaded(late, own_s, "deadline"))
+        return None
+
+    def _taken(self, job: QueuedRequest, rows: int) -> BatchSlice:
+        self._queue.took(job, rows, job.work_of_next(rows))
+        return job.take(rows)
 
     def _compute(
         self, batch: Sequence[BatchSlice]
@@ -251,7 +256,7 @@ class Batcher:
     def _outcomes(self, batch: Sequence[BatchSlice]) -> list[Arrays | Exception]:
         """Run a batch; if it fails, run its halves, so that only slices at fault get the error."""
         try:
-            answers = self._run(concatenate([piece.rows for piece in batch]))
+            answers = self._run(concatenate([piece.rows(self._lists) for piece in batch]))
         except Exception as error:
             if len(batch) == 1:
                 return [error]
@@ -268,15 +273,16 @@ class Batcher:
     def _finish(
         self,
         batch: Sequence[BatchSlice],
+        length: int | None,
         sealed: float,
         result: tuple[list[Arrays | Exception], float, float],
     ) -> None:
         outcomes, started, engine_s = result
         if not any(isinstance(outcome, Exception) for outcome in outcomes):
             # The duration of a failed batch is not typical.
-            self._profile.observe(self._running_rows, engine_s)
+            self._profile.observe(self._running_rows, engine_s, length)
         self._metrics.ran(started - sealed, engine_s, len(batch))
-        self._running_rows, self._busy_until = 0, 0.0
+        self._running_rows, self._running_work, self._busy_until = 0, 0, 0.0
         if engine_s > SHORT_S:
             # Start the engine first, so that it runs while the responses are sent.
             self._wake()

@@ -13,16 +13,17 @@ import numpy as np
 from serve.config import ServeConfig
 from serve.drift.sampler import DriftSampler
 from serve.errors import BadRequest, DeadlineExceeded, PayloadTooLarge
-from serve.inference.admission import RequestOptions
 from serve.inference.batcher import Batcher
 from serve.inference.cache import ResponseCache
 from serve.inference.latency_model import LatencyModel
+from serve.inference.request_options import RequestOptions
 from serve.telemetry.metrics import Snapshot, VersionMetrics
 from train.bundle import Bundle, Predictor
 from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns, InvalidRecord, Numbers, TensorSpec
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Number
+from train.values import ragged
 from train.values.pictures import num_pixels
 
 # More bytes than this are encoded in a thread, so that the event loop is not blocked.
@@ -35,6 +36,8 @@ class DataPlane:
     def __init__(self, predictor: Predictor, version: str, config: ServeConfig) -> None:
         self._predictor = predictor
         self._images = predictor.task.features.images
+        specs = predictor.task.features.inputs
+        self._lists = [spec.name for spec in specs if spec.ragged]
         self._max_pixels = config.limits.max_pixels
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="encode")
         self.version = version
@@ -47,6 +50,7 @@ class DataPlane:
             max_queue_rows=config.limits.max_queue_rows,
             wait_s=config.batching.wait_ms / 1e3,
             metrics=self.metrics,
+            lists=self._lists,
         )
         self.sampler: DriftSampler | None = None
         if config.drift.rows_per_s:
@@ -102,7 +106,10 @@ class DataPlane:
     def warm_up(self) -> None:
         """Run batches of 1, 2, 4, … rows, so that the first requests are not slower than others."""
         golden, _ = self._predictor.bundle.golden(self.variant)
-        row = {name: array[:1] for name, array in golden.items()}
+        row = {
+            name: ragged.trim(array[:1]) if name in self._lists else array[:1]
+            for name, array in golden.items()
+        }
         rows = 1
         while rows <= self.batcher.max_batch_rows:
             self._predictor.run({name: np.repeat(array, rows, 0) for name, array in row.items()})

@@ -7,7 +7,10 @@ ratio of their durations is learned while serving.
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from train.bundle.manifest import Timing, Variant
+import numpy as np
+
+from train.bundle import cost_model
+from train.bundle.manifest import Timing, Variant, typical_timings
 
 # A larger batch must take less than this share of the time per row to be worth the longer wait.
 WORTH = 0.97
@@ -16,6 +19,10 @@ WORTH = 0.97
 # serving host is a hundred times as fast as the measuring host.
 LEARNING_RATE, MOST = 0.1, 4.0
 LEAST_RATIO = 0.05
+
+
+# Length of a row; None stands for the median length, and for rows that all have the same shape.
+Length = int | None
 
 
 class LatencyModel:
@@ -30,13 +37,14 @@ class LatencyModel:
     @classmethod
     def of(cls, variant: Variant, threads: int) -> "LatencyModel":
         """Return the model of a variant, measured at the thread count nearest to `threads`."""
-        timings = [timing for timing in variant.profile if timing.engine == variant.engine]
-        nearest = min({t.threads for t in timings}, key=lambda count: abs(count - threads))
+        timings = variant.measured(threads)
+        if timings[0].length is not None:
+            return LengthModel(timings)
 
         def size(timing: Timing) -> int:
             return timing.batch_size
 
-        chosen = sorted((t for t in timings if t.threads == nearest), key=size)
+        chosen = sorted(timings, key=size)
         return cls([size(t) for t in chosen], [t.p50_ms / 1e3 for t in chosen])
 
     @property
@@ -48,16 +56,24 @@ class LatencyModel:
                 best = index
         return self._sizes[best]
 
-    def seconds(self, rows: int) -> float:
-        """Return the expected duration of a batch of `rows` rows, in seconds.
+    def seconds(self, rows: int, length: Length = None) -> float:
+        """Return the expected duration of a batch of `rows` rows of a length, in seconds.
 
         Batches above the largest measured size have the same duration per row as that size.
         """
-        return self.ratio * self.measured(rows)
+        return self.ratio * self.measured(rows, length)
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def work(self, length: Length = None) -> int:
+        """Return the work of a row, in units that `unit_s` gives the duration of."""
+        return 1
+
+    def unit_s(self, batch: int) -> float:
+        """Return the expected duration of a unit of work in batches of `batch` rows, in seconds."""
+        return self.seconds(batch) / batch
+
+    def observe(self, rows: int, seconds: float, length: Length = None) -> None:
         """Update the ratio with the duration of a batch that ran."""
-        seen = max(min(seconds / self.measured(rows), MOST * self.ratio), LEAST_RATIO)
+        seen = max(min(seconds / self.measured(rows, length), MOST * self.ratio), LEAST_RATIO)
         self.ratio += LEARNING_RATE * (seen - self.ratio)
 
     def rows_within(self, seconds: float, most: int) -> int:
@@ -70,7 +86,7 @@ class LatencyModel:
             low, high = (middle, high) if self.seconds(middle) <= seconds else (low, middle - 1)
         return low
 
-    def measured(self, rows: int) -> float:
+    def measured(self, rows: int, length: Length = None) -> float:
         """Return the duration of a batch on the measuring host, in seconds."""
         sizes, seconds = self._sizes, self._seconds
         index = bisect_left(sizes, rows)
@@ -80,3 +96,48 @@ class LatencyModel:
             return seconds[index]
         share = (rows - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
         return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
+
+
+class LengthModel(LatencyModel):
+    """The duration of a batch of any number of rows and any length, from a fitted formula."""
+
+    def __init__(self, timings: Sequence[Timing]) -> None:
+        """timings: of one engine and thread count, those of the median length first."""
+        typical = sorted(typical_timings(timings), key=lambda timing: timing.batch_size)
+        super().__init__([t.batch_size for t in typical], [t.p50_ms / 1e3 for t in typical])
+        self._cost = cost_model.fit_timings(timings)
+        self._typical = timings[0].length or 1
+
+    def work(self, length: Length = None) -> int:
+        # In microseconds on the measuring host.
+        seconds = self.measured(self.best_rows, length) / self.best_rows
+        return max(round(1e6 * seconds), 1)
+
+    def unit_s(self, batch: int) -> float:
+        return 1e-6 * self.ratio
+
+    def measured(self, rows: int, length: Length = None) -> float:
+        length = self._typical if length is None else length
+        return float(self._cost.seconds(rows, length))
+
+    def best_window(
+        self, lengths_M: np.ndarray, anchor: int, most_rows: int, limit_s: float
+    ) -> slice:
+        """Return the rows to run together: neighbours in length, among them `anchor`.
+
+        They are those with the most useful work per second, without padding; of several that are
+        about equal, those that take the least time. lengths_M: int [M], increasing. most_rows:
+        maximum number of rows. limit_s: maximum duration, unless `anchor` alone takes longer.
+        """
+        starts = np.arange(max(anchor - most_rows + 1, 0), anchor + 1)[:, None]
+        ends = np.arange(anchor, min(anchor + most_rows, len(lengths_M)))[None]
+        works_M = self._cost.seconds(1, lengths_M)
+        total = np.concatenate([[0.0], np.cumsum(works_M)])
+        rows = ends - starts + 1
+        seconds = self.ratio * self._cost.seconds(rows, lengths_M[ends])
+        rates = (total[ends + 1] - total[starts]) / seconds
+        allowed = (rows <= most_rows) & ((seconds <= limit_s) | (rows == 1))
+        rates = np.where(allowed, rates, 0.0)
+        enough = rates >= WORTH * rates.max()
+        start, end = np.unravel_index(np.argmin(np.where(enough, seconds, np.inf)), rates.shape)
+        return slice(int(starts[start, 0]), int(ends[0, end]) + 1)

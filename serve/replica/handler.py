@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 from serve.access import Actor, Guard
 from serve.config import ServeConfig
-from serve.inference import admission
-from serve.inference.admission import RequestOptions
+from serve.inference import request_options
 from serve.inference.dataplane import DataPlane
+from serve.inference.request_options import RequestOptions
 from serve.protocol.v2 import InferRequest
 from serve.replica.large_bodies import LargeBodyDecoder
 from serve.replica.model_versions import ModelVersions
@@ -127,7 +127,7 @@ class InferenceHandler:
 
         timeout_s: seconds until the client's own deadline; None if there is none.
         """
-        return admission.request_options(
+        return request_options.request_options(
             parameters,
             now=asyncio.get_running_loop().time(),
             timeout_s=self.config.limits.timeout_s,

@@ -95,9 +95,9 @@ class ModelVersions:
         """Write the entries of the request log that are still in memory."""
         await self._pipeline.close()
 
-    def num_rows(self) -> int:
-        """Return the number of rows in progress."""
-        return sum(plane.batcher.rows for plane in self._planes.values())
+    def load(self) -> float:
+        """Return the work in progress, as the number of rows of the median length."""
+        return sum(plane.batcher.load for plane in self._planes.values())
 
     def engine_s(self) -> float:
         """Return the total seconds that engines were busy, including the running batches."""

@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from serve.config import ServeConfig
-from serve.inference.admission import RequestOptions
 from serve.inference.dataplane import DataPlane
+from serve.inference.request_options import RequestOptions
 from serve.replica.report_buffer import ReportBuffer
 from serve.replica.traffic_split import TrafficSplitter
 from serve.requestlog.schema import LogEntry

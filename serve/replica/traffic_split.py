@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from serve.errors import RequestError
-from serve.inference.admission import RequestOptions
 from serve.inference.dataplane import DataPlane
+from serve.inference.request_options import RequestOptions
 from serve.replica.report_buffer import ReportBuffer
 from serve.requestlog.sampling import ROLLOUT, in_fraction
 from serve.rollout.verdict import CANARY, ArmStats

@@ -1,6 +1,6 @@
 """manifest.json: the contents of a bundle, its origin, and the measurements of each variant."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from cluster.storage import FILE_NAME, MODEL_NAME
 from train.tasks import TensorSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILENAME = "manifest.json"
 # Batch sizes whose latency is measured.
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -41,11 +41,15 @@ class BundleFile(StrictModel):
 
 
 class Timing(StrictModel):
-    """Latency of one engine for one batch size: median, lower and upper quartile."""
+    """Latency of one engine for one batch size: median, lower and upper quartile.
+
+    length: positions of each record where lists differ in length, otherwise None.
+    """
 
     engine: str
     threads: int
     batch_size: int
+    length: int | None = None
     p50_ms: float
     low_ms: float
     high_ms: float
@@ -78,7 +82,10 @@ class Variant(StrictModel):
         "and 64; null if labels differ or a value is not finite."
     )
     size_bytes: int
-    profile: list[Timing] = Field(description="Latencies on the host that the manifest describes.")
+    profile: list[Timing] = Field(
+        description="Latencies on the host that the manifest describes; of records that differ in "
+        "length, those of the median length come first."
+    )
     golden_tolerance: float = Field(
         description="Largest accepted difference from the golden outputs, relative to the record's "
         "largest output, or to 1 if that is larger."
@@ -104,11 +111,19 @@ class Variant(StrictModel):
 
         batch_size: one of BATCH_SIZES.
         """
-        return next(
-            timing.p50_ms
-            for timing in self.profile
-            if (timing.engine, timing.threads, timing.batch_size) == (self.engine, 1, batch_size)
-        )
+        timings = typical_timings(self.measured(1))
+        return next(timing.p50_ms for timing in timings if timing.batch_size == batch_size)
+
+    def measured(self, threads: int) -> list[Timing]:
+        """Return the latencies of the variant's engine at the count nearest to `threads`."""
+        timings = [timing for timing in self.profile if timing.engine == self.engine]
+        nearest = min({t.threads for t in timings}, key=lambda count: abs(count - threads))
+        return [timing for timing in timings if timing.threads == nearest]
+
+
+def typical_timings(timings: Sequence[Timing]) -> list[Timing]:
+    """Return the latencies for records of the median length, which are those of the first."""
+    return [timing for timing in timings if timing.length == timings[0].length]
 
 
 def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[str]:
@@ -120,8 +135,8 @@ def rank_variants(variants: Mapping[str, Variant], optimize_for: str) -> list[st
 
     def cost(name: str) -> tuple[float, float]:
         variant = variants[name]
-        of_engine = [t for t in variant.profile if (t.engine, t.threads) == (variant.engine, 1)]
-        per_record_ms = min(timing.p50_ms / timing.batch_size for timing in of_engine)
+        timings = typical_timings(variant.measured(1))
+        per_record_ms = min(timing.p50_ms / timing.batch_size for timing in timings)
         match optimize_for:
             case "latency":
                 return variant.p50_ms, per_record_ms

@@ -15,7 +15,7 @@ from cluster.errors import CommandFailed
 from train import nets
 from train.bundle import Bundle, BundleWriter, engines
 from train.bundle.engines import Engine
-from train.bundle.manifest import Timing, Variant, rank_variants
+from train.bundle.manifest import Timing, Variant, rank_variants, typical_timings
 from train.compress import benchmark
 from train.compress.benchmark import BenchmarkCase
 from train.compress.recipes.export_onnx import ExportError
@@ -119,7 +119,7 @@ def _compress(
         loaded = _loaded(made, judge, skipped)
         loaded[BenchmarkCase(EAGER, "torch", 1)] = eager
         timings = benchmark.benchmark_variants(
-            loaded, judge.golden_inputs, config.compress.measure_seconds
+            loaded, judge.timed_inputs, config.compress.measure_seconds
         )
         variants, golden, outputs = {}, {}, {}
         names = [name for name in made if name not in skipped]
@@ -223,4 +223,4 @@ def _loaded(
 def _cost(timings: list[Timing], config: Config) -> float:
     if config.compress.optimize_for == "latency":
         return timings[0].p50_ms
-    return min(timing.p50_ms / timing.batch_size for timing in timings)
+    return min(timing.p50_ms / timing.batch_size for timing in typical_timings(timings))

@@ -4,9 +4,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from train.bundle.cost_model import held_out_errors
+from train.bundle.manifest import Variant
 
 if TYPE_CHECKING:
     from train.compress.pipeline import CompressionResult
@@ -41,12 +45,25 @@ def write_variants_table(made: "CompressionResult", metric: str, path: Path) -> 
         )
         for name, variant in made.variants.items():
             file.write(f"\n- {name}: {variant.verdict}; {variant.reason}")
+            file.write(_fit_words(variant))
         for name, reason in made.skipped.items():
             file.write(f"\n- {name}: skipped; {reason}")
         file.write("\n")
     for name, variant in made.variants.items():
         if not variant.accepted:
             print(f"{name} is {variant.verdict}: {variant.reason}", file=sys.stderr)
+
+
+def _fit_words(variant: Variant) -> str:
+    """Return how well the time of a batch follows from its rows and length; "" without lengths."""
+    timings = variant.measured(1)
+    if timings[0].length is None:
+        return ""
+    errors = held_out_errors(timings)
+    return (
+        f"; time by rows and length fitted to {len(timings)} sizes, error at a size that was left "
+        f"out: median {np.median(errors):.1%}, 95th percentile {np.quantile(errors, 0.95):.1%}"
+    )
 
 
 def _rows(made: "CompressionResult", metric: str) -> list[list[str]]:

@@ -50,7 +50,11 @@ class VariantJudge:
         self._splits = {name: shards.open(name) for name in ("valid", "test")}
         # Outputs of fp32 by split, set when fp32 is evaluated.
         self._reference: dict[str, Arrays] = {}
-        self.golden_inputs = golden_records(self._splits["test"][0])
+        test = self._splits["test"][0]
+        self.golden_inputs = golden_records(test)
+        # Where records differ in length, their lengths decide which sizes are measured.
+        ragged = any(isinstance(array, Ragged) for array in test.values())
+        self.timed_inputs: StoredArrays = test if ragged else self.golden_inputs
 
     def add_training(self, ids_N: np.ndarray) -> None:
         """Also compare on training records, int64 [N] indices, if validation records are few."""

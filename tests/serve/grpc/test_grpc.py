@@ -37,7 +37,7 @@ from serve.errors import (
 from serve.grpc import messages
 from serve.grpc import service as protocol
 from serve.grpc.call import MessageReader
-from serve.inference import admission
+from serve.inference import request_options
 from serve.telemetry.metrics import VersionMetrics
 from tests.serving import make_plane
 from tests.train.tasks.test_tasks import image_bytes
@@ -92,7 +92,7 @@ class Repository:
         plane, inference = endpoint.plane, decode()
         self.asked.append((inference.parameters, call.client, timeout_s))
         now = asyncio.get_running_loop().time()
-        options = admission.RequestOptions(now + 30, client=call.client)
+        options = request_options.RequestOptions(now + 30, client=call.client)
         return encode(inference, await plane.predict(inference.columns, options), plane)
 
     async def index(self, key):

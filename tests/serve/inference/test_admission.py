@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from serve.errors import BadRequest
-from serve.inference.admission import FairQueue, RequestOptions, request_options
+from serve.inference.fair_queue import FairQueue
 from serve.inference.latency_model import LatencyModel
+from serve.inference.request_options import RequestOptions, request_options
 
 LIMITS = {"now": 100.0, "timeout_s": 30.0, "priorities": 3, "client": "a"}
 
@@ -46,13 +47,17 @@ class Job:
         self.terms = RequestOptions(0, priority, client)
         self.rows_left = count
         self.gone = False
+        self.delay = 0
+
+    @property
+    def work_left(self):
+        return self.rows_left
 
     def refuse(self, error):
         self.gone = True
 
     def drop(self):
-        rows, self.rows_left = self.rows_left, 0
-        return rows
+        self.rows_left = 0
 
 
 def served_rows(shares, total):
@@ -64,7 +69,7 @@ def served_rows(shares, total):
     got = dict.fromkeys(shares, 0)
     while sum(got.values()) < total:
         job = queue.first()
-        queue.took(job.rows_left)
+        queue.took(job, job.rows_left, job.rows_left)
         got[job.terms.client] += job.rows_left
     return got
 
@@ -83,14 +88,14 @@ def test_the_queue_counts_the_waiting_rows():
     assert queue.ahead(RequestOptions(0, 1, "c"), 1) <= 4
     assert queue.ahead(RequestOptions(0, 2, "a"), 100) == 6
     assert queue.first() is first
-    queue.took(1)
+    queue.took(first, 1, 1)
     first.rows_left = 3
     assert queue.rows == 5
     first.gone = True
     queue.leave(first)
     queue.leave(first)
     assert queue.first() is second
-    queue.took(2)
+    queue.took(second, 2, 2)
     assert queue.rows == 0
     assert queue.first() is None
 
@@ -99,7 +104,7 @@ def test_a_large_request_takes_turns_with_small_ones():
     queue = FairQueue()
     large = Job(100, "a")
     queue.push(large)
-    queue.took(10)
+    queue.took(large, 10, 10)
     large.rows_left = 90
     small = Job(1, "b")
     queue.push(small)
@@ -120,8 +125,8 @@ def test_rows_that_were_never_served_are_not_charged():
     late = Job(1, "a")
     queue.push(late)
     ahead = 0
-    while queue.first() is not late:
-        queue.took(1)
+    while (job := queue.first()) is not late:
+        queue.took(job, 1, 1)
         ahead += 1
     assert ahead <= 2
 
@@ -144,8 +149,8 @@ def test_less_urgent_requests_are_evicted_first():
     jobs = [Job(2, "", priority) for priority in (3, 2, 3)]
     for job in jobs:
         queue.push(job)
-    assert queue.evictable(RequestOptions(0, 2, ""), 2) == [jobs[2]]
-    assert queue.evictable(RequestOptions(0, 3, ""), 2) == []
+    assert queue.evictable(RequestOptions(0, 2, ""), 2, 2) == [jobs[2]]
+    assert queue.evictable(RequestOptions(0, 3, ""), 2, 2) == []
 
 
 def test_evicted_requests_are_the_latest_of_the_queue(rng):
@@ -154,7 +159,7 @@ def test_evicted_requests_are_the_latest_of_the_queue(rng):
     for _ in range(600):
         client, priority = str(rng.integers(0, 9)), int(rng.integers(1, 4))
         terms, count = RequestOptions(0, priority, client), int(rng.integers(1, 6))
-        assert queue.evictable(terms, count) == latest_of(waiting, terms, count)
+        assert queue.evictable(terms, count, count) == latest_of(waiting, terms, count)
         if rng.random() < 0.3 and waiting:
             job = waiting.pop(int(rng.integers(len(waiting))))[3]
             job.gone = True
@@ -162,7 +167,7 @@ def test_evicted_requests_are_the_latest_of_the_queue(rng):
         elif rng.random() < 0.3 and waiting:
             place = min(waiting, key=lambda each: each[:3])
             assert queue.first() is place[3]
-            queue.took(place[3].rows_left)
+            queue.took(place[3], place[3].rows_left, place[3].rows_left)
             waiting.remove(place)
         job = Job(count, client, priority)
         queue.push(job)
@@ -205,11 +210,10 @@ def cost_of_a_full_line(num_clients):
         began = time.perf_counter()
         for number in range(1_000):
             newcomer = Job(1, str(number % num_clients))
-            for job in queue.evictable(newcomer.terms, 1):
+            for job in queue.evictable(newcomer.terms, 1, 1):
                 queue.leave(job)
             queue.push(newcomer)
-            queue.first()
-            queue.took(1)
+            queue.took(queue.first(), 1, 1)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 

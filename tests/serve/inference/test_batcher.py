@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from serve.errors import DeadlineExceeded, Overloaded
-from serve.inference.admission import RequestOptions
 from serve.inference.batcher import SHORT_S, Batcher
 from serve.inference.latency_model import LatencyModel
+from serve.inference.request_options import RequestOptions
 
 
 def long():

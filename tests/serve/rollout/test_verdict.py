@@ -7,7 +7,7 @@ import pytest
 
 from serve.config import RolloutOptions, ServeConfig
 from serve.errors import BadRequest, Overloaded
-from serve.inference.admission import RequestOptions
+from serve.inference.request_options import RequestOptions
 from serve.replica.report_buffer import ReportBuffer
 from serve.replica.traffic_split import TrafficSplitter
 from serve.requestlog import sampling
