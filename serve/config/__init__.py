@@ -15,10 +15,10 @@ from pydantic import (
 
 from cluster import storage
 from cluster.errors import UserError
+from serve.config.batching import BatchingOptions
 from serve.config.sections import (
     AccessOptions,
     AutoscalingOptions,
-    BatchingOptions,
     BodyLimits,
     CacheOptions,
     DriftOptions,

@@ -54,26 +54,6 @@ class AutoscalingOptions(ServeSection):
     )
 
 
-class BatchingOptions(ServeSection):
-    """How waiting rows are combined into batches for the engine."""
-
-    max_rows: int | None = Field(
-        None,
-        ge=1,
-        le=4096,
-        description="Maximum rows per batch. By default the size with the highest measured "
-        "throughput of the variant.",
-    )
-    wait_ms: float = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="Milliseconds that an idle engine waits for a batch to fill. With 0 it runs "
-        "the waiting rows at once, which suits most models; raise it only if large batches cost "
-        "much less per row than small ones.",
-    )
-
-
 class BodyLimits(ServeSection):
     """Limits on request bodies, for a model and for the gateway of several models."""
 

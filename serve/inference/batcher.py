@@ -48,12 +48,14 @@ class Batcher:
         wait_s: float = 0,
         metrics: VersionMetrics | None = None,
         lists: Collection[str] = (),
+        by_length: bool = True,
     ) -> None:
         """Set up an idle engine.
 
         run: computes the outputs of a batch, one row per input row. max_batch_rows: the profile's
         best size if None. wait_s: seconds that an idle engine waits for a batch to fill. lists:
-        names of the inputs whose rows differ in length.
+        names of the inputs whose rows differ in length. by_length: whether batches of them hold
+        neighbours in length, rather than in order of arrival.
         """
         self._run = run
         self._profile = profile
@@ -64,7 +66,7 @@ class Batcher:
         self._admission = AdmissionController(self._queue, profile, max_queue_rows)
         # Rows that are being encoded and not in the queue yet. The data plane updates it.
         self.encoding_rows = 0
-        self._lists = frozenset(lists)
+        self._lists, self._by_length = frozenset(lists), by_length and bool(lists)
         self._running_rows = 0
         self._running_work = 0
         self._busy_until = self._sealed = 0.0
@@ -124,6 +126,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         job = QueuedRequest.of(rows, terms, self._lists, self._profile)
+        job.delay = job.delay if self._by_length else 0
         for other in self.check(job.count, terms, job.lengths):
             self._refuse(other, self._admission.full())
         timer = loop.call_at(terms.deadline, self._expire, job)
@@ -172,7 +175,7 @@ class Batcher:
             if wait_s > 0:
                 self._timer = loop.call_later(wait_s, self._waited)
                 return
-        batch = self._take_neighbours(now) if self._lists else self._take(left_s, now)
+        batch = self._take_neighbours(now) if self._by_length else self._take(left_s, now)
         if batch:
             self._begin(batch, now)
 

@@ -51,6 +51,7 @@ class DataPlane:
             wait_s=config.batching.wait_ms / 1e3,
             metrics=self.metrics,
             lists=self._lists,
+            by_length=config.batching.by_length,
         )
         self.sampler: DriftSampler | None = None
         if config.drift.rows_per_s:

@@ -14,7 +14,7 @@ from train.values import ragged
 from train.values.records import concatenate, num_rows
 
 # A row may be overtaken by shorter ones for this many times its own work.
-STRETCH = 10
+STRETCH = 3
 
 
 @dataclass(eq=False, slots=True)

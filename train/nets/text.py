@@ -86,9 +86,13 @@ class TransformerLayer(nn.Module):
 
     def _attention(self, x_BLD: Tensor, there_BL: Tensor) -> Tensor:
         batch, length, width = x_BLD.shape
-        heads = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            part.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+            for part in self.qkv(x_BLD).chunk(3, dim=-1)
+        )
         # Without any token, attend to all positions: softmax over none would be NaN.
         seen_B11L = (there_BL | ~there_BL.any(dim=1, keepdim=True))[:, None, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_B11L)
+        # ONNX Runtime's kernel does not repeat the mask for each query.
+        seen_B1LL = seen_B11L.expand(batch, 1, length, length)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_B1LL)
         return mixed.transpose(1, 2).reshape(batch, length, width)

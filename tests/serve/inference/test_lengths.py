@@ -200,6 +200,17 @@ def test_short_texts_overtake_a_long_one_but_not_for_ever():
     asyncio.run(scenario())
 
 
+def test_texts_can_be_batched_in_order_of_arrival():
+    async def scenario():
+        engine, batcher, first = await busy(LINEAR, by_length=False)
+        waiting = [ask(batcher, length) for length in (10, 200, 11, 12, 205)]
+        engine.free.release(10)
+        await asyncio.gather(first, *waiting)
+        assert engine.batches == [[20], [10, 200, 11, 12, 205]]
+
+    asyncio.run(scenario())
+
+
 def test_admission_counts_seconds_and_not_rows():
     async def scenario():
         flat = (0.0, 0.0, 0.001, 0.0)

@@ -60,6 +60,8 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
                 dynamic_shapes=(shapes,) if _takes_any(net) else shapes,
                 dynamo=True,
                 external_data=False,
+                # This version has an operator for attention, which is faster than its parts.
+                opset_version=23 if any(spec.ragged for spec in specs) else None,
             )
         logits = OnnxRuntimeEngine.load(path, num_threads=1).run(sample)["logits"]
     except OSError:
