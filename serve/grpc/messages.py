@@ -54,18 +54,20 @@ def decode(
             "expected one for each input, or none."
         )
     arrays: dict[str, np.ndarray] = {}
+    lengths: dict[str, Any] = {}
     for index, tensor in enumerate(request.inputs):
         v2.check_supported(tensor.parameters, f"input '{tensor.name}'")
         name, array = _array(tensor, memoryview(raws[index]) if raws else None)
         if name in arrays:
             raise BadRequest(f"input '{name}' is given more than once.")
         arrays[name] = array
+        lengths[name] = _values(tensor.parameters).get(tensors.LENGTHS)
     for output in request.outputs:
         v2.check_supported(output.parameters, f"output '{output.name}'")
     names = [{"name": output.name} for output in request.outputs] or None
     return v2.InferRequest(
         id=request.id or None,
-        columns=v2.tensor_columns(arrays, manifest, max_rows, unknown_fields),
+        columns=v2.tensor_columns(arrays, manifest, max_rows, unknown_fields, lengths),
         outputs=dict.fromkeys(v2.requested_outputs(names, manifest), bool(raws)),
         binary=bool(raws),
         parameters=_values(request.parameters),

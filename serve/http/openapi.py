@@ -20,6 +20,7 @@ from serve.errors import NotFound
 from serve.http.app import Response
 from serve.http.request import Request
 from train.bundle.manifest import Manifest, TensorMetadata
+from train.values.ragged import FREE
 
 DOCUMENT = Path(__file__).with_name("openapi.yaml")
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
@@ -124,9 +125,9 @@ def _example(tensor: TensorMetadata) -> dict[str, Any]:
         }
     return {
         "name": tensor.name,
-        "shape": [1, *tensor.shape[1:]],
+        "shape": [1, *_sizes(tensor)],
         "datatype": tensor.datatype,
-        "data": [_EXAMPLES.get(tensor.datatype, 0)] * math.prod(tensor.shape[1:]),
+        "data": [_EXAMPLES.get(tensor.datatype, 0)] * math.prod(_sizes(tensor)),
     }
 
 
@@ -136,11 +137,16 @@ def _v1(manifest: Manifest) -> dict[str, Any]:
             {
                 tensor.name: {"b64": _png(tensor)}
                 if _is_image(tensor)
-                else np.full(tensor.shape[1:], _EXAMPLES.get(tensor.datatype, 0)).tolist()
+                else np.full(_sizes(tensor), _EXAMPLES.get(tensor.datatype, 0)).tolist()
                 for tensor in manifest.inputs
             }
         ]
     }
+
+
+def _sizes(tensor: TensorMetadata) -> list[int]:
+    """Return the shape of an example without the batch dimension; a free length is 2."""
+    return [2 if size == FREE else size for size in tensor.shape[1:]]
 
 
 # Example values by datatype. For strings it is null (unknown), which every model accepts.

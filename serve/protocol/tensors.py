@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, abbreviated
 from train.values.records import DATATYPES, DTYPES
+
+# Parameter of an input with the lengths of its rows, where they differ.
+LENGTHS = "lengths"
 
 MAX_RANK = 8
 MAX_SIZE = 2**31
@@ -178,12 +181,47 @@ def flatten(data: list[Any], where: str) -> tuple[list[int], list[Any]]:
     shape = [len(data)]
     while data and any(isinstance(value, list) for value in data):
         if not all(isinstance(value, list) for value in data) or len(set(map(len, data))) != 1:
-            raise BadRequest(f"{where}: the lists in data are ragged; expected equal lengths.")
+            raise BadRequest(
+                f"{where}: the lists in data are ragged; expected equal lengths. Where the length "
+                f"of rows is free, pad them and send parameter '{LENGTHS}'."
+            )
         if len(shape) == MAX_RANK:
             raise BadRequest(f"{where}: data is nested more than {MAX_RANK} levels deep.")
         shape.append(len(data[0]))
         data = list(chain.from_iterable(data))
     return shape, data
+
+
+def cut_rows(name: str, array: np.ndarray, lengths: Any, is_free: bool) -> np.ndarray:
+    """Return the rows of an input [N, L, …] without padding, as an object array [N].
+
+    lengths: parameter LENGTHS, a list of N integers or, in gRPC, a text of them with commas.
+    is_free: whether the input has a free length. Raises BadRequest if not, or if the lengths do not
+    fit the array.
+    """
+    if not is_free:
+        raise BadRequest(
+            f"input '{name}' has parameter '{LENGTHS}', but the length of its rows is not free. "
+            "Omit it."
+        )
+    count, most = array.shape[:2]
+    found = lengths
+    if isinstance(lengths, str):
+        parts = lengths.split(",")
+        found = [int(part) if part.strip().isdecimal() else None for part in parts]
+    if (
+        not isinstance(found, list)
+        or len(found) != count
+        or not all(type(length) is int and 0 <= length <= most for length in found)
+    ):
+        raise BadRequest(
+            f"input '{name}': parameter '{LENGTHS}' is {abbreviated(lengths)}; expected {count} "
+            f"integers from 0 to {most}, the length of each row."
+        )
+    rows = np.empty(count, object)
+    for row, length in enumerate(found):
+        rows[row] = array[row, :length]
+    return rows
 
 
 def _strings_from_json(values: list[Any], where: str, *, base64_encoded: bool) -> np.ndarray:

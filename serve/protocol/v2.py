@@ -15,6 +15,7 @@ from train.bundle.manifest import Manifest
 from train.tasks import Arrays, Columns
 from train.values.exact_json import loads_exact
 from train.values.pictures import is_picture_file
+from train.values.ragged import FREE
 from train.values.records import DTYPES
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -93,21 +94,21 @@ def decode(
     inputs = request.get("inputs")
     if not isinstance(inputs, list) or not inputs:
         raise BadRequest("'inputs' is missing or is not a list with at least one tensor.")
-    arrays, rest = {}, view[split:]
+    arrays, lengths, rest = {}, {}, view[split:]
     for tensor in inputs:
         raw, rest = _take_raw(tensor, rest)
         name, array = tensors.decode(tensor, raw)
         check_supported(parameters_of(tensor), f"input '{name[:100]}'")
         if name in arrays:
             raise BadRequest(f"input '{name[:100]}' is given more than once.")
-        arrays[name] = array
+        arrays[name], lengths[name] = array, parameters_of(tensor).get(tensors.LENGTHS)
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the last tensor's binary data.")
     parameters = parameters_of(request)
     binary = boolean_parameter(parameters, "binary_data_output", default=False)
     return InferRequest(
         id=_optional(request, "id", str),
-        columns=tensor_columns(arrays, manifest, max_rows, unknown_fields),
+        columns=tensor_columns(arrays, manifest, max_rows, unknown_fields, lengths),
         outputs=requested_outputs(request.get("outputs"), manifest, binary=binary),
         binary=binary,
         parameters=parameters,
@@ -209,10 +210,12 @@ def tensor_columns(
     manifest: Manifest,
     max_rows: int,
     unknown_fields: UnknownFields = "ignore",
+    lengths: Mapping[str, Any] | None = None,
 ) -> Columns:
     """Return a request's tensors as columns; row i of every tensor belongs to record i.
 
-    arrays: field → array of shape [N, …]. Raises BadRequest if they do not match the model,
+    arrays: field → array of shape [N, …]. lengths: field → the lengths of its rows, where the
+    length is free; rows without are not padded. Raises BadRequest if they do not match the model,
     PayloadTooLarge if N is above `max_rows`.
     """
     fields = {tensor.name: tensor for tensor in manifest.inputs}
@@ -235,7 +238,9 @@ def tensor_columns(
                 f"input '{name}' has shape {list(array.shape)}; expected {expected}, where -1 is "
                 "the number of rows."
             )
-        columns[name] = array
+        given = (lengths or {}).get(name)
+        is_free = FREE in fields[name].shape[1:]
+        columns[name] = array if given is None else tensors.cut_rows(name, array, given, is_free)
     return columns
 
 
@@ -254,13 +259,16 @@ def _raw_columns(raw: memoryview, manifest: Manifest, max_rows: int, *, is_image
     if not len(raw):
         raise BadRequest("the body is empty.")
     dtype = DTYPES[tensor.datatype]
-    row_bytes = dtype.itemsize * math.prod(tensor.shape[1:])
+    sizes = [size for size in tensor.shape[1:] if size != FREE]  # of one position if it is free
+    row_bytes = dtype.itemsize * math.prod(sizes)
     if len(tensor.shape) == 4 and (is_image or is_picture_file(raw)):
         return {tensor.name: [bytes(raw)]}
     if tensor.datatype != "BYTES" and len(raw) % row_bytes == 0:
+        values = np.frombuffer(raw, dtype.newbyteorder("<"))
+        if sizes != tensor.shape[1:]:
+            return {tensor.name: values.reshape(1, -1, *sizes)}
         check_rows(len(raw) // row_bytes, max_rows)
-        array = np.frombuffer(raw, dtype.newbyteorder("<")).reshape(tensor.shape)
-        return {tensor.name: array}
+        return {tensor.name: values.reshape(tensor.shape)}
     if tensor.datatype != "BYTES" and len(tensor.shape) != 4:
         raise BadRequest(
             f"the body has {len(raw)} bytes; expected a multiple of {row_bytes}, the size of a row."

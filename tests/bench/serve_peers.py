@@ -137,6 +137,20 @@ class Client:
         draws = np.random.default_rng(0)
         size = int(np.prod(tensor.shape[1:]))
         bodies = [candidate.body(tensor, draws.bytes(size)) for _ in range(NUM_IMAGES)]
+        json_length = len(infer_json(tensor, bytes(size)))
+        lines = [line.format(json_length=json_length) for line in candidate.headers]
+        return cls.sending(candidate, name, bodies, lines, folder)
+
+    @classmethod
+    def sending(
+        cls,
+        candidate: Candidate,
+        name: str,
+        bodies: Sequence[bytes],
+        lines: Sequence[str],
+        folder: Path,
+    ) -> "Client":
+        """Write request bodies to a folder; return a client that sends them. lines: headers."""
         folder.mkdir()
         path = candidate.path.format(name=name)
         command = ["--path", path, "--content-type", candidate.content_type]
@@ -144,8 +158,6 @@ class Client:
             file = folder / str(number)
             file.write_bytes(body)
             command += ["--body", str(file)]
-        json_length = len(infer_json(tensor, bytes(size)))
-        lines = [line.format(json_length=json_length) for line in candidate.headers]
         for line in lines:
             command += ["--header", line]
         headers = dict(line.split(": ") for line in lines)
@@ -205,7 +217,9 @@ def wait_until_it_answers(process: subprocess.Popen[bytes], client: Client, log:
     raise RuntimeError(f"the server is not ready ({problem}); its log ends:\n{end}")
 
 
-def measure(client: Client, mark: str, options: argparse.Namespace) -> Figures:
+def measure(
+    client: Client, mark: str, options: argparse.Namespace, p99_ms: float = P99_MS
+) -> Figures:
     """Measure the running server for one round. Raises RuntimeError if every request fails."""
     times = ("--warmup", str(options.warmup), "--duration", str(options.duration))
     before_s = processes.cpu_s(mark)
@@ -222,7 +236,7 @@ def measure(client: Client, mark: str, options: argparse.Namespace) -> Figures:
         "server_us": round(1e6 * server_s / closed["sent"], 1),
     }
     if options.step:
-        first = ("--find-rate", "--p99", str(P99_MS), "--rate", str(closed["ok_per_s"] / 2))
+        first = ("--find-rate", "--p99", str(p99_ms), "--rate", str(closed["ok_per_s"] / 2))
         found = client.load(*first, "--warmup", "1", "--duration", str(options.step))
         figures["goodput_per_s"] = found["find_rate"]["goodput_per_s"]
     return figures

@@ -21,6 +21,7 @@ from train.tasks import (
 )
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Date
+from train.values.ragged import FREE
 
 # With fewer test records, the recall of a class is too uncertain.
 FEW_RECORDS = 30
@@ -119,7 +120,8 @@ def _example(task: Task, field: str) -> Any:
                 if each.column == field:
                     return float(f"{encoder.mean_F[encoder.names.index(field)]:.3g}")
     (spec,) = (spec for spec in task.features.fields if spec.name == field)
-    return "…" if spec.datatype == "BYTES" else np.zeros(spec.shape).tolist()
+    sizes = [2 if size == FREE else size for size in spec.shape]
+    return "…" if spec.datatype == "BYTES" else np.zeros(sizes).tolist()
 
 
 def curl_body(record: Mapping[str, Any]) -> str:

@@ -113,9 +113,10 @@ def install(folder: Path, packages: Sequence[str]) -> None:
     complete.write_text(json.dumps(list(packages)))
 
 
-def halyard(setup: Setup) -> subprocess.Popen[bytes]:
+def halyard(setup: Setup, *more: str) -> subprocess.Popen[bytes]:
+    """Start Halyard. more: further options of the server."""
     options = [f"{key}={getattr(setup, key)}" for key in ("model", "storage", "variant")]
-    return server.start(*options, "replicas=2", log=setup.log, environment=setup.environment)
+    return server.start(*options, "replicas=2", *more, log=setup.log, environment=setup.environment)
 
 
 def ray_serve(setup: Setup) -> subprocess.Popen[bytes]:
