@@ -59,7 +59,7 @@ class Batcher:
         """
         self._run = run
         self._profile = profile
-        self._max_batch_rows = max_batch_rows or profile.best_rows
+        self.max_batch_rows = max_batch_rows or profile.best_rows
         self._wait_s = wait_s
         self._metrics = metrics or VersionMetrics()
         self._queue: FairQueue[QueuedRequest] = FairQueue()
@@ -95,10 +95,6 @@ class Batcher:
         """Rows in the queue and rows that are being encoded."""
         return self._queue.rows + self.encoding_rows
 
-    @property
-    def max_batch_rows(self) -> int:
-        return self._max_batch_rows
-
     def check(
         self, count: int, terms: RequestOptions, lengths: Sequence[int] | None = None
     ) -> list[QueuedRequest]:
@@ -112,7 +108,7 @@ class Batcher:
             count,
             now=asyncio.get_running_loop().time(),
             busy_until=self._busy_until,
-            batch=self._max_batch_rows,
+            batch=self.max_batch_rows,
             encoding_rows=self.encoding_rows,
             lengths=lengths,
         )
@@ -167,7 +163,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         left_s = first.terms.deadline - now
-        if self._wait_s and not filled and self._queue.rows < self._max_batch_rows:
+        if self._wait_s and not filled and self._queue.rows < self.max_batch_rows:
             # Wait until the batch is full, wait_s is over, or the first request has no slack: only
             # twice the duration of the batch is left until its deadline.
             slack_s = left_s - 2 * MARGIN * self._profile.seconds(self._queue.rows)
@@ -186,6 +182,8 @@ class Batcher:
         rows = self._running_rows = sum(piece.stop - piece.start for piece in batch)
         length = max((piece.length for piece in batch if piece.length), default=None)
         self._running_work = rows * self._profile.work(length)
+        if length is not None:
+            self._metrics.padded(sum(piece.values for piece in batch), rows * length)
         expected_s = self._profile.seconds(rows, length)
         self._busy_until = now + expected_s
         sealed = self._sealed = time.perf_counter()
@@ -198,7 +196,7 @@ class Batcher:
 
     def _take(self, left_s: float, now: float) -> list[BatchSlice]:
         """Take rows from the queue, up to those that finish in `left_s` seconds."""
-        most = self._profile.rows_within(left_s / MARGIN, self._max_batch_rows)
+        most = self._profile.rows_within(left_s / MARGIN, self.max_batch_rows)
         batch: list[BatchSlice] = []
         while most and (job := self._first_in_time(now, most, alone=not batch)):
             batch.append(self._taken(job, min(job.rows_left, most)))
@@ -212,8 +210,10 @@ class Batcher:
         first = self._first_in_time(now, 1, alone=True)
         if first is None:
             return []
-        # Of each waiting row its length, the number of its job, and its place among the job's rows.
         jobs = self._queue.waiting(MOST_COMPARED)
+        if len(jobs) == first.rows_left == 1:
+            return [self._taken(first, 1)]
+        # Of each waiting row its length, the number of its job, and its place among the job's rows.
         rows = [
             (length, number, place)
             for number, job in enumerate(jobs)
@@ -223,7 +223,7 @@ class Batcher:
         anchor = next(at for at, (_, number, place) in enumerate(rows) if not number and not place)
         lengths_M = np.array([length for length, _, _ in rows])
         limit_s = (first.terms.deadline - now) / MARGIN
-        window = rows[profile.best_window(lengths_M, anchor, self._max_batch_rows, limit_s)]
+        window = rows[profile.best_window(lengths_M, anchor, self.max_batch_rows, limit_s)]
         # Of each job, its next rows; one whose next row is too short for the batch waits.
         begun = {number for _, number, place in window if not place}
         counts = Counter(number for _, number, _ in window if number in begun)

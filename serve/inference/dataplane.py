@@ -20,7 +20,7 @@ from serve.inference.request_options import RequestOptions
 from serve.telemetry.metrics import Snapshot, VersionMetrics
 from train.bundle import Bundle, Predictor
 from train.bundle.manifest import Manifest
-from train.tasks import Arrays, Columns, InvalidRecord, Numbers, TensorSpec
+from train.tasks import Arrays, Columns, InvalidRecord, Numbers, TensorSpec, Texts
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Number
 from train.values import ragged
@@ -38,6 +38,8 @@ class DataPlane:
         self._images = predictor.task.features.images
         specs = predictor.task.features.inputs
         self._lists = [spec.name for spec in specs if spec.ragged]
+        encoders = predictor.task.features.encoders
+        self._texts = [encoder for encoder in encoders if isinstance(encoder, Texts)]
         self._max_pixels = config.limits.max_pixels
         self._threads = ThreadPoolExecutor(config.threads, thread_name_prefix="encode")
         self.version = version
@@ -132,6 +134,8 @@ class DataPlane:
             several = error.row is not None and len(next(iter(columns.values()))) > 1
             where = f"record {error.row}: " if several else ""
             raise BadRequest(f"{where}{error}") from error
+        for encoder in self._texts:
+            self.metrics.long_rows += encoder.count_long(rows[encoder.kind])
         if self._cache is None:
             predictions = await self.batcher.submit(rows, terms)
         else:

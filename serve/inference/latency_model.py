@@ -14,6 +14,8 @@ from train.bundle.manifest import Timing, Variant, typical_timings
 
 # A larger batch must take less than this share of the time per row to be worth the longer wait.
 WORTH = 0.97
+# Seconds that a batch costs outside the engine: to choose its rows, and to start and end it.
+BATCH_S = 0.0005
 # Weight of a new measurement in the running ratio, and the factor by which it may exceed the ratio:
 # a machine that paused for a minute is not that slow. The ratio also has a lower limit, because no
 # serving host is a hundred times as fast as the measuring host.
@@ -33,6 +35,8 @@ class LatencyModel:
         assert len(sizes) == len(seconds) > 0
         self._sizes, self._seconds = list(sizes), list(seconds)
         self.ratio = 1.0
+        # The batch size with the most rows per second; the smaller of two that are about equal.
+        self.best_rows = self._best_rows()
 
     @classmethod
     def of(cls, variant: Variant, threads: int) -> "LatencyModel":
@@ -47,9 +51,7 @@ class LatencyModel:
         chosen = sorted(timings, key=size)
         return cls([size(t) for t in chosen], [t.p50_ms / 1e3 for t in chosen])
 
-    @property
-    def best_rows(self) -> int:
-        """The batch size with the most rows per second; the smaller of two that are about equal."""
+    def _best_rows(self) -> int:
         best = 0
         for index, (size, seconds) in enumerate(zip(self._sizes, self._seconds, strict=True)):
             if seconds / size < WORTH * self._seconds[best] / self._sizes[best]:
@@ -107,11 +109,14 @@ class LengthModel(LatencyModel):
         super().__init__([t.batch_size for t in typical], [t.p50_ms / 1e3 for t in typical])
         self._cost = cost_model.fit_timings(timings)
         self._typical = timings[0].length or 1
+        self._works: dict[Length, int] = {}
 
     def work(self, length: Length = None) -> int:
-        # In microseconds on the measuring host.
-        seconds = self.measured(self.best_rows, length) / self.best_rows
-        return max(round(1e6 * seconds), 1)
+        if length not in self._works:
+            # In microseconds on the measuring host.
+            seconds = self.measured(self.best_rows, length) / self.best_rows
+            self._works[length] = max(round(1e6 * seconds), 1)
+        return self._works[length]
 
     def unit_s(self, batch: int) -> float:
         return 1e-6 * self.ratio
@@ -135,7 +140,7 @@ class LengthModel(LatencyModel):
         total = np.concatenate([[0.0], np.cumsum(works_M)])
         rows = ends - starts + 1
         seconds = self.ratio * self._cost.seconds(rows, lengths_M[ends])
-        rates = (total[ends + 1] - total[starts]) / seconds
+        rates = (total[ends + 1] - total[starts]) / (seconds + BATCH_S)
         allowed = (rows <= most_rows) & ((seconds <= limit_s) | (rows == 1))
         rates = np.where(allowed, rates, 0.0)
         enough = rates >= WORTH * rates.max()

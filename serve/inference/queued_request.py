@@ -117,6 +117,11 @@ class BatchSlice:
         """Length of the longest row; None if all have the same shape."""
         return self.job.lengths[self.stop - 1] if self.job.lengths else None
 
+    @property
+    def values(self) -> int:
+        """Sum of the rows' lengths."""
+        return sum(self.job.lengths[self.start : self.stop])
+
     def rows(self, lists: Collection[str]) -> Arrays:
         """Return the inputs of these rows, each of shape [stop - start, …].
 

@@ -84,6 +84,8 @@ class VersionMetrics:
         self.refused: Counter[str] = Counter()
         self.cache: Counter[str] = Counter()
         self.rows = 0
+        self.positions: Counter[str] = Counter()
+        self.long_rows = 0
         self.engine_s = 0.0
 
     def sealed(self, rows: int, waited_s: Iterable[float]) -> None:
@@ -93,6 +95,11 @@ class VersionMetrics:
         queue = self.stages["queue"]
         for seconds in waited_s:
             queue.observe(seconds)
+
+    def padded(self, values: int, positions: int) -> None:
+        """Count a batch of rows that differ in length: its values, and positions with padding."""
+        self.positions["values"] += values
+        self.positions["padding"] += positions - values
 
     def ran(self, handed_over_s: float, engine_s: float, requests: int) -> None:
         """Count the run of a batch, whose times count for each of its `requests` requests.
@@ -149,6 +156,16 @@ class VersionMetrics:
                 counted("reason", self.refused),
             ),
             "rows": ("counter", "Rows run by the engine.", [("_total", labels, self.rows)]),
+            "positions": (
+                "counter",
+                "Positions of texts and other lists run by the engine: with values, or padding.",
+                counted("content", self.positions),
+            ),
+            "long_rows": (
+                "counter",
+                "Rows with at least text.max_tokens tokens; further tokens were cut off.",
+                [("_total", labels, self.long_rows)],
+            ),
             "engine_seconds": (
                 "counter",
                 "Seconds for which the engine was busy.",

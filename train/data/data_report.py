@@ -14,7 +14,8 @@ import numpy as np
 from train.data.fit_notes import fit_notes, format_share, missing_shares
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TEST, TRAIN, VALID
-from train.tasks import Columns, Images, NamedTarget, Task, ValueTarget
+from train.tasks import Columns, Images, NamedTarget, Task, Texts, ValueTarget
+from train.values.ragged import lengths_of
 
 REPORT, PICTURE = "report.txt", "report.png"
 # A column that alone reaches this accuracy or R² on unseen records probably leaks the target.
@@ -40,6 +41,8 @@ class DataReport:
         # A missing image of an optional column is encoded as a black one, so black ones count.
         optional = [each for each in task.features.encoders if isinstance(each, Images)]
         self._black = {each.column: 0 for each in optional if each.optional}
+        self._texts = [each for each in task.features.encoders if isinstance(each, Texts)]
+        self._num_long = 0
         self._num_records = 0
         self._suspects = leakage_suspects(task, sample)
         self._digests: dict[int, list[np.ndarray]] = {TRAIN: [], VALID: [], TEST: []}
@@ -60,6 +63,10 @@ class DataReport:
         elif isinstance(self._task.target, NamedTarget):  # custom targets have no class counts
             self._counts = self._counts + _counted(self._task.target, targets_N)
         self._num_records += len(encoded.rows_N)
+        for encoder in self._texts:
+            lengths_N = lengths_of({encoder.kind: encoded.inputs[encoder.kind]})
+            assert lengths_N is not None
+            self._num_long += int(np.sum(lengths_N >= encoder.max_tokens))
         for name in self._black:
             images_NHWC = np.asarray(encoded.inputs[name])
             self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
@@ -80,10 +87,20 @@ class DataReport:
                 "test in train": int(np.isin(test_N, train_N).sum()),
             },
             "leakage_suspects": self._suspects,
-            "notes": self._notes,
+            "notes": [*self._notes, *self._long_texts()],
             "num_bad": self.num_bad,
             "bad": [list(item) for item in self.bad],
         }
+
+    def _long_texts(self) -> list[str]:
+        """Return a note on records whose texts may have been cut; none if there are none."""
+        if not self._num_long:
+            return []
+        share = format_share(self._num_long / self._num_records)
+        return [
+            f"texts: {self._num_long:,} records ({share}) have at least text.max_tokens "
+            f"({self._texts[0].max_tokens}) tokens; further tokens are cut off"
+        ]
 
     def _target(self) -> dict[str, Any]:
         target = self._task.target

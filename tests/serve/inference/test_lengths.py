@@ -9,9 +9,10 @@ import pytest
 
 from serve.errors import Overloaded
 from serve.inference.batcher import SHORT_S, Batcher
-from serve.inference.latency_model import WORTH, LatencyModel, LengthModel
+from serve.inference.latency_model import BATCH_S, WORTH, LatencyModel, LengthModel
 from serve.inference.queued_request import STRETCH
 from serve.inference.request_options import RequestOptions
+from serve.telemetry.metrics import VersionMetrics
 from train.bundle import cost_model
 from train.bundle.cost_model import CostModel
 from train.bundle.manifest import BATCH_SIZES, Timing, Variant
@@ -81,7 +82,7 @@ def test_a_variant_with_lengths_gets_a_model_of_both():
 def rate(lengths, start, stop):
     rows = stop - start
     useful = sum(seconds(1, length) for length in lengths[start:stop])
-    return useful / seconds(rows, lengths[stop - 1])
+    return useful / (seconds(rows, lengths[stop - 1]) + BATCH_S)
 
 
 @pytest.mark.parametrize("limit_s", [1e9, 0.3, 0.01])
@@ -157,12 +158,15 @@ LINEAR = (3 * SHORT_S, 0.0, 0.001, 0.0)
 
 def test_texts_of_about_equal_length_share_a_batch():
     async def scenario():
-        engine, batcher, first = await busy(LINEAR)
+        metrics = VersionMetrics()
+        engine, batcher, first = await busy(LINEAR, metrics=metrics)
         waiting = [ask(batcher, length) for length in (10, 200, 11, 12, 205)]
         engine.free.release(10)
         await asyncio.gather(first, *waiting)
         assert engine.batches == [[20], [10, 11, 12], [200, 205]]
         assert [shape[1] for shape in engine.shapes[1:]] == [12 + 3, 205 + 3]
+        assert metrics.positions["values"] == 20 + 10 + 11 + 12 + 200 + 205
+        assert metrics.positions["padding"] == 2 + 1 + 5
 
     asyncio.run(scenario())
 

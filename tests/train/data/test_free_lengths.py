@@ -130,6 +130,18 @@ def test_each_record_is_stored_as_it_is_encoded_alone(records):
     assert sorted(found) == expected
 
 
+def test_long_texts_are_counted_in_the_report(records):
+    whole = dataset.prepare_dataset(records, records.storage.path)
+    lengths = np.concatenate([whole.open(split)[0]["tokens"].lengths_N for split in splits.NAMES])
+    config = records.model_copy(update={"text": records.text.model_copy(update={"max_tokens": 8})})
+    cut = dataset.prepare_dataset(config, records.storage.path)
+    (note,) = (note for note in cut.summary["report"]["notes"] if "text.max_tokens" in note)
+    count = int(np.sum(lengths >= 8))
+    assert note.startswith(f"texts: {count} records ({count / 300:.1%}) have at least")
+    assert cut.open("train")[0]["tokens"].lengths_N.max() == 8
+    assert not [note for note in whole.summary["report"]["notes"] if "text.max_tokens" in note]
+
+
 def test_equal_records_are_found_whatever_they_are_encoded_with(records):
     data = dataset.prepare_dataset(records, records.storage.path)
     assert sum(data.summary["report"]["duplicates"].values()) >= 17

@@ -121,6 +121,8 @@ def test_long_texts_are_cut_and_invalid_utf8_is_refused():
     fitted = Texts(("t",), max_tokens=3).fit({"t": ["a b c d e", "a b c d e"]})
     assert (fitted.encode({"t": ["a b c d e"]})["tokens"] > 0).sum() == 3
     assert fitted.encode({"t": ["a"]})["tokens"].shape == (1, 1)
+    assert fitted.count_long(fitted.encode({"t": ["a", "a b c d", "a b c", "a b"]})["tokens"]) == 2
+    assert fitted.count_long(fitted.encode({"t": ["a", "a b"]})["tokens"]) == 0
     for nothing in ("", " ", None):
         assert fitted.encode({"t": [nothing]})["tokens"].tolist() == [[0]], "one position"
     with pytest.raises(InvalidRecord, match="not UTF-8") as caught:

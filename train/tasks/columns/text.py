@@ -100,6 +100,12 @@ class Texts:
             tokens_NL[row, : len(numbers)] += 1
         return {self.kind: tokens_NL}
 
+    def count_long(self, tokens_NL: np.ndarray) -> int:
+        """Return how many of N records have at least `max_tokens` tokens; the rest was cut off."""
+        if tokens_NL.shape[1] < self.max_tokens:
+            return 0
+        return int(np.count_nonzero(tokens_NL[:, self.max_tokens - 1]))
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         assert self.tokenizer, "fit first"
