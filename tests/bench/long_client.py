@@ -29,6 +29,7 @@ from tests.bench.peers import processes
 from tests.bench.serve_peers import say
 from tests.bench.serve_texts import NAME, VARIANT, model, seconds_alone
 
+WARMUP_S = 5
 SHORT, LONG, NUM_SHORT, REPLICAS = range(20, 61), 250, 10, 2
 
 
@@ -60,6 +61,7 @@ def main() -> None:
             environment={processes.NAME: mark},
         )
         try:
+            asyncio.run(load(*rates["beside"], WARMUP_S))
             for _ in range(options.rounds):
                 for arm, (short, long) in rates.items():
                     figures = asyncio.run(load(short, long, options.duration))
@@ -81,7 +83,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of AG News")
     parser.add_argument("--storage", default=str(REPOSITORY / "build/texts"))
-    parser.add_argument("--load", type=float, default=0.6, help="utilization of the engines")
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=0.3,
+        help="utilization of the engines by the short texts alone",
+    )
     parser.add_argument("--share", type=float, default=0.2, help="of the long texts in the load")
     parser.add_argument("--duration", type=float, default=30, help="seconds of an arm")
     parser.add_argument("--rounds", type=int, default=3)
