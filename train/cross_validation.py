@@ -15,7 +15,7 @@ from train.loop.checkpoint import TrainingState
 from train.loop.loop import Diverged, Loop
 from train.loop.parallelism import Worker
 from train.metrics import best_epoch
-from train.tasks import Arrays
+from train.values.ragged import StoredArrays, take
 
 HISTORY = "cross_validation.json"
 
@@ -62,14 +62,14 @@ class _Fold(EncodedDataset):
     part: tuple[int, int]
     seed: int
 
-    def open(self, name: str) -> tuple[Arrays, np.ndarray]:
+    def open(self, name: str) -> tuple[StoredArrays, np.ndarray]:
         inputs, targets_N = super().open("train")
         number, count = self.part
         order = batch_sampler.random_stream(self.seed, 0, "folds").permutation(len(targets_N))
         parts = np.array_split(order, count)
         held_out = parts.pop(number)
         ids = np.sort(held_out if name == "valid" else np.concatenate(parts))
-        return {key: np.array(array[ids]) for key, array in inputs.items()}, targets_N[ids]
+        return take(inputs, ids), targets_N[ids]
 
 
 def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:

@@ -15,11 +15,7 @@ from serve.offline.output import BAD, part_path, write_parquet
 from train.bundle import Bundle, Predictor
 from train.data.reading import sources
 from train.data.reading.sources import RowBlock
-from train.tasks import Arrays
-from train.values.records import concatenate, encode_valid, num_rows
-
-# Rows per call of the engine.
-RUN_ROWS = 256
+from train.values.records import encode_valid
 
 # Characters of a value that are written to the file of rejected records.
 MAX_SHOWN = 1000
@@ -80,7 +76,10 @@ class OfflinePredictor:
                         "record": json.dumps(record),
                     }
                 )
-            answers = self._run(inputs) if inputs is not None else self._nothing()
+            outputs = self._predictor.task.target.outputs
+            answers = {spec.name: spec.empty() for spec in outputs}
+            if inputs is not None:
+                answers = self._predictor.run_many(inputs)
             kept = batch.take(pa.array(kept_N)).select(self._keep)
             yield pa.table(
                 {
@@ -91,21 +90,6 @@ class OfflinePredictor:
                 }
             )
             start += batch.num_rows
-
-    def _run(self, inputs: Arrays) -> Arrays:
-        starts = range(0, num_rows(inputs), RUN_ROWS)
-        parts = [slice(start, start + RUN_ROWS) for start in starts]
-        return concatenate(
-            [
-                self._predictor.run({name: array[part] for name, array in inputs.items()})
-                for part in parts
-            ]
-        )
-
-    def _nothing(self) -> Arrays:
-        """Empty predictions, with the names, dtypes and shapes of the model's outputs."""
-        outputs = self._predictor.task.target.outputs
-        return {spec.name: np.empty((0, *spec.shape), spec.dtype) for spec in outputs}
 
 
 def _column(array: np.ndarray) -> pa.Array:

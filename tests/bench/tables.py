@@ -27,7 +27,7 @@ import numpy as np
 
 from tests.server import REPOSITORY
 from train.bundle import Bundle, Predictor
-from train.compress.scoring import run_batches
+from train.bundle.engines import run_batches
 from train.config import Config, DecisionRule
 from train.data import dataset
 from train.decision import fit_thresholds
@@ -81,7 +81,7 @@ def answers(bundle: Bundle, root: str) -> dict[str, Any]:
     with redirect_stderr(io.StringIO()):
         data = dataset.prepare_dataset(config, root, None)
     engine = Predictor.load(bundle, "fp32").engine
-    valid, test = (run_batches(engine, data.open(split)[0]) for split in ("valid", "test"))
+    valid, test = (run_batches(engine.run, data.open(split)[0]) for split in ("valid", "test"))
     truths_N = data.open("test")[1]
     before, after = (
         task.calibrated(temperature).metrics(test, truths_N, "test")

@@ -13,6 +13,8 @@ from train.bundle.bundle import Bundle, CorruptBundle
 from train.bundle.engines import Engine
 from train.bundle.manifest import rank_variants
 from train.tasks import Arrays, Columns, Record, Task
+from train.values.ragged import Ragged, StoredArrays
+from train.values.records import num_rows
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +112,20 @@ class Predictor:
         return self.task.features.encode(columns)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Return the predictions for encoded records, both arrays [N, …] by name."""
+        """Return the predictions for a batch of encoded records, both arrays [N, …] by name."""
         return self.task.target.decode(self.engine.run(inputs))
+
+    def run_many(self, inputs: Arrays) -> Arrays:
+        """Return the predictions for any number of encoded records, both [N, …] by name."""
+        if not num_rows(inputs):
+            return {spec.name: spec.empty() for spec in self.task.target.outputs}
+        lists = [spec.name for spec in self.task.features.inputs if spec.ragged]
+        stored: StoredArrays = inputs | {name: Ragged.of(inputs[name]) for name in lists}
+        return engines.run_batches(self.run, stored)
 
     def predict(self, records: Sequence[Record]) -> Arrays:
         """Return the predictions for N records, arrays [N, …] by name. Raises InvalidRecord."""
-        return self.run(self.task.features.encode_records(records))
+        return self.run_many(self.task.features.encode_records(records))
 
 
 def _compare_speed(one: Predictor, other: Predictor, rows: int) -> np.ndarray:

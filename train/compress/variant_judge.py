@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from train.bundle import engines
+from train.bundle.engines import run_batches
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.bundle.manifest import Timing, Variant
 from train.compress import benchmark, gate
 from train.compress.gate import GateVerdict, VariantComparison
 from train.compress.recipes.variant_builder import BuiltVariant, VariantSkipped
 from train.compress.recipes.variants import RECIPES
-from train.compress.scoring import run_batches
 from train.config import Config
 from train.data.dataset import EncodedDataset
 from train.tasks import Arrays
@@ -80,7 +80,7 @@ class VariantJudge:
         """
         splits = self._compared_on(trained)
         before, after = (
-            {split: run_batches(engine, self._splits[split][0]) for split in splits}
+            {split: run_batches(engine.run, self._splits[split][0]) for split in splits}
             for engine in (
                 OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores())
                 for each in (reference, path)
@@ -133,7 +133,9 @@ class VariantJudge:
         """
         kind = engines.find_engine(engine)
         fast = kind.load(made.path, num_threads=benchmark.num_cores())
-        outputs = {split: run_batches(fast, arrays) for split, (arrays, _) in self._splits.items()}
+        outputs = {
+            split: run_batches(fast.run, arrays) for split, (arrays, _) in self._splits.items()
+        }
         for each in outputs.values():
             self.check(each)
         if not self._reference:

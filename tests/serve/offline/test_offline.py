@@ -21,9 +21,11 @@ from tests.server import REPOSITORY
 from tests.serving import make_rest
 from train.bundle import Bundle, Predictor
 from train.config import validate_config
-from train.data import dataset, preprocess, splits
+from train.data import dataset, splits
 from train.data.reading import sources
 from train.training import train_bundle
+from train.values.ragged import pad
+from train.values.records import concatenate
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -99,7 +101,7 @@ class Recorder:
         return self.engine.run(inputs)
 
     def all(self):
-        return {name: np.concatenate([each[name] for each in self.given]) for name in self.given[0]}
+        return concatenate(self.given)
 
 
 @pytest.fixture
@@ -111,29 +113,23 @@ def recorded(table_bundle):
 
 @pytest.fixture(scope="module")
 def in_training(config, table_bundle) -> dict[str, np.ndarray]:
-    """The arrays that training read, in the order of the file."""
+    """The arrays that training read, in the order of the splits."""
     prepared = dataset.prepare_dataset(config, config.storage.path)
-    columns = preprocess.source_columns(prepared.task)
-    blocks = sources.open_source(sources.find_source(config.data.train), config.storage.path)
-    (part,) = splits.assign_splits(
-        config.data, {"train": blocks}, columns, class_column=prepared.task.target.column
-    )
-    rows = {name: np.flatnonzero(part.codes_N == code) for code, name in enumerate(splits.NAMES)}
-    whole: dict[str, np.ndarray] = {}
-    for name in splits.NAMES:
-        inputs, _ = prepared.open(name)
-        for key, array in inputs.items():
-            whole.setdefault(key, np.zeros((COUNT, *array.shape[1:]), array.dtype))
-            whole[key][rows[name]] = array
-    return whole
+    return concatenate([pad(prepared.open(name)[0]) for name in splits.NAMES])
 
 
 def assert_same_bytes(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Compare the records of arrays, in any order: texts are run in order of their length."""
     assert one.keys() == other.keys()
     for name, array in one.items():
         assert array.dtype == other[name].dtype
         assert array.shape == other[name].shape
-        assert array.tobytes() == other[name].tobytes()
+    assert len(one["tokens"]) == COUNT
+    records, others = (
+        sorted(b"".join(array[row].tobytes() for array in each.values()) for row in range(COUNT))
+        for each in (one, other)
+    )
+    assert records == others
 
 
 def test_options_come_from_the_command_line_alone(monkeypatch):

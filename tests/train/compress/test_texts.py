@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from train import nets
+from train.bundle import Predictor
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.recipes import export_onnx
 from train.config import Net
@@ -47,3 +48,33 @@ def test_outputs_do_not_depend_on_companions_or_padding(text_net, rng):
     for row, length in enumerate(lengths):
         alone = engine.run({"tokens": batch[row : row + 1, : max(length, 1)]})["logits"]
         np.testing.assert_allclose(alone[0], together[row], atol=1e-6)
+
+
+class Recording:
+    """An engine that notes the shapes of its batches."""
+
+    def __init__(self, engine):
+        self.engine, self.shapes = engine, []
+
+    def run(self, inputs):
+        self.shapes.append(inputs["tokens"].shape)
+        return self.engine.run(inputs)
+
+
+def test_many_records_are_run_in_order_of_length(text_net, rng):
+    _, task, engine = text_net
+    texts = [" ".join(["word1"] * length) for length in rng.integers(0, 30, 600)]
+    recording = Recording(engine)
+    predictor = Predictor(None, task, "fp32", recording)
+    found = predictor.predict([{"t": text} for text in texts])
+    assert [count for count, _ in recording.shapes] == [256, 256, 88]
+    lengths = [length for _, length in recording.shapes]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < 15
+    for row in range(0, 600, 37):
+        alone = predictor.predict([{"t": texts[row]}])
+        np.testing.assert_allclose(
+            alone["probabilities"][0], found["probabilities"][row], atol=1e-6
+        )
+        assert alone["label"][0] == found["label"][row]
+    assert len(predictor.predict([])["label"]) == 0

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import CommandFailed, UserError
 from tests.conftest import make_config
+from train.cross_validation import _Fold
 from train.data import dataset, preprocess, splits
 from train.data.split_writer import input_files
 from train.tasks import ClassTarget, Features, InvalidRecord, Task, TensorSpec
@@ -128,6 +129,15 @@ def test_each_record_is_stored_as_it_is_encoded_alone(records):
             for row in range(len(tokens))
         ]
     assert sorted(found) == expected
+
+
+def test_parts_of_cross_validation_are_not_padded(records):
+    data = dataset.prepare_dataset(records, records.storage.path)
+    whole = data.open("train")[0]["tokens"]
+    fold = _Fold(data.url, data.summary, (1, 4), 0)
+    parts = [fold.open(split)[0]["tokens"] for split in ("train", "valid")]
+    assert sum(part.lengths_N.sum() for part in parts) == whole.lengths_N.sum()
+    assert sum(map(len, parts)) == len(whole)
 
 
 def test_long_texts_are_counted_in_the_report(records):

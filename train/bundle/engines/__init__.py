@@ -4,11 +4,17 @@ A new engine is a class in a file of its own, listed in ENGINES. It is imported 
 uses it, so that a server loads only the packages that it needs. Shapes: N records of a batch.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from train.tasks import Arrays
+from train.values.ragged import StoredArrays, by_length, in_place
+from train.values.records import concatenate, num_rows
+
+# Records of a batch where there are many.
+BATCH_ROWS = 256
 
 
 class Engine(Protocol):
@@ -60,6 +66,21 @@ def find_engine(name: str) -> type[Engine]:
     module, _, kind = ENGINES[name].partition(":")
     engine: type[Engine] = getattr(import_module(module), kind)
     return engine
+
+
+def run_batches(run: Callable[[Arrays], Arrays], inputs: StoredArrays) -> Arrays:
+    """Return the outputs for any number of records, [N, …] by name, computed in batches.
+
+    run: returns the outputs of a batch, such as `Engine.run`. inputs: encoded arrays [N, …] by
+    name, N ≥ 1. Records that differ in length are batched with others of about their length.
+    """
+    count, order = num_rows(inputs), by_length(inputs)
+    parts = []
+    for start in range(0, count, BATCH_ROWS):
+        part = slice(start, start + BATCH_ROWS)
+        rows = part if order is None else order[part]
+        parts.append(run({name: array[rows] for name, array in inputs.items()}))
+    return {name: in_place(array, order) for name, array in concatenate(parts).items()}
 
 
 def engines_for(path: Path) -> list[str]:
