@@ -10,7 +10,7 @@ import pytest
 from train.bundle import Bundle, CorruptBundle, Predictor, engines
 from train.bundle import manifest as manifests
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
-from train.bundle.manifest import rank_variants
+from train.bundle.manifest import FORMAT_VERSION, rank_variants
 from train.compress.variant_judge import golden_records
 from train.data.dataset import EncodedDataset
 
@@ -246,7 +246,8 @@ def test_a_bundle_with_an_old_format_is_refused(bundle, tmp_path):
     shutil.copytree(bundle.path, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(CorruptBundle, match="has format 2; this version reads 3"):
+    words = f"has format 2; this version reads {FORMAT_VERSION}"
+    with pytest.raises(CorruptBundle, match=words):
         Bundle.load(str(copy))
 
 

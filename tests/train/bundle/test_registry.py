@@ -16,6 +16,7 @@ from tests import registry_faults
 from tests.mlflow_server import SETTINGS, FaultyProxy, mlflow_server
 from tests.registry_faults import METRIC, aliases, with_metric
 from train.bundle import publishing, registry, registry_lock
+from train.bundle.manifest import FORMAT_VERSION
 from train.bundle.mlflow_access import RegistryError, mlflow_client
 from train.bundle.registry_lock import LOCK_NAME
 
@@ -248,7 +249,9 @@ def test_a_production_version_of_an_older_format_is_replaced(bundle, tmp_path, c
     root = str(tmp_path)
     published = publish(with_metric(bundle, 0.9), root, METRIC)
     manifest = Path(registry.resolve_model(published["uri"], root)[0]) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 2'))
+    current = f'"format_version": {FORMAT_VERSION}'
+    assert current in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(current, '"format_version": 2'))
     assert publish(with_metric(bundle, 0.5), root, METRIC)["alias"] == "production"
     assert "version 1 has an older format" in capsys.readouterr().err
 
