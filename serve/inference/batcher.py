@@ -213,7 +213,7 @@ class Batcher:
         jobs = self._queue.waiting(MOST_COMPARED)
         if len(jobs) == first.rows_left == 1:
             return [self._taken(first, 1)]
-        # Of each waiting row its length, the number of its job, and its place among the job's rows.
+        # A waiting row is its length, the number of its job, and its place among the job's rows.
         rows = [
             (length, number, place)
             for number, job in enumerate(jobs)
@@ -224,7 +224,7 @@ class Batcher:
         lengths_M = np.array([length for length, _, _ in rows])
         limit_s = (first.terms.deadline - now) / MARGIN
         window = rows[profile.best_window(lengths_M, anchor, self.max_batch_rows, limit_s)]
-        # Of each job, its next rows; one whose next row is too short for the batch waits.
+        # A job gives its next rows. If the next one is too short for the batch, the job waits.
         begun = {number for _, number, place in window if not place}
         counts = Counter(number for _, number, _ in window if number in begun)
         return [self._taken(jobs[number], count) for number, count in sorted(counts.items())]
