@@ -99,9 +99,10 @@ def batch_shapes(lengths_N: np.ndarray | None) -> list[BatchShape]:
 
 
 def make_batch(inputs: StoredArrays, rows: int, length: int | None) -> Arrays:
-    """Return a batch of repeated records, [rows, …] by input name.
+    """Return a batch of repeated records: arrays of shape [rows, ...] by input name.
 
-    length: positions of each record over all ragged inputs, which share them as their values do.
+    length: positions of each record over all ragged inputs, which share them in proportion to
+        their values.
     """
     total = sum(len(array.values_T) for array in inputs.values() if isinstance(array, Ragged))
     batch = {}
