@@ -197,9 +197,7 @@ def test_a_variant_with_wrong_outputs_falls_back_to_the_next(bundle, run_by, cap
 @pytest.mark.parametrize(
     ("optimize_for", "served"), [("throughput", "fp32"), ("latency", "fp32"), ("size", None)]
 )
-def test_fp32_is_served_if_the_default_is_slower(
-    int8_bundle, run_by, caplog, optimize_for, served
-):
+def test_fp32_is_served_if_the_default_is_slower(int8_bundle, run_by, caplog, optimize_for, served):
     default = int8_bundle.manifest.default_variant
     run_by(default, Slow)
     manifest = int8_bundle.manifest.model_copy(update={"optimize_for": optimize_for})
