@@ -101,7 +101,7 @@ class Texts:
         return {self.kind: tokens_NL}
 
     def count_long(self, tokens_NL: np.ndarray) -> int:
-        """Return how many of the tokens_NL records have `max_tokens` tokens and so may be cut off."""
+        """Return how many records of tokens_NL have `max_tokens` tokens: those may be cut off."""
         if tokens_NL.shape[1] < self.max_tokens:
             return 0
         return int(np.count_nonzero(tokens_NL[:, self.max_tokens - 1]))
