@@ -163,7 +163,14 @@ def check_against_data(config: Config, data: EncodedDataset) -> None:
     if config.augment != Augment() and not images:
         raise UserError("augment is for images, and the records have none; leave augment out.")
     for each in (each for each in task.features.encoders if isinstance(each, Images)):
-        side = min(each.shape_HWC[:2])
+        kept = Augment(flip=config.augment.flip, translate=config.augment.translate)
+        if each.has_free_height and config.augment != kept:
+            raise UserError(
+                f"images of '{each.column}' differ in height, so only augment.flip and "
+                "augment.translate apply to them; leave the other options of augment out, or give "
+                f"features.{each.column}.size a height."
+            )
+        side = min(each.least_HW)
         if config.augment.translate >= side:
             raise UserError(
                 f"augment.translate is {config.augment.translate}, and images of '{each.column}' "

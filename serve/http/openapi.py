@@ -158,8 +158,9 @@ def _is_image(tensor: TensorMetadata) -> bool:
 
 
 def _png(tensor: TensorMetadata) -> str:
-    """Return a grey gradient of the input's size as a PNG in base64."""
+    """Return a grey gradient of the input's size, or a square, as a PNG in base64."""
     _, height, width, channels = tensor.shape
+    height = width if height == FREE else height
     slope_HW = np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
     image = Image.fromarray(slope_HW).convert("L" if channels == 1 else "RGB")
     buffer = io.BytesIO()

@@ -151,8 +151,11 @@ def _infer_body(
     """Return the JSON of a request and the binary data that follows it."""
     inputs, raws = [], []
     for tensor in tensors:
-        # The first dimension is the rows; other free dimensions, given as -1, become 1.
-        shape = [rows, *(max(1, size) for size in tensor["shape"][1:])]
+        # The first dimension is the rows. Other free dimensions, given as -1, become 1; the height
+        # of an image becomes its width.
+        sizes = tensor["shape"][1:]
+        free = sizes[1] if tensor["datatype"] == "UINT8" and len(sizes) == 3 else 1
+        shape = [rows, *(free if size < 0 else size for size in sizes)]
         entry = {"name": tensor["name"], "shape": shape, "datatype": tensor["datatype"]}
         if tensor["datatype"] == "UINT8":
             raws.append(draws.bytes(math.prod(shape)))

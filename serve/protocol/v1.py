@@ -15,6 +15,7 @@ from serve.protocol.tensors import flatten, from_base64
 from serve.protocol.v2 import InferRequest, boolean_parameter, check_rows, parameters_of, parse_json
 from train.bundle.manifest import Manifest, TensorMetadata
 from train.tasks import Arrays
+from train.values.ragged import FREE
 from train.values.records import flatten_record
 
 
@@ -94,7 +95,8 @@ def _value(value: Any, tensor: TensorMetadata, where: str) -> Any:
         if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
             raise BadRequest(f"{where}: an image as lists must contain only integers 0..255.")
         size = tensor.shape[1:]
-        if len(shape) != len(size) and [*shape, 1] != size:
+        expected = [shape[0] if size[0] == FREE else size[0], *size[1:]]
+        if len(shape) != len(size) and [*shape, 1] != expected:
             raise BadRequest(f"{where} has shape {shape}; expected {size}.")
         return np.array(values, np.uint8).reshape(shape)
     return value

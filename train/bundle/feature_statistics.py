@@ -140,7 +140,9 @@ Found = Iterator[tuple[str, Kind, np.ndarray, tuple[str, ...]]]
 
 def _of_inputs(encoder: Encoder, inputs: Arrays) -> Found:
     if isinstance(encoder, Images):
-        yield from _of_images(encoder.column, inputs[encoder.column])
+        images_NHWC = inputs[encoder.column]
+        heights_N = row_lengths(images_NHWC) if encoder.has_free_height else None
+        yield from _of_images(encoder.column, images_NHWC, heights_N)
     elif isinstance(encoder, Numbers):
         # Back to the units of the records, in float64.
         raw_NF = inputs[encoder.kind] * np.array(encoder.scale_F) + np.array(encoder.mean_F)
@@ -170,21 +172,39 @@ def _of_inputs(encoder: Encoder, inputs: Arrays) -> Found:
                 yield spec.name, "embedding", _embedding(array.astype(float)), ()
 
 
-def _of_images(column: str, images_NHWC: np.ndarray) -> Found:
+def _of_images(column: str, images_NHWC: np.ndarray, heights_N: np.ndarray | None) -> Found:
+    """heights_N: int64 [N] of images that differ in height; the rows below are padding."""
+    if heights_N is None:
+        found = _of_pixels(images_NHWC)
+    else:
+        # Each image by itself, without its padding.
+        each = [
+            _of_pixels(image[None, : max(height, 1)])
+            for image, height in zip(images_NHWC, heights_N.tolist(), strict=True)
+        ]
+        found = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+        found["height"] = heights_N.astype(float)
+    for name, values_N in found.items():
+        yield f"{column}.{name}", "number", values_N, ()
+
+
+def _of_pixels(images_NHWC: np.ndarray) -> dict[str, np.ndarray]:
     pixels_NHWC = images_NHWC.astype(np.float32)
     means_NC = pixels_NHWC.mean(axis=(1, 2))
     grey_NHW = pixels_NHWC @ np.array(LUMA, np.float32) if means_NC.shape[1] == 3 else pixels_NHWC
     grey_NHW = grey_NHW.reshape(pixels_NHWC.shape[:3])
-    yield f"{column}.brightness", "number", grey_NHW.mean(axis=(1, 2)), ()
-    yield f"{column}.contrast", "number", grey_NHW.std(axis=(1, 2)), ()
     # Detail: blur and compression lower it, noise raises it.
     across_N, down_N = (
         np.abs(np.diff(grey_NHW, axis=axis)).sum(axis=(1, 2)) / grey_NHW[0].size for axis in (1, 2)
     )
-    yield f"{column}.detail", "number", across_N + down_N, ()
+    found = {
+        "brightness": grey_NHW.mean(axis=(1, 2)),
+        "contrast": grey_NHW.std(axis=(1, 2)),
+        "detail": across_N + down_N,
+    }
     if means_NC.shape[1] == len(CHANNELS):
-        for channel, values_N in zip(CHANNELS, means_NC.T, strict=True):
-            yield f"{column}.{channel}", "number", values_N, ()
+        found |= dict(zip(CHANNELS, means_NC.T, strict=True))
+    return found
 
 
 def _of_predictions(task: Task, predictions: Arrays) -> Found:

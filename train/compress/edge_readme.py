@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from train.bundle import Bundle
 from train.tasks import Categories, Images, Numbers, Texts
+from train.tasks.columns.image import LEAST_HEIGHT, MOST_HEIGHTS
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.text import BETWEEN
 from train.values.ragged import FREE
@@ -63,13 +64,24 @@ class _Script:
                 height, width, channels = encoder.shape_HWC
                 mode = "L" if channels == 1 else "RGB"
                 brought = "ImageOps.fit" if encoder.crop else "Image.Image.resize"
+                pixels = f"np.asarray(image).reshape(1, {height}, {width}, {channels})"
                 self._imports.append("from PIL import Image, ImageOps")
                 self._before += [
                     'image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGBA")',
                     'white = Image.new("RGBA", image.size, "white")',
                     f'image = Image.alpha_composite(white, image).convert("{mode}")',
-                    f"image = {brought}(image, ({width}, {height}), Image.Resampling.BILINEAR)",
-                    f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels})",
+                ]
+                if encoder.has_free_height:
+                    self._before += [
+                        f"height = round(image.height * {width} / image.width)",
+                        f"height = min(max(height, {LEAST_HEIGHT}), {MOST_HEIGHTS * width})",
+                    ]
+                    # 0 is the padding of images that differ in height.
+                    pixels = f"np.maximum(np.asarray(image).reshape(1, -1, {width}, {channels}), 1)"
+                shown = "height" if encoder.has_free_height else height
+                self._before += [
+                    f"image = {brought}(image, ({width}, {shown}), Image.Resampling.BILINEAR)",
+                    f"pixels = {pixels}",
                 ]
                 self._inputs.append(f'"{encoder.column}": pixels,')
             case Numbers():

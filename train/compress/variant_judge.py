@@ -202,10 +202,13 @@ def golden_records(inputs: StoredArrays) -> Arrays:
             halves_N = -(-row_lengths(array) // 2)
             kept_NL = np.arange(array.shape[1]) < halves_N[:, None]
             kept = kept_NL.reshape(*kept_NL.shape, *[1] * (array.ndim - 2))
-            found[name] = np.concatenate([array, array * kept])
+            if array.dtype == np.uint8:  # images, whose darkest value is 1
+                found[name] = np.concatenate([array, _extremes(array, 1, 255, generator) * kept])
+            else:
+                found[name] = np.concatenate([array, array * kept])
             continue
         if array.dtype == np.uint8:
-            least, most = np.uint8(0), np.uint8(255)
+            least, most = 0, 255
         elif np.issubdtype(array.dtype, np.floating):
             values = np.array(inputs[name][:MAX_ADDED])
             known = np.where(np.isnan(values), 0, values)
@@ -213,7 +216,17 @@ def golden_records(inputs: StoredArrays) -> Arrays:
         else:
             found[name] = np.concatenate([array, array])
             continue
-        extreme = np.where(generator.random(array.shape) < 0.5, least, most)
-        extreme[:1], extreme[1:2] = least, most
-        found[name] = np.concatenate([array, extreme.astype(array.dtype)])
+        found[name] = np.concatenate([array, _extremes(array, least, most, generator)])
     return found
+
+
+def _extremes(
+    array: np.ndarray,
+    least: np.ndarray | int,
+    most: np.ndarray | int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Return an array like another one that holds only minima and maxima: all, all, a mixture."""
+    extreme = np.where(generator.random(array.shape) < 0.5, least, most)
+    extreme[:1], extreme[1:2] = least, most
+    return extreme.astype(array.dtype)

@@ -157,10 +157,11 @@ class Column(Section):
     missing: tuple[float, ...] | None = Field(
         None, description="Numbers that mean a missing value, such as -999; detected by default."
     )
-    size: tuple[Count, Count] | None = Field(
+    size: tuple[Count | None, Count] | None = Field(
         None,
         description="Height and width in pixels that images are resized to; by default the median "
-        "of the training images, with no side longer than 224.",
+        "of the training images, with no side longer than 224. With height null, each image keeps "
+        "its aspect ratio: it is resized to the width, and its height follows.",
     )
     channels: Literal[1, 3] | None = Field(
         None,
@@ -184,6 +185,8 @@ class Column(Section):
         given = {name for name, value in self if value is not None} - {"kind"}
         if wrong := sorted(given - suits):
             raise ValueError(f"option {wrong[0]} does not apply to columns of kind {self.kind}")
+        if self.crop and self.size and self.size[0] is None:
+            raise ValueError("option crop needs a height in size; give one, or leave crop out")
         return self
 
 

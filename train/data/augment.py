@@ -60,17 +60,25 @@ class Augmentation:
         """Return the stage that is active after this share of the steps, in [0, 1)."""
         return next(stage for stage in self._config.stages if share < stage.until)
 
-    def apply(self, images_BHWC: Tensor, ids_B: np.ndarray, stage: Stage = WHOLE) -> Tensor:
+    def apply(
+        self,
+        images_BHWC: Tensor,
+        ids_B: np.ndarray,
+        stage: Stage = WHOLE,
+        heights_B: np.ndarray | None = None,
+    ) -> Tensor:
         """Return the batch with each sample augmented.
 
-        images_BHWC: uint8 [B, H, W, C], 0..255. ids_B: int64 [B], sample ids. The result is uint8,
-        or float32 0..255 if `crop_area` is set; H and W shrink with the stage's crop and scale.
+        images_BHWC: uint8 [B, H, W, C], 0..255. ids_B: int64 [B], sample ids. heights_B: int64 [B]
+        if images differ in height; they are only mirrored and shifted, and stay as high as they
+        are. The result is uint8, or float32 0..255 if `crop_area` is set; H and W shrink with the
+        stage's crop and scale.
         """
         config = self._config
         if config.crop_area is not None:
             images_BHWC = _zoom(images_BHWC, self._crop_N4[ids_B], config.crop_area)
         if config.translate or stage.crop < 1 or self._flip_N is not None:
-            images_BHWC = self._cut(images_BHWC, ids_B, stage.crop)
+            images_BHWC = self._cut(images_BHWC, ids_B, stage.crop, heights_B)
         if config.cutout:
             images_BHWC = _cut_out(images_BHWC, self._cutout_N2[ids_B], config.cutout)
         if stage.scale < 1:
@@ -104,7 +112,9 @@ class Augmentation:
         mixed_BHWC = share * images_BHWC.float() + (1 - share) * others_BHWC.float()
         return MixedBatch([mixed_BHWC], targets_B, others_B, share)
 
-    def _cut(self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float) -> Tensor:
+    def _cut(
+        self, images_BHWC: Tensor, ids_B: np.ndarray, crop: float, heights_B: np.ndarray | None
+    ) -> Tensor:
         """Mirror, shift and crop. Pixels uncovered by a shift are filled by reflection."""
         device, reach = images_BHWC.device, self._config.translate
         batch, height, width, _ = images_BHWC.shape
@@ -112,7 +122,13 @@ class Augmentation:
         kept = np.maximum(np.round(sides * crop), 1).astype(int)
         starts_B2 = np.floor(self._place_N2[ids_B] * (sides - kept + 2 * reach + 1)) - reach
         starts_B2 = torch.from_numpy(starts_B2.astype(np.int64)).to(device)
-        rows_BH = _reflect(torch.arange(kept[0], device=device) + starts_B2[:, :1], height)
+        rows_H = torch.arange(kept[0], device=device)
+        if heights_B is None:
+            rows_BH = _reflect(rows_H + starts_B2[:, :1], height)
+        else:
+            heights_B1 = torch.from_numpy(heights_B).to(device)[:, None]
+            shifted_BH = _reflect(rows_H + starts_B2[:, :1], heights_B1)
+            rows_BH = torch.where(rows_H < heights_B1, shifted_BH, rows_H)
         columns_BW = torch.arange(kept[1], device=device) + starts_B2[:, 1:]
         if self._flip_N is not None:
             flip_B1 = torch.from_numpy(self._flip_N[ids_B]).to(device)[:, None]
@@ -170,6 +186,6 @@ def _box(shape: tuple[int, ...], share: float, draws: np.random.Generator) -> tu
     return slices[0], slices[1]
 
 
-def _reflect(index: Tensor, size: int) -> Tensor:
+def _reflect(index: Tensor, size: int | Tensor) -> Tensor:
     """Reflect indices outside 0..size-1 at the borders, without repeating the border pixel."""
     return (size - 1) - ((size - 1) - index.abs()).abs()

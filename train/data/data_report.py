@@ -15,7 +15,7 @@ from train.data.fit_notes import fit_notes, format_share, missing_shares
 from train.data.preprocess import EncodedBlock
 from train.data.splits import NAMES, TEST, TRAIN, VALID
 from train.tasks import Columns, Images, NamedTarget, Task, Texts, ValueTarget
-from train.values.ragged import lengths_of
+from train.values.ragged import Ragged, lengths_of
 
 REPORT, PICTURE = "report.txt", "report.png"
 # A column that alone reaches this accuracy or R² on unseen records probably leaks the target.
@@ -68,8 +68,12 @@ class DataReport:
             assert lengths_N is not None
             self._num_long += int(np.sum(lengths_N >= encoder.max_tokens))
         for name in self._black:
-            images_NHWC = np.asarray(encoded.inputs[name])
-            self._black[name] += int(np.sum(~images_NHWC.any(axis=(1, 2, 3))))
+            # The darkest value of images that differ in height is 1.
+            images = encoded.inputs[name]
+            darkest = int(isinstance(images, Ragged))
+            self._black[name] += sum(
+                bool(images[row].max() <= darkest) for row in range(len(images))
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON data; `report_text` turns it into text."""

@@ -133,9 +133,12 @@ def _on_images(encoder: Images, values: Sequence[Any] | np.ndarray) -> Iterator[
     seen = f"{min(heights)}×{min(widths)} to {max(heights)}×{max(widths)} pixels"
     colours = sum(header.has_colour for header in headers)
     height, width, channels = encoder.shape_HWC
+    size = f"{height}×{width} (height × width)"
+    if encoder.has_free_height:
+        size = f"a width of {width}, in their aspect ratio"
     yield (
         f"images '{encoder.column}': {seen}, {colours:,} of {len(headers):,} in colour; all are "
-        f"converted to {height}×{width} (height × width), {'grey' if channels == 1 else 'colour'}; "
+        f"converted to {size}, {'grey' if channels == 1 else 'colour'}; "
         f"set features.{encoder.column}.size and .channels to change that"
     )
 

@@ -16,7 +16,7 @@ from train.loop import parallelism
 from train.loop.parallelism import Worker
 from train.tasks import Task
 from train.telemetry import efficiency
-from train.values.ragged import StoredArrays, lengths_of
+from train.values.ragged import Ragged, StoredArrays, lengths_of
 from train.values.records import num_rows
 
 # Samples on which a network fits its normalisation and its whitening stem: most, fewest, and bytes
@@ -123,10 +123,11 @@ def augmented_inputs(
     inputs: of the training split, [N, …] each. ids_B: int64 [B], indices of the samples.
     """
     tensors = device_inputs(inputs, ids_B, worker.device)
-    return [
-        augmentation.apply(tensor, ids_B, stage) if name in augmentation.images else tensor
-        for name, tensor in zip(inputs, tensors, strict=True)
-    ]
+    for place, (name, stored) in enumerate(inputs.items()):
+        if name in augmentation.images:
+            heights_B = stored.lengths_N[ids_B] if isinstance(stored, Ragged) else None
+            tensors[place] = augmentation.apply(tensors[place], ids_B, stage, heights_B)
+    return tensors
 
 
 def device_inputs(inputs: StoredArrays, ids_B: np.ndarray, device: torch.device) -> list[Tensor]:

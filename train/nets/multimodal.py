@@ -105,11 +105,12 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
 
 def image_net(config: Net, images: Images, num_outputs: int, smallest_side: float) -> ConvNet:
     """Return a ConvNet that fits the images. Raises ValueError if they are too small for it."""
-    height, width, channels = images.shape_HWC
+    height, width = images.least_HW
     return ConvNet(
-        (round(height * smallest_side), round(width * smallest_side), channels),
+        (round(height * smallest_side), round(width * smallest_side), images.shape_HWC[2]),
         num_outputs,
         config.widths,
         whiten=config.whiten,
         activation=config.activation,
+        free_height=images.has_free_height,
     )

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from train.bundle.manifest import Variant
 from train.metrics import Metric, calibration_error
 from train.tasks import Arrays, ClassTarget, Task, ValueTarget
-from train.values.ragged import StoredArrays
+from train.values.ragged import Ragged, StoredArrays
 
 MAX_NAMED_CLASSES = 30
 MAX_MISTAKES = 24
@@ -78,7 +78,7 @@ def plot_predictions(
         for name in task.features.images[:1]:
             path = file("report/mistakes.png")
             confidence_N = probabilities_NK[np.arange(len(chosen_N)), chosen_N]
-            plot_mistakes(np.asarray(inputs[name]), chosen_N, confidence_N, targets, classes, path)
+            plot_mistakes(inputs[name], chosen_N, confidence_N, targets, classes, path)
     elif isinstance(target, ValueTarget):
         true_N = targets * target.scale + target.mean
         plot_values(answers["value"], true_N, target.column, file("report/values.png"))
@@ -152,7 +152,7 @@ def plot_calibration(probabilities_NK: np.ndarray, targets_N: np.ndarray, path: 
 
 
 def plot_mistakes(
-    images_NHWC: np.ndarray,
+    images_NHWC: np.ndarray | Ragged,
     predicted_N: np.ndarray,
     confidence_N: np.ndarray,
     targets_N: np.ndarray,

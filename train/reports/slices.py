@@ -211,6 +211,8 @@ def _wanted(task: Task) -> set[str]:
             names |= set(encoder.columns)
         elif isinstance(encoder, Images):
             names.add(f"{encoder.column}.brightness")
+            if encoder.has_free_height:
+                names.add(f"{encoder.column}.height")
         elif isinstance(encoder, Texts):
             names.add(f"{'+'.join(encoder.columns)}.length")
     return names

@@ -19,6 +19,7 @@ from train.tasks import (
     Texts,
     ValueTarget,
 )
+from train.tasks.columns.image import LEAST_HEIGHT, MOST_HEIGHTS
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Date
 from train.values.ragged import FREE
@@ -65,8 +66,14 @@ def limitations(manifest: Manifest, task: Task, classes: Sequence[ClassMetrics])
         if isinstance(encoder, Images):
             height, width, channels = encoder.shape_HWC
             kind = "grey" if channels == 1 else "colour"
+            size = f"{height} × {width} pixels"
+            if encoder.has_free_height:
+                size = (
+                    f"a width of {width} pixels, and a height of {LEAST_HEIGHT} to "
+                    f"{MOST_HEIGHTS * width} that keeps its aspect ratio"
+                )
             yield (
-                f"Every image ({encoder.column}) is resized to {height} × {width} pixels, {kind}; "
+                f"Every image ({encoder.column}) is resized to {size}, {kind}; "
                 "details smaller than a pixel of the resized image are lost."
             )
         elif isinstance(encoder, Texts):

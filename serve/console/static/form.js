@@ -154,17 +154,21 @@ function text(input) {
 function tensor(input) {
   const control = element("textarea", { rows: 3, spellcheck: "false", placeholder: "missing" });
   const inner = input.shape.slice(1);
+  // A free length, -1, follows from how many numbers are given.
+  const sizes = (length) => inner.map((size) => (size < 0 ? length : size));
+  const count = (length) => sizes(length).reduce((one, other) => one * other, 1);
   return {
-    input, control, node: labelled(input, control, `numbers, ${inner.join(" × ")}`),
+    input, control, node: labelled(input, control, `numbers, ${sizes("any number").join(" × ")}`),
     fill: () => {
-      const zeros = () => Array(inner.reduce((one, other) => one * other, 1)).fill(0);
+      const zeros = () => Array(count(2)).fill(0);
       const typical = input.typical?.map((value) => Number(value.toPrecision(3)));
       control.value = (typical ?? zeros()).join(" ");
     },
     tensor: () => {
       if (control.value.trim() === "") return bytesTensor(input, null);
       const data = control.value.split(/[\s,;[\]]+/).filter(Boolean).map(Number);
-      return { name: input.name, shape: [1, ...inner], datatype: input.datatype, data };
+      const shape = [1, ...sizes(Math.floor(data.length / count(1)))];
+      return { name: input.name, shape, datatype: input.datatype, data };
     },
   };
 }
@@ -173,7 +177,7 @@ function imageField(input) {
   const [, height, width, channels] = input.shape;
   const control = element("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/bmp,image/tiff" });
   const preview = element("img", { alt: "", hidden: true });
-  const help = channels ? `An image of any size; it is resized to ${width} × ${height}, ` +
+  const help = channels ? `An image of any size; it is resized to ${height < 0 ? `a width of ${width}` : `${width} × ${height}`}, ` +
     (channels === 1 ? "grey" : "colour") : "An image file";
   const node = labelled(input, control, help);
   node.append(element("p", { class: "note" }, "Choose a file, or drop one here."), preview);

@@ -13,6 +13,7 @@ from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.bundle.manifest import FORMAT_VERSION, rank_variants
 from train.compress.variant_judge import golden_records
 from train.data.dataset import EncodedDataset
+from train.values.ragged import Ragged, row_lengths
 
 
 @pytest.fixture
@@ -234,6 +235,13 @@ def test_golden_records_include_the_largest_numbers(rng):
         assert golden[name].dtype == array.dtype
     assert golden["image"][8:].min() == 0
     assert golden["image"][8:].max() == 255
+    heights_N = rng.integers(2, 9, 100)
+    values = rng.integers(50, 200, (heights_N.sum(), 4, 1), dtype=np.uint8)
+    free = Ragged(values, np.concatenate([[0], np.cumsum(heights_N)]))
+    golden_free = golden_records({"image": free})["image"]
+    np.testing.assert_array_equal(golden_free[:8], free[:8])
+    assert set(np.unique(golden_free[8:])) == {0, 1, 255}
+    np.testing.assert_array_equal(row_lengths(golden_free[8:]), -(-heights_N[:8] // 2))
     known = np.where(np.isnan(numbers), 0, numbers)
     np.testing.assert_array_equal(golden["numbers"][8:10], [known.min(0), known.max(0)])
 

@@ -7,13 +7,14 @@ import torch
 
 from tests.alone import edge_labels, run_alone
 from tests.train.tasks.test_columns import fitted
+from tests.train.tasks.test_tasks import image_bytes
 from train import nets
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
-from train.compress import export_edge
+from train.compress import edge_readme, export_edge
 from train.compress.recipes import export_onnx
 from train.config import Net
 from train.data.dataset import EncodedDataset
-from train.tasks import Task
+from train.tasks import Images, Task
 
 
 def test_the_edge_file_predicts_the_labels_of_the_bundle(bundle, trained, tmp_path):
@@ -27,14 +28,24 @@ def test_the_edge_file_predicts_the_labels_of_the_bundle(bundle, trained, tmp_pa
 
 
 def test_the_code_in_the_edge_readme_runs(bundle, tmp_path, rng):
-    from tests.train.tasks.test_tasks import image_bytes
-
     export_edge.export_edge(bundle, None, tmp_path)
     (tmp_path / "image.png").write_bytes(image_bytes(rng.integers(0, 256, (9, 9), np.uint8)))
     code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 15
     assert "probabilities" in code
     assert "0." in run_alone(code, tmp_path)
+
+
+def test_the_edge_readme_shows_how_to_resize_to_a_free_height(rng, tmp_path):
+    encoder = Images("picture", (None, 8), 3)
+    pixels = rng.integers(0, 256, (40, 16, 3), np.uint8)
+    (tmp_path / "image.png").write_bytes(image_bytes(pixels))
+    script = edge_readme._Script()
+    script.add(encoder)
+    code = "\n".join([*script._imports, *script._before, "np.save('pixels.npy', pixels)"])
+    run_alone(code, tmp_path)
+    expected = encoder.encode({"picture": [(tmp_path / "image.png").read_bytes()]})["picture"]
+    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy"), expected)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_warm_start_ends_the_same_on_2_then_1_workers(config, digits, undistur
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Config and data of texts with 0 to 60 words, of which the labels are the rarer ones."""
+    """Config of texts with 0 to 60 words, of which the labels are the rarer ones."""
     folder = tmp_path_factory.mktemp("texts")
     draws = np.random.default_rng(0)
     lines = ["text,label"]
@@ -148,7 +148,7 @@ def texts(tmp_path_factory):
         words = draws.choice(["a", "b", "c", "d", "e", "f"], draws.geometric(0.1) % 60)
         lines.append(f"{' '.join(words)},{'yes' if number % 3 else 'no'}")
     (folder / "texts.csv").write_text("\n".join(lines) + "\n")
-    config = validate_config(
+    return validate_config(
         {
             "data": {"train": str(folder / "texts.csv")},
             "features": {"text": "text"},
@@ -159,14 +159,45 @@ def texts(tmp_path_factory):
             "storage": {"path": str(folder)},
         }
     )
-    return config, dataset.prepare_dataset(config, config.storage.path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Config of pictures that keep their aspect ratio, mirrored and shifted."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draws = np.random.default_rng(0)
+    rows = [
+        {
+            "picture": image_bytes(
+                draws.integers(0, 250, (draws.integers(8, 60), 16, 3), dtype=np.uint8)
+            ),
+            "label": "yes" if number % 3 else "no",
+        }
+        for number in range(300)
+    ]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return validate_config(
+        {
+            "data": {"train": str(folder / "train.parquet")},
+            "features": {"picture": {"kind": "image", "size": [None, 16]}},
+            "target": "label",
+            "task_type": "classification",
+            "net": {"widths": [8, 12]},
+            "augment": {"flip": True, "translate": 2},
+            "optim": {"epochs": 2, "batch_size": 16},
+            "storage": {"path": str(folder)},
+        }
+    )
 
 
 @pytest.mark.slow
-def test_texts_end_the_same_on_1_worker_as_on_2_with_a_stop(texts, tmp_path):
-    config, data = texts
+@pytest.mark.parametrize("kind", ["texts", "pictures"])
+def test_free_lengths_end_the_same_on_1_worker_as_on_2(kind, request, tmp_path):
+    config = request.getfixturevalue(kind)
+    data = dataset.prepare_dataset(config, config.storage.path)
     inputs, targets_N = data.open("train")
-    assert len(set(inputs["tokens"].lengths_N)) > 20
+    (stored,) = inputs.values()
+    assert len(set(stored.lengths_N)) > 20
     run_workers(1, loop, config, data, tmp_path / "whole", tmp_path)
     (tmp_path / "notes").mkdir()
     for world_size, stop_at in ((2, 7), (1, 30), (2, None)):

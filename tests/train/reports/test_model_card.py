@@ -310,6 +310,22 @@ def test_images_are_sliced_by_quartiles_of_brightness(rng):
     assert sorted(each.figure for each in found) == pytest.approx(sorted(expected))
 
 
+def test_images_of_free_height_are_measured_without_padding(rng):
+    levels_N, heights_N = rng.integers(1, 250, 200), rng.integers(16, 32, 200)
+    pairs = zip(levels_N, heights_N, strict=True)
+    images = [np.full((height, 8, 3), level, np.uint8) for level, height in pairs]
+    labels = rng.choice(["a", "b"], 200).tolist()
+    features = Features.of({"photo": {"kind": "image", "size": (None, 8)}})
+    task = Task(features.fit({"photo": images}), ClassTarget("y").fit(labels))
+    inputs, targets_N = task.features.encode({"photo": images}), task.target.encode(labels)
+    measured = feature_statistics.measure_quantities(task, inputs, None)
+    np.testing.assert_allclose(measured["photo.brightness"].values, levels_N, rtol=1e-5)
+    np.testing.assert_allclose(measured["photo.red"].values, levels_N, rtol=1e-5)
+    np.testing.assert_array_equal(measured["photo.height"].values, heights_N)
+    found = all_slices(task, inputs, targets_N, guesses(rng, targets_N, 2))
+    assert {each.quantity for each in found} == {"photo.brightness", "photo.height"}
+
+
 def test_only_slices_worse_than_the_average_are_shown(classes, passengers, rng):
     task, inputs, targets_N, _ = classes
     # Predictions for men are wrong four times as often as for women.

@@ -14,11 +14,14 @@ from train.values.pictures import (
     read_header,
     read_pixels,
 )
+from train.values.ragged import FREE
 from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec, is_missing, with_row
 
 MODES = {1: "L", 3: "RGB"}
 # Longest side in pixels of encoded images, unless a size is given.
 MAX_SIDE = 224
+# Limits of a free height: pixels, and multiple of the width. Other images are stretched to them.
+LEAST_HEIGHT, MOST_HEIGHTS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,16 @@ class Images:
 
     column: name of the field of a record, and of the encoded array.
     size: (height, width) in pixels that every image is resized to; if None, `fit` uses the median
-    of the training images, reduced so that no side exceeds MAX_SIDE.
+    of the training images, reduced so that no side exceeds MAX_SIDE. With a height of None, images
+    keep their aspect ratio and differ in height. Their darkest value is then 1, because 0 is the
+    padding of a batch.
     channels: 1 (grey) or 3 (RGB); if None, `fit` uses 3 if any training image has colour.
     crop: crop an image to the aspect ratio of `size` before resizing, instead of stretching it.
     optional: whether a missing image is encoded as black; otherwise it is an error.
     """
 
     column: str
-    size: tuple[int, int] | None = None
+    size: tuple[int | None, int] | None = None
     channels: int | None = None
     crop: bool = False
     optional: bool = False
@@ -46,10 +51,22 @@ class Images:
 
     @property
     def shape_HWC(self) -> tuple[int, int, int]:
-        """Shape (H, W, C) of an encoded image."""
+        """Shape (H, W, C) of an encoded image; H is FREE if images differ in height."""
         assert self.size is not None, "fit first"
         assert self.channels is not None, "fit first"
-        return (*self.size, self.channels)
+        height, width = self.size
+        return (FREE if height is None else height, width, self.channels)
+
+    @property
+    def has_free_height(self) -> bool:
+        """Whether images differ in height."""
+        return self.size is not None and self.size[0] is None
+
+    @property
+    def least_HW(self) -> tuple[int, int]:
+        """Height and width of the smallest encoded images."""
+        height, width, _ = self.shape_HWC
+        return (LEAST_HEIGHT if height == FREE else height), width
 
     @property
     def fields(self) -> tuple[TensorSpec, ...]:
@@ -103,8 +120,9 @@ class Images:
     def encode(self, columns: Columns) -> Arrays:
         """Return {column: uint8 [N, H, W, C]}, RGB or grey, 0..255.
 
-        Raises InvalidRecord if a value is neither an image file nor a uint8 array, or an image has
-        more than train.values.pictures.MAX_PIXELS pixels.
+        Images of free height are padded at the bottom with 0; H is the largest height. Raises
+        InvalidRecord if a value is neither an image file nor a uint8 array, or an image has more
+        than train.values.pictures.MAX_PIXELS pixels.
         """
         values = columns[self.column]
         if (
@@ -113,15 +131,29 @@ class Images:
             and values.dtype == np.uint8
         ):
             return {self.column: values}
+        if self.has_free_height:
+            return {self.column: self._padded(values)}
         images_NHWC = np.zeros((len(values), *self.shape_HWC), np.uint8)
         for row, value in enumerate(values):
             with with_row(row):
                 images_NHWC[row] = self._encoded(value)
         return {self.column: images_NHWC}
 
-    def _encoded(self, value: Any) -> np.ndarray | int:
+    def _padded(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        images = []
+        for row, value in enumerate(values):
+            with with_row(row):
+                images.append(np.maximum(self._encoded(value), 1))
+        heights = [len(image) for image in images]
+        _, width, channels = self.shape_HWC
+        images_NHWC = np.zeros((len(images), max(heights, default=1), width, channels), np.uint8)
+        for padded, image in zip(images_NHWC, images, strict=True):
+            padded[: len(image)] = image
+        return images_NHWC
+
+    def _encoded(self, value: Any) -> np.ndarray:
         if self.optional and is_missing(value):
-            return 0
+            return np.zeros((*self.least_HW, self.shape_HWC[2]), np.uint8)
         if (
             isinstance(value, np.ndarray)
             and value.shape == self.shape_HWC
@@ -172,6 +204,9 @@ class Images:
         height, width, channels = self.shape_HWC
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
+        if height == FREE:
+            height = round(pixels.shape[0] * width / pixels.shape[1])
+            height = min(max(height, LEAST_HEIGHT), MOST_HEIGHTS * width)
         image = Image.fromarray(pixels)
         if image.mode != MODES[channels]:
             image = image.convert(MODES[channels])
@@ -179,7 +214,7 @@ class Images:
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
         elif image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.asarray(image).reshape(self.shape_HWC)
+        return np.asarray(image).reshape(height, width, channels)
 
     def to_dict(self) -> dict[str, Any]:
         return {
