@@ -17,8 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from serve.errors import DeadlineExceeded, Overloaded
 from serve.inference.admission import MARGIN, AdmissionController
 from serve.inference.fair_queue import FairQueue
@@ -221,9 +219,9 @@ class Batcher:
         ]
         rows.sort()
         anchor = next(at for at, (_, number, place) in enumerate(rows) if not number and not place)
-        lengths_M = np.array([length for length, _, _ in rows])
+        lengths = [length for length, _, _ in rows]
         limit_s = (first.terms.deadline - now) / MARGIN
-        window = rows[profile.best_window(lengths_M, anchor, self.max_batch_rows, limit_s)]
+        window = rows[profile.best_window(lengths, anchor, self.max_batch_rows, limit_s)]
         # A job gives its next rows. If the next one is too short for the batch, the job waits.
         begun = {number for _, number, place in window if not place}
         counts = Counter(number for _, number, _ in window if number in begun)

@@ -6,8 +6,7 @@ ratio of their durations is learned while serving.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 from train.bundle import cost_model
 from train.bundle.manifest import Timing, Variant, typical_timings
@@ -126,23 +125,26 @@ class LengthModel(LatencyModel):
         return float(self._cost.seconds(rows, length))
 
     def best_window(
-        self, lengths_M: np.ndarray, anchor: int, most_rows: int, limit_s: float
+        self, lengths: Sequence[int], anchor: int, most_rows: int, limit_s: float
     ) -> slice:
         """Return the rows to run together: neighbours in length, among them `anchor`.
 
         They are those with the most useful work per second, without padding; of several that are
-        about equal, those that take the least time. lengths_M: int [M], increasing. most_rows:
-        maximum number of rows. limit_s: maximum duration, unless `anchor` alone takes longer.
+        about equal, those that take the least time. lengths: of the waiting rows, increasing.
+        most_rows: maximum number of rows. limit_s: maximum duration, unless `anchor` alone takes
+        longer.
         """
-        starts = np.arange(max(anchor - most_rows + 1, 0), anchor + 1)[:, None]
-        ends = np.arange(anchor, min(anchor + most_rows, len(lengths_M)))[None]
-        works_M = self._cost.seconds(1, lengths_M)
-        total = np.concatenate([[0.0], np.cumsum(works_M)])
-        rows = ends - starts + 1
-        seconds = self.ratio * self._cost.seconds(rows, lengths_M[ends])
-        rates = (total[ends + 1] - total[starts]) / (seconds + BATCH_S)
-        allowed = (rows <= most_rows) & ((seconds <= limit_s) | (rows == 1))
-        rates = np.where(allowed, rates, 0.0)
-        enough = rates >= WORTH * rates.max()
-        start, end = np.unravel_index(np.argmin(np.where(enough, seconds, np.inf)), rates.shape)
-        return slice(int(starts[start, 0]), int(ends[0, end]) + 1)
+        # Plain numbers: for the few rows that a batch has, numpy takes several times as long.
+        alone = [self._cost.seconds(1, length) for length in lengths]
+        total = [0.0, *accumulate(alone)]
+        found = []
+        for end in range(anchor, min(anchor + most_rows, len(lengths))):
+            for start in range(max(end - most_rows + 1, 0), anchor + 1):
+                rows = end - start + 1
+                seconds = self.ratio * self._cost.seconds(rows, lengths[end])
+                if seconds <= limit_s or rows == 1:
+                    rate = (total[end + 1] - total[start]) / (seconds + BATCH_S)
+                    found.append((seconds, start, end + 1, rate))
+        enough = WORTH * max(rate for *_, rate in found)
+        _, start, stop, _ = min(each for each in found if each[-1] >= enough)
+        return slice(start, stop)

@@ -100,7 +100,7 @@ def test_the_best_window_agrees_with_an_exhaustive_search(rng, limit_s):
             or (stop - start <= most and seconds(stop - start, lengths[stop - 1]) <= limit_s)
         ]
         best = max(rate(lengths, *window) for window in allowed)
-        found = model.best_window(lengths, anchor, most, limit_s)
+        found = model.best_window(lengths.tolist(), anchor, most, limit_s)
         assert (found.start, found.stop) in allowed
         duration = seconds(found.stop - found.start, lengths[found.stop - 1])
         assert rate(lengths, found.start, found.stop) >= WORTH * best * (1 - 1e-9)
