@@ -18,8 +18,8 @@ from train.tasks import Arrays, LabelsTarget, Metric, Task, ValueTarget
 from train.values.label_lists import SEPARATOR
 from train.values.records import encode_valid
 
-# Records per call of a model.
-RUN_ROWS = 256
+# Records that are encoded at once. Of these, records of about equal length share a batch.
+ENCODE_ROWS = 1024
 # Significance level of the sign test.
 MAX_P = 0.05
 # Metrics in the unit of the target.
@@ -65,7 +65,7 @@ def compare_predictors(before: Predictor, after: Predictor, records: pa.Table) -
     Records that cannot be encoded are skipped.
     """
     task = before.task
-    batches = records.to_batches(max_chunksize=RUN_ROWS)
+    batches = records.to_batches(max_chunksize=ENCODE_ROWS)
     losses_2N = np.concatenate([_losses(before, after, batch) for batch in batches], axis=1)
     return compare_losses(losses_2N, in_numbers=isinstance(task.target, ValueTarget))
 
@@ -78,7 +78,8 @@ def _losses(before: Predictor, after: Predictor, batch: pa.RecordBatch) -> np.nd
     if inputs is None:
         return np.empty((2, 0))
     truths = batch.column(task.target.column).take(pa.array(kept_N)).to_pylist()
-    return np.stack([record_losses(task, each.run(inputs), truths) for each in (before, after)])
+    found = [record_losses(task, each.run_many(inputs), truths) for each in (before, after)]
+    return np.stack(found)
 
 
 def compare_losses(losses_2N: np.ndarray, *, in_numbers: bool) -> PairedComparison:
