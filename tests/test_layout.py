@@ -30,12 +30,15 @@ ALLOWED = {
     # Used by training and by offline inference.
     "train.data.reading": {"cluster", "train.tasks", "train.data.reading"},
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
+    # Files only, without torch.
+    "train.nets.pretrained.checkpoints": {"cluster"},
     "train.data": {
         "cluster",
         "train.tasks",
         "train.bundle",
         "train.config",
         "train.data",
+        "train.nets.pretrained.checkpoints",
         *("train.decision", "train.stats", "train.telemetry"),
     },
     "train.telemetry": {

@@ -29,7 +29,7 @@ from train.decision import fit_thresholds
 from train.loop import lr_schedule
 from train.loop.checkpoint import load_best_weights
 from train.loop.evaluate import evaluate
-from train.loop.net_setup import build_net
+from train.loop.net_setup import build_net, load_trained
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
 from train.metrics import best_epoch
@@ -81,7 +81,7 @@ def _write(
     """Fill the bundle: weights, variants, golden outputs, baseline, plots, manifest."""
     weights, history = load_best_weights(run.store(config.checkpoint.keep))
     net = build_net(config, data.task)
-    net.load_state_dict(weights)
+    load_trained(net, weights, data)
     if not config.data.train_on_valid:
         data = _fit_answers(net, data, config.decision_rule)
     task = data.task

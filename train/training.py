@@ -31,6 +31,7 @@ from train.distributed import launcher
 from train.loop.net_setup import build_net, check_custom_net
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
+from train.pretrained import attach_backbone
 from train.reports.model_card import CARD
 from train.tasks import Images
 from train.tasks.plugins import code_of_config, code_of_task, modules_of
@@ -140,7 +141,7 @@ def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, Enco
     data = dataset.prepare_dataset(config, config.storage.root, fitted)
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     check_against_data(config, data)
-    return completed, data
+    return completed, attach_backbone(config, data)
 
 
 def check_against_data(config: Config, data: EncodedDataset) -> None:

@@ -20,6 +20,7 @@ from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.metrics import Metric, best_epoch
+from train.pretrained import attach_backbone
 from train.training import check_against_data, prepare_run, print_next_steps
 from tune import objectives, report, search_space
 from tune.cli import check_study, training_config
@@ -144,7 +145,7 @@ def _finish(
         yaml.safe_dump(options, file, sort_keys=False, allow_unicode=True)
 
     begun = time.perf_counter() - trial.seconds
-    data = dataset.prepare_dataset(best, root)
+    data = attach_backbone(best, dataset.prepare_dataset(best, root))
     run = _refitted(study, best, data) if refit else Run.open(study.run_url(trial.run))
     lineage = {
         "study": study.name,

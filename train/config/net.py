@@ -17,6 +17,29 @@ class Net(Section):
         description="Custom network as package.module:Class; it replaces all other options of this "
         "section. By default the built-in network for the kinds of columns is used.",
     )
+    pretrained: str | None = Field(
+        None,
+        description="Pretrained encoder of the text columns, which replaces `text`: a folder with "
+        "config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub. "
+        "Needs halyard[text].",
+    )
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        None,
+        description="Which vectors of a pretrained encoder represent a text: the mean over its "
+        "tokens, that of the first, or that of the last; by default as the checkpoint says, else "
+        "mean.",
+    )
+    freeze: Literal["all", "none"] | Count = Field(
+        "none",
+        description="What of a pretrained encoder keeps its weights: all, none, or the embeddings "
+        "and this number of layers. Defaults to all with fewer than 2,000 records. The vectors of "
+        "a frozen encoder are computed once.",
+    )
+    checkpoint: dict[str, Any] | None = Field(
+        None,
+        description="Architecture, licence and digest of the pretrained encoder; filled in from "
+        "its files.",
+    )
     widths: list[Count] = Field(
         [64, 128, 128],
         min_length=1,

@@ -51,6 +51,20 @@ class Optim(Section):
         description="Peak learning rate of the last layer and of other weights that muon does not "
         "update, such as embeddings; used with muon only.",
     )
+    backbone_lr: float = Field(
+        3e-5,
+        gt=0,
+        le=10,
+        description="Peak learning rate of the last layer of a pretrained encoder, which AdamW "
+        "trains.",
+    )
+    layer_decay: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Factor by which each layer of a pretrained encoder learns slower than the "
+        "layer after it.",
+    )
     momentum: float = Field(
         0.6, ge=0, lt=1, description="Nesterov momentum of muon and sgd; adamw ignores it."
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,13 +24,13 @@ from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.split_writer import SplitWriter, input_files
 from train.decision import apply_options
-from train.tasks import ClassTarget, Task
+from train.tasks import ClassTarget, Task, Texts
 from train.tasks.plugins import import_object
 from train.telemetry.work_bar import WorkBar
 from train.values.ragged import Ragged, StoredArrays
 
 # Part of every digest. Increase it whenever the encoding changes, so that caches are rebuilt.
-ENCODING_VERSION = 7
+ENCODING_VERSION = 8
 
 SUMMARY = "summary.json"
 
@@ -59,6 +59,13 @@ class EncodedDataset:
         """
         return replace(self, summary=self.summary | {"task": task.to_dict()})
 
+    def embedded(self) -> Self:
+        """Return the same records with vectors of their texts in place of the tokens.
+
+        `train.pretrained` computes them for a frozen encoder.
+        """
+        return replace(self, summary=self.summary | {"embedded": True})
+
     @property
     def folder(self) -> Path:
         """The local folder of the arrays; downloaded first if the dataset is at a URL."""
@@ -79,6 +86,9 @@ class EncodedDataset:
             inputs[spec.name] = _open_array(folder, values)
             if spec.ragged:
                 inputs[spec.name] = _open_ragged(folder, values, offsets)
+        if self.summary.get("embedded"):
+            vectors = commit.fetch(self.summary["backbone"]["vectors"], last=commit.DIGESTS)
+            inputs[Texts.kind] = _open_array(vectors, f"{name}.npy")
         return inputs, _open_array(folder, f"{name}/target.npy")
 
 

@@ -88,6 +88,7 @@ class Loop:
         assert worker.world_size <= num_micro_batches
         self._config, self._worker, self._store = config, worker, store
         self._num_micro_batches, self._urgent, self._stepped = num_micro_batches, urgent, after_step
+        shards = net_setup.prepared(config, shards)
         self._task = shards.task
         self._inputs, self._targets_N = shards.open("train")
         read_at_random(self._inputs)
@@ -110,7 +111,9 @@ class Loop:
         torch.manual_seed(config.seed)
         net = build(config, self._task)
         if not distillation.load_initial_weights(net, lesson):
+            net_setup.load_backbone(net, shards)
             net_setup.fit_inputs(net, config, self._inputs)
+        net_setup.drop_backbone(net, shards)
         self._net = net_setup.place_net(net, config, worker)
         self._teacher = (
             distillation.Teacher(lesson, self._task, worker) if lesson.teacher is not None else None

@@ -3,17 +3,24 @@
 Shapes: N training records, B samples of a batch; inputs are by name, each with further axes.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cluster import commit
 from cluster.errors import error_line
 from train import nets
+from train.bundle.bundle import WEIGHTS
 from train.config import Config, Stage
 from train.data import batch_sampler
 from train.data.augment import Augmentation
+from train.data.dataset import EncodedDataset
 from train.loop import parallelism
 from train.loop.parallelism import Worker
+from train.nets.pretrained.text import PretrainedText
 from train.tasks import Task
 from train.telemetry import efficiency
 from train.values.ragged import Ragged, StoredArrays, lengths_of
@@ -31,6 +38,46 @@ def build_net(config: Config, task: Task) -> nn.Module:
     """
     smallest = min(stage.side for stage in config.augment.stages)
     return nets.create_net(config.net, task, smallest)
+
+
+def prepared(config: Config, shards: EncodedDataset) -> EncodedDataset:
+    """Return the records that the network is trained on: vectors where an encoder is frozen."""
+    return shards.embedded() if has_vectors(config, shards) else shards
+
+
+def has_vectors(config: Config, shards: EncodedDataset) -> bool:
+    """Return whether the vectors of a frozen encoder have been computed for the records."""
+    frozen = config.net.checkpoint is not None and config.net.freeze == "all"
+    return frozen and "vectors" in shards.summary.get("backbone", {})
+
+
+def load_backbone(net: nn.Module, shards: EncodedDataset) -> None:
+    """Load the weights of a pretrained encoder into a network that has one."""
+    for encoder in _encoders(net):
+        folder = commit.fetch(shards.summary["backbone"]["url"], last=commit.DIGESTS)
+        encoder.backbone.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+
+
+def drop_backbone(net: nn.Module, shards: EncodedDataset) -> None:
+    """Remove a frozen encoder whose vectors are the inputs, so that it is in no checkpoint."""
+    if shards.summary.get("embedded"):
+        for encoder in _encoders(net):
+            encoder.backbone = nn.Identity()
+
+
+def load_trained(net: nn.Module, weights: Mapping[str, Tensor], shards: EncodedDataset) -> None:
+    """Load the weights of a finished run into the run's network, frozen encoder included.
+
+    weights: by name, with the shapes of the network; those of a frozen encoder are missing.
+    """
+    if any(encoder.is_frozen for encoder in _encoders(net)):
+        load_backbone(net, shards)
+        weights = {**net.state_dict(), **weights}
+    net.load_state_dict(weights)
+
+
+def _encoders(net: nn.Module) -> list[PretrainedText]:
+    return [each for each in net.modules() if isinstance(each, PretrainedText)]
 
 
 def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: StoredArrays) -> None:

@@ -1,6 +1,8 @@
 """Optimizers, and the parameters that each of them updates."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch.optim import Optimizer
 
 from train.config import Optim
 from train.loop.parallelism import full_tensor, local_shard
+from train.nets.pretrained.text import PretrainedText
 
 # Layers whose weights Muon updates, as matrices.
 TURNING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,14 +83,41 @@ def build_optimizers(
     dtype: of the network's matrix products. Weight decay applies only to weights with two or more
     dimensions. The network's last layer, which Muon does not update, is its submodule `head`.
     """
-    params = [param for param in net.parameters() if param.requires_grad]
+    backbone, rated = _backbone_groups(config, net)
+    params = [p for p in net.parameters() if p.requires_grad and id(p) not in rated]
+    fused = any(param.is_cuda for param in params)
+    own = [torch.optim.AdamW(backbone, fused=fused)] if backbone else []
+    return own + _of_parameters(config, net, params, dtype, fused=fused)
+
+
+def _backbone_groups(config: Optim, net: nn.Module) -> tuple[list[dict[str, Any]], set[int]]:
+    """Return groups of the parameters of pretrained encoders, and the ids of these parameters.
+
+    The rate falls by `layer_decay` from layer to layer, towards the embeddings.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    encoders = [each for each in net.modules() if isinstance(each, PretrainedText)]
+    for encoder in (each for each in encoders if not each.is_frozen):
+        for param, steps in encoder.depths():
+            if param.requires_grad:
+                rate = config.backbone_lr * config.layer_decay**steps
+                groups[rate, config.weight_decay if param.ndim >= 2 else 0.0].append(param)
+    found = [
+        {"params": params, "lr": rate, "weight_decay": decay}
+        for (rate, decay), params in groups.items()
+    ]
+    return found, {id(param) for params in groups.values() for param in params}
+
+
+def _of_parameters(
+    config: Optim, net: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, *, fused: bool
+) -> list[Optimizer]:
     matrices = [param for param in params if param.ndim >= 2]
     vectors = [param for param in params if param.ndim < 2]
     groups = [
         {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
     ]
-    fused = any(param.is_cuda for param in params)
     if config.name == "sgd":
         nesterov = config.momentum > 0
         return [torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused)]

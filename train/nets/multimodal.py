@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from train.config import Net
 from train.nets.convnet import ConvNet
+from train.nets.pretrained.text import PretrainedText
 from train.nets.tabular import (
     CategoricalEmbeddings,
     MemberSigns,
@@ -19,7 +20,14 @@ from train.nets.text import BagOfWords, TransformerEncoder
 from train.tasks import Categories, Encoder, Images, Numbers, Task, Texts
 
 TEXT_HEAD_DROPOUT = 0.5
-Part = PiecewiseLinearEncoding | CategoricalEmbeddings | BagOfWords | TransformerEncoder | ConvNet
+Part = (
+    PiecewiseLinearEncoding
+    | CategoricalEmbeddings
+    | BagOfWords
+    | TransformerEncoder
+    | PretrainedText
+    | ConvNet
+)
 
 
 class MultimodalNet(nn.Module):
@@ -43,6 +51,8 @@ class MultimodalNet(nn.Module):
         if [type(each) for each in encoders] in ([BagOfWords], [TransformerEncoder]):
             # A linear layer is most accurate if a text is the only input.
             layers.append(nn.Dropout(TEXT_HEAD_DROPOUT))
+        elif [type(each) for each in encoders] == [PretrainedText]:
+            layers.append(nn.Dropout(config.dropout))
         else:
             if config.members > 1:
                 layers.append(MemberSigns(config.members, width))
@@ -56,7 +66,7 @@ class MultimodalNet(nn.Module):
     def fit_inputs(self, *inputs: Tensor) -> None:
         """Set the normalisation of each encoder from arrays [N, ...] of training records."""
         for encoder, values in zip(self.encoders, inputs, strict=True):
-            if isinstance(encoder, PiecewiseLinearEncoding | ConvNet):
+            if isinstance(encoder, PiecewiseLinearEncoding | ConvNet | PretrainedText):
                 encoder.fit_inputs(values)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -84,6 +94,12 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
     if isinstance(encoder, Categories):
         return CategoricalEmbeddings(encoder.sizes, encoder.with_missing_C)
     if isinstance(encoder, Texts):
+        if config.checkpoint is not None:
+            return PretrainedText(
+                config.checkpoint["architecture"],
+                config.pooling or config.checkpoint["pooling"],
+                config.freeze,
+            )
         if config.text == "bag_of_words":
             return BagOfWords(encoder.idf_V, config.text_width, config.text_dropout)
         if config.text_width % 4:

@@ -168,6 +168,19 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("size of variant", f"{manifest.variants[manifest.default_variant].size_bytes:,} bytes"),
         ("seed", manifest.seed),
         *((name, value) for name, value in manifest.lineage.items() if isinstance(value, str)),
+        *_pretrained(manifest.config["net"]),
+    ]
+
+
+def _pretrained(net: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return source, licence and digest of the pretrained encoder, if the network has one."""
+    known = net.get("checkpoint")
+    if known is None:
+        return []
+    return [
+        ("pretrained encoder", net["pretrained"]),
+        ("licence of the encoder", known["licence"] or "none named"),
+        ("weights of the encoder", f"SHA-256 {known['sha256']}"),
     ]
 
 

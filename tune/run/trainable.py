@@ -22,9 +22,10 @@ from train.data import batch_sampler, dataset
 from train.data.dataset import EncodedDataset
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Diverged, Loop
-from train.loop.net_setup import build_net
+from train.loop.net_setup import build_net, load_trained
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
+from train.pretrained import attach_backbone
 from train.tasks import Metric
 from train.telemetry.throughput import Event
 from tune.objectives import variant_metrics
@@ -112,7 +113,7 @@ def trial_results(plan: TrialSpec) -> Generator[dict[str, Any]]:
     config = validate_config(plan.config)
     allow_plugins(config)
     root = config.storage.root
-    data = dataset.prepare_dataset(config, root)
+    data = attach_backbone(config, dataset.prepare_dataset(config, root))
     run = _run(plan, config, data)
     rows = _here(config, data, run) if config.workers.most == 1 else _on_workers(config, data, run)
     for row in rows:
@@ -206,7 +207,7 @@ def measure_variants(
     }
     config = config.model_copy(update={"compress": Compress.model_validate(options)})
     net = build_net(config, data.task)
-    net.load_state_dict(load_best_weights(run.store(config.checkpoint.keep))[0])
+    load_trained(net, load_best_weights(run.store(config.checkpoint.keep))[0], data)
     with tempfile.TemporaryDirectory(prefix="trial-") as folder:
         made = compress(net, config, data, BundleWriter(Path(folder)), root)
     missing = [name for name in plan.variants if name not in made.variants]

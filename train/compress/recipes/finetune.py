@@ -63,8 +63,9 @@ class FineTuner:
                 "augment": self._config.augment.model_copy(update={"stages": Augment().stages}),
             }
         )
-        start = self._keep(weights)
-        return self._train(words, config, replace(self._taught(), start=start, quantized=quantized))
+        lesson = replace(self._taught(), start=self._keep(weights), quantized=quantized)
+        # The checkpoints of a run lack a frozen encoder.
+        return {**weights, **self._train(words, config, lesson)}
 
     def _taught(self) -> DistillationConfig:
         distill = self._config.compress.distill
@@ -108,6 +109,10 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
+# The options of Optim that are learning rates.
+RATES = ("lr", "vector_lr", "head_lr", "backbone_lr")
+
+
 def _with(optim: Optim, epochs: int, rate: float) -> Optim:
-    rates = {name: getattr(optim, name) * rate for name in ("lr", "vector_lr", "head_lr")}
+    rates = {name: getattr(optim, name) * rate for name in RATES}
     return optim.model_copy(update={"epochs": epochs, **rates})

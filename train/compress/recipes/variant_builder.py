@@ -245,6 +245,10 @@ class VariantBuilder:
                 "widths": [max(width // 2, 1) for width in net.widths],
                 "hidden": [max(width // 2, 1) for width in net.hidden],
                 "text_width": max(net.text_width // 8 * 4, 4),
+                # The student of a pretrained encoder is a small net of its own.
+                "pretrained": None,
+                "checkpoint": None,
+                "freeze": "none",
             }
         )
         try:

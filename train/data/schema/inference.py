@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import UserError
-from train.config import LAST, Config, validate_config
+from train.config import LAST, Config, Net, validate_config
 from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
@@ -22,6 +22,7 @@ from train.data.schema.columns import InferredColumn, infer_column
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
 from train.data.warm_start import CompletedConfig, fill_missing
+from train.nets.pretrained.checkpoints import find_checkpoint
 from train.tasks import TARGETS, InvalidRecord, ValueTarget
 from train.values.records import is_missing
 
@@ -65,7 +66,7 @@ def _inferred(config: Config) -> Config:
         raise UserError(
             f"task is '{config.task}', but features are not given; list them for a custom task."
         )
-    config = _with_split_folders(config)
+    config = _with_split_folders(_with_checkpoint(config))
     if config.features and config.task_type is not None and _is_settled(config):
         return config
     source = sources.find_source(config.data.train)
@@ -116,10 +117,37 @@ def _inferred(config: Config) -> Config:
         num_known,
         is_large=source.size_bytes > LARGE_BYTES,
         train_on_valid=config.data.train_on_valid,
+        net=config.net,
     )
     if config.checkpoint.metric is not None:  # a configured metric chooses an epoch of a single run
         suited.get("stop", {}).pop("folds", None)
     return validate_config(fill_missing(given, {**suited, **found}))
+
+
+def _with_checkpoint(config: Config) -> Config:
+    """Fill in what the files of a pretrained encoder say: architecture, tokenizer, positions."""
+    if config.net.pretrained is None or config.net.checkpoint is not None:
+        return config
+    checkpoint = find_checkpoint(config.net.pretrained)
+    if checkpoint.licence is None:
+        print(f"'{checkpoint.name}' names no licence; check it before use.", file=sys.stderr)
+    most = checkpoint.max_tokens
+    if most and config.text.max_tokens > most and "max_tokens" in config.text.model_fields_set:
+        raise UserError(
+            f"text.max_tokens is {config.text.max_tokens}, and '{checkpoint.name}' has positions "
+            f"for {most} tokens; give at most {most}."
+        )
+    given = config.model_dump(mode="json", exclude_unset=True)
+    known = {
+        "architecture": checkpoint.architecture,
+        "pooling": checkpoint.pooling,
+        "licence": checkpoint.licence,
+        "sha256": checkpoint.digest,
+    }
+    text: dict[str, Any] = {"tokenizer": str(checkpoint.tokenizer)}
+    if most:
+        text["max_tokens"] = min(config.text.max_tokens, most)
+    return validate_config(fill_missing(given, {"net": {"checkpoint": known}, "text": text}))
 
 
 def _with_split_folders(config: Config) -> Config:
@@ -146,44 +174,61 @@ def _is_settled(config: Config) -> bool:
     """Return whether the config sets all options that `suited_defaults` would fill in."""
     kinds = {feature.kind for feature in config.features.values()}
     given = config.model_dump(mode="json", exclude_unset=True)
-    suited = suited_defaults(kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid)
+    suited = suited_defaults(
+        kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid, net=config.net
+    )
     return fill_missing(given, suited) == given
 
 
 def suited_defaults(
-    kinds: set[str], num_looked_at: int, *, is_large: bool = False, train_on_valid: bool = False
+    kinds: set[str],
+    num_looked_at: int,
+    *,
+    is_large: bool = False,
+    train_on_valid: bool = False,
+    net: Net | None = None,
 ) -> dict[str, Any]:
     """Return training options for columns of these kinds; {} for images, as the defaults fit them.
 
     The epoch is chosen by validation loss, or by the loss over folds if records are few, and
     training stops early when that loss no longer falls. num_looked_at: number of records in the
-    sample, about LOOKED_AT at most. is_large: whether the source has more than LARGE_BYTES.
+    sample, about LOOKED_AT at most. is_large: whether the source has more than LARGE_BYTES. net:
+    the given options of the network.
     """
     if "image" in kinds or any(":" in kind for kind in kinds):
         return {}
     small = num_looked_at < SMALL
     optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
-    net: dict[str, Any] = {}
-    if "text" in kinds:
+    suited_net: dict[str, Any] = {}
+    folds = FOLDS if small else 0
+    if net is not None and net.pretrained is not None:
+        frozen = net.freeze == "all" if "freeze" in net.model_fields_set else small
+        suited_net = {"freeze": "all" if frozen else "none"}
+        optim |= {"lr": 0.001, "weight_decay": 0.01}
+        if frozen:
+            optim |= {"lr": 0.005, "epochs": 200 if small else 40, "schedule": "constant"}
+        else:
+            optim |= {"epochs": 10 if small else 3, "batch_size": 32, "warmup_fraction": 0.1}
+            folds = 0  # each fold would take as long as the run
+        patience = 16 if frozen else 3
+    elif "text" in kinds:
         optim |= {"lr": 0.005, "epochs": 40 if small else 6}
         patience = 16 if small else 3
     else:
         optim |= {"lr": 0.002, "weight_decay": 0.1, "schedule": "constant", "epochs": 200}
-        net = {"members": 8, "dropout": 0.2}
+        suited_net = {"members": 8, "dropout": 0.2}
         if not small:
             optim |= {"batch_size": 256, "epochs": 100}
         patience = 16
         if is_large:  # one epoch has as many steps as several epochs of a small table
             optim |= {"batch_size": 1024, "epochs": 50}
             patience = 4
-    chosen: dict[str, Any] = {
-        "stop": {"metric": LOSS, "patience": patience, "folds": FOLDS if small else 0}
-    }
+    chosen: dict[str, Any] = {"stop": {"metric": LOSS, "patience": patience, "folds": folds}}
     if train_on_valid:  # no held-out records are left to choose the epoch by
         optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}
         chosen = {"checkpoint": {"metric": LAST}}
     # bf16 would round the input numbers.
-    return {"optim": optim, "net": net, "precision": "fp32", **chosen}
+    return {"optim": optim, "net": suited_net, "precision": "fp32", **chosen}
 
 
 def _target_numbers(

@@ -33,7 +33,9 @@ class Texts:
     """Encodes text columns, one after the other, as one array of token numbers, int32 [N, L].
 
     A token number is the token's id in the vocabulary plus 1. L is the number of tokens of the
-    longest record, at least 1; shorter ones are padded with 0. A missing text has no tokens.
+    longest record, at least 1; shorter ones are padded with 0. A missing text has no tokens but
+    those that a given tokenizer adds to every text. If it adds any, the columns are encoded as one
+    text, with its last such token between them.
 
     max_tokens: further tokens of a record are cut off.
     vocabulary: maximum number of tokens if `fit` trains the tokenizer.
@@ -87,6 +89,11 @@ class Texts:
     def encode(self, columns: Columns) -> Arrays:
         """Return {"tokens": int32 [N, L]}. Raises InvalidRecord if a value is not text."""
         texts_C = [self._texts(column, columns) for column in self.columns]
+        if self._separator and len(texts_C) > 1:
+            # One text, so that the tokenizer adds the tokens of its begin and end once.
+            texts_C = [
+                [self._separator.join(filter(None, texts)) for texts in zip(*texts_C, strict=True)]
+            ]
         encoded_C = [self._tokenizer.encode_batch(texts) for texts in texts_C]
         rows = []
         for parts in zip(*encoded_C, strict=True):
@@ -123,6 +130,12 @@ class Texts:
     def _between(self) -> list[int]:
         number = self._tokenizer.token_to_id(BETWEEN)
         return [] if number is None else [number]
+
+    @cached_property
+    def _separator(self) -> str:
+        """Text between two columns, if the tokenizer marks where a text begins or ends."""
+        added = self._tokenizer.encode("").tokens
+        return f" {added[-1]} " if added else ""
 
     def _texts(self, column: str, columns: Columns) -> list[str]:
         most = self.max_tokens * MAX_TOKEN_CHARS
