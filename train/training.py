@@ -141,7 +141,8 @@ def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, Enco
     data = dataset.prepare_dataset(config, config.storage.root, fitted)
     print((data.folder / REPORT).read_text(), end="", file=sys.stderr)
     check_against_data(config, data)
-    return completed, attach_backbone(config, data)
+    # With init, the encoder is that of the bundle, which may have been trained.
+    return completed, data if config.init is not None else attach_backbone(config, data)
 
 
 def check_against_data(config: Config, data: EncodedDataset) -> None:

@@ -137,3 +137,12 @@ print(found["probabilities"].tolist())
     )
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(json.loads(done.stdout), expected["probabilities"], atol=1e-6)
+    if freeze == "none":  # a run from this bundle has its encoder, not that of the checkpoint
+        more = given.model_dump(mode="json", exclude_unset=True)
+        more |= {"init": bundle.location, "optim": {"epochs": 1}, "net": {"freeze": "all"}}
+        again = safetensors.torch.load_file(fit(validate_config(more)).path / WEIGHTS)
+        for name in start:
+            torch.testing.assert_close(
+                again[f"encoders.0.backbone.{name}"], found[f"encoders.0.backbone.{name}"]
+            )
+        assert not torch.equal(again["head.weight"], found["head.weight"])

@@ -42,13 +42,9 @@ def build_net(config: Config, task: Task) -> nn.Module:
 
 def prepared(config: Config, shards: EncodedDataset) -> EncodedDataset:
     """Return the records that the network is trained on: vectors where an encoder is frozen."""
-    return shards.embedded() if has_vectors(config, shards) else shards
-
-
-def has_vectors(config: Config, shards: EncodedDataset) -> bool:
-    """Return whether the vectors of a frozen encoder have been computed for the records."""
     frozen = config.net.checkpoint is not None and config.net.freeze == "all"
-    return frozen and "vectors" in shards.summary.get("backbone", {})
+    has_vectors = "vectors" in shards.summary.get("backbone", {})
+    return shards.embedded() if frozen and has_vectors else shards
 
 
 def load_backbone(net: nn.Module, shards: EncodedDataset) -> None:
@@ -68,9 +64,11 @@ def drop_backbone(net: nn.Module, shards: EncodedDataset) -> None:
 def load_trained(net: nn.Module, weights: Mapping[str, Tensor], shards: EncodedDataset) -> None:
     """Load the weights of a finished run into the run's network, frozen encoder included.
 
-    weights: by name, with the shapes of the network; those of a frozen encoder are missing.
+    weights: by name, with the shapes of the network. Those of a frozen encoder are missing if the
+    run was given its vectors.
     """
-    if any(encoder.is_frozen for encoder in _encoders(net)):
+    missing = net.state_dict().keys() - weights.keys()
+    if missing and "backbone" in shards.summary:
         load_backbone(net, shards)
         weights = {**net.state_dict(), **weights}
     net.load_state_dict(weights)
