@@ -17,14 +17,17 @@ from torch import nn
 
 from tests.conftest import make_config
 from tests.gloo import run_workers
+from tests.train.nets.pretrained_checkpoints import save_checkpoint
 from tests.train.tasks.test_tasks import image_bytes
 from train.bundle.bundle import WEIGHTS
 from train.config import validate_config
 from train.data import batch_sampler, dataset
+from train.data.schema import inference
 from train.loop import parallelism
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
 from train.loop.run_directory import NO_LESSON, DistillationConfig
+from train.pretrained import attach_backbone
 
 NUM_MICRO_BATCHES = 2
 
@@ -190,11 +193,23 @@ def pictures(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def pretrained(texts, tmp_path_factory):
+    """Config of the texts with a pretrained encoder, of which a layer is frozen."""
+    pytest.importorskip("transformers", reason="halyard[text] is not installed")
+    given = texts.model_dump(mode="json", exclude_unset=True)
+    given["net"] = {
+        "pretrained": str(save_checkpoint(tmp_path_factory.mktemp("checkpoint"))),
+        "freeze": 1,
+    }
+    return inference.complete_config(validate_config(given)).config
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["texts", "pictures"])
+@pytest.mark.parametrize("kind", ["texts", "pictures", "pretrained"])
 def test_free_lengths_end_the_same_on_1_worker_as_on_2(kind, request, tmp_path):
     config = request.getfixturevalue(kind)
-    data = dataset.prepare_dataset(config, config.storage.path)
+    data = attach_backbone(config, dataset.prepare_dataset(config, config.storage.path))
     inputs, targets_N = data.open("train")
     (stored,) = inputs.values()
     assert len(set(stored.lengths_N)) > 20
