@@ -40,9 +40,12 @@ FOLDS = 5
 def check_source(config: Config) -> None:
     """Check, before Ray starts, that the training source exists and has the configured columns.
 
-    Raises UserError that names the missing source or column.
+    Also that a pretrained encoder is there. Raises UserError that names the missing source, column
+    or file.
     """
     data = config.data
+    if config.net.pretrained is not None and config.net.checkpoint is None:
+        assert find_checkpoint(config.net.pretrained).tokenizer
     # With init, the columns come from the bundle.
     wanted = [config.target, *config.features, *data.drop] if config.init is None else []
     check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter, data.quotes))

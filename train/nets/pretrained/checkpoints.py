@@ -180,7 +180,7 @@ def _of_hub(name: str) -> Path:
         try:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
         except Exception as error:  # network, unknown name, missing rights
-            problem = f"the hub cannot be read: {error_line(error)}"
+            problem = f"the hub cannot be read: {error_line(error.__cause__ or error)}"
     raise UserError(
         f"net.pretrained is '{name}', which is neither a folder nor in the cache "
         f"'{constants.HF_HUB_CACHE}', and {problem}."
