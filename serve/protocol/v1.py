@@ -95,7 +95,7 @@ def _value(value: Any, tensor: TensorMetadata, where: str) -> Any:
         if not values or set(map(type, values)) != {int} or min(values) < 0 or max(values) > 255:
             raise BadRequest(f"{where}: an image as lists must contain only integers 0..255.")
         size = tensor.shape[1:]
-        expected = [shape[0] if size[0] == FREE else size[0], *size[1:]]
+        expected = [shape[0], *size[1:]] if size[:1] == [FREE] else size
         if len(shape) != len(size) and [*shape, 1] != expected:
             raise BadRequest(f"{where} has shape {shape}; expected {size}.")
         return np.array(values, np.uint8).reshape(shape)

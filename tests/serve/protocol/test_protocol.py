@@ -12,6 +12,7 @@ from PIL import Image
 
 from serve.errors import BadRequest, PayloadTooLarge
 from serve.protocol import tensors, v1, v2
+from train.bundle.manifest import Manifest, TensorMetadata
 
 PIXELS = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
 
@@ -296,3 +297,25 @@ def test_strings_in_place_of_numbers_take_no_memory(manifest):
         v2.decode(body, None, manifest, 64)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "accepted"),
+    [
+        ([-1, -1, 4, 1], np.ones((9, 4), int), True),
+        ([-1, -1, 4, 1], np.ones((9, 3), int), False),
+        ([-1, 9, 4, 1], np.ones((8, 4), int), False),
+        ([-1], np.ones(1, int), False),
+        ([-1], np.ones((1, 2), int), False),
+    ],
+)
+def test_lists_fit_fields_of_bytes_of_any_shape(shape, value, accepted):
+    field = TensorMetadata(name="x", datatype="UINT8", shape=shape)
+    model = Manifest.model_construct(name="m", inputs=[field])
+    body = orjson.dumps({"instances": [{"x": value.tolist()}]})
+    if accepted:
+        (found,) = v1.decode(body, model, 4).columns["x"]
+        np.testing.assert_array_equal(found, value)
+        return
+    with pytest.raises(BadRequest, match="has shape"):
+        v1.decode(body, model, 4)

@@ -45,7 +45,7 @@ def check_source(config: Config) -> None:
     """
     data = config.data
     if config.net.pretrained is not None and config.net.checkpoint is None:
-        assert find_checkpoint(config.net.pretrained).tokenizer
+        find_checkpoint(config.net.pretrained)
     # With init, the columns come from the bundle.
     wanted = [config.target, *config.features, *data.drop] if config.init is None else []
     check_names(data.train, wanted, CsvOptions(data.encoding, data.delimiter, data.quotes))

@@ -96,8 +96,10 @@ class PretrainedCheckpoint:
             # The index names files of its own folder only.
             paths = [self.folder / Path(str(name)).name for name in names]
             missing = [path.name for path in paths if not path.is_file()]
-            if missing or not paths:
-                raise self._refused(f"'{SHARDS}' names {missing[0] if missing else 'no'} files")
+            if missing:
+                raise self._refused(f"'{SHARDS}' names '{missing[0]}', which is not there")
+            if not paths:
+                raise self._refused(f"'{SHARDS}' names no files")
             return paths
         pickles = [path.name for kind in PICKLES for path in sorted(self.folder.glob(kind))]
         if pickles:
@@ -117,9 +119,9 @@ class PretrainedCheckpoint:
         found = front and re.search(r"^license:\s*(\S.*?)\s*$", front[1], re.MULTILINE)
         return found[1].strip("'\"") if found else None
 
-    def describe(self) -> dict[str, Any]:
-        """Return source, licence and digest, for manifest and card."""
-        return {"source": self.name, "licence": self.licence, "sha256": self.digest}
+    def check(self) -> None:
+        """Raise UserError if a file is missing or cannot be read."""
+        _ = self.architecture, self.weights, self.tokenizer
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -153,9 +155,7 @@ def find_checkpoint(name: str) -> PretrainedCheckpoint:
         )
     else:
         checkpoint = PretrainedCheckpoint(name, _of_hub(name))
-    # Read what can be wrong now, before anything is computed.
-    assert checkpoint.architecture
-    assert checkpoint.weights
+    checkpoint.check()
     return checkpoint
 
 
