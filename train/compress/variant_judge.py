@@ -50,6 +50,8 @@ class VariantJudge:
         self._splits = {name: shards.open(name) for name in ("valid", "test")}
         # Outputs of fp32 by split, set when fp32 is evaluated.
         self._reference: dict[str, Arrays] = {}
+        # Outputs of files that versions of a variant are compared with while it is made.
+        self._compared_with: dict[Path, dict[str, Arrays]] = {}
         test = self._splits["test"][0]
         self.golden_inputs = golden_records(test)
         # Where records differ in length, their lengths decide which sizes are measured.
@@ -79,16 +81,19 @@ class VariantJudge:
         trained: whether the variant was trained on records that fp32 was not trained on.
         """
         splits = self._compared_on(trained)
-        before, after = (
-            {split: run_batches(engine.run, self._splits[split][0]) for split in splits}
-            for engine in (
-                OnnxRuntimeEngine.load(each, num_threads=benchmark.num_cores())
-                for each in (reference, path)
-            )
-        )
+        known = self._compared_with.setdefault(reference, {})
+        for split in splits:
+            if split not in known:  # the same for each version of the variant that is tried
+                known[split] = self._outputs_of(reference, split)
+        before = {split: known[split] for split in splits}
+        after = {split: self._outputs_of(path, split) for split in splits}
         # Acceptance depends on the interval only if compress.strict is set.
         comparison = self._compare(before, after, splits, interval=self._config.strict)
         return self._verdict(comparison, same_net=True).verdict == "accepted"
+
+    def _outputs_of(self, path: Path, split: str) -> Arrays:
+        engine = OnnxRuntimeEngine.load(path, num_threads=benchmark.num_cores())
+        return run_batches(engine.run, self._splits[split][0])
 
     def _compared_on(self, trained: bool) -> list[str]:
         """Return the splits to compare on. trained: whether the variant was fine-tuned."""

@@ -248,7 +248,9 @@ class VariantBuilder:
                 # The student of a pretrained encoder is a small net of its own.
                 "pretrained": None,
                 "checkpoint": None,
+                "pooling": None,
                 "freeze": "none",
+                "lora": None,
             }
         )
         try:
