@@ -3,14 +3,16 @@
     .venv/bin/python tests/bench/few_labels.py --data FOLDER --pretrained FOLDER_OR_NAME
 
 FOLDER has train.csv and test.csv of AG News. For each number of labels and each draw of them, the
-same records are given to `fit` with the encoder frozen, with the encoder trained, and without it,
-and to scikit-learn: logistic regression on the frozen vectors, and on TF-IDF. Prints a line per run
+same records are trained on with the encoder frozen, with adapters, with the whole encoder
+trained, and without it, and by scikit-learn: logistic regression on the frozen vectors, and on
+TF-IDF. Prints a line per run
 and then a table of means over the draws.
 """
 
 import argparse
 import csv
 import json
+import os
 import sys
 import tempfile
 import time
@@ -27,13 +29,23 @@ sys.path[0] = str(REPOSITORY)
 
 import torch
 
-from train import fit
 from train.config import validate_config
-from train.nets.pretrained.checkpoints import find_checkpoint
-from train.nets.pretrained.text import PretrainedText, read_weights
+from train.loop.checkpoint import load_best_weights
+from train.loop.evaluate import evaluate
+from train.loop.net_setup import build_net, load_trained
+from train.loop.parallelism import Worker
+from train.nets.pretrained.backbones import read_weights
+from train.nets.pretrained.hub import find_checkpoint
+from train.nets.pretrained.text import PretrainedText
 from train.tasks import Texts
+from train.training import TrainedRun, train_run
 
-NETS: dict[str, dict[str, Any]] = {"scratch": {}, "frozen": {"freeze": "all"}, "full": {}}
+NETS: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "frozen": {"freeze": "all"},
+    "lora": {"lora": {}},
+    "full": {},
+}
 BATCH = 64
 
 
@@ -117,7 +129,7 @@ def of_fit(
         net = NETS[method]
         if method != "scratch":
             net = {"pretrained": pretrained, "freeze": "none", **net}
-        bundle = fit(
+        trained = train_run(
             validate_config(
                 {
                     "name": "news",
@@ -125,14 +137,23 @@ def of_fit(
                     "target": "label",
                     "features": {"text": "text"},
                     "net": net,
-                    "workers": {"num": 1},
+                    "workers": {"num": 1, "cpus": os.cpu_count()},
                     "storage": {"path": f"{folder}/runs"},
-                    "registry": {"enabled": False},
-                    "compress": {"variants": ["int8_dynamic"], "measure_seconds": 0.2},
                 }
             )
         )
-        return float(bundle.manifest.metrics["test_accuracy"])
+        return test_accuracy(trained)
+
+
+def test_accuracy(trained: TrainedRun) -> float:
+    config, data = trained.config, trained.data
+    weights, _ = load_best_weights(trained.run.store(config.checkpoint.keep))
+    net = build_net(config, data.task)
+    load_trained(net, weights, data)
+    inputs, targets = data.open("test")
+    outputs = evaluate(net.eval(), inputs, Worker(0, 1, torch.device("cpu")))
+    assert outputs is not None
+    return data.task.metrics(outputs, targets, "test")["test_accuracy"]
 
 
 class Vectors:
@@ -144,7 +165,7 @@ class Vectors:
         tokenizer = checkpoint.tokenizer.read_text()
         self._texts = Texts(("text",), most, tokenizer=tokenizer).fit({"text": ["a"]})
         self._encoder = PretrainedText(checkpoint.architecture, checkpoint.pooling, "all").eval()
-        self._encoder.backbone.load_state_dict(read_weights(checkpoint))
+        self._encoder.load_backbone(read_weights(checkpoint))
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, texts: list[str]) -> np.ndarray:
