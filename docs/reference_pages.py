@@ -25,6 +25,7 @@ import serve.offline.__main__ as offline_command
 import serve.retrain.__main__ as retrain_command
 import serve.security
 import train.compress.__main__ as compress_command
+import train.pretrained.__main__ as pretrained_command
 import tune.report
 from serve.config import GatewayConfig, ServeConfig
 from serve.telemetry.metrics import PREFIX
@@ -84,6 +85,11 @@ COMMANDS = (
         "python -m train.compress export",
         "train/compress/__main__.py",
         compress_command.ExportOptions,
+    ),
+    Command(
+        "python -m train.pretrained",
+        "train/pretrained/__main__.py",
+        pretrained_command.ConvertOptions,
     ),
     Command(
         "python tune/main.py",

@@ -1,6 +1,7 @@
 """Shared fixtures: data that trains in seconds, and one bundle that is trained on it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from train.data.dataset import EncodedDataset
 from train.tasks import Record
 
 connect.set_ray_environment()
+# No test depends on encoders that happen to be on this machine.
+os.environ["HALYARD_PRETRAINED"] = ""
 
 CONFIG: dict[str, Any] = {
     "name": "digits",

@@ -32,13 +32,14 @@ ALLOWED = {
     "train.nets": {"cluster", "train.tasks", "train.bundle", "train.config", "train.nets"},
     # Files only, without torch.
     "train.nets.pretrained.checkpoints": {"cluster"},
+    "train.nets.pretrained.hub": {"cluster", "train.nets.pretrained.checkpoints"},
     "train.data": {
         "cluster",
         "train.tasks",
         "train.bundle",
         "train.config",
         "train.data",
-        "train.nets.pretrained.checkpoints",
+        *("train.nets.pretrained.checkpoints", "train.nets.pretrained.hub"),
         *("train.decision", "train.stats", "train.telemetry"),
     },
     "train.telemetry": {

@@ -43,7 +43,7 @@ def _choose_epochs(config: Config, data: EncodedDataset) -> tuple[int, list[dict
     worker = Worker(0, 1, torch.device("cpu"))
     loops = [
         Loop(alone, fold, worker, _NoCheckpoints(), num_micro_batches=1)  # type: ignore[arg-type]
-        for fold in _folds(config, data)
+        for fold in folds_of(config, data)
     ]
     rows: list[dict[str, float]] = []
     for _ in zip(*(loop.epochs() for loop in loops), strict=True):
@@ -72,7 +72,11 @@ class _Fold(EncodedDataset):
         return take(inputs, ids), targets_N[ids]
 
 
-def _folds(config: Config, data: EncodedDataset) -> Iterator[_Fold]:
+def folds_of(config: Config, data: EncodedDataset) -> Iterator[EncodedDataset]:
+    """Yield the training records once for each fold, which is the validation split.
+
+    The folds of the same records are the same however they are encoded.
+    """
     # At most one part per record, so that no part is empty.
     count = min(config.stop.folds, data.summary["splits"]["train"]["num_records"])
     for number in range(count):

@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
         imported.result()
     from train.bundle import publishing
-    from train.training import train_and_register
+    from train.training import complete, train_and_register
 
-    completed = inference.complete_config(config)
+    completed = complete(config)
     if save_to:
         cli.save_config(completed.config, save_to)
     bundle, published = train_and_register(completed)

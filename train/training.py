@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,7 +32,8 @@ from train.distributed import launcher
 from train.loop.net_setup import build_net, check_custom_net
 from train.loop.run_directory import LEAST_SAMPLES, DistillationConfig, Run
 from train.nets.losses import target_loss
-from train.pretrained import attach_backbone
+from train.pretrained.backbone import attach_backbone
+from train.pretrained.proposal import propose_net
 from train.reports.model_card import CARD
 from train.tasks import Images
 from train.tasks.plugins import code_of_config, code_of_task, modules_of
@@ -56,8 +58,13 @@ def fit(
     if isinstance(config, Config):
         inference.check_source(config)
         connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
-        config = inference.complete_config(allow_code(config))
+        config = complete(allow_code(config))
     return train_and_register(config, observe)[0]
+
+
+def complete(config: Config) -> CompletedConfig:
+    """Return the config with all options filled in. Raises UserError as `propose_net` does."""
+    return propose_net(config, inference.complete_config(config))
 
 
 def train_and_register(
@@ -107,6 +114,24 @@ def train_bundle(
     another thread. Raises UserError for unusable data or options, CommandFailed if training fails.
     """
     started = time.perf_counter()
+    trained = train_run(config, observe)
+    return build_bundle(trained.config, trained.data, trained.run, started, lineage=trained.lineage)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run, and the origin of its network and initial weights, if there is one."""
+
+    config: Config
+    data: EncodedDataset
+    run: Run
+    lineage: dict[str, Any]
+
+
+def train_run(
+    config: Config | CompletedConfig, observe: Callable[[Event], None] = lambda event: None
+) -> TrainedRun:
+    """Train a model without compressing it, with arguments and errors as of `train_bundle`."""
     completed, data = prepare_run(config)
     config, origin = completed.config, completed.init_bundle
     runs = storage.join_path(config.storage.root, "train")
@@ -119,9 +144,10 @@ def train_bundle(
         run.write(HISTORY, found)
     if origin is None:
         launcher.train(config, run, data, observe=observe)
-        return build_bundle(config, data, run, started)
+        choice = {} if completed.choice is None else {"chosen net": completed.choice}
+        return TrainedRun(config, data, run, choice)
     launcher.train(config, run, data, observe=observe, lesson=_begun(run, origin))
-    return build_bundle(config, data, run, started, lineage=build_lineage(config.init, origin))
+    return TrainedRun(config, data, run, build_lineage(config.init, origin))
 
 
 def prepare_run(config: Config | CompletedConfig) -> tuple[CompletedConfig, EncodedDataset]:

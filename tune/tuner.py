@@ -20,7 +20,7 @@ from train.data.dataset import EncodedDataset
 from train.distributed import launcher
 from train.loop.run_directory import Run
 from train.metrics import Metric, best_epoch
-from train.pretrained import attach_backbone
+from train.pretrained.backbone import attach_backbone
 from train.training import check_against_data, prepare_run, print_next_steps
 from tune import objectives, report, search_space
 from tune.cli import check_study, training_config

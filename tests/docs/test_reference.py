@@ -23,7 +23,11 @@ FILE_TYPES = ("csv", "json", "md", "onnx", "py", "yaml")
 # Functions that have the name of a section.
 FUNCTIONS = {"tune.tune"}
 # Commands that the project runs itself.
-INTERNAL = {"cluster/ingress/haproxy_config.py", "serve/replica/json_process.py"}
+INTERNAL = {
+    "cluster/ingress/haproxy_config.py",
+    "serve/replica/json_process.py",
+    "train/pretrained/unpickle.py",
+}
 # Ends of a histogram's time series, and patterns such as halyard_*.
 SERIES = ("_bucket", "_count", "_sum")
 

@@ -141,7 +141,7 @@ class Compress(Section):
         gt=0,
         le=3600,
         description="Seconds spent on measuring latencies: no round starts later, but at least "
-        "five rounds are run. Raise it on a busy machine.",
+        "five rounds are run, two of batches that take over 0.2 s. Raise it on a busy machine.",
     )
     prune: Prune = Field(Prune(), description="Used by the variants pruned and pruned_int8.")
     distill: Distill = Field(

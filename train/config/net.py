@@ -1,12 +1,30 @@
 """Options of the network architecture."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field, model_validator
 
 from train.config.section import Count, Section
+
+
+class Lora(Section):
+    """Options of low-rank adapters (LoRA) of a pretrained encoder."""
+
+    rank: int = Field(
+        8, ge=1, le=1024, description="Rank of the adapters: more can learn more, and overfit more."
+    )
+    alpha: float = Field(
+        16,
+        gt=0,
+        le=10_000,
+        description="Scale of the adapters; they are multiplied by alpha / rank.",
+    )
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the encoder's layers that are adapted, such as [query, value]; by "
+        "default all linear layers.",
+    )
 
 
 class Net(Section):
@@ -19,21 +37,27 @@ class Net(Section):
     )
     pretrained: str | None = Field(
         None,
-        description="Pretrained encoder of the text columns, which replaces `text`: a folder with "
-        "config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub. "
-        "Needs halyard[text].",
+        description="Pretrained encoder of the text columns or of the image columns, which "
+        "replaces that trained from scratch: a folder with config.json, model.safetensors and "
+        "tokenizer.json or preprocessor_config.json, or a name on the Hugging Face hub. Needs "
+        "halyard[text] or halyard[vision].",
     )
     pooling: Literal["mean", "cls", "last"] | None = Field(
         None,
         description="Which vectors of a pretrained encoder represent a text: the mean over its "
         "tokens, that of the first, or that of the last; by default as the checkpoint says, else "
-        "mean.",
+        "mean. Not for images.",
     )
     freeze: Literal["all", "none"] | Count = Field(
         "none",
         description="What of a pretrained encoder keeps its weights: all, none, or the embeddings "
         "and this number of layers. Defaults to all with fewer than 2,000 records. The vectors of "
-        "a frozen encoder are computed once.",
+        "a frozen encoder are computed once, unless images are augmented.",
+    )
+    lora: Lora | None = Field(
+        None,
+        description="Train low-rank adapters of a pretrained encoder instead of its weights; {} "
+        "uses the defaults. They are merged into the weights before export. Needs halyard[lora].",
     )
     checkpoint: dict[str, Any] | None = Field(
         None,
@@ -100,6 +124,20 @@ class Net(Section):
         description="Start the image network with a fixed convolution that whitens 2×2 patches; "
         "with false that convolution is trained.",
     )
+
+    @model_validator(mode="after")
+    def _only_with_pretrained(self) -> Self:
+        """Reject options of a pretrained encoder that there is none for, or that contradict."""
+        given = {"pooling": self.pooling, "lora": self.lora}
+        for name, value in given.items():
+            if value is not None and self.pretrained is None:
+                raise ValueError(f"option {name} needs a pretrained encoder; give net.pretrained")
+        if self.lora is not None and self.freeze != "none":
+            raise ValueError(
+                f"option freeze is {self.freeze}, but lora trains adapters of all layers and keeps "
+                "all weights; leave freeze out"
+            )
+        return self
 
 
 def class_path_alone(value: Any) -> Any:

@@ -35,6 +35,8 @@ def describe_error(error: ValidationError, model: type[BaseModel]) -> str:
     if not where:  # an error of a model validator concerns several options
         return f"{message}."
     message = message[0].lower() + message[1:]
+    if isinstance(first["input"], Mapping):  # a whole section, of which the message names options
+        return f"section '{where}': {message}."
     return f"option '{where}' is {first['input']!r}; {message}."
 
 

@@ -24,7 +24,7 @@ from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.split_writer import SplitWriter, input_files
 from train.decision import apply_options
-from train.tasks import ClassTarget, Task, Texts
+from train.tasks import ClassTarget, Task
 from train.tasks.plugins import import_object
 from train.telemetry.work_bar import WorkBar
 from train.values.ragged import Ragged, StoredArrays
@@ -60,7 +60,7 @@ class EncodedDataset:
         return replace(self, summary=self.summary | {"task": task.to_dict()})
 
     def embedded(self) -> Self:
-        """Return the same records with vectors of their texts in place of the tokens.
+        """Return the same records with vectors in place of texts or images.
 
         `train.pretrained` computes them for a frozen encoder.
         """
@@ -88,8 +88,16 @@ class EncodedDataset:
                 inputs[spec.name] = _open_ragged(folder, values, offsets)
         if self.summary.get("embedded"):
             vectors = commit.fetch(self.summary["backbone"]["vectors"], last=commit.DIGESTS)
-            inputs[Texts.kind] = _open_array(vectors, f"{name}.npy")
+            for spec in self.task.features.inputs:
+                if (vectors / (file := vectors_file(self.task, name, spec.name))).exists():
+                    inputs[spec.name] = _open_array(vectors, file)
         return inputs, _open_array(folder, f"{name}/target.npy")
+
+
+def vectors_file(task: Task, split: str, name: str) -> str:
+    """Return the name of the file with the vectors of an input of a split."""
+    number = [spec.name for spec in task.features.inputs].index(name)
+    return f"{split}-{number}.npy"
 
 
 @cache

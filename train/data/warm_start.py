@@ -15,10 +15,14 @@ OF_THE_TASK = ("target", "task_type", "features", "task", "text")
 
 @dataclass(frozen=True)
 class CompletedConfig:
-    """A run's config with all options filled in, and the bundle that it starts from, if any."""
+    """A run's config with all options filled in, and the bundle that it starts from, if any.
+
+    choice: why its network was chosen, if networks were compared.
+    """
 
     config: Config
     init_bundle: Bundle | None = None
+    choice: str | None = None
 
 
 def inherit_options(config: Config) -> tuple[Config, Bundle]:

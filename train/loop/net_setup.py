@@ -20,7 +20,7 @@ from train.data.augment import Augmentation
 from train.data.dataset import EncodedDataset
 from train.loop import parallelism
 from train.loop.parallelism import Worker
-from train.nets.pretrained.text import PretrainedText
+from train.nets.pretrained.encoder import PretrainedEncoder
 from train.tasks import Task
 from train.telemetry import efficiency
 from train.values.ragged import Ragged, StoredArrays, lengths_of
@@ -51,7 +51,7 @@ def load_backbone(net: nn.Module, shards: EncodedDataset) -> None:
     """Load the weights of a pretrained encoder into a network that has one."""
     for encoder in _encoders(net):
         folder = commit.fetch(shards.summary["backbone"]["url"], last=commit.DIGESTS)
-        encoder.backbone.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+        encoder.load_backbone(safetensors.torch.load_file(folder / WEIGHTS))
 
 
 def drop_backbone(net: nn.Module, shards: EncodedDataset) -> None:
@@ -74,8 +74,8 @@ def load_trained(net: nn.Module, weights: Mapping[str, Tensor], shards: EncodedD
     net.load_state_dict(weights)
 
 
-def _encoders(net: nn.Module) -> list[PretrainedText]:
-    return [each for each in net.modules() if isinstance(each, PretrainedText)]
+def _encoders(net: nn.Module) -> list[PretrainedEncoder]:
+    return [each for each in net.modules() if isinstance(each, PretrainedEncoder)]
 
 
 def check_custom_net(net: nn.Module, config: Config, task: Task, inputs: StoredArrays) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from train.config import Optim
 from train.loop.parallelism import full_tensor, local_shard
-from train.nets.pretrained.text import PretrainedText
+from train.nets.pretrained.encoder import PretrainedEncoder
 
 # Layers whose weights Muon updates, as matrices.
 TURNING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,7 +96,7 @@ def _backbone_groups(config: Optim, net: nn.Module) -> tuple[list[dict[str, Any]
     The rate falls by `layer_decay` from layer to layer, towards the embeddings.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    encoders = [each for each in net.modules() if isinstance(each, PretrainedText)]
+    encoders = [each for each in net.modules() if isinstance(each, PretrainedEncoder)]
     for encoder in (each for each in encoders if not each.is_frozen):
         for param, steps in encoder.depths():
             if param.requires_grad:

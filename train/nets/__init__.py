@@ -19,7 +19,8 @@ __all__ = ["ConvNet", "create_net", "folded_net", "resize_net"]
 def create_net(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module:
     """Return a network for a task with initial weights.
 
-    It is a ConvNet if the only input is an image, and a MultimodalNet otherwise. A custom class,
+    It is a ConvNet if the only input is an image and no pretrained encoder is given, and a
+    MultimodalNet otherwise. A custom class,
     `config.class_path`, is constructed with the task. Its `forward` receives the task's arrays in
     their order and returns outputs [B, K]. It may define `fit_inputs` and `folded`; a last layer
     named `head` is trained with the learning rate `optim.head_lr`.
@@ -35,7 +36,7 @@ def create_net(config: Net, task: Task, smallest_side: float = 1.0) -> nn.Module
             )
         return custom
     match task.features.encoders:
-        case [Images() as images]:
+        case [Images() as images] if config.checkpoint is None:
             return image_net(config, images, task.target.num_outputs, smallest_side)
         case _:
             return MultimodalNet(config, task, smallest_side)

@@ -4,11 +4,16 @@ Shapes: N records of a sample, B batch, D sum of the encoders' widths, M ensembl
 K outputs.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from train.config import Net
 from train.nets.convnet import ConvNet
+from train.nets.pretrained.encoder import PretrainedEncoder
+from train.nets.pretrained.image import PretrainedImage
 from train.nets.pretrained.text import PretrainedText
 from train.nets.tabular import (
     CategoricalEmbeddings,
@@ -25,7 +30,7 @@ Part = (
     | CategoricalEmbeddings
     | BagOfWords
     | TransformerEncoder
-    | PretrainedText
+    | PretrainedEncoder
     | ConvNet
 )
 
@@ -51,7 +56,7 @@ class MultimodalNet(nn.Module):
         if [type(each) for each in encoders] in ([BagOfWords], [TransformerEncoder]):
             # A linear layer is most accurate if a text is the only input.
             layers.append(nn.Dropout(TEXT_HEAD_DROPOUT))
-        elif [type(each) for each in encoders] == [PretrainedText]:
+        elif [type(each) for each in encoders] in ([PretrainedText], [PretrainedImage]):
             layers.append(nn.Dropout(config.dropout))
         else:
             if config.members > 1:
@@ -61,12 +66,16 @@ class MultimodalNet(nn.Module):
                 width = hidden
         self.hidden = nn.Sequential(*layers)
         self.head = nn.Linear(width, task.target.num_outputs)
+        if config.checkpoint is not None:
+            # With few records, random initial weights would stay a part of the result.
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         self._target = task.target
 
     def fit_inputs(self, *inputs: Tensor) -> None:
         """Set the normalisation of each encoder from arrays [N, ...] of training records."""
         for encoder, values in zip(self.encoders, inputs, strict=True):
-            if isinstance(encoder, PiecewiseLinearEncoding | ConvNet | PretrainedText):
+            if isinstance(encoder, PiecewiseLinearEncoding | ConvNet | PretrainedEncoder):
                 encoder.fit_inputs(values)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -80,25 +89,27 @@ class MultimodalNet(nn.Module):
         return outputs
 
     def folded(self) -> nn.Module:
-        """Return the network in its inference form; the image encoders are folded in place."""
+        """Return the network in its inference form; the encoders are changed in place."""
         for place, encoder in enumerate(self.encoders):
             if isinstance(encoder, ConvNet):
                 self.encoders[place] = encoder.folded()
+            elif isinstance(encoder, PretrainedEncoder):
+                encoder.merge_adapters()
         return self.eval()
 
 
 def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
+    known = config.checkpoint
+    adapters = None if config.lora is None else config.lora.model_dump()
     if isinstance(encoder, Numbers):
         (spec,) = encoder.inputs
         return PiecewiseLinearEncoding(spec.shape[0], config.bins, encoder.with_missing_F)
     if isinstance(encoder, Categories):
         return CategoricalEmbeddings(encoder.sizes, encoder.with_missing_C)
     if isinstance(encoder, Texts):
-        if config.checkpoint is not None:
+        if known is not None and known["kind"] == "text":
             return PretrainedText(
-                config.checkpoint["architecture"],
-                config.pooling or config.checkpoint["pooling"],
-                config.freeze,
+                known["architecture"], config.pooling or known["pooling"], config.freeze, adapters
             )
         if config.text == "bag_of_words":
             return BagOfWords(encoder.idf_V, config.text_width, config.text_dropout)
@@ -112,10 +123,33 @@ def _encoder(config: Net, encoder: Encoder, smallest_side: float) -> Part:
             config.text_dropout,
         )
     if isinstance(encoder, Images):
+        if known is not None and known["kind"] == encoder.kind:
+            return _pretrained_image(config, encoder, smallest_side, adapters)
         return image_net(config, encoder, config.widths[-1], smallest_side)
     raise ValueError(
         f"the inputs of {type(encoder).__name__} need a custom network; give "
         "--net.class_path package.module:Class"
+    )
+
+
+def _pretrained_image(
+    config: Net, images: Images, smallest_side: float, adapters: Mapping[str, Any] | None
+) -> PretrainedImage:
+    assert config.checkpoint is not None
+    image = config.checkpoint["image"]
+    if images.has_free_height:
+        raise ValueError(
+            f"a pretrained encoder needs images of one size; give features.{images.column}.size "
+            "a height"
+        )
+    if images.shape_HWC[2] not in (1, len(image["mean"])):
+        raise ValueError(
+            f"the pretrained encoder takes images of {len(image['mean'])} channel; give "
+            f"--features.{images.column}.channels {len(image['mean'])}"
+        )
+    height, width = (round(side * smallest_side) for side in images.least_HW)
+    return PretrainedImage(
+        config.checkpoint["architecture"], image, (height, width), config.freeze, adapters
     )
 
 

@@ -25,7 +25,7 @@ from train.loop.loop import Diverged, Loop
 from train.loop.net_setup import build_net, load_trained
 from train.loop.parallelism import Worker
 from train.loop.run_directory import Run
-from train.pretrained import attach_backbone
+from train.pretrained.backbone import attach_backbone
 from train.tasks import Metric
 from train.telemetry.throughput import Event
 from tune.objectives import variant_metrics

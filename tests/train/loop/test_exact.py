@@ -27,7 +27,7 @@ from train.loop import parallelism
 from train.loop.checkpoint import CheckpointManager, load_best_weights
 from train.loop.loop import Loop
 from train.loop.run_directory import NO_LESSON, DistillationConfig
-from train.pretrained import attach_backbone
+from train.pretrained.backbone import attach_backbone
 
 NUM_MICRO_BATCHES = 2
 
@@ -205,8 +205,16 @@ def pretrained(texts, tmp_path_factory):
     return inference.complete_config(validate_config(given)).config
 
 
+@pytest.fixture(scope="module")
+def adapted(pretrained):
+    """Config of the texts with low-rank adapters of a pretrained encoder."""
+    given = pretrained.model_dump(mode="json", exclude_unset=True)
+    given["net"] = {**given["net"], "freeze": "none", "lora": {"rank": 2}}
+    return validate_config(given)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["texts", "pictures", "pretrained"])
+@pytest.mark.parametrize("kind", ["texts", "pictures", "pretrained", "adapted"])
 def test_free_lengths_end_the_same_on_1_worker_as_on_2(kind, request, tmp_path):
     config = request.getfixturevalue(kind)
     data = attach_backbone(config, dataset.prepare_dataset(config, config.storage.path))

@@ -20,8 +20,9 @@ from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.recipes import export_onnx
 from train.config import Net, Optim
 from train.loop.optimizers import build_optimizers
-from train.nets.pretrained.checkpoints import find_checkpoint
-from train.nets.pretrained.text import PretrainedText, read_weights
+from train.nets.pretrained.backbones import read_weights
+from train.nets.pretrained.hub import find_checkpoint
+from train.nets.pretrained.text import PretrainedText
 from train.tasks import ClassTarget, Features, Task, Texts
 
 TEXTS = ["good film", "", "a b c d e f g h i j", "bad", "unknown words and good film " * 4]
@@ -41,7 +42,7 @@ def bert(tmp_path_factory):
 
 def encoder_of(checkpoint, pooling="mean", freeze="none"):
     encoder = PretrainedText(checkpoint.architecture, pooling, freeze)
-    encoder.backbone.load_state_dict(read_weights(checkpoint))
+    encoder.load_backbone(read_weights(checkpoint))
     return encoder.eval()
 
 
@@ -74,9 +75,10 @@ def test_the_vectors_are_those_of_transformers(checkpoint, pooling):
 
 def test_an_exported_encoder_accepts_any_length(checkpoint, tmp_path):
     task = Task(Features((texts_of(checkpoint),)), ClassTarget("y").fit(["a", "b"]))
-    options = {"architecture": checkpoint.architecture, "pooling": "mean"}
+    options = {"kind": "text", "architecture": checkpoint.architecture, "pooling": "mean"}
     net = nets.create_net(Net(pretrained="x", checkpoint=options), task)
-    net.encoders[0].backbone.load_state_dict(read_weights(checkpoint))
+    net.encoders[0].load_backbone(read_weights(checkpoint))
+    torch.nn.init.normal_(net.head.weight, std=0.1)
     net = nets.folded_net(net)
     inputs = task.features.encode({"t": TEXTS})
     export_onnx.to_onnx(net, task.features.inputs, inputs, tmp_path / "net.onnx")
@@ -109,9 +111,7 @@ def test_more_frozen_layers_than_there_are_is_refused(bert):
 
 def test_rates_fall_towards_the_embeddings(bert):
     task = Task(Features((texts_of(bert),)), ClassTarget("y").fit(["a", "b"]))
-    net = nets.create_net(
-        Net(checkpoint={"architecture": bert.architecture, "pooling": "mean"}), task
-    )
+    net = nets.create_net(Net(pretrained="x", checkpoint=bert.facts), task)
     config = Optim(name="adamw", lr=0.01, backbone_lr=1e-3, layer_decay=0.5, weight_decay=0.1)
     groups = [group for each in build_optimizers(config, net) for group in each.param_groups]
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -213,3 +213,77 @@ def test_the_file_of_a_config_cannot_name_code(copied):
     checkpoint = find_checkpoint(str(copied))
     assert "auto_map" not in checkpoint.architecture
     encoder_of(checkpoint)
+
+
+def test_adapters_alone_are_trained_and_merged(checkpoint):
+    tokens = torch.from_numpy(texts_of(checkpoint).encode({"t": TEXTS})["tokens"])
+    adapters = {"rank": 2, "alpha": 4.0, "targets": None}
+    torch.manual_seed(0)
+    encoder = PretrainedText(checkpoint.architecture, "mean", "none", adapters)
+    weights = read_weights(checkpoint)
+    encoder.load_backbone(weights)
+    encoder.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(tokens), encoder_of(checkpoint)(tokens))
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert {steps for p, steps in encoder.depths() if p.requires_grad} == {0, 1, 2}
+    for param in trained.values():
+        torch.nn.init.normal_(param, std=0.2)
+    with torch.no_grad():
+        before = encoder(tokens)
+        encoder.merge_adapters()
+        torch.testing.assert_close(encoder(tokens), before, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(before, encoder_of(checkpoint)(tokens), atol=0.01)
+    assert encoder.backbone.state_dict().keys() == weights.keys()
+
+
+def test_adapters_have_the_rank_and_the_targets_of_peft(bert):
+    adapters = {"rank": 2, "alpha": 8.0, "targets": ["query"]}
+    encoder = PretrainedText(bert.architecture, "mean", "none", adapters)
+    names = {name for name, p in encoder.backbone.named_parameters() if p.requires_grad}
+    assert names == {
+        f"encoder.layer.{layer}.attention.self.query.lora_{one}.default.weight"
+        for layer in range(3)
+        for one in "AB"
+    }
+    query = encoder.backbone.encoder.layer[0].attention.self.query
+    torch.nn.init.normal_(query.lora_B.default.weight)
+    x_BD = torch.randn(4, 16)
+    low_DD = query.lora_B.default.weight @ query.lora_A.default.weight
+    torch.testing.assert_close(query(x_BD), query.base_layer(x_BD) + 4.0 * x_BD @ low_DD.T)
+
+
+def test_adapters_of_unknown_layers_are_refused(bert):
+    adapters = {"rank": 2, "alpha": 8.0, "targets": ["nothing"]}
+    with pytest.raises(ValueError, match=r"no layer is named; the names are .*query") as error:
+        PretrainedText(bert.architecture, "mean", "none", adapters)
+    assert "\n" not in str(error.value)
+
+
+def test_options_without_a_pretrained_encoder_are_refused():
+    with pytest.raises(ValueError, match="option lora needs a pretrained encoder"):
+        Net(lora={})
+    with pytest.raises(ValueError, match="leave freeze out"):
+        Net(pretrained="x", lora={}, freeze="all")
+
+
+@pytest.mark.parametrize(
+    ("lines", "licence"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: 'mit'  ", "mit"),
+        ("license:\nlanguage: en", None),
+        ("license:\n- mit", None),
+    ],
+)
+def test_the_licence_is_that_of_its_own_line(copied, lines, licence):
+    (copied / "README.md").write_text(f"---\nlanguage: en\n{lines}\n---\n# Tiny\n")
+    assert find_checkpoint(str(copied)).licence == licence
+
+
+def test_adapters_beside_the_weights_are_not_read(copied):
+    (copied / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    found = read_weights(find_checkpoint(str(copied)))
+    assert not any("lora" in name for name in found)

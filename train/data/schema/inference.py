@@ -3,16 +3,18 @@
 Only options that the config does not set are filled in. Shapes: N records, K classes or labels.
 """
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from cluster import commit, storage
 from cluster.errors import UserError
-from train.config import LAST, Config, Net, validate_config
+from train.config import LAST, Augment, Config, Net, validate_config
 from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
@@ -22,8 +24,9 @@ from train.data.schema.columns import InferredColumn, infer_column
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
 from train.data.warm_start import CompletedConfig, fill_missing
-from train.nets.pretrained.checkpoints import find_checkpoint
-from train.tasks import TARGETS, InvalidRecord, ValueTarget
+from train.nets.pretrained.checkpoints import PretrainedCheckpoint
+from train.nets.pretrained.hub import find_checkpoint
+from train.tasks import TARGETS, Images, InvalidRecord, ValueTarget
 from train.values.records import is_missing
 
 # Number of first records that inference examines.
@@ -109,12 +112,11 @@ def _inferred(config: Config) -> Config:
             )
     if decisions:
         _show(decisions)
-    kinds = {
-        each["kind"] if isinstance(each, dict) else each.kind
-        for each in (found.get("features") or config.features).values()
-    }
-    num_known = len(looked_at[config.target])
     given = config.model_dump(mode="json", exclude_unset=True)
+    features = _features_for_encoder(config, found.get("features") or given["features"])
+    found["features"] = features
+    kinds = {feature["kind"] for feature in features.values()}
+    num_known = len(looked_at[config.target])
     suited = suited_defaults(
         kinds,
         num_known,
@@ -122,6 +124,8 @@ def _inferred(config: Config) -> Config:
         train_on_valid=config.data.train_on_valid,
         net=config.net,
     )
+    if Images.kind in kinds and config.augment != Augment() and "stop" in suited:
+        suited["stop"]["folds"] = 0  # each fold would run the encoder again in every epoch
     if config.checkpoint.metric is not None:  # a configured metric chooses an epoch of a single run
         suited.get("stop", {}).pop("folds", None)
     return validate_config(fill_missing(given, {**suited, **found}))
@@ -134,23 +138,53 @@ def _with_checkpoint(config: Config) -> Config:
     checkpoint = find_checkpoint(config.net.pretrained)
     if checkpoint.licence is None:
         print(f"'{checkpoint.name}' names no licence; check it before use.", file=sys.stderr)
+    given = config.model_dump(mode="json", exclude_unset=True)
+    known: dict[str, Any] = {"net": {"checkpoint": checkpoint.facts}}
+    if checkpoint.kind == "image":
+        return validate_config(fill_missing(given, known))
     most = checkpoint.max_tokens
     if most and config.text.max_tokens > most and "max_tokens" in config.text.model_fields_set:
         raise UserError(
             f"text.max_tokens is {config.text.max_tokens}, and '{checkpoint.name}' has positions "
             f"for {most} tokens; give at most {most}."
         )
-    given = config.model_dump(mode="json", exclude_unset=True)
-    known = {
-        "architecture": checkpoint.architecture,
-        "pooling": checkpoint.pooling,
-        "licence": checkpoint.licence,
-        "sha256": checkpoint.digest,
-    }
-    text: dict[str, Any] = {"tokenizer": str(checkpoint.tokenizer)}
+    known["text"] = {"tokenizer": _stored_tokenizer(config, checkpoint)}
     if most:
-        text["max_tokens"] = min(config.text.max_tokens, most)
-    return validate_config(fill_missing(given, {"net": {"checkpoint": known}, "text": text}))
+        known["text"]["max_tokens"] = min(config.text.max_tokens, most)
+    return validate_config(fill_missing(given, known))
+
+
+def _stored_tokenizer(config: Config, checkpoint: PretrainedCheckpoint) -> str:
+    """Copy a checkpoint's tokenizer to the run's storage, where every later step finds it."""
+    content = checkpoint.tokenizer.read_bytes()
+    name = f"tokenizer-{hashlib.sha256(content).hexdigest()[:20]}.json"
+    url = storage.join_path(config.storage.root, "data", name)
+    if not storage.exists(url):
+        commit.write_atomic(url, content)
+    return url
+
+
+def _features_for_encoder(config: Config, features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the features with the image size that the pretrained encoder was trained on.
+
+    Raises UserError if no feature is of the encoder's kind.
+    """
+    known = config.net.checkpoint
+    if known is None:
+        return dict(features)
+    columns = [name for name, feature in features.items() if feature["kind"] == known["kind"]]
+    if not columns:
+        raise UserError(
+            f"net.pretrained is '{config.net.pretrained}', an encoder of the kind {known['kind']}, "
+            "and no feature is of this kind."
+        )
+    if known["kind"] == Images.kind:
+        size = {"size": known["image"]["size"]}
+        return {
+            name: {**size, **feature} if name in columns else feature
+            for name, feature in features.items()
+        }
+    return dict(features)
 
 
 def _with_split_folders(config: Config) -> Config:
@@ -180,7 +214,8 @@ def _is_settled(config: Config) -> bool:
     suited = suited_defaults(
         kinds, LOOKED_AT, train_on_valid=config.data.train_on_valid, net=config.net
     )
-    return fill_missing(given, suited) == given
+    features = _features_for_encoder(config, given["features"])
+    return fill_missing(given, {**suited, "features": features}) == given
 
 
 def suited_defaults(
@@ -198,20 +233,25 @@ def suited_defaults(
     sample, about LOOKED_AT at most. is_large: whether the source has more than LARGE_BYTES. net:
     the given options of the network.
     """
-    if "image" in kinds or any(":" in kind for kind in kinds):
+    pretrained = net is not None and net.pretrained is not None
+    if any(":" in kind for kind in kinds) or (Images.kind in kinds and not pretrained):
         return {}
     small = num_looked_at < SMALL
     optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
     suited_net: dict[str, Any] = {}
     folds = FOLDS if small else 0
     if net is not None and net.pretrained is not None:
-        frozen = net.freeze == "all" if "freeze" in net.model_fields_set else small
+        frozen = net.lora is None and (
+            net.freeze == "all" if "freeze" in net.model_fields_set else small
+        )
         suited_net = {"freeze": "all" if frozen else "none"}
-        optim |= {"lr": 0.001, "weight_decay": 0.01}
+        optim |= {"lr": 0.001, "weight_decay": 0.1 if frozen else 0.01}
         if frozen:
-            optim |= {"lr": 0.005, "epochs": 200 if small else 40, "schedule": "constant"}
+            optim |= {"epochs": 200 if small else 40, "schedule": "constant"}
         else:
             optim |= {"epochs": 10 if small else 3, "batch_size": 32, "warmup_fraction": 0.1}
+            if net.lora is not None:
+                optim |= {"backbone_lr": 0.001, "layer_decay": 1.0}
             folds = 0  # each fold would take as long as the run
         patience = 16 if frozen else 3
     elif "text" in kinds:
