@@ -57,7 +57,8 @@ class Distill(Section):
         None,
         ge=1,
         le=10_000,
-        description="Epochs of training the student; by default as many as optim.epochs.",
+        description="Epochs of training the student; by default as many as optim.epochs. The "
+        "student of a pretrained encoder has the options of optim of a net from scratch.",
     )
     teacher_fraction: float = Field(
         0.9,

@@ -16,6 +16,7 @@ from train.config import Config, validate_config
 from train.cross_validation import choose_epochs, folds_of
 from train.data import dataset
 from train.data.schema import inference
+from train.data.schema.defaults import LOSS
 from train.data.warm_start import CompletedConfig
 from train.loop.run_directory import Run
 from train.nets.pretrained.hub import PRETRAINED, is_configured, local_checkpoint
@@ -40,7 +41,7 @@ def propose_net(config: Config, completed: CompletedConfig) -> CompletedConfig:
         run = Run.find(storage.join_path(scratch.storage.root, "train"), config.resume)
         name = run.config["net"].get("pretrained")
         return completed if name is None else _with_encoder(config, scratch, name)
-    if not scratch.stop.folds or scratch.stop.metric != inference.LOSS:
+    if not scratch.stop.folds or scratch.stop.metric != LOSS:
         return completed
     checkpoint = local_checkpoint("text")
     if checkpoint is None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 pytest.importorskip("transformers", reason="halyard[text] is not installed")
 
@@ -19,8 +20,10 @@ from train import nets
 from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.recipes import export_onnx
 from train.config import Net, Optim
+from train.data.schema.defaults import suited_defaults
 from train.loop.optimizers import build_optimizers
 from train.nets.pretrained.backbones import read_weights
+from train.nets.pretrained.encoder import LENGTH
 from train.nets.pretrained.hub import find_checkpoint
 from train.nets.pretrained.text import PretrainedText
 from train.tasks import ClassTarget, Features, Task, Texts
@@ -90,6 +93,42 @@ def test_an_exported_encoder_accepts_any_length(checkpoint, tmp_path):
             expected = net(torch.from_numpy(alone["tokens"])).numpy()
         np.testing.assert_allclose(engine.run(alone)["logits"], expected, atol=1e-4)
         np.testing.assert_allclose(together[row], expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [16, 1024])
+def test_a_head_on_vectors_learns_as_logistic_regression(rng, bert, width):
+    """With the default rate, whatever the width and the scale of the vectors."""
+    centres_KD = rng.normal(size=(3, width))
+    targets_N = rng.integers(3, size=120)
+    noise_ND = rng.normal(size=(120, width)) * np.sqrt(width)
+    vectors_ND = 7 + 100 * (centres_KD[targets_N] + noise_ND).astype(np.float32)
+    encoder = encoder_of(bert, freeze="all")
+    encoder.mean_D = torch.zeros(width)
+    encoder.fit_inputs(torch.from_numpy(vectors_ND))
+    scaled_ND = encoder(torch.from_numpy(vectors_ND))
+    assert scaled_ND.square().sum(dim=1).mean() == pytest.approx(LENGTH**2, rel=1e-4)
+    suited = suited_defaults({"text"}, 120, net=Net(pretrained="x"))["optim"]
+    head = torch.nn.Linear(width, 3)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [head.weight], "weight_decay": suited["weight_decay"]},
+            {"params": [head.bias], "weight_decay": 0.0},
+        ],
+        lr=suited["lr"],
+        momentum=suited["momentum"],
+        nesterov=True,
+    )
+    for _ in range(1500):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(head(scaled_ND), torch.from_numpy(targets_N))
+        loss.backward()
+        optimizer.step()
+    reference = LogisticRegression(C=1 / (120 * suited["weight_decay"]), max_iter=5000)
+    expected_NK = reference.fit(scaled_ND.numpy(), targets_N).predict_proba(scaled_ND.numpy())
+    found_NK = torch.softmax(head(scaled_ND), dim=1).detach().numpy()
+    np.testing.assert_allclose(found_NK, expected_NK, atol=0.02)
 
 
 @pytest.mark.parametrize(("freeze", "trained"), [("none", "e012"), (1, "12"), (3, ""), ("all", "")])

@@ -25,7 +25,8 @@ from tests.train.nets.pretrained_checkpoints import (
 from train import fit
 from train.bundle import Predictor
 from train.bundle.bundle import WEIGHTS
-from train.config import validate_config
+from train.compress.recipes.finetune import FineTuner
+from train.config import LAST, Net, Stop, validate_config
 from train.data import dataset
 from train.data.schema.inference import complete_config
 from train.nets.pretrained.backbones import read_weights
@@ -78,8 +79,40 @@ def test_the_checkpoint_fills_in_the_options(checkpoint, reviews, tmp_path):
     stored = Path(config.text.tokenizer).read_bytes()
     assert stored == (checkpoint / "tokenizer.json").read_bytes()
     assert (config.net.freeze, config.stop.folds) == ("all", 5), "few records"
+    assert (config.optim.name, config.optim.lr) == ("sgd", 0.002)
     trained = complete_config(options(checkpoint, reviews, tmp_path, freeze=1)).config
     assert (trained.net.freeze, trained.stop.folds) == (1, 0)
+    assert trained.optim.name == "adamw"
+
+
+@pytest.mark.parametrize("columns", [{"review": "text"}, {"review": "text", "n": "number"}])
+def test_the_student_of_an_encoder_is_trained_as_a_new_net(
+    checkpoint, reviews, tmp_path, monkeypatch, columns
+):
+    """The options for a linear layer on the vectors do not suit it."""
+    rows = list(csv.reader(reviews.open(newline="")))
+    path = tmp_path / "reviews.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[*row, number or "n"] for number, row in enumerate(rows)])
+    given = options(checkpoint, path, tmp_path).model_dump(mode="json", exclude_unset=True)
+    completed = complete_config(validate_config({**given, "features": columns}))
+    config = completed.config
+    assert config.optim.name == ("sgd" if len(columns) == 1 else "adamw")
+    started = []
+
+    def train(config, run, *arguments, **options):
+        started.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("train.compress.recipes.finetune.launcher.train", train)
+    data = dataset.prepare_dataset(config, config.storage.root)
+    weights = {"weight": torch.ones(2)}
+    with pytest.raises(InterruptedError):
+        FineTuner(config, data, weights, config.storage.root).distil(Net(), None)
+    (student,) = started
+    scratch = complete_config(validate_config({**given, "features": columns, "net": {}})).config
+    assert student.optim == scratch.optim
+    assert (student.stop, student.checkpoint.metric) == (Stop(), LAST)
 
 
 def test_more_tokens_than_positions_are_refused(checkpoint, reviews, tmp_path):

@@ -12,6 +12,7 @@ from cluster import commit, storage
 from train.bundle.bundle import WEIGHTS
 from train.config import LAST, Augment, Checkpoint, Config, Net, Optim, Stop
 from train.data.dataset import EncodedDataset
+from train.data.schema.defaults import suited_defaults
 from train.distributed import launcher
 from train.loop.checkpoint import load_best_weights
 from train.loop.run_directory import DistillationConfig, Run
@@ -31,11 +32,22 @@ class FineTuner:
         self._url = storage.join_path(root, "train", f"of-{_digest(_bytes(weights))}")
         self._teacher = self._keep(weights)
 
-    def distil(self, student: Net, epochs: int) -> Weights:
-        """Return the weights of a new student network, trained on the teacher's outputs."""
-        config = self._config.model_copy(
-            update={"net": student, "optim": _with(self._config.optim, epochs, 1.0)}
-        )
+    def distil(self, student: Net, epochs: int | None) -> Weights:
+        """Return the weights of a new student network, trained on the teacher's outputs.
+
+        epochs: default: as many as the teacher, or as suit the student of a pretrained encoder.
+        """
+        config = self._config
+        if config.net.pretrained is not None and student.pretrained is None:
+            # The teacher's options suit a head on vectors, or an encoder that is trained already.
+            kinds = {feature.kind for feature in config.features.values()}
+            count = self._shards.summary["splits"]["train"]["num_records"]
+            suited = suited_defaults(kinds, count, net=student)
+            optim = Optim(**suited.get("optim", {}))
+            ending = {"checkpoint": Checkpoint(metric=LAST), "stop": Stop()}
+            config = config.model_copy(update={"optim": optim, **ending})
+        optim = _with(config.optim, epochs or config.optim.epochs, 1.0)
+        config = config.model_copy(update={"net": student, "optim": optim})
         return self._train("distilled", config, self._taught())
 
     def go_on(

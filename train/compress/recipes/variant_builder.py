@@ -257,8 +257,7 @@ class VariantBuilder:
             built = nets.create_net(student, self.task)
         except ValueError as error:
             raise VariantSkipped(f"compress.distill.net: {error}") from error
-        epochs = distill.epochs or self.config.optim.epochs
-        nets.resize_net(built, self.retrainer.distil(student, epochs))
+        nets.resize_net(built, self.retrainer.distil(student, distill.epochs))
         return BaseNet("distilled", built, student)
 
 

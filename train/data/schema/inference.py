@@ -14,13 +14,14 @@ from rich.table import Table
 
 from cluster import commit, storage
 from cluster.errors import UserError
-from train.config import LAST, Augment, Config, Net, validate_config
+from train.config import Augment, Config, validate_config
 from train.data import fitting, warm_start
 from train.data.reading import sources
 from train.data.reading.csv_files import CsvOptions
 from train.data.reading.folders import split_folders
 from train.data.reading.samples import check_names, sample_source
 from train.data.schema.columns import InferredColumn, infer_column
+from train.data.schema.defaults import suited_defaults
 from train.data.schema.styles import FileStyle, infer_style
 from train.data.schema.target_type import infer_task_type
 from train.data.warm_start import CompletedConfig, fill_missing
@@ -31,13 +32,8 @@ from train.values.records import is_missing
 
 # Number of first records that inference examines.
 LOOKED_AT = 10_000
-# Sources with fewer records use cross-validation and longer training.
-SMALL = 2_000
 # A table of this size has some hundred thousand records.
 LARGE_BYTES = 32 << 20
-LOSS = "valid_loss"
-# Number of folds in cross-validation of small sources.
-FOLDS = 5
 
 
 def check_source(config: Config) -> None:
@@ -216,62 +212,6 @@ def _is_settled(config: Config) -> bool:
     )
     features = _features_for_encoder(config, given["features"])
     return fill_missing(given, {**suited, "features": features}) == given
-
-
-def suited_defaults(
-    kinds: set[str],
-    num_looked_at: int,
-    *,
-    is_large: bool = False,
-    train_on_valid: bool = False,
-    net: Net | None = None,
-) -> dict[str, Any]:
-    """Return training options for columns of these kinds; {} for images, as the defaults fit them.
-
-    The epoch is chosen by validation loss, or by the loss over folds if records are few, and
-    training stops early when that loss no longer falls. num_looked_at: number of records in the
-    sample, about LOOKED_AT at most. is_large: whether the source has more than LARGE_BYTES. net:
-    the given options of the network.
-    """
-    pretrained = net is not None and net.pretrained is not None
-    if any(":" in kind for kind in kinds) or (Images.kind in kinds and not pretrained):
-        return {}
-    small = num_looked_at < SMALL
-    optim: dict[str, Any] = {"name": "adamw", "label_smoothing": 0.0, "batch_size": 64}
-    suited_net: dict[str, Any] = {}
-    folds = FOLDS if small else 0
-    if net is not None and net.pretrained is not None:
-        frozen = net.lora is None and (
-            net.freeze == "all" if "freeze" in net.model_fields_set else small
-        )
-        suited_net = {"freeze": "all" if frozen else "none"}
-        optim |= {"lr": 0.001, "weight_decay": 0.1 if frozen else 0.01}
-        if frozen:
-            optim |= {"epochs": 200 if small else 40, "schedule": "constant"}
-        else:
-            optim |= {"epochs": 10 if small else 3, "batch_size": 32, "warmup_fraction": 0.1}
-            if net.lora is not None:
-                optim |= {"backbone_lr": 0.001, "layer_decay": 1.0}
-            folds = 0  # each fold would take as long as the run
-        patience = 16 if frozen else 3
-    elif "text" in kinds:
-        optim |= {"lr": 0.005, "epochs": 40 if small else 6}
-        patience = 16 if small else 3
-    else:
-        optim |= {"lr": 0.002, "weight_decay": 0.1, "schedule": "constant", "epochs": 200}
-        suited_net = {"members": 8, "dropout": 0.2}
-        if not small:
-            optim |= {"batch_size": 256, "epochs": 100}
-        patience = 16
-        if is_large:  # one epoch has as many steps as several epochs of a small table
-            optim |= {"batch_size": 1024, "epochs": 50}
-            patience = 4
-    chosen: dict[str, Any] = {"stop": {"metric": LOSS, "patience": patience, "folds": folds}}
-    if train_on_valid:  # no held-out records are left to choose the epoch by
-        optim |= {"epochs": min(optim["epochs"], 20), "schedule": "linear"}
-        chosen = {"checkpoint": {"metric": LAST}}
-    # bf16 would round the input numbers.
-    return {"optim": optim, "net": suited_net, "precision": "fp32", **chosen}
 
 
 def _target_numbers(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from train.nets.pretrained import lora
 
 Freeze = Literal["all", "none"] | int
+# Gradient descent on a linear layer is as fast, and as stable, for vectors of any width if their
+# length is the same.
+LENGTH = 20.0
 # A pretrained batch norm keeps its statistics: those of a few records would be worse.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -20,12 +23,12 @@ class PretrainedEncoder(nn.Module):
     """A pretrained network without its last layer: an encoded column → float32 [B, D].
 
     The weights are random until they are loaded. The vectors of a frozen encoder are centred and
-    divided by their standard deviation over all dimensions. They may be computed in advance:
-    `forward` takes them, float32 [B, D], in place of the column.
+    scaled to the length LENGTH, as a root mean square. They may be computed in advance: `forward`
+    takes them, float32 [B, D], in place of the column.
     """
 
     mean_D: Tensor
-    std: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class PretrainedEncoder(nn.Module):
         self.width = width
         self.is_frozen = freeze == "all"
         self.register_buffer("mean_D", torch.zeros(width))
-        self.register_buffer("std", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()))
         if adapters is not None:
             lora.add_adapters(backbone, layers_of(backbone), adapters)
         elif freeze == "all":
@@ -86,7 +89,7 @@ class PretrainedEncoder(nn.Module):
         """An encoded column, or vectors [B, D] → float32 [B, D]."""
         is_vectors = values.ndim == 2 and values.is_floating_point()
         vectors_BD = values if is_vectors else self.embed(values)
-        return (vectors_BD - self.mean_D) / self.std
+        return (vectors_BD - self.mean_D) * self.scale
 
     def embed(self, values: Tensor) -> Tensor:
         """An encoded column → the vectors of the backbone, float32 [B, D]."""
@@ -100,7 +103,8 @@ class PretrainedEncoder(nn.Module):
         is_vectors = values.ndim == 2 and values.is_floating_point()
         vectors_BD = values if is_vectors else self.eval().embed(values)
         self.mean_D.copy_(vectors_BD.mean(dim=0))
-        self.std.copy_((vectors_BD - self.mean_D).square().mean().sqrt().clamp_min(1e-4))
+        lengths_B = (vectors_BD - self.mean_D).square().sum(dim=1)
+        self.scale.copy_(LENGTH / lengths_B.mean().sqrt().clamp_min(1e-4))
 
     def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights of the backbone, with the names and shapes that it has without adapters."""
