@@ -1,7 +1,7 @@
-"""With few records: compare a pretrained text encoder with a network trained from scratch.
+"""With few records: compare a pretrained encoder with a network trained from scratch.
 
-The encoder is that of the environment variable HALYARD_PRETRAINED, or one in the cache of the
-Hugging Face hub.
+The encoder is that of the environment variable HALYARD_PRETRAINED or, for texts, one in the cache
+of the Hugging Face hub.
 """
 
 import sys
@@ -29,30 +29,32 @@ SCRATCH = "a net trained from scratch"
 def propose_net(config: Config, completed: CompletedConfig) -> CompletedConfig:
     """Return the completed config of the network with the lowest loss in cross-validation.
 
-    Networks are compared if the records are few, the config has no options of net, a feature is a
-    text, and a pretrained encoder is on this machine. The comparison is printed on stderr. A
-    resumed run keeps its network. Raises UserError if HALYARD_PRETRAINED names no usable encoder.
+    Networks are compared if the records are few, the config has no options of net, and a pretrained
+    encoder for a feature is on this machine. The comparison is printed on stderr. A resumed run
+    keeps its network. Raises UserError if HALYARD_PRETRAINED names no usable encoder.
     """
     scratch = completed.config
-    texts = [each for each in scratch.features.values() if each.kind == "text"]
-    if config.net.model_fields_set or config.init is not None or not texts:
+    found = {feature.kind for feature in scratch.features.values()}
+    kind = next((kind for kind in ("text", "image") if kind in found), None)
+    if config.net.model_fields_set or config.init is not None or kind is None:
         return completed
     if config.resume is not None:
         run = Run.find(storage.join_path(scratch.storage.root, "train"), config.resume)
         name = run.config["net"].get("pretrained")
         return completed if name is None else _with_encoder(config, scratch, name)
-    if not scratch.stop.folds or scratch.stop.metric != LOSS:
+    if kind == "text" and not (scratch.stop.folds and scratch.stop.metric == LOSS):
         return completed
-    checkpoint = local_checkpoint("text")
+    checkpoint = local_checkpoint(kind)
     if checkpoint is None:
         return completed
     candidate = _with_encoder(config, scratch, checkpoint.name)
-    if candidate.config.net.freeze != "all":  # the records are not few
-        return completed
+    stop = candidate.config.stop
+    if candidate.config.net.freeze != "all" or not stop.folds or stop.metric != LOSS:
+        return completed  # the records are not few, or other metrics decide
     encoder = f"the pretrained encoder '{checkpoint.name}'"
     print(
         f"few records: comparing {encoder} with {SCRATCH} and simple models over "
-        f"{scratch.stop.folds} folds; give --net.pretrained, or set {PRETRAINED} to nothing, to "
+        f"{stop.folds} folds; give --net.pretrained, or set {PRETRAINED} to nothing, to "
         "skip this",
         file=sys.stderr,
     )
@@ -64,7 +66,9 @@ def propose_net(config: Config, completed: CompletedConfig) -> CompletedConfig:
             raise
         print(f"{encoder} is left out: {error}", file=sys.stderr)
         return completed
-    losses = {encoder: of_encoder, SCRATCH: _loss(scratch), **_simple_losses(scratch)}
+    # Networks for images that are trained from scratch have no folds otherwise.
+    compared = scratch.model_copy(update={"stop": stop})
+    losses = {encoder: of_encoder, SCRATCH: _loss(compared), **_simple_losses(compared)}
     reason = explain_choice(losses, encoder)
     print(reason, file=sys.stderr)
     chosen = candidate if losses[encoder] < losses[SCRATCH] else completed

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("transformers", reason="halyard[text] is not installed")
 
@@ -101,6 +103,52 @@ def test_the_net_with_the_lower_loss_is_chosen(
         kept = propose_net(again, complete_config(again)).config
         assert kept.net == found.config.net
         assert "comparing" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 60 noisy pictures, whose class is the brighter half."""
+    draws = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(60):
+        pixels = draws.integers(0, 200, (48, 48, 3), dtype=np.uint8)
+        pixels[:, slice(24) if number % 2 else slice(24, 48)] += 50
+        path = folder / ("right", "left")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("size", [None, [32, 32]])
+def test_an_image_encoder_is_compared(size, photos, tmp_path, monkeypatch, capsys, ray_session):
+    folder = save_image_checkpoint(tmp_path / "checkpoint", "test_resnet")
+    monkeypatch.setenv("HALYARD_PRETRAINED", str(folder))
+    feature = {"kind": "image"} | ({} if size is None else {"size": size})
+    given = {"features": {"image": feature}, "optim": {"epochs": 3}}
+    config = config_of(photos, tmp_path, **given)
+    found = propose_net(config, complete_config(config))
+    assert "over 5 folds" in capsys.readouterr().err
+    losses = [float(loss) for loss in re.findall(r" (\d+\.\d{4})", found.choice)]
+    assert len(losses) == 2, "no simple models of images"
+    assert found.config.net.pretrained == (str(folder) if losses[0] < losses[1] else None)
+    monkeypatch.setattr(proposal, "_loss", lambda config: float(config.net.pretrained is None))
+    chosen = propose_net(config, complete_config(config)).config
+    assert (chosen.net.pretrained, chosen.net.freeze) == (str(folder), "all")
+    expected = find_checkpoint(str(folder)).image["size"] if size is None else size
+    assert chosen.features["image"].size == tuple(expected)
+
+
+def test_augmented_images_are_not_compared(photos, tmp_path, monkeypatch, capsys):
+    """The encoder would run in every epoch of every fold."""
+    folder = save_image_checkpoint(tmp_path / "checkpoint", "test_resnet")
+    monkeypatch.setenv("HALYARD_PRETRAINED", str(folder))
+    given = {"features": {"image": "image"}, "augment": {"flip": True}}
+    config = config_of(photos, tmp_path, **given)
+    completed = complete_config(config)
+    assert propose_net(config, completed) is completed
+    assert "comparing" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
