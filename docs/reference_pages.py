@@ -24,6 +24,7 @@ import serve.loadtest.__main__ as loadtest_command
 import serve.offline.__main__ as offline_command
 import serve.retrain.__main__ as retrain_command
 import serve.security
+import train.bundle.__main__ as bundle_command
 import train.compress.__main__ as compress_command
 import train.pretrained.__main__ as pretrained_command
 import tune.report
@@ -74,6 +75,9 @@ COMMANDS = (
         "[training](train-config.md) can be given as `--SECTION.OPTION VALUE`. `--config FILE` "
         "reads options from a YAML file; the command line wins over the file. `--save-config FILE` "
         "writes the options, including the inferred ones, to a YAML file.",
+    ),
+    Command(
+        "python -m train.bundle import", "train/bundle/__main__.py", bundle_command.ImportOptions
     ),
     Command(
         "python -m train.compress", "train/compress/__main__.py", compress_command.CompressOptions

@@ -129,6 +129,7 @@ def retrain(options: RetrainOptions, read: Read, train: Train) -> dict[str, Any]
     blocked = None if options.force else state.cooling(options.cooldown_hours)
     if not decision.due or blocked:
         return _told(options, decision, blocked or decision.reason)
+    production.check_trainable()
     new = split_labelled(usable_rows(read(root, options.model), production.task), production.task)
     known = len(new.training) + len(new.held_out)
     if known < options.min_labelled or not (len(new.training) and len(new.held_out)):

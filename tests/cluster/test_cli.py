@@ -89,8 +89,8 @@ def module_name(path: str) -> str:
     return ".".join(Path(path).with_suffix("").parts).removesuffix(".__main__")
 
 
-def test_there_are_eleven_commands():
-    assert len(commands()) == 11
+def test_there_are_twelve_commands():
+    assert len(commands()) == 12
 
 
 @pytest.mark.slow

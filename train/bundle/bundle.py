@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from cluster import commit
+from cluster.errors import UserError
 from train.bundle import manifest as manifests
 from train.bundle import signature
 from train.bundle.feature_statistics import Quantity, read_baseline
@@ -182,6 +183,20 @@ class Bundle:
     def quantities(self) -> dict[str, Quantity]:
         """The quantities that drift detection monitors, with the counts of held-out records."""
         return read_baseline((self.path / BASELINE).read_bytes())
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the trained weights, or of the ONNX file of an imported model."""
+        files = self.manifest.files
+        return files[WEIGHTS if WEIGHTS in files else self.manifest.variants["fp32"].file].sha256
+
+    def check_trainable(self) -> None:
+        """Raise UserError if another library trained the model."""
+        if (imported := self.manifest.imported) is not None:
+            raise UserError(
+                f"'{self.manifest.name}' was imported from '{imported.source}'; train it with its "
+                "own library, and import it again."
+            )
 
     def golden(self, variant: str) -> tuple[Arrays, Arrays]:
         """Return the golden inputs and the variant's expected outputs, arrays [N, …] by name."""

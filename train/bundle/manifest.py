@@ -156,6 +156,21 @@ class SimpleModelFigures(StrictModel):
     seconds: float = Field(description="Seconds to fit the model.")
 
 
+class ImportedModel(StrictModel):
+    """Origin of a model that another library trained."""
+
+    source: str = Field(description="The file or URI that it was imported from.")
+    format: str
+    sha256: str = Field(description="Digest of the model's file.")
+    library: str = Field(description="The library that ran the original, with its version.")
+    model: str = Field(description="Kind of the model, as its library calls it.")
+    num_records: int = Field(description="Records on which it was compared with the original.")
+    max_difference: float = Field(
+        description="Largest difference from the original: of probabilities, or of values in "
+        "standard deviations of the target; for a model without probabilities, that of labels is 0."
+    )
+
+
 class Manifest(StrictModel):
     """Content of manifest.json."""
 
@@ -182,9 +197,12 @@ class Manifest(StrictModel):
     skipped: dict[str, str] = Field(description="Variants that could not be made, and why.")
     default_variant: str
     optimize_for: str = Field(description="Criterion by which the default variant was chosen.")
-    eager: list[Timing] = Field(description="Latencies of the network in torch, not compiled.")
+    eager: list[Timing] = Field(
+        description="Latencies of the network in torch, not compiled; none for an imported model."
+    )
     host: dict[str, Any] = Field(description="The machine on which latencies were measured.")
     training_seconds: float
+    imported: ImportedModel | None = None
     lineage: dict[str, Any] = Field(
         {},
         description="Origin of the model: the study and the trial that found its options, or the "

@@ -182,7 +182,7 @@ def publish(
             source=f"{run.info.artifact_uri}/{ARTIFACT}",
             run_id=run_id,
             tags={
-                WEIGHTS: manifest.files[WEIGHTS].sha256,
+                WEIGHTS: bundle.weights_digest,
                 **{key: str(value) for key, value in manifest.lineage.items()},
                 **(tags or {}),
                 **{key: repr(figure) for key, figure in metrics.items()},
@@ -233,7 +233,7 @@ class _Challenger:
             return False, f"version {number} in production cannot be read: {error}"
         if change := interface_change(production.manifest, self.bundle.manifest):
             return False, f"{change} from version {number} in production"
-        if current.tags.get(WEIGHTS) == self.bundle.manifest.files[WEIGHTS].sha256:
+        if current.tags.get(WEIGHTS) == self.bundle.weights_digest:
             return True, f"version {number} has the same weights, compressed and accepted again"
         before = float(current.tags.get(self.metric, math.nan))
         words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"

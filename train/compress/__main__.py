@@ -22,7 +22,7 @@ connect.set_ray_environment()
 from cluster.cli import CommandOptions, parse_options, run_command
 from cluster.errors import CommandFailed, UserError
 from train import cli, nets, reports
-from train.bundle import Bundle, CorruptBundle, publishing, registry, signature
+from train.bundle import Bundle, BundleWriter, CorruptBundle, publishing, registry, signature
 from train.bundle.bundle import BASELINE, FEATURES, WEIGHTS
 from train.compress import compress, export_edge
 from train.compress.recipes.variants import RECIPES, check_calibration
@@ -154,10 +154,9 @@ def _make(model: str, argv: Sequence[str], own: Mapping[str, Path]) -> dict[str,
     with Bundle.create(location) as writer:
         # Copy only files that are listed in the manifest; their digests have been checked.
         report_files = [file for file in manifest.files if file.startswith("report/")]
-        for file in (*report_files, WEIGHTS, FEATURES):
+        for file in (*report_files, FEATURES):
             shutil.copyfile(earlier.path / file, writer.file(file))
-        net = _built(config, data)
-        net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
+        net = _network(config, data, earlier, writer)
         made = compress(net, config, data, writer, root, earlier=earlier, own=own)
         wanted = [*own] or [name for name in config.compress.variants if name != "fp32"]
         if wanted and not any(_accepted(made.variants.get(name)) for name in wanted):
@@ -213,18 +212,29 @@ def _load(model: str, path: str, modules: Sequence[str]) -> Bundle:
         raise UserError(str(error)) from error
 
 
-def _built(config: Config, data: EncodedDataset) -> nn.Module:
-    """Create the model's network. Raises UserError if the config does not fit the data."""
+def _network(
+    config: Config, data: EncodedDataset, earlier: Bundle, writer: BundleWriter
+) -> nn.Module | Path:
+    """Return the model's network, or the ONNX file of an imported model; copy its weights.
+
+    Raises UserError if the config does not fit the data.
+    """
+    if earlier.manifest.imported is not None:
+        return earlier.path / earlier.manifest.variants["fp32"].file
+    shutil.copyfile(earlier.path / WEIGHTS, writer.file(WEIGHTS))
     try:
-        return nets.create_net(config.net, data.task)
+        net = nets.create_net(config.net, data.task)
     except ValueError as error:
         raise UserError(str(error)) from error
+    net.load_state_dict(safetensors.torch.load_file(writer.path / WEIGHTS))
+    return net
 
 
 def _data(config: Config, bundle: Bundle, root: str) -> EncodedDataset:
     """Return the encoded records of training. Raises UserError if the data have changed."""
     connect.connect(num_cpus=config.workers.all_cpus, metrics=False)
-    data = dataset.prepare_dataset(config, root, bundle.task if config.init else None)
+    fitted = config.init is not None or bundle.manifest.imported is not None
+    data = dataset.prepare_dataset(config, root, bundle.task if fitted else None)
     check_calibration(config, data.task)
     if data.summary["digest"] != bundle.manifest.data["digest"]:
         raise UserError(

@@ -171,6 +171,9 @@ def _numbers(graph: _Graph, encoder: Numbers) -> Iterator[ValueInfoProto]:
         if first is not None:
             places.append(graph.node("Unsqueeze", graph.node("Sub", values, first), one))
         first = first or values
+    if encoder.raw:
+        graph.node("Concat", *places, output=encoder.kind, axis=1)
+        return
     raw = graph.node("Concat", *places, axis=1)
     centred = graph.node("Sub", raw, graph.constant(encoder.mean_F, np.float64))
     scaled = graph.node("Div", centred, graph.constant(encoder.scale_F, np.float64))

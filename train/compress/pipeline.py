@@ -40,8 +40,8 @@ class CompressionResult:
     """The variants of a network.
 
     skipped: reasons by variant that could not be built. default: name of the default variant.
-    eager: latencies of the network in PyTorch eager mode. host: the machine of the measurements.
-    outputs: outputs of the default variant, by held-out split.
+    eager: latencies of the network in PyTorch eager mode, none for an imported model. outputs:
+    outputs of the default variant, by held-out split. host: the machine of the measurements.
     """
 
     variants: dict[str, Variant]
@@ -68,7 +68,7 @@ class CompressionResult:
 
 
 def compress(
-    net: nn.Module,
+    net: nn.Module | Path,
     config: Config,
     shards: EncodedDataset,
     writer: BundleWriter,
@@ -79,7 +79,8 @@ def compress(
 ) -> CompressionResult:
     """Write fp32, each of `compress.variants` and golden outputs of each into the bundle.
 
-    net: the trained network. root: the storage path, where runs of fine-tuning are stored.
+    net: the trained network, or the ONNX file of an imported model. root: the storage path, where
+    runs of fine-tuning are stored.
     earlier: a bundle of the same network; its variants that were made with the same options are
     copied.
     own: user-supplied ONNX files, by the name of the variant.
@@ -98,7 +99,7 @@ def compress(
 
 
 def _compress(
-    net: nn.Module,
+    net: nn.Module | Path,
     config: Config,
     shards: EncodedDataset,
     writer: BundleWriter,
@@ -113,11 +114,11 @@ def _compress(
         )
         judge.add_training(builder.uncalibrated_ids)
         made, skipped = _make(builder, own)
-        eager = TorchEngine(
-            nets.folded_net(net), [spec.name for spec in shards.task.features.inputs], "fp32", 1
-        )
         loaded = _loaded(made, judge, skipped)
-        loaded[BenchmarkCase(EAGER, "torch", 1)] = eager
+        eager = BenchmarkCase(EAGER, "torch", 1)
+        if isinstance(net, nn.Module):
+            names = [spec.name for spec in shards.task.features.inputs]
+            loaded[eager] = TorchEngine(nets.folded_net(net), names, "fp32", 1)
         timings = benchmark.benchmark_variants(
             loaded, judge.timed_inputs, config.compress.measure_seconds
         )
@@ -140,11 +141,10 @@ def _compress(
         writer.golden(judge.golden_inputs, golden)
     optimize_for = config.compress.optimize_for
     default = rank_variants(variants, optimize_for)[0]
-    eager_profile = timings[BenchmarkCase(EAGER, "torch", 1)]
     engines_here = {key.engine: each.describe() for key, each in loaded.items() if key.threads == 1}
     host = {**benchmark.describe_host(), "engines": engines_here}
     result = CompressionResult(
-        variants, skipped, default, eager_profile, host, optimize_for, outputs[default]
+        variants, skipped, default, timings.get(eager, []), host, optimize_for, outputs[default]
     )
     metric = shards.task.find_metric(f"test_{shards.task.metric}")
     plots.plot_tradeoff(variants, metric, default, writer.file("report/variants.png"))

@@ -67,20 +67,11 @@ def _fit_words(variant: Variant) -> str:
 
 
 def _rows(made: "CompressionResult", metric: str) -> list[list[str]]:
-    eager = {timing.batch_size: timing.p50_ms for timing in made.eager}
-    reference = f"{made.variants['fp32'].metrics[metric]:.4f}"
-    rows = [
-        [
-            "eager fp32",
-            "torch",
-            "",
-            reference,
-            "",
-            "",
-            f"{eager[1]:.2f}",
-            f"{32e3 / eager[32]:,.0f}",
-        ]
-    ]
+    rows = []
+    if eager := {timing.batch_size: timing.p50_ms for timing in made.eager}:
+        reference = f"{made.variants['fp32'].metrics[metric]:.4f}"
+        times = f"{eager[1]:.2f}", f"{32e3 / eager[32]:,.0f}"
+        rows.append(["eager fp32", "torch", "", reference, "", "", *times])
     for name, variant in made.variants.items():
         drop, low, high = variant.drop
         rows.append(

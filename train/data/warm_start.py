@@ -29,14 +29,15 @@ def inherit_options(config: Config) -> tuple[Config, Bundle]:
     """Return the config completed with options of the `init` bundle, and the bundle.
 
     In the returned config an alias in `init` is resolved to a version, because an alias may move
-    later. Raises UserError if the bundle is missing or damaged, or if an option of OF_THE_TASK is
-    given and differs from the bundle's.
+    later. Raises UserError if the bundle is missing or damaged, if its model was imported, or if an
+    option of OF_THE_TASK is given and differs from the bundle's.
     """
     assert config.init is not None
     try:
         bundle, version = registry.load_bundle(config.init, config.storage.root)
     except CorruptBundle as error:
         raise UserError(f"init is '{config.init}': {error}") from error
+    bundle.check_trainable()
     init = bundle.location
     if config.init.startswith(registry.SCHEME):
         init = f"{registry.SCHEME}{registry.model_name(config.init)}/{version}"

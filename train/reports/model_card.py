@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from train.bundle import BundleWriter
 from train.bundle.bundle import BASELINE
-from train.bundle.manifest import Manifest
+from train.bundle.manifest import ImportedModel, Manifest
 from train.reports import provenance, usage
 from train.reports.slices import LEAST_RECORDS, class_metrics, slice_metric, worst_slices
 from train.tasks import Arrays, LabelsTarget, NamedTarget, Task
@@ -169,6 +169,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("seed", manifest.seed),
         *((name, value) for name, value in manifest.lineage.items() if isinstance(value, str)),
         *_pretrained(manifest.config["net"]),
+        *_imported(manifest.imported),
     ]
 
 
@@ -181,6 +182,16 @@ def _pretrained(net: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("pretrained encoder", net["pretrained"]),
         ("licence of the encoder", known["licence"] or "none named"),
         ("weights of the encoder", f"SHA-256 {known['sha256']}"),
+    ]
+
+
+def _imported(imported: ImportedModel | None) -> list[tuple[str, str]]:
+    """Return kind, origin and digest of a model that another library trained."""
+    if imported is None:
+        return []
+    return [
+        ("imported model", f"{imported.model} ({imported.library})"),
+        ("imported from", f"{imported.source}, {imported.format}, SHA-256 {imported.sha256}"),
     ]
 
 

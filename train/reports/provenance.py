@@ -29,7 +29,13 @@ def describe_choice(manifest: Manifest, task: Task, history: Sequence[Mapping[st
     metric = task.find_metric(config.epoch_metric)
     count = len(history)
     sentences = []
-    if metric == LAST_EPOCH:
+    if (imported := manifest.imported) is not None:
+        sentences.append(
+            f"The model was trained elsewhere. In ONNX Runtime it was compared with the original "
+            f"({imported.library}) on {imported.num_records:,} records; the largest difference was "
+            f"{imported.max_difference:.2g}."
+        )
+    elif metric == LAST_EPOCH:
         sentences.append(
             f"The weights are those of the last of {count} epochs, not selected by a metric."
         )

@@ -22,13 +22,9 @@ from train.compress.recipes import (
     prune,
     quantize_weight_only,
 )
+from train.compress.recipes.calibration import EXTREME_RECORDS, find_extremes
 from train.compress.recipes.quantize_static import StaticQuantizer
-from train.compress.recipes.variant_builder import (
-    EXTREME_RECORDS,
-    TRIAL_RECORDS,
-    VariantBuilder,
-    _extremes,
-)
+from train.compress.recipes.variant_builder import TRIAL_RECORDS, VariantBuilder
 from train.compress.recipes.variants import RECIPES
 from train.config import Net
 from train.loop.checkpoint import CheckpointManager
@@ -650,11 +646,15 @@ def test_calibration_records_include_extreme_outputs(rng):
     """Two of 5,000 records are extreme; a random draw would miss them."""
     values = rng.normal(size=(5000, 1)).astype(np.float32)
     values[1234], values[2345] = 40, -30
-    found = _extremes(torch.nn.Linear(1, 2), {"numbers": values}, np.arange(5000))
+
+    def run(inputs):
+        return inputs["numbers"] @ np.array([[2.0, -1.0]])
+
+    found = find_extremes(run, {"numbers": values}, np.arange(5000))
     assert found[:2].tolist() == [1234, 2345]
     assert len(found) == EXTREME_RECORDS
     pixels = {"image": np.zeros((9, 2, 2, 1), np.uint8)}
-    assert len(_extremes(torch.nn.Linear(1, 2), pixels, np.arange(9))) == 0
+    assert len(find_extremes(run, pixels, np.arange(9))) == 0
 
 
 class Reached(Exception):

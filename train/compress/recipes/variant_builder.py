@@ -16,25 +16,20 @@ from torch import nn
 
 from train import nets
 from train.bundle import Bundle, BundleWriter
+from train.bundle.engines.onnx_runtime import OnnxRuntimeEngine
 from train.compress.recipes import export_onnx
+from train.compress.recipes.calibration import find_extremes, spread
 from train.compress.recipes.export_onnx import ExportError
 from train.compress.recipes.finetune import FineTuner
 from train.compress.recipes.prune import Unprunable, remove_channels
 from train.config import Config, Net
-from train.data import batch_sampler
-from train.data.dataset import EncodedDataset, batch_slices
+from train.data.dataset import EncodedDataset
 from train.nets.losses import target_loss
-from train.tasks import ClassTarget
+from train.tasks import Arrays, ClassTarget
 from train.values.ragged import StoredArrays, pad, take
 
 # Records to compare ways of quantizing on.
 TRIAL_RECORDS = 512
-
-# Records with extreme outputs to find, and the number of records that are searched for them.
-EXTREME_RECORDS, MOST_SEARCHED = 64, 50_000
-
-# Input bytes per batch of the search; activations need hundreds of times as much memory.
-SEARCH_BYTES = 2**20
 
 # Records to trace an export with, and to estimate the importance of channels on.
 SAMPLE_RECORDS = 32
@@ -62,23 +57,33 @@ class BuiltVariant:
 
 @dataclass(frozen=True)
 class BaseNet:
-    """A network that variants are built from: the trained, the pruned or the distilled one."""
+    """A network that variants are built from: the trained, the pruned or the distilled one.
+
+    Of an imported model there is only its ONNX file.
+    """
 
     name: str
-    net: nn.Module
+    own: nn.Module | None
     config: Net
+
+    @property
+    def net(self) -> nn.Module:
+        """The network in torch. Raises VariantSkipped for an imported model."""
+        if self.own is None:
+            raise VariantSkipped("an imported model has no network in PyTorch")
+        return self.own
 
 
 class VariantBuilder:
     """Builds variants and caches the parts that recipes share.
 
-    net: the trained network. passes: `VariantJudge.passes`.
+    net: the trained network, or the ONNX file of an imported model. passes: `VariantJudge.passes`.
     earlier: a bundle of the same weights; its variants with the same options are copied.
     """
 
     def __init__(
         self,
-        net: nn.Module,
+        net: nn.Module | Path,
         config: Config,
         shards: EncodedDataset,
         writer: BundleWriter,
@@ -90,11 +95,12 @@ class VariantBuilder:
         self.config, self.task, self.shards, self.scratch = config, shards.task, shards, scratch
         self.passes = passes
         self._writer, self._root, self._earlier = writer, root, earlier
-        self._bases = {"fp32": BaseNet("fp32", net, config.net)}
-        self._exported: dict[str, Path | ExportError] = {}
+        imported = net if isinstance(net, Path) else None
+        self._bases = {"fp32": BaseNet("fp32", None if isinstance(net, Path) else net, config.net)}
+        self._exported: dict[str, Path | ExportError] = {"fp32": imported} if imported else {}
         self._retrainer: FineTuner | None = None
         self._inputs, targets_N = shards.open("train")
-        self._ids = _spread(targets_N, config, shards.task.target)
+        self._ids = spread(targets_N, config, shards.task.target)
 
     @cached_property
     def calibration(self) -> StoredArrays:
@@ -126,7 +132,17 @@ class VariantBuilder:
 
     @cached_property
     def _extremes(self) -> np.ndarray:
-        return _extremes(self._bases["fp32"].net, self._inputs, self._ids)
+        return find_extremes(self._run, self._inputs, self._ids)
+
+    @property
+    def _run(self) -> Callable[[Arrays], np.ndarray]:
+        """The model: encoded arrays [N, ...] by name → outputs [N, K]."""
+        base = self._bases["fp32"]
+        if base.own is None:
+            engine = OnnxRuntimeEngine.load(self.onnx(base), num_threads=0)
+            return lambda inputs: engine.run(inputs)["logits"]
+        net = nets.folded_net(copy.deepcopy(base.own)).cpu()
+        return lambda inputs: net(*map(torch.from_numpy, inputs.values())).numpy()
 
     @property
     def kept(self) -> list[str]:
@@ -221,7 +237,7 @@ class VariantBuilder:
         prune = self.config.compress.prune
         net = copy.deepcopy(self._bases["fp32"].net)
         inputs, targets_N = self.shards.open("train")
-        ids = np.sort(_spread(targets_N, self.config, self.task.target)[:IMPORTANCE_RECORDS])
+        ids = np.sort(spread(targets_N, self.config, self.task.target)[:IMPORTANCE_RECORDS])
         tensors = tuple(torch.from_numpy(array) for array in pad(take(inputs, ids)).values())
         loss = target_loss(self.task.target, self.config.optim, torch.device("cpu"))
         try:
@@ -265,34 +281,3 @@ class VariantBuilder:
 OWN = "own"
 
 Recipe = Callable[["VariantBuilder", str], BuiltVariant]
-
-
-def _spread(targets_N: np.ndarray, config: Config, target: Any) -> np.ndarray:
-    """Return shuffled indices of training records that begin with one record of each class."""
-    ids = batch_sampler.random_stream(config.seed, 0, "calib").permutation(len(targets_N))
-    if not isinstance(target, ClassTarget):
-        return ids
-    first = np.unique(targets_N[ids], return_index=True)[1]
-    return np.concatenate([ids[first], np.delete(ids, first)])
-
-
-@torch.inference_mode()
-def _extremes(net: nn.Module, inputs: StoredArrays, ids: np.ndarray) -> np.ndarray:
-    """Return indices of the records whose outputs are farthest from the mean, farthest first.
-
-    Numbers are unbounded, so ranges measured without the largest ones would clip them. Returns no
-    indices if all inputs are bounded.
-    """
-    if all(array.dtype != np.float32 for array in inputs.values()):
-        return ids[:0]
-    copied = nets.folded_net(copy.deepcopy(net)).cpu()
-    row_bytes = max(sum(array[0].nbytes for array in inputs.values()), 1)
-    size = int(np.clip(SEARCH_BYTES // row_bytes, 1, 1000))
-    ids = ids[: min(MOST_SEARCHED, 50 * size)]
-    parts = [
-        copied(*(torch.from_numpy(array) for array in pad(take(inputs, ids[part])).values()))
-        for part in batch_slices(len(ids), size)
-    ]
-    outputs_NK = torch.cat(parts).numpy()
-    deviations_NK = np.abs(outputs_NK - outputs_NK.mean(axis=0)) / (outputs_NK.std(axis=0) + 1e-12)
-    return ids[np.argsort(-deviations_NK.max(axis=1), kind="stable")[:EXTREME_RECORDS]]

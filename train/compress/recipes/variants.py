@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from cluster.errors import UserError
 from train import nets
 from train.compress.recipes import quantize_weight_only
 from train.compress.recipes.export_onnx import ExportError
-from train.compress.recipes.quantize_static import StaticQuantizer
+from train.compress.recipes.quantize_static import LAYERS, StaticQuantizer
 from train.compress.recipes.variant_builder import (
     BaseNet,
     BuiltVariant,
@@ -55,9 +56,18 @@ def _torch(
 def _of_onnx(
     builder: VariantBuilder, variant: str, *, write: Callable[[Path, Path], None]
 ) -> BuiltVariant:
+    source = _with_layers(builder, builder.base("fp32"))
     path = builder.folder(variant) / "model.onnx"
-    write(builder.onnx(builder.base("fp32")), path)
+    write(source, path)
     return BuiltVariant(path)
+
+
+def _with_layers(builder: VariantBuilder, base: BaseNet) -> Path:
+    """Return the ONNX file of a base. Raises VariantSkipped if it has no layers to quantize."""
+    path = builder.onnx(base)
+    if not any(node.op_type in LAYERS for node in onnx.load(path).graph.node):
+        raise VariantSkipped("a model of trees or a linear one has no layers to quantize")
+    return path
 
 
 def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -> BuiltVariant:
@@ -68,7 +78,7 @@ def _int8_static(builder: VariantBuilder, variant: str, *, base: str = "fp32") -
     pruning or distillation does not count.
     """
     found = builder.base(base)
-    reference = builder.onnx(found)
+    reference = _with_layers(builder, found)
     path = builder.folder(variant) / "model.onnx"
     made = _kept_where_needed(builder, _calibrated(builder, found), reference, path)
     if made is None and builder.config.compress.qat_epochs:

@@ -36,12 +36,14 @@ class Numbers:
 
     mean_F, scale_F: these means and standard deviations, robust against outliers.
     with_missing_F: whether each number is missing in some training record.
+    raw: leave numbers as they are, float64, for an imported model that prepares them itself.
     """
 
     columns: tuple[Column, ...]
     mean_F: tuple[float, ...] = ()
     scale_F: tuple[float, ...] = ()
     with_missing_F: tuple[bool, ...] = ()
+    raw: bool = False
 
     kind: ClassVar[str] = "numbers"
 
@@ -54,7 +56,7 @@ class Numbers:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(self.kind, "FP32", (len(self.names),)),)
+        return (TensorSpec(self.kind, "FP64" if self.raw else "FP32", (len(self.names),)),)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,7 +115,9 @@ class Numbers:
         }
 
     def encode(self, columns: Columns) -> Arrays:
-        """Return {"numbers": float32 [N, F]}. Raises InvalidRecord."""
+        """Return {"numbers": float32 [N, F]}, float64 if `raw`. Raises InvalidRecord."""
+        if self.raw:
+            return {self.kind: self._raw(columns)}
         assert self.mean_F, "fit first"
         # float64 keeps the differences between large numbers.
         with np.errstate(over="ignore"):
@@ -148,6 +152,7 @@ class Numbers:
             "mean": list(self.mean_F),
             "scale": list(self.scale_F),
             "with_missing": list(self.with_missing_F),
+            **({"raw": True} if self.raw else {}),
         }
 
     @classmethod
@@ -160,4 +165,5 @@ class Numbers:
             tuple(state["mean"]),
             tuple(state["scale"]),
             tuple(state.get("with_missing", ())),
+            state.get("raw", False),
         )

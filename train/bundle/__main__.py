@@ -1,0 +1,118 @@
+"""python -m train.bundle import: make a bundle of a model that another library trained."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, CliUnknownArgs, SettingsConfigDict
+
+from cluster.cli import CommandOptions, parse_options, run_command
+from cluster.errors import UserError
+from cluster.storage import MODEL_NAME
+from train import cli
+from train.bundle import publishing, signature
+from train.config import Config, validate_config
+
+# Sections of the training options that this command accepts in addition to its own options.
+MAY_CHANGE = ("compress", "data", "registry", "seed", "storage", "task_type")
+
+
+class ImportOptions(CommandOptions):
+    """Make a bundle of a model that another library trained, and register it.
+
+    The model is converted to ONNX and compared with the original on a sample of records; the sample
+    also gives its metrics, the reference for drift, and the records to judge variants on.
+    """
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m train.bundle import", cli_ignore_unknown_args=True
+    )
+
+    model: CliPositionalArg[str] = Field(
+        description="File of a model of ONNX, scikit-learn, XGBoost or LightGBM; a folder that "
+        "MLflow wrote; or models:/NAME/VERSION or runs:/ID/PATH of such a model."
+    )
+    name: str = Field(
+        pattern=MODEL_NAME,
+        description="Name in the registry: lowercase letters, digits, - and _.",
+    )
+    data: str = Field(
+        description="File or URL of records with the target, which the model was not trained on."
+    )
+    target: str = Field(description="Column that the model predicts.")
+    allow_pickle: bool = Field(
+        False,
+        description="Read a pickle, which runs the code in it, in a process of its own without "
+        "network. Import only pickles from a source that you trust.",
+    )
+    classes: list[str] = Field(
+        [], description="Names of the classes in the model's order, if it only numbers them."
+    )
+    training: CliUnknownArgs
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Run the command and return its summary, which the caller prints as JSON.
+
+    Raises UserError for another command than import, and as `import_model` does.
+    """
+    match list(argv):
+        case ["import", *rest]:
+            return _import(parse_options(ImportOptions, rest))
+        case ["-h" | "--help", *_]:
+            return _import(parse_options(ImportOptions, ["--help"]))
+        case _:
+            raise UserError("expected 'python -m train.bundle import FILE --name NAME …'.")
+
+
+def _import(options: ImportOptions) -> dict[str, Any]:
+    from train.importing.formats import find_model_file
+    from train.importing.importer import import_model
+
+    config = _config(options)
+    root, metric = config.storage.root, config.registry.metric
+    signature.has_key(config.storage.signing_key)
+    if config.registry.enabled:
+        publishing.check_publishable(root, metric)
+    file = find_model_file(options.model, root, allow_pickle=options.allow_pickle)
+    bundle = import_model(config, file, options.classes)
+    summary = publishing.bundle_summary(bundle)
+    if not config.registry.enabled:
+        return summary
+    from train.compress.scoring import validation_score
+
+    with publishing.RunRecorder(root, config.name, bundle.manifest.config) as recording:
+        completed = Config.model_validate(bundle.manifest.config)
+        score = functools.partial(validation_score, completed)
+        published = publishing.publish(bundle, recording, root, metric, score=score)
+    return summary | published
+
+
+def _config(options: ImportOptions) -> Config:
+    given = cli.read_options(options.training)
+    if wrong := sorted(given.keys() - set(MAY_CHANGE)):
+        raise UserError(
+            f"option --{wrong[0]} applies to training only; this command accepts options of "
+            f"{', '.join(MAY_CHANGE)}."
+        )
+    train = options.data
+    return validate_config(
+        {
+            **given,
+            "name": options.name,
+            "target": options.target,
+            "data": {**given.get("data", {}), "train": _absolute(train)},
+            # Training again to quantize is not possible.
+            "compress": {"qat_epochs": 0, **given.get("compress", {})},
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,142 @@
+"""The sample that a model is imported with, as its process reads it. Shapes: N records."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from train.importing.isolated import Unsuitable
+from train.tasks import Columns, InvalidRecord
+from train.tasks.columns.scalars import Boolean, Number
+from train.values.names import TRUTHS
+from train.values.records import is_missing, shorten, to_text
+
+SAMPLE = "sample.npz"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Columns of a sample.
+
+    texts: every column as texts, object [N] of str, None where missing. numbers: those in which all
+    values are numbers or booleans, float64 [N], NaN where missing. booleans: names of the latter.
+    """
+
+    texts: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+    booleans: frozenset[str]
+
+    @classmethod
+    def of(cls, columns: Columns, names: Sequence[str]) -> Self:
+        """Return columns of records as read from a source."""
+        texts, numbers, booleans = {}, {}, set()
+        for name in names:
+            values = columns[name]
+            texts[name] = np.array(
+                [None if is_missing(value) else _text(value) for value in values], object
+            )
+            if are_truths(values):
+                numbers[name] = Boolean(name).read(values)
+                booleans.add(name)
+                continue
+            try:
+                numbers[name] = plain_number(name).read(values)
+            except InvalidRecord:
+                continue
+        return cls(texts, numbers, frozenset(booleans))
+
+    def write(self, folder: Path) -> None:
+        """Write the sample for another process."""
+        arrays = {}
+        for place, (name, texts_N) in enumerate(self.texts.items()):
+            missing_N = np.array([text is None for text in texts_N], bool)
+            arrays[f"missing{place}"] = missing_N
+            arrays[f"text{place}"] = np.where(missing_N, "", texts_N).astype(str)
+            if name in self.numbers:
+                kind = "boolean" if name in self.booleans else "number"
+                arrays[f"{kind}{place}"] = self.numbers[name]
+        np.savez(folder / SAMPLE, allow_pickle=False, **arrays)
+
+    @classmethod
+    def read(cls, folder: Path, names: Sequence[str]) -> Self:
+        """Read what `write` wrote, for columns with these names."""
+        with np.load(folder / SAMPLE, allow_pickle=False) as file:
+            arrays = dict(file)
+        texts: dict[str, np.ndarray] = {}
+        for place, name in enumerate(names):
+            texts[name] = arrays[f"text{place}"].astype(object)
+            texts[name][arrays[f"missing{place}"]] = None
+        numbers, booleans = (
+            {name: arrays[key] for i, name in enumerate(names) if (key := f"{kind}{i}") in arrays}
+            for kind in ("number", "boolean")
+        )
+        return cls(texts, numbers | booleans, frozenset(booleans))
+
+    def choose(self, wanted: Sequence[str] | None, count: int) -> list[str]:
+        """Return the columns that a model takes, in its order.
+
+        wanted: their names if the model knows them; otherwise it takes all columns, and `count`
+        says how many. Raises Unsuitable if the sample does not have these columns.
+        """
+        have = list(self.texts)
+        if wanted is None:
+            if len(have) != count:
+                raise Unsuitable(
+                    f"it takes {count} columns, and the sample has {len(have)} besides the target: "
+                    f"{', '.join(have)}"
+                )
+            return have
+        if lacking := [name for name in wanted if name not in have]:
+            raise Unsuitable(
+                f"it takes the column '{lacking[0]}', which the sample does not have; there are "
+                f"{', '.join(have)}"
+            )
+        return list(wanted)
+
+    def matrix(self, names: Sequence[str]) -> np.ndarray:
+        """Return columns as float64 [N, F]. Raises Unsuitable for a column of texts."""
+        for name in names:
+            if name not in self.numbers:
+                value = next(text for text in self.texts[name] if text is not None)
+                raise Unsuitable(
+                    f"it takes numbers, and column '{name}' of the sample has texts such as "
+                    f"{shorten(value)}"
+                )
+        return np.stack([self.numbers[name] for name in names], axis=1)
+
+    def frame(self, names: Sequence[str], categories: Collection[str]) -> Any:
+        """Return columns as a data frame of pandas; those of `categories` are texts."""
+        import pandas as pd
+
+        columns = {}
+        for name in names:
+            if name in categories:
+                texts_N = self.texts[name]
+                columns[name] = pd.Series(np.where(texts_N == None, np.nan, texts_N))  # noqa: E711
+                continue
+            values_N = self.numbers[name]
+            whole = np.isfinite(values_N).all() and (values_N == np.round(values_N)).all()
+            kind = bool if name in self.booleans else np.int64
+            columns[name] = pd.Series(values_N.astype(kind) if whole else values_N)
+        return pd.DataFrame(columns)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else to_text(value)
+
+
+def are_truths(values: Sequence[Any] | np.ndarray) -> bool:
+    """Return whether all values, [N], but missing ones are True or False, also as texts."""
+    known = [value for value in values if not is_missing(value)]
+    return bool(known) and all(
+        isinstance(value, bool | np.bool_)
+        or (isinstance(value, str) and value.strip().lower() in TRUTHS)
+        for value in known
+    )
+
+
+def plain_number(column: str) -> Number:
+    """Return a column of numbers with a decimal point, none of which means a missing value."""
+    return Number(column, ".", "", ())
