@@ -147,8 +147,8 @@ class InferenceService:
 
     @_method(Access.MODEL)
     async def ModelReady(self, request: Any, call: GrpcCall) -> Any:
-        self._plane(request.name, request.version, call)
-        return types.ModelReadyResponse(ready=True)
+        ready = self._handler.ready() and self._plane(request.name, request.version, call)
+        return types.ModelReadyResponse(ready=bool(ready))
 
     @_method(Access.KEY)
     async def ServerMetadata(self, request: Any, call: GrpcCall) -> Any:

@@ -1,8 +1,10 @@
 """python -m train.bundle import: make a bundle of a model that another library trained."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field
@@ -31,17 +33,20 @@ class ImportOptions(CommandOptions):
     )
 
     model: CliPositionalArg[str] = Field(
-        description="File of a model of ONNX, scikit-learn, XGBoost or LightGBM; a folder that "
-        "MLflow wrote; or models:/NAME/VERSION or runs:/ID/PATH of such a model."
+        description="File of a model of ONNX, scikit-learn, XGBoost or LightGBM; a folder of "
+        "MLflow, or of a model in Triton's repository; an archive of TorchServe (.mar) with an "
+        "ONNX file; or models:/NAME/VERSION or runs:/ID/PATH in MLflow."
     )
     name: str = Field(
         pattern=MODEL_NAME,
         description="Name in the registry: lowercase letters, digits, - and _.",
     )
-    data: str = Field(
-        description="File or URL of records with the target, which the model was not trained on."
+    data: str | None = Field(
+        None,
+        description="File or URL of records with the target, which the model was not trained on. "
+        "Without records, an ONNX file is served with its own tensors and is not measured.",
     )
-    target: str = Field(description="Column that the model predicts.")
+    target: str | None = Field(None, description="Column that the model predicts.")
     allow_pickle: bool = Field(
         False,
         description="Read a pickle, which runs the code in it, in a process of its own without "
@@ -70,14 +75,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def _import(options: ImportOptions) -> dict[str, Any]:
     from train.importing.formats import find_model_file
     from train.importing.importer import import_model
+    from train.importing.unmeasured import import_unmeasured
 
     config = _config(options)
     root, metric = config.storage.root, config.registry.metric
     signature.has_key(config.storage.signing_key)
     if config.registry.enabled:
         publishing.check_publishable(root, metric)
-    file = find_model_file(options.model, root, allow_pickle=options.allow_pickle)
-    bundle = import_model(config, file, options.classes)
+    with TemporaryDirectory(prefix="import-") as scratch:
+        pickles = options.allow_pickle
+        file = find_model_file(options.model, root, Path(scratch), allow_pickle=pickles)
+        if options.data is None:
+            bundle = import_unmeasured(config, file)
+        else:
+            bundle = import_model(config, file, options.classes)
+    if file.options:
+        print(f"options for serve run serve.app: {' '.join(file.options)}", file=sys.stderr)
     summary = publishing.bundle_summary(bundle)
     if not config.registry.enabled:
         return summary
@@ -97,13 +110,14 @@ def _config(options: ImportOptions) -> Config:
             f"option --{wrong[0]} applies to training only; this command accepts options of "
             f"{', '.join(MAY_CHANGE)}."
         )
-    train = options.data
+    if (options.data is None) != (options.target is None):
+        raise UserError("--data and --target go together; give both, or neither for an ONNX file.")
     return validate_config(
         {
             **given,
             "name": options.name,
-            "target": options.target,
-            "data": {**given.get("data", {}), "train": _absolute(train)},
+            "data": {**given.get("data", {}), "train": _absolute(options.data or options.model)},
+            **({"target": options.target} if options.target else {}),
             # Training again to quantize is not possible.
             "compress": {"qat_epochs": 0, **given.get("compress", {})},
         }

@@ -4,13 +4,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import storage
 from cluster.errors import UserError
-from train.bundle.bundle import WEIGHTS, Bundle, CorruptBundle, OutdatedBundle
-from train.bundle.manifest import flatten_options, interface_change
+from train.bundle.bundle import WEIGHTS, Bundle
+from train.bundle.challenger import Challenger, version_number
+from train.bundle.manifest import flatten_options
 from train.bundle.mlflow_access import (
     RegistryError,
     ensure_experiment,
@@ -24,7 +24,6 @@ from train.bundle.registry import (
     CANDIDATE,
     PRODUCTION,
     SCHEME,
-    load_version,
     set_production,
 )
 from train.bundle.registry_lock import lock_registry
@@ -168,15 +167,15 @@ def publish(
     """
     client, run_id = recording.begin()
     manifest = bundle.manifest
-    metric = metric or f"valid_{bundle.task.metric}"
-    value = _metric(bundle, metric) if figure is None else figure
+    metric, value = _figure(bundle, metric, figure)
     with registry_errors(root):
         client.update_run(run_id, name=bundle.path.name)
         _log(client, run_id, bundle)
         client.log_artifacts(run_id, str(bundle.path), ARTIFACT)
         run = client.get_run(run_id)
         ensure_model(client, manifest.name)
-        metrics = manifest.variants[manifest.default_variant].metrics | {metric: value}
+        metrics = manifest.variants[manifest.default_variant].metrics
+        metrics = metrics | ({metric: value} if metric else {})
         version = client.create_model_version(
             manifest.name,
             source=f"{run.info.artifact_uri}/{ARTIFACT}",
@@ -188,7 +187,7 @@ def publish(
                 **{key: repr(figure) for key, figure in metrics.items()},
             },
         ).version
-    challenger = _Challenger(bundle, root, metric, value, score)
+    challenger = Challenger(bundle, root, metric, value, score)
     while True:
         with registry_errors(root):
             current = find_alias(client, manifest.name, PRODUCTION)
@@ -197,7 +196,7 @@ def publish(
         alias = PRODUCTION if no_worse else CANDIDATE
         with registry_errors(root), lock_registry(client, root) as lock:
             now = find_alias(client, manifest.name, PRODUCTION)
-            if candidate is None and _number(now) != _number(current):
+            if candidate is None and version_number(now) != version_number(current):
                 continue  # another version has become production: compare with that one
             if no_worse:
                 set_production(client, lock, manifest.name, str(version))
@@ -208,57 +207,6 @@ def publish(
     print(f"{manifest.name} version {version} is {alias}: {reason}", file=sys.stderr)
     uri = f"{SCHEME}{manifest.name}@{alias}"
     return {"version": int(version), "alias": alias, "uri": uri}
-
-
-@dataclass(frozen=True)
-class _Challenger:
-    """A new version that is compared with the version in production."""
-
-    bundle: Bundle
-    root: str
-    metric: str
-    value: float
-    score: Callable[[Bundle, str], float] | None
-
-    def compare(self, current: Any | None) -> tuple[bool, str]:
-        """Return whether this version may replace `current`, or become the first, and why."""
-        if current is None:
-            return True, "no version is in production yet"
-        number = current.version
-        try:
-            production = load_version(current, self.root)
-        except OutdatedBundle:
-            return True, f"version {number} has an older format that can no longer be served"
-        except (CorruptBundle, UserError, ValueError) as error:
-            return False, f"version {number} in production cannot be read: {error}"
-        if change := interface_change(production.manifest, self.bundle.manifest):
-            return False, f"{change} from version {number} in production"
-        if current.tags.get(WEIGHTS) == self.bundle.weights_digest:
-            return True, f"version {number} has the same weights, compressed and accepted again"
-        before = float(current.tags.get(self.metric, math.nan))
-        words = f"{self.metric} {self.value:.4f} against {{:.4f}} of version {number}"
-        if not (same := _same_records(production, self.bundle)) or math.isnan(before):
-            if self.score is None:
-                why = "has no such figure" if same else "was measured on other validation records"
-                return False, f"version {number} {why}"
-            try:
-                before = self.score(production, self.metric)
-            except UserError as error:
-                return False, f"version {number} cannot be measured on these records: {error}"
-            words += ", measured again on these records"
-        found = self.bundle.task.find_metric(self.metric)
-        no_worse = found.signed({found.name: self.value}) >= found.signed({found.name: before})
-        return no_worse and not math.isnan(self.value), words.format(before)
-
-
-def _number(version: Any | None) -> str | None:
-    return None if version is None else str(version.version)
-
-
-def _same_records(one: Bundle, other: Bundle) -> bool:
-    """Return whether two bundles were measured on the same validation records."""
-    digests = [bundle.manifest.data["valid"].get("digest") for bundle in (one, other)]
-    return digests[0] is not None and digests[0] == digests[1]
 
 
 def check_publishable(root: str, metric: str | None) -> None:
@@ -293,8 +241,15 @@ def _log(client: "MlflowClient", run_id: str, bundle: Bundle) -> None:
     client.log_artifacts(run_id, str(bundle.path / "report"), "report")
 
 
-def _metric(bundle: Bundle, metric: str) -> float:
+def _figure(bundle: Bundle, metric: str | None, figure: float | None) -> tuple[str, float]:
+    """Return the metric that decides and its value; "" and NaN for a model without metrics.
+
+    figure: replaces the value, if given. Raises UserError if the bundle does not have the metric.
+    """
+    if not bundle.task.is_measured:
+        return "", math.nan
+    metric = metric or f"valid_{bundle.task.metric}"
     metrics = bundle.manifest.variants[bundle.manifest.default_variant].metrics
-    if metric not in metrics:
+    if figure is None and metric not in metrics:
         raise UserError(f"registry.metric is '{metric}'; the model has {', '.join(metrics)}.")
-    return metrics[metric]
+    return metric, metrics[metric] if figure is None else figure

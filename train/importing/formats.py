@@ -11,6 +11,7 @@ import yaml
 from cluster import commit, storage
 from cluster.errors import UserError, error_line
 from train.bundle.registry import SCHEME
+from train.importing import repositories
 
 # Names of the formats for messages.
 FORMATS = {
@@ -31,32 +32,37 @@ FLAVORS = {"onnx": "data", "xgboost": "data", "lightgbm": "data", "sklearn": "pi
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file that holds a model: where it came from, its format and its digest."""
+    """A file that holds a model: where it came from, its format and its digest.
+
+    options: those of the server that correspond to the model's configuration in another server.
+    """
 
     source: str
     path: Path
     format: str
     sha256: str
+    options: tuple[str, ...] = ()
 
 
-def find_model_file(source: str, root: str, *, allow_pickle: bool) -> ModelFile:
+def find_model_file(source: str, root: str, scratch: Path, *, allow_pickle: bool) -> ModelFile:
     """Return the file of a model, and recognize its format.
 
-    source: a file, a folder that MLflow wrote, or a URI of a model in MLflow's registry or of a
-    run. root: the storage path, whose registry such URIs refer to.
+    source: a file, an archive of TorchServe, a folder that MLflow wrote or of a model in Triton's
+    repository, or a URI of a model in MLflow's registry or of a run. root: the storage path, whose
+    registry such URIs refer to. scratch: a folder to extract an archive into.
     Raises UserError if there is no model of a known format, or it is a pickle and these are not
     allowed.
     """
     path = _download(source, root) if source.startswith((SCHEME, RUNS)) else Path(source)
-    if path.is_dir():
-        if not (path / MLMODEL).is_file():
-            raise UserError(
-                f"'{source}' is a folder without {MLMODEL}; give the file of a model, or a folder "
-                "that MLflow wrote."
-            )
+    options: list[str] = []
+    if (path / repositories.CONFIG).is_file():
+        path, options = repositories.triton_model(path, source)
+    elif path.is_dir():
         path = _flavor_file(path, source)
     if not path.is_file():
         raise UserError(f"'{source}' does not exist; give the file of a model.")
+    if repositories.is_archive(path):
+        path = repositories.archived_model(path, scratch, source)
     found = _format(path)
     if found is None:
         raise UserError(
@@ -67,7 +73,7 @@ def find_model_file(source: str, root: str, *, allow_pickle: bool) -> ModelFile:
             f"'{source}' is a pickle, and reading it runs the code in it; if you trust its source, "
             "give --allow-pickle."
         )
-    return ModelFile(source, path, found, commit.file_digest(path))
+    return ModelFile(source, path, found, commit.file_digest(path), tuple(options))
 
 
 def _format(path: Path) -> str | None:
@@ -101,6 +107,17 @@ def _download(uri: str, root: str) -> Path:
 
 def _flavor_file(folder: Path, source: str) -> Path:
     """Return the file of a model that MLflow wrote."""
+    if not (folder / MLMODEL).is_file():
+        models = sorted(each.parent.name for each in folder.glob(f"*/{repositories.CONFIG}"))
+        if models:
+            raise UserError(
+                f"'{source}' is a repository with the models {', '.join(models)}; give the folder "
+                f"of one, such as '{source}/{models[0]}'."
+            )
+        raise UserError(
+            f"'{source}' is a folder without {MLMODEL} or {repositories.CONFIG}; give the file of "
+            "a model, or a folder of MLflow or Triton."
+        )
     try:
         facts: dict[str, Any] = yaml.safe_load((folder / MLMODEL).read_text())
         flavors = facts["flavors"]

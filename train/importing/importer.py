@@ -3,6 +3,7 @@
 Shapes: N records, K classes.
 """
 
+import secrets
 import shutil
 import sys
 import time
@@ -161,7 +162,7 @@ def _write(config: Config, task: Task, path: Path, imported: ImportedModel, star
     config = _completed(config, task)
     data = dataset.prepare_dataset(config, root, task).with_task(task)
     now = datetime.now(UTC)
-    name = f"{config.name}-{now:%Y%m%d-%H%M%S}-imported"
+    name = f"{config.name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-imported"
     location = storage.join_path(root, "bundles", name)
     with Bundle.create(location) as writer:
         _fill(writer, config, data, path, imported, now, started)

@@ -26,10 +26,10 @@ FORBIDDEN = {
 }
 # Functions that run and convert a model of each format.
 ADAPTERS = {
-    "pickle": "train.importing.scikit_learn:adapt_pickle",
-    "skops": "train.importing.scikit_learn:adapt_skops",
-    "xgboost": "train.importing.boosted_trees:adapt_xgboost_file",
-    "lightgbm": "train.importing.boosted_trees:adapt_lightgbm_file",
+    "pickle": "train.importing.originals.scikit_learn:adapt_pickle",
+    "skops": "train.importing.originals.scikit_learn:adapt_skops",
+    "xgboost": "train.importing.originals.boosted_trees:adapt_xgboost_file",
+    "lightgbm": "train.importing.originals.boosted_trees:adapt_lightgbm_file",
     "onnx": "train.importing.onnx_file:adapt_file",
 }
 START = (

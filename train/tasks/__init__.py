@@ -15,6 +15,7 @@ from train.tasks.multilabel import LabelsTarget
 from train.tasks.regression import ValueTarget
 from train.tasks.targets import NamedTarget, Target
 from train.tasks.task import TARGETS, Task
+from train.tasks.tensors import RawOutputs, Tensors
 from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorSpec
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "Metric",
     "NamedTarget",
     "Numbers",
+    "RawOutputs",
     "Record",
     "Target",
     "Task",
     "TensorSpec",
+    "Tensors",
     "Texts",
     "ValueTarget",
 ]

@@ -12,6 +12,7 @@ from train.tasks.columns.numeric import COLUMNS, Numbers
 from train.tasks.columns.scalars import Number
 from train.tasks.columns.text import Texts
 from train.tasks.plugins import import_object
+from train.tasks.tensors import Tensors
 from train.values.ragged import FREE
 from train.values.records import Arrays, Columns, InvalidRecord, Record, TensorSpec, to_columns
 
@@ -58,6 +59,7 @@ ENCODERS: dict[str, type[Encoder]] = {
     "categories": Categories,
     "tokens": Texts,
     "image": Images,
+    "tensors": Tensors,
 }
 # Names of the inputs that hold several columns, and of the output. Columns with an input of their
 # own must not have them.

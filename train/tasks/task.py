@@ -12,11 +12,14 @@ from train.tasks.features import Features, encoder_class
 from train.tasks.multilabel import LabelsTarget
 from train.tasks.regression import ValueTarget
 from train.tasks.targets import NamedTarget, Target
+from train.tasks.tensors import RawOutputs
 from train.values.records import Arrays, Columns, shorten
 
 TARGETS: dict[str, type[Target]] = {
     target.kind: target for target in (ClassTarget, LabelsTarget, ValueTarget)
 }
+# Targets of saved tasks, which include those of models that were imported without records.
+SAVED_TARGETS = {**TARGETS, RawOutputs.kind: RawOutputs}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Task:
         Raises ValueError if a custom target does not declare them as `Metric`.
         """
         declared = getattr(self.target, "known_metrics", ())
+        if isinstance(self.target, RawOutputs):
+            return ()
         if not declared or not all(isinstance(each, Metric) for each in declared):
             raise ValueError(
                 f"known_metrics of {type(self.target).__name__} is {shorten(declared)}; expected "
@@ -60,8 +65,13 @@ class Task:
         return tuple(declared)
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the model has metrics; those imported without records have none."""
+        return bool(self.known_metrics)
+
+    @property
     def metric(self) -> str:
-        """Name of the main metric, which is the target's first."""
+        """Name of the main metric, which is the target's first. A measured model has one."""
         return self.known_metrics[0].name
 
     def find_metric(self, name: str | None = None) -> Metric:
@@ -151,7 +161,7 @@ class Task:
         Raises ValueError for an unknown kind or a class that is not a subclass of Task.
         """
         features = Features.from_dict(state["features"])
-        target = encoder_class(state["target"], TARGETS).from_dict(state["target"])
+        target = encoder_class(state["target"], SAVED_TARGETS).from_dict(state["target"])
         own = encoder_class(state, {"task": Task})
         if not (isinstance(own, type) and issubclass(own, Task)):
             raise ValueError(f"'{state['kind']}' is not a subclass of train.tasks.Task")

@@ -160,7 +160,7 @@ def test_code_in_a_pickle_runs_only_if_allowed_and_elsewhere(cancer, tmp_path):
     path, marker = tmp_path / "model.pkl", tmp_path / "marker"
     path.write_bytes(pickle.dumps([Marker(marker), 1]))
     with pytest.raises(UserError, match=r"is a pickle.*give --allow-pickle\.$"):
-        find_model_file(str(path), str(tmp_path), allow_pickle=False)
+        find_model_file(str(path), str(tmp_path), tmp_path, allow_pickle=False)
     assert not marker.exists()
     with pytest.raises(UserError, match=r"it holds a builtins\.list"):
         imported(path, cancer[::2], "diagnosis", tmp_path)
@@ -297,15 +297,15 @@ def test_classes_are_named_in_the_model_s_order(cancer, tmp_path):
 
 def test_a_missing_file_and_other_formats_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        find_model_file(str(tmp_path / "none.onnx"), str(tmp_path), allow_pickle=False)
-    with pytest.raises(UserError, match="is a folder without MLmodel"):
-        find_model_file(str(tmp_path), str(tmp_path), allow_pickle=False)
+        find_model_file(str(tmp_path / "none.onnx"), str(tmp_path), tmp_path, allow_pickle=False)
+    with pytest.raises(UserError, match=r"is a folder without MLmodel or config\.pbtxt"):
+        find_model_file(str(tmp_path), str(tmp_path), tmp_path, allow_pickle=False)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="is of no known format; expected ONNX, pickle"):
-        find_model_file(str(tmp_path / "notes.txt"), str(tmp_path), allow_pickle=False)
+        find_model_file(str(tmp_path / "notes.txt"), str(tmp_path), tmp_path, allow_pickle=False)
     (tmp_path / "MLmodel").write_text("flavors: {sklearn: {pickled_model: ../../x.pkl}}")
     with pytest.raises(UserError, match="names a file outside its folder"):
-        find_model_file(str(tmp_path), str(tmp_path), allow_pickle=True)
+        find_model_file(str(tmp_path), str(tmp_path), tmp_path, allow_pickle=True)
 
 
 def test_the_command_registers_a_model_that_is_served_offline(cancer, tmp_path):

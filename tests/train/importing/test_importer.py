@@ -71,7 +71,7 @@ def imported(path, sample, target, folder, *, classes=(), **options):
             **options,
         }
     )
-    file = find_model_file(str(path), config.storage.root, allow_pickle=True)
+    file = find_model_file(str(path), config.storage.root, folder, allow_pickle=True)
     return import_model(config, file, classes)
 
 

@@ -12,10 +12,10 @@ import onnx
 import onnx.compose
 from onnx import TensorProto
 
-from train.importing.boosted_trees import register_boosted
-from train.importing.converters import register_converters
 from train.importing.isolated import Unsuitable
-from train.importing.sklearn_trees import ML_OPSET, has_trees, tree_graph
+from train.importing.originals.boosted_trees import register_boosted
+from train.importing.originals.converters import register_converters
+from train.importing.originals.sklearn_trees import ML_OPSET, has_trees, tree_graph
 
 # Encoders with a fitted list of categories for each column.
 ENCODERS = ("OneHotEncoder", "OrdinalEncoder", "TargetEncoder")

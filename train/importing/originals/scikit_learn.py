@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from train.importing.boosted_trees import adapt_boosted
 from train.importing.isolated import Unsuitable
+from train.importing.originals.boosted_trees import adapt_boosted
+from train.importing.originals.sklearn_graph import ENCODERS, best_graph, inner_estimators
 from train.importing.sample import Sample
-from train.importing.sklearn_graph import ENCODERS, best_graph, inner_estimators
 
 
 def adapt_pickle(
