@@ -33,8 +33,9 @@ class ImportOptions(CommandOptions):
     )
 
     model: CliPositionalArg[str] = Field(
-        description="File of a model of ONNX, scikit-learn, XGBoost or LightGBM; a folder of "
-        "MLflow, or of a model in Triton's repository; an archive of TorchServe (.mar) with an "
+        description="File of a model of ONNX, scikit-learn, XGBoost or LightGBM; weights of a "
+        "PyTorch module in safetensors; a folder of a text classifier of transformers, of MLflow, "
+        "or of a model in Triton's repository; an archive of TorchServe (.mar) with an "
         "ONNX file; or models:/NAME/VERSION or runs:/ID/PATH in MLflow."
     )
     name: str = Field(
@@ -54,6 +55,12 @@ class ImportOptions(CommandOptions):
     )
     classes: list[str] = Field(
         [], description="Names of the classes in the model's order, if it only numbers them."
+    )
+    class_path: str | None = Field(
+        None,
+        description="Class of a PyTorch module as package.module:Class, for weights in a "
+        "safetensors file. Its constructor takes no arguments, and forward takes the columns as "
+        "one tensor of numbers.",
     )
     training: CliUnknownArgs
 
@@ -88,7 +95,7 @@ def _import(options: ImportOptions) -> dict[str, Any]:
         if options.data is None:
             bundle = import_unmeasured(config, file)
         else:
-            bundle = import_model(config, file, options.classes)
+            bundle = import_model(config, file, options.classes, options.class_path)
     if file.options:
         print(f"options for serve run serve.app: {' '.join(file.options)}", file=sys.stderr)
     summary = publishing.bundle_summary(bundle)

@@ -1,5 +1,6 @@
 """Formats of model files, recognized by their content, and the models of MLflow."""
 
+import json
 import os
 import zipfile
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from cluster import commit, storage
 from cluster.errors import UserError, error_line
 from train.bundle.registry import SCHEME
 from train.importing import repositories
+from train.nets.pretrained.checkpoints import CONFIG, PretrainedCheckpoint
 
 # Names of the formats for messages.
 FORMATS = {
@@ -20,12 +22,16 @@ FORMATS = {
     "skops": "skops",
     "xgboost": "XGBoost",
     "lightgbm": "LightGBM",
+    "transformers": "transformers",
+    "torch": "PyTorch",
 }
 PICKLES = (".pkl", ".pickle", ".joblib")
 # File in the archives of skops, the format of scikit-learn's models without code.
 SKOPS = "schema.json"
 MLMODEL = "MLmodel"
 RUNS = "runs:/"
+# End of the names of classes of transformers.
+HEAD = "ForSequenceClassification"
 # Flavours of MLflow by preference, with the key of the file, relative to the model's folder.
 FLAVORS = {"onnx": "data", "xgboost": "data", "lightgbm": "data", "sklearn": "pickled_model"}
 
@@ -57,6 +63,10 @@ def find_model_file(source: str, root: str, scratch: Path, *, allow_pickle: bool
     options: list[str] = []
     if (path / repositories.CONFIG).is_file():
         path, options = repositories.triton_model(path, source)
+    elif _is_text_classifier(path):
+        checkpoint = PretrainedCheckpoint(source, path)
+        checkpoint.check()
+        return ModelFile(source, path, "transformers", checkpoint.digest)
     elif path.is_dir():
         path = _flavor_file(path, source)
     if not path.is_file():
@@ -76,6 +86,15 @@ def find_model_file(source: str, root: str, scratch: Path, *, allow_pickle: bool
     return ModelFile(source, path, found, commit.file_digest(path), tuple(options))
 
 
+def _is_text_classifier(path: Path) -> bool:
+    """Return whether a folder holds a text classifier of transformers."""
+    try:
+        facts = json.loads((path / CONFIG).read_text())
+        return any(str(name).endswith(HEAD) for name in facts["architectures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _format(path: Path) -> str | None:
     """Return the format of a file by its first bytes, and by its suffix where these do not tell."""
     with path.open("rb") as file:
@@ -91,6 +110,8 @@ def _format(path: Path) -> str | None:
         return "pickle"
     if path.suffix in PICKLES or start.startswith((b"ccopy_reg", b"cjoblib", b"csklearn")):
         return "pickle"
+    if path.suffix == ".safetensors":
+        return "torch"
     # An ONNX file is a protobuf message that begins with the version of its format.
     return "onnx" if path.suffix == ".onnx" or start[:1] == b"\x08" else None
 

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from train.importing.onnx_file import model_inputs
 from train.tasks import Categories, ClassTarget, Features, Numbers, Target, ValueTarget
+from train.values.ragged import FREE
 
 # Smallest probability of which the logarithm is taken.
 LEAST = 1e-30
+# In front of the names of the model's own tensors.
+OWN = "model/"
 # Operator that turns probabilities into a map from classes to them.
 ZIPMAP = "ZipMap"
 
@@ -54,17 +58,22 @@ def adapt_graph(
     """Return a model with the arrays of `features` as inputs, and the target's "logits".
 
     layout: "matrix" if the model takes all columns as one input, "columns" if it takes an input for
-    each column, by name. columns: in the order of the model. texts: for each category, the text of
-    each of its codes. output, kind: the name of the output to use, and what it holds:
-    "probabilities" or "scores" of classes, "probability" or "score" of the second of two classes,
-    or "values".
+    each column, by name, "tokens" if it takes the arrays of the features. columns: in the order of
+    the model. texts: for each category, the text of each of its codes. output, kind: the name of
+    the output to use, and what it holds: "probabilities" or "scores" of classes, "probability" or
+    "score" of the second of two classes, or "values".
     """
     before, after = _Graph("inputs"), _Graph("outputs")
-    inputs = {value.name: value.type.tensor_type for value in model_inputs(model)}
-    places = _places(features)
+    # A column, or the output, may have the name of an array.
+    model = onnx.compose.add_prefix(model, OWN)
+    inputs = {value.name.removeprefix(OWN): value.type.tensor_type for value in model_inputs(model)}
+    places = {} if layout == "tokens" else _places(features)
     graph = onnx.GraphProto()
     graph.CopyFrom(model.graph)
-    if layout == "matrix":
+    if layout == "tokens":
+        (name,) = inputs
+        before.node("Identity", name, output=OWN + name)
+    elif layout == "matrix":
         (name,) = inputs
         order = np.array([places[column] for column in columns], np.int64)
         source = Numbers.kind
@@ -72,12 +81,12 @@ def adapt_graph(
             source = before.node("Gather", source, before.constant(order), axis=1)
         same = inputs[name].elem_type == TensorProto.DOUBLE
         given = {} if same else {"to": inputs[name].elem_type}
-        before.node("Identity" if same else "Cast", source, output=name, **given)
+        before.node("Identity" if same else "Cast", source, output=OWN + name, **given)
     else:
         for name, wanted in inputs.items():
             _fill_column(before, name, wanted, places[name], texts.get(name))
     _flatten_biases(graph)
-    used = _without_map(graph, output)
+    used = _without_map(graph, OWN + output)
     _add_logits(after, used, kind, target)
     weights = {tensor.name for tensor in graph.initializer}
     kept = [value for value in graph.input if value.name in weights]
@@ -85,7 +94,9 @@ def adapt_graph(
     graph.input.extend(
         [
             helper.make_tensor_value_info(
-                spec.name, helper.np_dtype_to_tensor_dtype(spec.dtype), ["N", *spec.shape]
+                spec.name,
+                helper.np_dtype_to_tensor_dtype(spec.dtype),
+                ["N", *("L" if size == FREE else size for size in spec.shape)],
             )
             for spec in features.inputs
         ]
@@ -140,7 +151,7 @@ def _fill_column(
     else:
         number = graph.node("Gather", Numbers.kind, index, axis=1)
         values = graph.node("Cast", number, to=wanted.elem_type)
-    graph.node("Reshape", values, form, output=name)
+    graph.node("Reshape", values, form, output=OWN + name)
 
 
 def _flatten_biases(graph: onnx.GraphProto) -> None:

@@ -38,8 +38,9 @@ from train.importing.graph import adapt_graph
 from train.importing.onnx_file import read_model
 from train.importing.sample import Sample
 from train.importing.task import ImportedTask, define_imported_task
+from train.nets.pretrained.checkpoints import TOKENIZER
 from train.reports import plots
-from train.tasks import ClassTarget, Columns, Numbers, Task, ValueTarget
+from train.tasks import ClassTarget, Columns, Numbers, Task, Texts, ValueTarget
 
 # Records on which the imported model is compared with the original.
 COMPARED = 100_000
@@ -49,15 +50,23 @@ MAX_DIFFERENCE = 1e-4
 MOST_SHOWN = 3
 
 
-def import_model(config: Config, file: ModelFile, classes: Sequence[str] = ()) -> Bundle:
+def import_model(
+    config: Config, file: ModelFile, classes: Sequence[str] = (), class_path: str | None = None
+) -> Bundle:
     """Convert a model, compare it with the original on a sample, and return its bundle.
 
     config: data.train and target are the sample; training options have no effect. classes: names
-    of the classes in the model's order, if it does not know them.
+    of the classes in the model's order, if it does not know them. class_path: class of a module of
+    PyTorch, as package.module:Class; it is imported in the isolated process only.
     Raises UserError if the model cannot be converted, the sample does not fit it, or the converted
     model predicts otherwise than the original.
     """
     started = time.perf_counter()
+    if (file.format == "torch") != (class_path is not None):
+        raise UserError(
+            f"'{file.source}' is of the format {FORMATS[file.format]}; weights in safetensors need "
+            "--class-path package.module:Class, and other formats have no class."
+        )
     data = config.data
     source = find_source(data.train)
     columns = sample_source(
@@ -74,12 +83,15 @@ def import_model(config: Config, file: ModelFile, classes: Sequence[str] = ()) -
         sample = Sample.of(columns, names)
         sample.write(folder)
         try:
-            facts = isolated.run_isolated(path, file.format, names, folder)
+            options = {"class_path": class_path, "folder": str(Path.cwd())} if class_path else {}
+            facts = isolated.run_isolated(path, file.format, names, folder, options)
         except UserError as error:
             raise UserError(str(error).replace(str(path), file.source)) from error
         with np.load(folder / isolated.ANSWERS, allow_pickle=False) as answers:
             original = dict(answers)
-        found = define_imported_task(config, columns, sample, facts, original, classes)
+        tokenizer = file.path / TOKENIZER
+        text = tokenizer.read_text() if file.format == "transformers" else ""
+        found = define_imported_task(config, columns, sample, facts, original, classes, text)
         model = adapt_graph(
             read_model(folder / isolated.MODEL),
             found.task.features,
@@ -176,7 +188,8 @@ def _completed(config: Config, task: Task) -> Config:
         if isinstance(encoder, Numbers):
             kinds |= {each.column: each.kind for each in encoder.columns}
         else:
-            kinds |= dict.fromkeys((field.name for field in encoder.fields), "category")
+            kind = "text" if isinstance(encoder, Texts) else "category"
+            kinds |= dict.fromkeys((field.name for field in encoder.fields), kind)
     values = config.model_dump(mode="json", exclude_unset=True)
     features = {column: {"kind": kind} for column, kind in kinds.items()}
     return validate_config(

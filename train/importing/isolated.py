@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ ADAPTERS = {
     "xgboost": "train.importing.originals.boosted_trees:adapt_xgboost_file",
     "lightgbm": "train.importing.originals.boosted_trees:adapt_lightgbm_file",
     "onnx": "train.importing.onnx_file:adapt_file",
+    "torch": "train.importing.originals.torch_module:adapt_module",
+    "transformers": "train.importing.originals.text_classifier:adapt_text_classifier",
 }
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -43,15 +46,27 @@ class Unsuitable(Exception):
     """The model cannot be imported; the message gives the reason."""
 
 
-def run_isolated(path: Path, model_format: str, columns: list[str], folder: Path) -> dict[str, Any]:
+def run_isolated(
+    path: Path,
+    model_format: str,
+    columns: list[str],
+    folder: Path,
+    options: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run and convert a model in a process of its own; return what is known of it.
 
     path: file of the model. model_format: a key of ADAPTERS. columns: the sample's columns besides
-    the target, which `sample.write_sample` has written to the folder. Afterwards, the folder also
+    the target, which `Sample.write` has written to the folder. options: further arguments of the
+    format's function. Afterwards, the folder also
     has the converted model, MODEL, and the model's own outputs for the sample, ANSWERS.
     Raises UserError with the reason if the model cannot be run or converted.
     """
-    request = {"path": str(path.resolve()), "format": model_format, "columns": columns}
+    request = {
+        "path": str(path.resolve()),
+        "format": model_format,
+        "columns": columns,
+        "options": dict(options or {}),
+    }
     (folder / REQUEST).write_text(json.dumps(request))
     environment = {"PATH": os.environ.get("PATH", ""), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-I", "-c", START, str(ROOT), str(folder)]
@@ -86,7 +101,7 @@ def _adapted(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     module, _, function = ADAPTERS[request["format"]].partition(":")
     sample = Sample.read(folder, request["columns"])
     facts, outputs = getattr(import_module(module), function)(
-        Path(request["path"]), sample, folder / MODEL
+        Path(request["path"]), sample, folder / MODEL, **request["options"]
     )
     import numpy as np
 

@@ -97,7 +97,7 @@ def adapt_file(
         "categories": categories,
         "known": {name: _known_texts(model) for name in categories},
     }
-    chosen, outputs = _chosen(results, len(next(iter(sample.texts.values()))))
+    chosen, outputs = choose_output(results, len(next(iter(sample.texts.values()))))
     return facts | chosen, outputs
 
 
@@ -189,8 +189,14 @@ def _known_texts(model: ModelProto) -> list[str]:
     return [text for text in found if text]
 
 
-def _chosen(results: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Choose the output to import: probabilities or scores if there are any, else values."""
+def choose_output(
+    results: dict[str, Any], count: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Choose the output to import: probabilities or scores if there are any, else values.
+
+    results: outputs by name, [N, …] each, or a list of maps from classes to probabilities. count:
+    N. Returns what is known of the output, and its values. Raises Unsuitable if there is none.
+    """
     maps = {name: each for name, each in results.items() if isinstance(each, list)}
     arrays = {name: each for name, each in results.items() if isinstance(each, np.ndarray)}
     labels = {name: each for name, each in arrays.items() if each.dtype.kind in "OUi"}

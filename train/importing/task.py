@@ -24,6 +24,7 @@ from train.tasks import (
     InvalidRecord,
     Numbers,
     Task,
+    Texts,
     ValueTarget,
 )
 from train.tasks.classification import softmax
@@ -58,14 +59,19 @@ def define_imported_task(
     facts: Mapping[str, Any],
     original: Mapping[str, np.ndarray],
     classes: Sequence[str],
+    tokenizer: str = "",
 ) -> ImportedTask:
     """Return the task of a model.
 
     facts, original: what `isolated.run_isolated` found, and its outputs, [N, …] by name. classes:
-    their names in the model's order, if given. Raises UserError if the sample's target does not fit
-    the model.
+    their names in the model's order, if given. tokenizer: JSON of that of a text model. Raises
+    UserError if the sample's target does not fit the model.
     """
-    features, texts = _features(columns, sample, facts)
+    texts: dict[str, list[str]] = {}
+    if facts["layout"] == "tokens":
+        features = _text_features(columns, facts, tokenizer)
+    else:
+        features, texts = _features(columns, sample, facts)
     values_N = original["values"]
     answers = columns[config.target]
     task_type = facts["task_type"] or config.task_type or infer_task_type(answers)[0]
@@ -83,7 +89,7 @@ def define_imported_task(
     wide = values_N.ndim == 2 and values_N.shape[1] > 1
     count = values_N.shape[1] if wide else 2
     target = _class_target(config, answers, count, facts.get("classes"), classes)
-    kind = "scores" if facts["outputs"] != "probabilities" else "probabilities"
+    kind = "probabilities" if facts["outputs"] == "probabilities" else "scores"
     if not wide:
         kind = {"scores": "score", "probabilities": "probability"}[kind]
         values_N = values_N.reshape(-1)
@@ -95,7 +101,7 @@ def define_imported_task(
         probabilities_NK = softmax(np.stack([0 * values_N, values_N], axis=1)).astype(np.float64)
     else:
         probabilities_NK = softmax(values_N).astype(np.float64)
-    if kind.startswith("score"):
+    if facts["outputs"] == "scores":
         print(
             "warning: the model has scores instead of probabilities; the probabilities of its "
             "predictions are their softmax, which is not calibrated",
@@ -144,6 +150,12 @@ def _features(
             texts[name] = [UNKNOWN, "", *(written[each] for each in order)]
         encoders.append(replace(fitted, names_C=tuple(all_names)))
     return Features(tuple(encoders)), texts
+
+
+def _text_features(columns: Columns, facts: Mapping[str, Any], tokenizer: str) -> Features:
+    """Return the encoder of a text column with the model's own tokenizer."""
+    texts = Texts(tuple(facts["columns"]), int(facts["max_tokens"]), tokenizer=tokenizer)
+    return Features((texts.fit({name: columns[name] for name in texts.columns}),))
 
 
 def _class_target(

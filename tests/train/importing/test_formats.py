@@ -1,5 +1,6 @@
 """Files of every format are recognized and imported; bad ones are refused in one line."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -10,9 +11,14 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+import safetensors.torch
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from cluster.errors import UserError
 from tests.train.importing.test_importer import check_predictions, imported, records
@@ -48,7 +54,7 @@ def test_xgboost(suffix, cancer, tmp_path):
         model.save_model(path)
     bundle = imported(path, sample, "diagnosis", tmp_path)
     wanted = model.predict_proba(sample.drop(columns=["diagnosis"]))
-    found = Predictor.load(bundle).predict(records(sample, "diagnosis"))
+    found = Predictor.load(bundle, "fp32").predict(records(sample, "diagnosis"))
     assert bundle.task.target.classes == ("benign", "malignant")
     np.testing.assert_allclose(found["probabilities"], wanted, rtol=0, atol=1e-5)
     labels = np.array(["benign", "malignant"])[model.predict(sample.drop(columns=["diagnosis"]))]
@@ -80,7 +86,7 @@ def test_lightgbm(suffix, cancer, tmp_path):
         model.fit(features, (target == "malignant").astype(int)).booster_.save_model(path)
     bundle = imported(path, sample, "diagnosis", tmp_path)
     wanted = model.predict_proba(sample.drop(columns=["diagnosis"]))
-    found = Predictor.load(bundle).predict(records(sample, "diagnosis"))
+    found = Predictor.load(bundle, "fp32").predict(records(sample, "diagnosis"))
     np.testing.assert_allclose(found["probabilities"], wanted, rtol=0, atol=1e-5)
 
 
@@ -97,7 +103,7 @@ def test_a_folder_that_mlflow_wrote(flavor, cancer, tmp_path):
         mlflow.xgboost.save_model(model, tmp_path / "model")
     bundle = imported(tmp_path / "model", sample, "diagnosis", tmp_path)
     wanted = model.predict_proba(sample.drop(columns=["diagnosis"]))
-    found = Predictor.load(bundle).predict(records(sample, "diagnosis"))
+    found = Predictor.load(bundle, "fp32").predict(records(sample, "diagnosis"))
     np.testing.assert_allclose(found["probabilities"], wanted, rtol=0, atol=1e-5)
 
 
@@ -133,7 +139,7 @@ def test_an_onnx_file(softmax, cancer, tmp_path):
     scores = features @ weights
     wanted = np.exp(scores - scores.max(axis=1, keepdims=True))
     wanted /= wanted.sum(axis=1, keepdims=True)
-    found = Predictor.load(bundle).predict(records(sample, "diagnosis"))
+    found = Predictor.load(bundle, "fp32").predict(records(sample, "diagnosis"))
     np.testing.assert_allclose(found["probabilities"], wanted, rtol=0, atol=1e-5)
 
 
@@ -143,7 +149,9 @@ def test_weights_beside_an_onnx_file_become_part_of_it(cancer, tmp_path):
     assert (tmp_path / "weights.bin").exists()
     bundle = imported(tmp_path / "model.onnx", cancer[::2], "diagnosis", tmp_path)
     (tmp_path / "weights.bin").unlink()
-    assert Predictor.load(bundle).predict(records(cancer[:3], "diagnosis"))["label"].shape == (3,)
+    assert Predictor.load(bundle, "fp32").predict(records(cancer[:3], "diagnosis"))[
+        "label"
+    ].shape == (3,)
 
 
 class Marker:
@@ -328,3 +336,79 @@ def test_the_command_registers_a_model_that_is_served_offline(cancer, tmp_path):
     with (tmp_path / "model.pkl").open("rb") as file:
         wanted = pickle.load(file).predict(sample.drop(columns=["diagnosis"]))
     assert labels.tolist() == wanted.tolist()
+
+
+MODULE = """
+import torch
+
+
+class Scorer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(30), torch.nn.Linear(30, 64), torch.nn.ReLU()
+        )
+        self.head = torch.nn.Linear(64, {})
+
+    def forward(self, x):
+        return self.head(self.body(x))
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module of PyTorch with K outputs and its weights; return it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(outputs):
+        (tmp_path / "scorers.py").write_text(MODULE.format(outputs))
+        spec = importlib.util.spec_from_file_location("scorers", tmp_path / "scorers.py")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        torch.manual_seed(0)
+        net = loaded.Scorer()
+        net.train()(torch.randn(64, 30) * 100)
+        safetensors.torch.save_file(net.state_dict(), tmp_path / "model.safetensors")
+        return net.eval()
+
+    return write
+
+
+@pytest.mark.parametrize("outputs", [2, 1])
+def test_a_module_of_pytorch(outputs, module, cancer, tmp_path):
+    net, sample = module(outputs), cancer[::2]
+    arguments = (tmp_path / "model.safetensors", sample, "diagnosis", tmp_path)
+    bundle = imported(*arguments, class_path="scorers:Scorer")
+    features = torch.from_numpy(sample.drop(columns=["diagnosis"]).to_numpy(np.float32))
+    with torch.inference_mode():
+        logits = net(features)
+    wanted = torch.softmax(logits if outputs == 2 else torch.cat([0 * logits, logits], 1), 1)
+    found = Predictor.load(bundle, "fp32").predict(records(sample, "diagnosis"))
+    np.testing.assert_allclose(found["probabilities"], wanted.numpy(), rtol=0, atol=1e-4)
+    assert bundle.manifest.imported.model == "scorers:Scorer"
+
+
+def test_a_module_that_does_not_fit_is_refused(module, cancer, tmp_path):
+    module(2)
+    arguments = (tmp_path / "model.safetensors", cancer[::2], "diagnosis", tmp_path)
+    with pytest.raises(UserError, match="weights in safetensors need --class-path"):
+        imported(*arguments)
+    with pytest.raises(UserError, match=r"'scorers:Other' cannot be constructed"):
+        imported(*arguments, class_path="scorers:Other")
+    narrow = (tmp_path / "model.safetensors", cancer[::2].drop(columns=["mean area"]))
+    with pytest.raises(UserError, match="it does not take 29 columns"):
+        imported(*narrow, "diagnosis", tmp_path, class_path="scorers:Scorer")
+    (tmp_path / "scorers.py").write_text(MODULE.format(3))
+    with pytest.raises(UserError, match=r"the weights do not fit 'scorers:Scorer'"):
+        imported(*arguments, class_path="scorers:Scorer")
+
+
+def test_columns_may_have_the_names_of_arrays(cancer, tmp_path):
+    names = {"mean radius": "numbers", "mean texture": "logits", "mean area": "categories"}
+    renamed = cancer.rename(columns=names)
+    features, target, sample = split(renamed, "diagnosis")
+    columns = ColumnTransformer([("all", StandardScaler(), list(features))])
+    pipeline = make_pipeline(columns, LogisticRegression()).fit(features, target)
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(pipeline))
+    bundle = imported(tmp_path / "model.pkl", sample, "diagnosis", tmp_path)
+    check_predictions(bundle, pipeline, sample, "diagnosis")

@@ -57,7 +57,7 @@ pytest.importorskip("skl2onnx", reason="needs halyard[import]")
 OPTIONS = {"compress": {"measure_seconds": 0.01, "qat_epochs": 0}, "registry": {"enabled": False}}
 
 
-def imported(path, sample, target, folder, *, classes=(), **options):
+def imported(path, sample, target, folder, *, classes=(), class_path=None, **options):
     """Import a model; `sample` is a data frame."""
     source = folder / "sample.csv"
     sample.to_csv(source, index=False)
@@ -72,7 +72,7 @@ def imported(path, sample, target, folder, *, classes=(), **options):
         }
     )
     file = find_model_file(str(path), config.storage.root, folder, allow_pickle=True)
-    return import_model(config, file, classes)
+    return import_model(config, file, classes, class_path)
 
 
 def records(sample, target):
@@ -85,7 +85,7 @@ def check_predictions(bundle, model, sample, target, *, as_array=False):
     """Compare the imported model's predictions with those of the original."""
     features = sample.drop(columns=[target])
     inputs = features.to_numpy() if as_array else features
-    found = Predictor.load(bundle).predict(records(sample, target))
+    found = Predictor.load(bundle, "fp32").predict(records(sample, target))
     if not is_classifier(model):
         wanted = np.asarray(model.predict(inputs)).reshape(-1)
         np.testing.assert_allclose(found["value"], wanted, rtol=0, atol=1e-5 * np.std(wanted))

@@ -33,10 +33,11 @@ def to_onnx(net: nn.Module, specs: tuple[TensorSpec, ...], sample: Arrays, path:
     outputs of torch and ONNX Runtime differ by more than PARITY.
     """
     net = net.eval().cpu()
-    # Tracing would take a length of 1 for a constant.
+    # Tracing would take a length of 1 for a constant. Longer ones are not padded, because an
+    # encoder may not have another position.
     sample = {
         spec.name: np.pad(sample[spec.name], [(0, 0), (0, 1), *[(0, 0)] * (len(spec.shape) - 1)])
-        if spec.ragged
+        if spec.ragged and sample[spec.name].shape[1] == 1
         else sample[spec.name]
         for spec in specs
     }

@@ -4,6 +4,7 @@ It runs in the isolated process. Shapes: N records, F features, K classes.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,9 +109,29 @@ def _graph(
         second = tree_graph(final, model_inputs[0][0])
     else:
         second = _model_graph(final, model_inputs, opset)
-    if first is None:
-        return second
-    return _joined(first, second, kinds[last]([None, 1])._get_element_onnx_type())
+    graph = second
+    if first is not None:
+        graph = _joined(first, second, kinds[last]([None, 1])._get_element_onnx_type())
+    if by_column:
+        _restore_names(graph, names)
+    return graph
+
+
+def _restore_names(graph: onnx.ModelProto, names: list[str]) -> None:
+    """Name the inputs as the columns; skl2onnx replaces characters that are no part of a word.
+
+    Raises NotImplementedError if the names of two columns become equal.
+    """
+    plain = {re.sub(r"[^\w+]", "_", name): name for name in names}
+    given = {value.name for value in graph.graph.input}
+    if len(plain) < len(names) or not given <= plain.keys():
+        raise NotImplementedError("columns whose names differ in special characters only")
+    for value in graph.graph.input:
+        value.name = plain[value.name]
+    for node in graph.graph.node:
+        for place, name in enumerate(node.input):
+            if name in given:
+                node.input[place] = plain[name]
 
 
 def _model_graph(model: Any, inputs: Any, opset: dict[str, int]) -> onnx.ModelProto:
