@@ -44,6 +44,8 @@ from train.tasks import ClassTarget, Columns, Numbers, Task, Texts, ValueTarget
 
 # Records on which the imported model is compared with the original.
 COMPARED = 100_000
+# The same for texts, of which an encoder computes some tens per second.
+COMPARED_TEXTS = 1_000
 # Largest accepted difference from the original, of probabilities and of values in standard
 # deviations of the target. Floats of 32 bits differ by about 1e-6.
 MAX_DIFFERENCE = 1e-4
@@ -69,9 +71,8 @@ def import_model(
         )
     data = config.data
     source = find_source(data.train)
-    columns = sample_source(
-        source, COMPARED, CsvOptions(data.encoding, data.delimiter, data.quotes)
-    )
+    count = COMPARED_TEXTS if file.format == "transformers" else COMPARED
+    columns = sample_source(source, count, CsvOptions(data.encoding, data.delimiter, data.quotes))
     check_columns(data.train, [config.target, *data.drop], list(columns))
     names = [name for name in columns if name not in (config.target, *data.drop)]
     with TemporaryDirectory(prefix="import-") as scratch:

@@ -30,6 +30,7 @@ from train.tasks import (
 from train.tasks.classification import softmax
 from train.tasks.columns.scalars import Boolean
 from train.values.names import find_form, to_name
+from train.values.records import is_missing
 
 # Text for names that neither the sample nor the model has.
 UNKNOWN = "\ufffd"
@@ -73,7 +74,8 @@ def define_imported_task(
     else:
         features, texts = _features(columns, sample, facts)
     values_N = original["values"]
-    answers = columns[config.target]
+    # Encoding the sample reports missing ones, or drops them.
+    answers = [value for value in columns[config.target] if not is_missing(value)]
     task_type = facts["task_type"] or config.task_type or infer_task_type(answers)[0]
     if task_type == ValueTarget.kind:
         if values_N.ndim == 2 and values_N.shape[1] != 1:

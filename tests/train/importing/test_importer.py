@@ -190,7 +190,11 @@ def test_a_pipeline_of_mixed_columns(steps, model, passengers, tmp_path):
     ],
     ids=lambda model: type(model).__name__,
 )
-@pytest.mark.parametrize("load", [load_breast_cancer, load_wine], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "load",
+    [load_breast_cancer, pytest.param(load_wine, marks=pytest.mark.slow)],
+    ids=["two", "three"],
+)
 def test_a_classifier_of_numbers(load, model, tmp_path):
     features, target = load(return_X_y=True, as_frame=True)
     sample = features.assign(target=target)[::2]

@@ -47,7 +47,10 @@ def sample_of(labels, count=80):
     return pd.DataFrame({"text": texts, "mood": rng.choice(labels, count)})
 
 
-@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+@pytest.mark.parametrize(
+    "kind",
+    ["bert", *(pytest.param(k, marks=pytest.mark.slow) for k in ARCHITECTURES if k != "bert")],
+)
 def test_a_text_classifier(kind, tmp_path):
     from transformers import AutoTokenizer
 
@@ -88,6 +91,7 @@ def test_the_bundle_is_served_without_transformers(tmp_path):
     assert done.stdout.strip() in ("cold", "mild", "warm")
 
 
+@pytest.mark.slow
 def test_a_regression_of_texts(tmp_path):
     from transformers import AutoTokenizer
 
@@ -102,6 +106,7 @@ def test_a_regression_of_texts(tmp_path):
     np.testing.assert_allclose(found["value"], wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_classes_without_names_are_those_of_the_sample(tmp_path, capsys):
     save_classifier(tmp_path / "model", labels=(), num_labels=2)
     bundle = imported(tmp_path / "model", sample_of(["no", "yes"]), "mood", tmp_path)
