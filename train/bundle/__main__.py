@@ -19,6 +19,8 @@ from train.config import Config, validate_config
 
 # Sections of the training options that this command accepts in addition to its own options.
 MAY_CHANGE = ("compress", "data", "registry", "seed", "storage", "task_type")
+# Few records are needed to calibrate variants and to set the bins of drift detection.
+SPLITS = {"valid_fraction": 0.4, "test_fraction": 0.4}
 
 
 class ImportOptions(CommandOptions):
@@ -123,7 +125,11 @@ def _config(options: ImportOptions) -> Config:
         {
             **given,
             "name": options.name,
-            "data": {**given.get("data", {}), "train": _absolute(options.data or options.model)},
+            "data": {
+                **SPLITS,
+                **given.get("data", {}),
+                "train": _absolute(options.data or options.model),
+            },
             **({"target": options.target} if options.target else {}),
             # Training again to quantize is not possible.
             "compress": {"qat_epochs": 0, **given.get("compress", {})},
