@@ -65,7 +65,7 @@ ALLOWED = {
     "train.bundle.__main__": {"cluster", "train"},
     "train.compress.__main__": {"cluster", "train"},
     "train.importing": {
-        *("cluster", "train.tasks", "train.bundle", "train.config", "train.data"),
+        *("cluster", "train.tasks", "train.bundle", "train.config", "train.nets", "train.data"),
         *("train.compress", "train.reports", "train.importing"),
     },
     "train.training": {"cluster", "train"},
