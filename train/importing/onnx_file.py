@@ -72,22 +72,19 @@ def adapt_file(
     names, layout = _columns(inputs, sample)
     onnxruntime.set_default_logger_severity(4)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feed, categories = {}, []
-    if layout == "matrix":
-        feed[inputs[0].name] = sample.matrix(names).astype(_dtype(inputs[0]))
-    else:
-        for value in inputs:
-            shape = (-1, 1) if len(_shape(value)) == 2 else (-1,)
-            if value.type.tensor_type.elem_type == TEXT:
-                categories.append(value.name)
-                texts_N = sample.texts[value.name]
-                column = np.where(texts_N == None, "", texts_N)  # noqa: E711
-            else:
-                column = sample.matrix([value.name])[:, 0].astype(_dtype(value))
-            feed[value.name] = column.reshape(shape)
-    results = dict(
-        zip([each.name for each in session.get_outputs()], session.run(None, feed), strict=True)
-    )
+    outputs_of = [each.name for each in session.get_outputs()]
+
+    def run(given: Sample) -> list[Any]:
+        found: list[Any] = session.run(None, _feed(inputs, layout, names, given))
+        return found
+
+    def run_one(one: Sample) -> np.ndarray:
+        floats = [each for each in run(one) if isinstance(each, np.ndarray)]
+        return np.concatenate([np.ravel(e) for e in floats if e.dtype.kind == "f"] or [np.zeros(1)])
+
+    results = dict(zip(outputs_of, run(sample), strict=True))
+    texts = [value.name for value in inputs if value.type.tensor_type.elem_type == TEXT]
+    categories = texts if layout == "columns" else []
     target.write_bytes(path.read_bytes())
     facts: dict[str, Any] = {
         "library": f"ONNX Runtime {onnxruntime.__version__}",
@@ -96,9 +93,35 @@ def adapt_file(
         "columns": names,
         "categories": categories,
         "known": {name: _known_texts(model) for name in categories},
+        "limits": sample.find_limits(names, categories, run_one),
     }
     chosen, outputs = choose_output(results, len(next(iter(sample.texts.values()))))
     return facts | chosen, outputs
+
+
+def _feed(
+    inputs: list[ValueInfoProto], layout: str, names: list[str], sample: Sample
+) -> dict[str, np.ndarray]:
+    """Return the columns of a sample as the inputs of a model."""
+
+    def numbers(columns: list[str], value: ValueInfoProto) -> np.ndarray:
+        found = sample.matrix(columns)
+        dtype = _dtype(value)
+        if dtype.kind not in "f" and np.isnan(found).any():
+            raise Unsuitable(f"its input '{value.name}' takes integers, and some are missing")
+        return found.astype(dtype)
+
+    if layout == "matrix":
+        return {inputs[0].name: numbers(names, inputs[0])}
+    feed = {}
+    for value in inputs:
+        if value.type.tensor_type.elem_type == TEXT:
+            texts_N = sample.texts[value.name]
+            column = np.where(texts_N == None, "", texts_N)  # noqa: E711
+        else:
+            column = numbers([value.name], value)
+        feed[value.name] = column.reshape((-1, 1) if len(_shape(value)) == 2 else (-1,))
+    return feed
 
 
 def _check_weights(model: ModelProto, path: Path) -> None:

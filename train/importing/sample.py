@@ -1,6 +1,7 @@
 """The sample that a model is imported with, as its process reads it. Shapes: N records."""
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,8 @@ from train.values.names import TRUTHS
 from train.values.records import is_missing, shorten, to_text
 
 SAMPLE = "sample.npz"
+# Text that no model knows.
+UNKNOWN = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,47 @@ class Sample:
                 )
         return np.stack([self.numbers[name] for name in names], axis=1)
 
+    def find_limits(
+        self,
+        names: Sequence[str],
+        categories: Collection[str],
+        run: Callable[["Sample"], np.ndarray],
+    ) -> dict[str, list[str]]:
+        """Return the columns of which a model accepts no "missing" value, or no "unknown" text.
+
+        run: returns the model's outputs for a sample of one record, [1, …]. A value is not accepted
+        if it raises an error, or if an output is not finite.
+        """
+        usual = self._usual()
+        limits: dict[str, list[str]] = {"missing": [], "unknown": []}
+        if not _succeeds(run, usual):
+            return limits
+        for name in names:
+            if not _succeeds(run, usual.changed(name, None)):
+                limits["missing"].append(name)
+            if name in categories and not _succeeds(run, usual.changed(name, UNKNOWN)):
+                limits["unknown"].append(name)
+        return limits
+
+    def _usual(self) -> "Sample":
+        """Return one record of the median numbers and the most frequent texts."""
+        texts, numbers = {}, {}
+        for name, texts_N in self.texts.items():
+            known = Counter(text for text in texts_N if text is not None)
+            texts[name] = np.array([known.most_common(1)[0][0] if known else ""], object)
+            if name in self.numbers:
+                known_N = self.numbers[name][np.isfinite(self.numbers[name])]
+                middle = float(np.sort(known_N)[len(known_N) // 2]) if len(known_N) else 0.0
+                numbers[name] = np.array([middle])
+        return Sample(texts, numbers, self.booleans)
+
+    def changed(self, name: str, text: str | None) -> "Sample":
+        """Return the one record with another text in a column, None for a missing value."""
+        numbers = {**self.numbers}
+        if name in numbers:
+            numbers[name] = np.array([np.nan])
+        return Sample({**self.texts, name: np.array([text], object)}, numbers, self.booleans)
+
     def frame(self, names: Sequence[str], categories: Collection[str]) -> Any:
         """Return columns as a data frame of pandas; those of `categories` are texts."""
         import pandas as pd
@@ -121,6 +165,13 @@ class Sample:
             kind = bool if name in self.booleans else np.int64
             columns[name] = pd.Series(values_N.astype(kind) if whole else values_N)
         return pd.DataFrame(columns)
+
+
+def _succeeds(run: Callable[[Sample], np.ndarray], sample: Sample) -> bool:
+    try:
+        return bool(np.isfinite(run(sample)).all())
+    except Exception:  # models raise many classes
+        return False
 
 
 def _text(value: Any) -> str:

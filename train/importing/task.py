@@ -14,7 +14,7 @@ import numpy as np
 from cluster.errors import UserError
 from train.config import Config
 from train.data.schema.target_type import infer_task_type
-from train.importing.sample import Sample, plain_number
+from train.importing.sample import UNKNOWN, Sample, plain_number
 from train.tasks import (
     Categories,
     ClassTarget,
@@ -28,12 +28,11 @@ from train.tasks import (
     ValueTarget,
 )
 from train.tasks.classification import softmax
+from train.tasks.columns.categorical import MISSING, UNSEEN
 from train.tasks.columns.scalars import Boolean
 from train.values.names import find_form, to_name
 from train.values.records import is_missing
 
-# Text for names that neither the sample nor the model has.
-UNKNOWN = "\ufffd"
 MOST_SHOWN = 10
 
 
@@ -132,7 +131,8 @@ def _features(
         missing = tuple(bool(np.isnan(sample.numbers[each.column]).any()) for each in numbers)
         count = len(numbers)
         unscaled = (0.0,) * count, (1.0,) * count
-        encoders.append(Numbers(tuple(numbers), *unscaled, missing, raw=True))
+        required = tuple(n.column for n in numbers if n.column in facts["limits"]["missing"])
+        encoders.append(Numbers(tuple(numbers), *unscaled, missing, raw=True, required=required))
     texts: dict[str, list[str]] = {}
     if categories:
         names = [name for name in facts["columns"] if name in categories]
@@ -150,7 +150,12 @@ def _features(
             order += [each for each in written if each not in set(order)]
             all_names.append(tuple(order))
             texts[name] = [UNKNOWN, "", *(written[each] for each in order)]
-        encoders.append(replace(fitted, names_C=tuple(all_names)))
+        limits = facts["limits"]
+        refused = tuple(
+            (*[UNSEEN] * (name in limits["unknown"]), *[MISSING] * (name in limits["missing"]))
+            for name in names
+        )
+        encoders.append(replace(fitted, names_C=tuple(all_names), refused_C=refused))
     return Features(tuple(encoders)), texts
 
 

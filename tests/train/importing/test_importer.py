@@ -20,6 +20,7 @@ from sklearn.ensemble import (
     HistGradientBoostingRegressor,
     RandomForestClassifier,
     RandomForestRegressor,
+    VotingClassifier,
 )
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import (
@@ -29,11 +30,13 @@ from sklearn.linear_model import (
     RidgeClassifier,
     SGDClassifier,
 )
+from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import (
+    KBinsDiscretizer,
     MinMaxScaler,
     OneHotEncoder,
     OrdinalEncoder,
@@ -50,6 +53,7 @@ from train.config import validate_config
 from train.data.warm_start import inherit_options
 from train.importing.formats import find_model_file
 from train.importing.importer import import_model
+from train.tasks import InvalidRecord
 
 joblib = pytest.importorskip("joblib")
 pytest.importorskip("skl2onnx", reason="needs halyard[import]")
@@ -319,3 +323,53 @@ def test_an_edge_export_takes_raw_columns(survivors, tmp_path):
     outputs = dict(zip(names, session.run(None, feed), strict=True))
     wanted = pipeline.predict_proba(features)
     np.testing.assert_allclose(outputs["probabilities"], wanted, rtol=0, atol=1e-5)
+
+
+def test_values_that_the_original_refuses_are_refused(passengers, tmp_path):
+    encoder = OneHotEncoder(sparse_output=False)  # refuses unknown names
+    columns = ColumnTransformer([("n", StandardScaler(), ["fare"]), ("t", encoder, ["sex"])])
+    pipeline = Pipeline([("columns", columns), ("model", LogisticRegression())])
+    pipeline.fit(passengers[["fare", "sex"]], passengers["survived"])
+    joblib.dump(pipeline, tmp_path / "model.joblib")
+    sample = passengers[["fare", "sex", "survived"]]
+    predictor = Predictor.load(imported(tmp_path / "model.joblib", sample, "survived", tmp_path))
+    good = {"fare": 7.0, "sex": "male"}
+    assert predictor.predict([good])["label"].shape == (1,)
+    for changed, words in (
+        ({"fare": None}, "field 'fare' is missing, and the model needs a value"),
+        ({"sex": None}, "field 'sex' is missing; the model accepts only female, male"),
+        ({"sex": "other"}, "field 'sex' is 'other'; the model accepts only female, male"),
+    ):
+        with pytest.raises(InvalidRecord, match=words) as raised:
+            predictor.predict([good, good | changed])
+        assert raised.value.row == 1
+    assert Bundle.load(predictor.bundle.location).task == predictor.task
+
+
+def test_values_that_the_original_accepts_are_accepted(survivors):
+    pipeline, bundle, sample = survivors
+    assert bundle.task.features.encoders[0].required == ()
+    check_predictions(bundle, pipeline, sample.assign(age=np.nan, fare=np.nan), "survived")
+
+
+def test_parts_that_need_another_form_are_converted(passengers, tmp_path):
+    numbers = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
+    constant = SimpleImputer(strategy="constant", fill_value=-1)
+    columns = ColumnTransformer(
+        [
+            ("n", numbers, ["age", "fare"]),
+            ("c", constant, ["grade"]),
+            ("b", KBinsDiscretizer(4, quantile_method="averaged_inverted_cdf"), ["fare"]),
+            ("t", OneHotEncoder(handle_unknown="ignore"), TEXTS),
+        ]
+    )
+    votes = VotingClassifier(
+        [("a", LogisticRegression()), ("b", LogisticRegression(C=0.01))], voting="soft"
+    )
+    inner = Pipeline([("columns", columns), ("votes", Pipeline([("v", votes)]))])
+    search = GridSearchCV(inner, {"votes__v__weights": [None, [1, 2]]}, cv=2)
+    train, sample = passengers[:200], passengers[200:]
+    search.fit(train.drop(columns=["survived"]), train["survived"])
+    joblib.dump(search, tmp_path / "model.joblib")
+    bundle = imported(tmp_path / "model.joblib", sample, "survived", tmp_path)
+    check_predictions(bundle, search, sample, "survived")

@@ -156,6 +156,7 @@ def _finished(
         "columns": names,
         "categories": [],
         "known": {},
+        "limits": {"missing": [], "unknown": []},
         "output": graph.graph.output[-1].name,
         "task_type": "classification" if is_class else "regression",
         "outputs": "probabilities" if is_class else "values",

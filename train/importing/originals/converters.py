@@ -17,8 +17,19 @@ def register_converters() -> None:
     from sklearn.impute import SimpleImputer
     from sklearn.preprocessing import OrdinalEncoder
 
-    for kind, converter in ((SimpleImputer, _imputer()), (OrdinalEncoder, _ordinals)):
-        shapes = get_shape_calculator(f"Sklearn{kind.__name__}")
+    of_imputer = get_shape_calculator("SklearnSimpleImputer")
+
+    def with_indicators(operator: Any) -> None:
+        of_imputer(operator)
+        imputer = operator.raw_operator
+        if imputer.add_indicator:
+            width = len(imputer.statistics_) + len(imputer.indicator_.features_)
+            operator.outputs[0].type.shape = [None, width]
+
+    for kind, converter, shapes in (
+        (SimpleImputer, _imputer(), with_indicators),
+        (OrdinalEncoder, _ordinals, get_shape_calculator("SklearnOrdinalEncoder")),
+    ):
         update_registered_converter(
             kind, f"Sklearn{kind.__name__}", shapes, converter, overwrite=True
         )
@@ -47,15 +58,15 @@ def _imputer() -> Any:
         if isinstance(kind, StringTensorType):
             convert_sklearn_imputer(scope, operator, container)
             return
-        if imputer.add_indicator or not np.isfinite(imputer.statistics_).all():
-            raise NotImplementedError("SimpleImputer with indicators, or of empty columns")
+        filled = np.asarray(imputer.statistics_, np.float64)
+        if not np.isfinite(filled).all():
+            raise NotImplementedError("SimpleImputer of a column without values")
         values = concatenate_variables(scope, operator.inputs, container)
         if isinstance(values, list):
             (values,) = values
         element = _element(kind)
         names = [scope.get_unique_variable_name(part) for part in ("filled", "missing")]
-        count = len(imputer.statistics_)
-        container.add_initializer(names[0], element, [1, count], imputer.statistics_.tolist())
+        container.add_initializer(names[0], element, [1, len(filled)], filled.tolist())
         given = imputer.missing_values
         if isinstance(given, float) and np.isnan(given):
             container.add_node("IsNaN", values, names[1], op_version=13)
@@ -63,9 +74,18 @@ def _imputer() -> Any:
             marker = scope.get_unique_variable_name("marker")
             container.add_initializer(marker, element, [1], [float(given)])
             container.add_node("Equal", [values, marker], names[1], op_version=13)
-        container.add_node(
-            "Where", [names[1], names[0], values], operator.outputs[0].full_name, op_version=16
-        )
+        output = operator.outputs[0].full_name
+        if not imputer.add_indicator:
+            container.add_node("Where", [names[1], names[0], values], output, op_version=16)
+            return
+        parts = [scope.get_unique_variable_name(part) for part in ("imputed", "chosen", "flags")]
+        index = scope.get_unique_variable_name("index")
+        features = imputer.indicator_.features_.tolist()
+        container.add_initializer(index, TensorProto.INT64, [len(features)], features)
+        container.add_node("Where", [names[1], names[0], values], parts[0], op_version=16)
+        container.add_node("Gather", [names[1], index], parts[1], axis=1, op_version=13)
+        container.add_node("Cast", parts[1], parts[2], to=element, op_version=13)
+        container.add_node("Concat", [parts[0], parts[2]], output, axis=1, op_version=13)
 
     return convert
 
@@ -83,7 +103,7 @@ def _ordinals(scope: Any, operator: Any, container: Any) -> None:
     encoder = operator.raw_operator
     if getattr(encoder, "_infrequent_enabled", False):
         raise NotImplementedError("OrdinalEncoder with infrequent categories")
-    if not isinstance(operator.inputs[0].type, StringTensorType):
+    if not all(isinstance(each.type, StringTensorType) for each in operator.inputs):
         raise NotImplementedError("OrdinalEncoder of numbers")
     values = operator.inputs[0].full_name
     if len(operator.inputs) > 1:

@@ -50,6 +50,7 @@ def _adapt(
         return found
     from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
+    model = getattr(model, "best_estimator_", model)  # of a search for hyperparameters
     if not isinstance(model, BaseEstimator):
         raise Unsuitable(
             f"it holds a {type(model).__module__}.{type(model).__qualname__}; expected a model of "
@@ -96,6 +97,8 @@ def _adapt_estimator(
             facts["outputs"] = "probabilities"
             outputs["values"] = np.asarray(model.predict_proba(inputs), np.float64)
             _check_labels(outputs["labels"], outputs["values"])
+        elif not hasattr(model, "decision_function"):
+            raise Unsuitable("it has labels only, neither probabilities nor scores")
         else:
             facts["outputs"] = "scores"
             outputs["values"] = np.asarray(model.decision_function(inputs), np.float64)
@@ -104,6 +107,15 @@ def _adapt_estimator(
         outputs["values"] = np.asarray(model.predict(inputs), np.float64)
         if outputs["values"].ndim > 1 and outputs["values"].shape[1] != 1:
             raise Unsuitable("it predicts several targets; one is supported")
+
+    def run(one: Sample) -> np.ndarray:
+        given: Any = one.frame(names, categories) if by_column else one.matrix(names)
+        model.predict(given)
+        known = model.predict_proba if hasattr(model, "predict_proba") else model.predict
+        found = np.asarray(known(given))
+        return found if found.dtype.kind == "f" else np.zeros(1)
+
+    facts["limits"] = sample.find_limits(names, categories, run)
     layout, graph = best_graph(model, names, categories, inputs, outputs)
     target.write_bytes(graph.SerializeToString())
     return facts | {"layout": layout, "output": graph.graph.output[0].name}, outputs
@@ -123,7 +135,7 @@ def _known_categories(parts: list[Any], names: list[str]) -> dict[str, list[str]
     """Return the texts that encoders in the model know, by column."""
     found: dict[str, list[str]] = {}
     for part in parts:
-        if type(part).__name__ != "ColumnTransformer":
+        if type(part).__name__ != "ColumnTransformer" or not hasattr(part, "transformers_"):
             continue
         for _, transformer, chosen in part.transformers_:
             columns = [

@@ -51,7 +51,7 @@ def best_graph(
         ) from error
     register_converters()
     register_boosted()
-    prepared = copy.deepcopy(model)
+    prepared = _flat(copy.deepcopy(model))
     parts = list(inner_estimators(prepared))
     _replace_missing(parts)
     transformers = any(type(part).__name__ == "ColumnTransformer" for part in parts)
@@ -96,8 +96,6 @@ def _graph(
         ]
 
     final = _last(model)
-    if hasattr(final, "steps"):
-        raise NotImplementedError("a pipeline at the end of a pipeline")
     first = None
     if hasattr(model, "steps") and len(model.steps) > 1:
         first = skl2onnx.to_onnx(model[:-1], initial_types=inputs(before), target_opset=opset)
@@ -241,6 +239,14 @@ def _parts(part: Any, seen: set[int]) -> Iterator[Any]:
         yield from _parts(each, seen)
 
 
+def _flat(model: Any) -> Any:
+    """Return a pipeline without a pipeline as its last step."""
+    while hasattr(model, "steps") and hasattr(_last(model), "steps"):
+        steps = [*model.steps[:-1], *_last(model).steps]
+        model = type(model)([(f"step{place}", step) for place, (_, step) in enumerate(steps)])
+    return model
+
+
 def _last(model: Any) -> Any:
     return model.steps[-1][1] if hasattr(model, "steps") else model
 
@@ -248,11 +254,15 @@ def _last(model: Any) -> Any:
 def _replace_missing(parts: list[Any]) -> None:
     """Let the parts treat "" as they treat a missing text, which ONNX does not have."""
     for part in parts:
+        if type(part).__name__ == "VotingClassifier":
+            part.flatten_transform = False  # which predictions do not depend on
+        if getattr(part, "encode", None) == "onehot":  # ONNX has no sparse arrays
+            part.encode = "onehot-dense"
         for name in ("_probA", "_probB"):  # lists in an SVC without probabilities
             if isinstance(getattr(part, name, None), list):
                 setattr(part, name, np.array(getattr(part, name)))
         if type(part).__name__ == "SimpleImputer" and hasattr(part, "statistics_"):
-            texts = part.statistics_.dtype == object
+            texts = any(isinstance(value, str) for value in part.statistics_)
             if texts and not isinstance(part.missing_values, str):
                 part.missing_values = ""
         if type(part).__name__ in ENCODERS and hasattr(part, "categories_"):

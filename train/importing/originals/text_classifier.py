@@ -87,6 +87,7 @@ def adapt_text_classifier(
         "columns": [column],
         "categories": [],
         "known": {},
+        "limits": {"missing": [], "unknown": []},
         "max_tokens": most,
         "output": "logits",
         "task_type": "classification" if count > 1 else "regression",

@@ -49,6 +49,12 @@ def adapt_module(
             found = module.eval()(torch.from_numpy(features_NF))
         except RuntimeError as error:
             raise Unsuitable(f"it does not take {len(names)} columns: {error}") from error
+
+    def run(one: Sample) -> np.ndarray:
+        with torch.inference_mode():
+            outputs: torch.Tensor = module(torch.from_numpy(one.matrix(names).astype(np.float32)))
+        return outputs.numpy()
+
     if not isinstance(found, torch.Tensor):
         raise Unsuitable(f"it returns a {type(found).__name__} instead of a tensor")
     spec = TensorSpec("features", "FP32", (len(names),))
@@ -64,6 +70,7 @@ def adapt_module(
         "columns": names,
         "categories": [],
         "known": {},
+        "limits": sample.find_limits(names, (), run),
     }
     chosen, outputs = choose_output({"logits": found.numpy()}, len(features_NF))
     return facts | chosen, outputs

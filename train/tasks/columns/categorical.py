@@ -23,6 +23,8 @@ from train.values.records import (
 UNSEEN, MISSING, FIRST = 0, 1, 2
 # Only this many names of a column get codes, the most frequent ones; the others count as unseen.
 MAX_NAMES = 10_000
+# Names that a message lists.
+MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Categories:
 
     names_C: the names of each column in the order of their codes, the most frequent first.
     with_missing_C: whether each column has missing values in the training records.
+    refused_C: the codes of each column, UNSEEN or MISSING, that an imported model does not accept.
     """
 
     columns: tuple[str, ...]
     names_C: tuple[tuple[str, ...], ...] = ()
     with_missing_C: tuple[bool, ...] = ()
+    refused_C: tuple[tuple[int, ...], ...] = ()
 
     kind: ClassVar[str] = "categories"
 
@@ -84,7 +88,21 @@ class Categories:
                 self.columns, self._code_by_name_C, self._forms_C, strict=True
             )
         ]
-        return {self.kind: np.array(codes, np.int32).T.copy()}
+        codes_NC = np.array(codes, np.int32).T.copy()
+        for place, refused in enumerate(self.refused_C):
+            wrong_N = np.isin(codes_NC[:, place], refused)
+            if wrong_N.any():
+                row = int(wrong_N.argmax())
+                raise self._refusal(place, columns[self.columns[place]][row], row)
+        return {self.kind: codes_NC}
+
+    def _refusal(self, place: int, value: Any, row: int) -> InvalidRecord:
+        names = self.names_C[place]
+        came = "is missing" if is_missing(value) else f"is {shorten(value)}"
+        known = ", ".join(names[:MOST_SHOWN]) + "…" * (len(names) > MOST_SHOWN)
+        return InvalidRecord(
+            f"field '{self.columns[place]}' {came}; the model accepts only {known}.", row
+        )
 
     @cached_property
     def _code_by_name_C(self) -> list[dict[str | None, int]]:
@@ -108,6 +126,7 @@ class Categories:
             "columns": list(self.columns),
             "names": [list(names) for names in self.names_C],
             "with_missing": list(self.with_missing_C),
+            **({"refused": [list(codes) for codes in self.refused_C]} if self.refused_C else {}),
         }
 
     @classmethod
@@ -116,6 +135,7 @@ class Categories:
             tuple(state["columns"]),
             tuple(tuple(names) for names in state["names"]),
             tuple(state.get("with_missing", ())),
+            tuple(tuple(codes) for codes in state.get("refused", ())),
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from train.tasks.columns.lists import LabelSet, Vector
 from train.tasks.columns.scalars import Boolean, Date, Number
-from train.values.records import Arrays, Columns, TensorSpec
+from train.values.records import Arrays, Columns, InvalidRecord, TensorSpec
 from train.values.sentinels import robust_mean_scale
 
 DAY_S = 86_400.0
@@ -37,6 +37,7 @@ class Numbers:
     mean_F, scale_F: these means and standard deviations, robust against outliers.
     with_missing_F: whether each number is missing in some training record.
     raw: leave numbers as they are, float64, for an imported model that prepares them itself.
+    required: columns of which such a model does not accept missing values.
     """
 
     columns: tuple[Column, ...]
@@ -44,6 +45,7 @@ class Numbers:
     scale_F: tuple[float, ...] = ()
     with_missing_F: tuple[bool, ...] = ()
     raw: bool = False
+    required: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "numbers"
 
@@ -117,12 +119,22 @@ class Numbers:
     def encode(self, columns: Columns) -> Arrays:
         """Return {"numbers": float32 [N, F]}, float64 if `raw`. Raises InvalidRecord."""
         if self.raw:
-            return {self.kind: self._raw(columns)}
+            raw_NF = self._raw(columns)
+            self._check_required(raw_NF)
+            return {self.kind: raw_NF}
         assert self.mean_F, "fit first"
         # float64 keeps the differences between large numbers.
         with np.errstate(over="ignore"):
             scaled_NF = (self._raw(columns) - np.array(self.mean_F)) / np.array(self.scale_F)
         return {self.kind: np.clip(scaled_NF, -FARTHEST, FARTHEST).astype(np.float32)}
+
+    def _check_required(self, raw_NF: np.ndarray) -> None:
+        for owner, values_N in zip(self.owners, raw_NF.T, strict=True):
+            if owner in self.required and (unknown_N := np.isnan(values_N)).any():
+                raise InvalidRecord(
+                    f"field '{owner}' is missing, and the model needs a value.",
+                    int(unknown_N.argmax()),
+                )
 
     def _raw(self, columns: Columns) -> np.ndarray:
         """Return the numbers before scaling, float64 [N, F]; dates are in seconds."""
@@ -152,7 +164,7 @@ class Numbers:
             "mean": list(self.mean_F),
             "scale": list(self.scale_F),
             "with_missing": list(self.with_missing_F),
-            **({"raw": True} if self.raw else {}),
+            **({"raw": True, "required": list(self.required)} if self.raw else {}),
         }
 
     @classmethod
@@ -166,4 +178,5 @@ class Numbers:
             tuple(state["scale"]),
             tuple(state.get("with_missing", ())),
             state.get("raw", False),
+            tuple(state.get("required", ())),
         )
