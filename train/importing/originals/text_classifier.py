@@ -14,6 +14,7 @@ from train.compress.recipes.export_onnx import ExportError, to_onnx
 from train.importing.isolated import Unsuitable
 from train.importing.sample import Sample
 from train.nets.pretrained.checkpoints import PretrainedCheckpoint
+from train.nets.pretrained.text import has_rotary, transformer_inputs
 from train.nets.pretrained.torchvision_operators import declare_operators
 from train.tasks import Texts
 
@@ -30,17 +31,10 @@ class _Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.padding = int(model.config.pad_token_id or 0)
-        self.has_rotary = any("rotary" in name for name, _ in model.named_modules())
+        self.has_rotary = has_rotary(model)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        there_BL = tokens_BL > 0
-        ids_BL = torch.where(there_BL, tokens_BL - 1, self.padding).long()
-        first_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) == 0
-        seen_BL = there_BL | (first_L & ~there_BL.any(dim=1, keepdim=True))
-        given = {"input_ids": ids_BL, "attention_mask": seen_BL.long()}
-        if self.has_rotary:
-            positions_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-            given["position_ids"] = positions_L.expand(tokens_BL.shape[0], -1)
+        given = transformer_inputs(tokens_BL, self.padding, has_rotary=self.has_rotary)
         logits: Tensor = self.model(**given).logits
         return logits
 
