@@ -295,7 +295,7 @@ def test_training_cannot_start_from_an_imported_model(survivors, tmp_path):
         inherit_options(config)
 
 
-def test_an_imported_model_is_compressed_again(survivors, capsys):
+def test_an_imported_model_is_compressed_again(survivors, ray_session):
     _, bundle, _ = survivors
     options = ["--compress.measure_seconds", "0.01", "--compress.variants", "[int8_weights]"]
     summary = compress_again(
